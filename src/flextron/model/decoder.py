@@ -1,0 +1,83 @@
+"""The one decoder that trains, serves and finetunes every family: embeddings, layers, final norm, head.
+
+It runs a `Batch`, whose segments each name a sub-network, and touches only the weights that those sub-networks have.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - the field's name for it
+from torch.utils.checkpoint import checkpoint
+
+from flextron.model.attention import Attention, CausalAttention
+from flextron.model.batch import Batch
+from flextron.model.config import DecoderConfig
+from flextron.model.layers import Layer, make_norm, rotary_tables
+from flextron.spec import SubnetSpec
+
+__all__ = ["Decoder"]
+
+
+class Decoder(nn.Module):
+    """A causal language model whose layers hold given widths (by default, the config's full ones)."""
+
+    def __init__(self, config: DecoderConfig, widths: SubnetSpec | None = None) -> None:
+        """Allocate parameters; use `torch.device("meta")` to allocate none.
+
+        Args:
+            config: shape and family traits.
+            widths: widths that the layers hold; an extracted sub-network holds less than the config's.
+        """
+        super().__init__()
+        self.config = config
+        self.widths = widths or config.full_spec
+        self.gradient_checkpointing = False
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.rope is None:
+            self.positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, widths) for widths in self.widths.layers)
+        self.final_norm = make_norm(config, config.hidden_size)
+        if not config.tie_word_embeddings:
+            self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output embedding, (vocabulary, hidden size)."""
+        return self.embedding.weight if self.config.tie_word_embeddings else self.head.weight
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters lie."""
+        return self.embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters."""
+        return self.embedding.weight.dtype
+
+    def forward(self, batch: Batch, attention: Attention | None = None) -> Tensor:
+        """Final hidden states, normalised, of every token.
+
+        Args:
+            batch: tokens and the sub-network of each segment, nested in `widths`.
+            attention: backend; whole sequences from position 0 by default.
+
+        Returns:
+            (N, hidden size).
+        """
+        attention = attention or CausalAttention(self.config)
+        x_ND = self.embedding(batch.tokens_N)
+        if self.config.rope is None:
+            x_ND = x_ND + self.positions(batch.positions_N)
+        rope = rotary_tables(self.config, batch.positions_N, x_ND.dtype)
+        for i, layer in enumerate(self.layers):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x_ND = checkpoint(layer, x_ND, batch, i, rope, attention, use_reentrant=False)
+            else:
+                x_ND = layer(x_ND, batch, i, rope, attention)
+        return self.final_norm(x_ND)  # type: ignore[no-any-return]
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """Scores over the vocabulary, (N, vocabulary), of final hidden states."""
+        return F.linear(hidden_ND, self.head_weight)

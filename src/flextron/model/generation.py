@@ -1,0 +1,109 @@
+"""Plain generation with a KV cache, for a handful of prompts; the engine is for more than that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flextron.errors import FlextronError
+from flextron.model.attention import CachedAttention
+from flextron.model.batch import Batch
+from flextron.model.decoder import Decoder
+from flextron.spec import SubnetSpec
+
+__all__ = ["SamplingParams", "generate"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen, and when to stop."""
+
+    max_tokens: int = 64
+    """New tokens at most."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    """Smallest set of most likely tokens that holds this much probability; the rest is never drawn."""
+    seed: int | None = None
+    """Of the draws; None for PyTorch's global generator."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end a sequence; they are not returned."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.max_tokens < 1:
+            raise FlextronError(f"max_tokens must be at least 1, not {self.max_tokens}")
+        if not 0 <= self.temperature < float("inf"):
+            raise FlextronError(f"temperature must be a number of at least 0, not {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise FlextronError(f"top_p must lie in (0, 1], not {self.top_p}")
+
+
+def sample(logits_BV: Tensor, params: SamplingParams, generator: torch.Generator | None) -> Tensor:
+    """Next token ids, (B,)."""
+    if params.temperature == 0:
+        return logits_BV.argmax(-1)
+    p = torch.softmax(logits_BV.float() / params.temperature, -1)
+    if params.top_p < 1:
+        ordered, order = p.sort(-1, descending=True)
+        # a token stays while the tokens before it hold less than top_p
+        ordered[ordered.cumsum(-1) - ordered >= params.top_p] = 0
+        p = torch.zeros_like(p).scatter_(-1, order, ordered)
+    return torch.multinomial(p, 1, generator=generator).squeeze(-1)
+
+
+@torch.inference_mode()
+def stream(
+    decoder: Decoder, prompts: Sequence[Sequence[int]], spec: SubnetSpec, params: SamplingParams
+) -> Iterator[list[int]]:
+    """Yield the next token of every prompt, iteration by iteration; finished ones go on (the caller cuts).
+
+    Raises:
+        FlextronError: a prompt is empty, or prompt and answer exceed the model's positions.
+    """
+    longest = max(len(p) for p in prompts) + params.max_tokens
+    if any(len(p) == 0 for p in prompts):
+        raise FlextronError("a prompt is empty; give at least one token")
+    if longest > decoder.config.max_position_embeddings:
+        raise FlextronError(
+            f"prompt and answer come to {longest} tokens; the model has {decoder.config.max_position_embeddings} "
+            "positions: shorten the prompt or lower max_tokens"
+        )
+    device = decoder.device
+    generator = None if params.seed is None else torch.Generator(device).manual_seed(params.seed)
+    cache = CachedAttention(decoder.config, [(spec, len(prompts))], longest, dtype=decoder.dtype, device=device)
+    new = [torch.tensor(p, device=device) for p in prompts]
+    starts = [0] * len(prompts)
+    for _ in range(params.max_tokens):
+        batch = Batch.ragged(new, [spec] * len(new), starts)
+        hidden = decoder(batch, cache)
+        cache.advance([s.lengths for s in batch.segments])
+        starts = [a + len(t) for a, t in zip(starts, new, strict=True)]
+        ends = torch.tensor([len(t) for t in new], device=device).cumsum(0) - 1
+        tokens = sample(decoder.logits(hidden[ends]), params, generator)
+        new = list(tokens.unsqueeze(1))
+        yield tokens.tolist()
+
+
+def generate(
+    decoder: Decoder, prompts: Sequence[Sequence[int]], spec: SubnetSpec, params: SamplingParams
+) -> list[list[int]]:
+    """New token ids of each prompt, without the stop token.
+
+    Raises:
+        FlextronError: as for `stream`.
+    """
+    out: list[list[int]] = [[] for _ in prompts]
+    running = set(range(len(prompts)))
+    for tokens in stream(decoder, prompts, spec, params):
+        for i in sorted(running):
+            if tokens[i] in params.stop_token_ids:
+                running.discard(i)
+            else:
+                out[i].append(tokens[i])
+        if not running:
+            break
+    return out

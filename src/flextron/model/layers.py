@@ -1,0 +1,223 @@
+"""The decoder's building blocks: norms, rotation, nested MLP and nested attention.
+
+Shapes: N tokens, D hidden size, F MLP neurons, H query heads, K KV heads, d head size, R rotated part of d.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - the field's name for it
+
+from flextron.errors import UnsupportedModelError
+from flextron.model.attention import Attention
+from flextron.model.batch import Batch
+from flextron.model.config import DecoderConfig, Rope
+from flextron.model.nested import Block, contract, expand
+from flextron.spec import LayerSpec
+
+__all__ = ["ACTIVATIONS", "Layer", "make_norm", "rotary_tables"]
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_fast": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+def make_norm(config: DecoderConfig, size: int) -> nn.Module:
+    """The family's normalisation over the last dimension."""
+    return nn.RMSNorm(size, eps=config.norm_eps) if config.norm == "rms" else nn.LayerNorm(size, eps=config.norm_eps)
+
+
+def _inverse_frequencies(rope: Rope, rotated: int) -> Tensor:
+    """Frequencies of the rotated pairs; float32, (R/2,). `llama3` scaling as Meta published it with Llama 3.1."""
+    inverse = 1.0 / rope.theta ** (torch.arange(0, rotated, 2, dtype=torch.float32) / rotated)
+    if rope.scaling is None:
+        return inverse
+    factor = float(rope.scaling["factor"])
+    if rope.scaling.get("rope_type", rope.scaling.get("type")) == "linear":
+        return inverse / factor
+    low, high = float(rope.scaling["low_freq_factor"]), float(rope.scaling["high_freq_factor"])
+    turns = float(rope.scaling["original_max_position_embeddings"]) * inverse / (2 * torch.pi)
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return inverse * (keep + (1 - keep) / factor)
+
+
+def rotary_tables(config: DecoderConfig, positions_N: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    """Cosines and sines, each (N, 1, R/2); None where positions are learned."""
+    if config.rope is None:
+        return None
+    rotated = int(config.head_dim * config.rope.fraction)
+    inverse = _inverse_frequencies(config.rope, rotated).to(positions_N.device)
+    angles = positions_N.float()[:, None, None] * inverse
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def _rotate(x_NHd: Tensor, tables: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Rotate the leading R of each head, in Hugging Face's half-split layout."""
+    if tables is None:
+        return x_NHd
+    cos, sin = tables
+    half = cos.shape[-1]
+    a, b, rest = x_NHd[..., :half], x_NHd[..., half : 2 * half], x_NHd[..., 2 * half :]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
+
+
+class MLP(nn.Module):
+    """Feed-forward block whose neurons are nested."""
+
+    def __init__(self, config: DecoderConfig, width: int) -> None:
+        """Allocate `width` neurons."""
+        super().__init__()
+        if config.activation not in ACTIVATIONS:
+            raise UnsupportedModelError(
+                f"activation {config.activation!r} is not supported; supported are {', '.join(ACTIVATIONS)}"
+            )
+        self._activation = ACTIVATIONS[config.activation]
+        self.gate = nn.Linear(config.hidden_size, width, bias=config.mlp_bias) if config.gated else None
+        self.up = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)
+        self.down = nn.Linear(width, config.hidden_size, bias=config.mlp_bias)
+
+    def neurons(self, x_ND: Tensor, blocks: tuple[Block, ...]) -> tuple[Tensor, ...]:
+        """Inputs of the down projection, block by block; `x_ND` widest first."""
+        ups = expand(x_ND, self.up.weight, self.up.bias, blocks)
+        if self.gate is None:
+            return tuple(self._activation(u) for u in ups)
+        gates = expand(x_ND, self.gate.weight, self.gate.bias, blocks)
+        return tuple(self._activation(g) * u for g, u in zip(gates, ups, strict=True))
+
+    def forward(self, x_ND: Tensor, batch: Batch, widths: Sequence[int]) -> Tensor:
+        """Run with `widths` neurons, one number a segment; (N, D)."""
+        layout = batch.layout(widths)
+        h = self.neurons(layout.sort(x_ND), layout.blocks)
+        return layout.unsort(contract(len(x_ND), h, self.down.weight, self.down.bias, layout.blocks))
+
+
+class SelfAttention(nn.Module):
+    """Causal self-attention whose groups (a KV head with its query heads) are nested."""
+
+    def __init__(self, config: DecoderConfig, num_groups: int) -> None:
+        """Allocate `num_groups` groups."""
+        super().__init__()
+        self._config = config
+        rows, kv_rows = num_groups * config.query_rows_per_group, config.kv_rows(num_groups)
+        self.q = nn.Linear(config.hidden_size, rows, bias=config.qkv_bias)
+        self.k = nn.Linear(config.hidden_size, kv_rows, bias=config.qkv_bias)
+        self.v = nn.Linear(config.hidden_size, kv_rows, bias=config.qkv_bias)
+        self.o = nn.Linear(rows, config.hidden_size, bias=config.output_bias)
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+
+    def _kv_blocks(self, blocks: tuple[Block, ...]) -> tuple[Block, ...]:
+        """Blocks of KV rows; with a single KV head it is whole in the first block and absent from the others."""
+        if self._config.is_multi_query:
+            return (Block(blocks[0].num_tokens, 0, self._config.head_dim),)
+        return tuple(b.scaled(self._config.head_dim) for b in blocks)
+
+    def heads(
+        self,
+        x_ND: Tensor,
+        batch: Batch,
+        widths: Sequence[int],
+        layer: int,
+        rope: tuple[Tensor, Tensor] | None,
+        attention: Attention,
+    ) -> list[Tensor]:
+        """Outputs of all heads, (tokens, rows), one entry a segment in the batch's order; empty rows at width 0."""
+        layout = batch.layout(widths)
+        x = layout.sort(x_ND)
+        q_blocks = tuple(b.scaled(self._config.query_rows_per_group) for b in layout.blocks)
+        kv_blocks = self._kv_blocks(layout.blocks)
+        q = expand(x, self.q.weight, self.q.bias, q_blocks)
+        k = expand(x, self.k.weight, self.k.bias, kv_blocks)
+        v = expand(x, self.v.weight, self.v.bias, kv_blocks)
+        out: dict[int, Tensor] = {}
+        start = 0
+        starts = [0, *torch.tensor(layout.sizes).cumsum(0).tolist()]
+        for j in layout.order:
+            size, width = layout.sizes[j], widths[j]
+            if width == 0:
+                out[j] = x.new_zeros(size, 0)
+                continue
+            rows = slice(start, start + size)
+            part = [
+                _gather(blocks, tensors, rows, width).unflatten(1, (-1, self._config.head_dim))
+                for blocks, tensors in ((layout.blocks, q), (layout.blocks[: len(k)], k), (layout.blocks[: len(v)], v))
+            ]
+            tables = None if rope is None else (rope[0][starts[j] : starts[j + 1]], rope[1][starts[j] : starts[j + 1]])
+            q_NHd, k_NKd = self._normalise(part[0], part[1])
+            mixed = attention(
+                layer, j, _rotate(q_NHd, tables), _rotate(k_NKd, tables), part[2], batch.segments[j].lengths
+            )
+            out[j] = mixed.flatten(1)
+            start += size
+        return [out[j] for j in range(len(widths))]
+
+    def _normalise(self, q_NHd: Tensor, k_NKd: Tensor) -> tuple[Tensor, Tensor]:
+        return (self.q_norm(q_NHd), self.k_norm(k_NKd)) if self._config.qk_norm else (q_NHd, k_NKd)
+
+    def forward(
+        self,
+        x_ND: Tensor,
+        batch: Batch,
+        widths: Sequence[int],
+        layer: int,
+        rope: tuple[Tensor, Tensor] | None,
+        attention: Attention,
+    ) -> Tensor:
+        """Run with `widths` groups, one number a segment; (N, D)."""
+        segments = self.heads(x_ND, batch, widths, layer, rope, attention)
+        layout = batch.layout(widths)
+        blocks = tuple(b.scaled(self._config.query_rows_per_group) for b in layout.blocks)
+        ordered = [segments[j] for j in layout.order]
+        h = [_join([s[:, b.start : b.stop] for s in ordered if s.shape[1] >= b.stop], dim=0) for b in blocks]
+        return layout.unsort(contract(len(x_ND), h, self.o.weight, self.o.bias, blocks))
+
+
+def _join(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """Concatenate without copying a single part."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+
+
+def _gather(blocks: Sequence[Block], tensors: Sequence[Tensor], rows: slice, width: int) -> Tensor:
+    """One segment's rows of the blocks that its width reaches, side by side; the first block is always reached."""
+    return _join(
+        [t[rows] for i, (b, t) in enumerate(zip(blocks, tensors, strict=True)) if i == 0 or b.stop <= width], dim=1
+    )
+
+
+class Layer(nn.Module):
+    """One decoder layer: attention and MLP, one after the other or in parallel, either of them possibly skipped."""
+
+    def __init__(self, config: DecoderConfig, widths: LayerSpec) -> None:
+        """Allocate the given widths."""
+        super().__init__()
+        self._parallel = config.parallel_residual
+        if widths.num_groups:
+            self.attention_norm = make_norm(config, config.hidden_size)
+            self.attention = SelfAttention(config, widths.num_groups)
+        if widths.intermediate_size:
+            self.mlp_norm = make_norm(config, config.hidden_size)
+            self.mlp = MLP(config, widths.intermediate_size)
+
+    def forward(
+        self, x_ND: Tensor, batch: Batch, layer: int, rope: tuple[Tensor, Tensor] | None, attention: Attention
+    ) -> Tensor:
+        """Run each segment in its own widths; (N, D)."""
+        groups = [s.spec.layers[layer].num_groups for s in batch.segments]
+        neurons = [s.spec.layers[layer].intermediate_size for s in batch.segments]
+        mlp_input = x_ND
+        if any(groups):
+            x_ND = x_ND + self.attention(self.attention_norm(x_ND), batch, groups, layer, rope, attention)
+        if any(neurons):
+            mlp_input = mlp_input if self._parallel else x_ND
+            x_ND = x_ND + self.mlp(self.mlp_norm(mlp_input), batch, neurons)
+        return x_ND

@@ -1,0 +1,26 @@
+"""A pretrained checkpoint as the rest of the package sees it, wherever it lies: config, streamed tensors, tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Pretrained"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pretrained:
+    """What `open_pretrained` found."""
+
+    name: str
+    """Hub id, directory or file it came from."""
+    hf_config: dict[str, Any]
+    """The checkpoint's `config.json`, or its equivalent for a GGUF file."""
+    tensors: Callable[[], Iterator[tuple[str, Tensor]]]
+    """Starts a stream of (Hugging Face parameter name, tensor), at most one shard in memory at a time."""
+    tokenizer: PreTrainedTokenizerBase | None
+    """The tokenizer, where the checkpoint has one."""
