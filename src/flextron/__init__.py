@@ -1,0 +1,49 @@
+"""Flextron: one pretrained LLM, a nested sub-network for every latency, memory and accuracy target."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from flextron.errors import FlextronError, UnsupportedModelError
+from flextron.spec import LayerSpec, SearchSpace, SubnetSpec, Target
+
+if TYPE_CHECKING:
+    from flextron.api import DenseModel, ElasticModel, convert, load
+    from flextron.model.generation import SamplingParams
+    from flextron.routing import SearchSettings
+    from flextron.training.recipe import TrainRecipe
+
+__all__ = [
+    "DenseModel",
+    "ElasticModel",
+    "FlextronError",
+    "LayerSpec",
+    "SamplingParams",
+    "SearchSettings",
+    "SearchSpace",
+    "SubnetSpec",
+    "Target",
+    "TrainRecipe",
+    "UnsupportedModelError",
+    "convert",
+    "load",
+]
+
+# torch and transformers take seconds to import; specs and errors need neither
+_LAZY = {
+    "DenseModel": "flextron.api",
+    "ElasticModel": "flextron.api",
+    "convert": "flextron.api",
+    "load": "flextron.api",
+    "SamplingParams": "flextron.model.generation",
+    "SearchSettings": "flextron.routing",
+    "TrainRecipe": "flextron.training.recipe",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the heavy half of the package when it is first asked for."""
+    if name not in _LAZY:
+        raise AttributeError(f"module 'flextron' has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)

@@ -56,6 +56,11 @@ class Decoder(nn.Module):
         """Of the parameters."""
         return self.embedding.weight.dtype
 
+    def embed(self, batch: Batch) -> Tensor:
+        """What enters the first layer, (N, hidden size)."""
+        x_ND = self.embedding(batch.tokens_N)
+        return x_ND if self.config.rope is not None else x_ND + self.positions(batch.positions_N)
+
     def forward(self, batch: Batch, attention: Attention | None = None) -> Tensor:
         """Final hidden states, normalised, of every token.
 
@@ -67,9 +72,7 @@ class Decoder(nn.Module):
             (N, hidden size).
         """
         attention = attention or CausalAttention(self.config)
-        x_ND = self.embedding(batch.tokens_N)
-        if self.config.rope is None:
-            x_ND = x_ND + self.positions(batch.positions_N)
+        x_ND = self.embed(batch)
         rope = rotary_tables(self.config, batch.positions_N, x_ND.dtype)
         for i, layer in enumerate(self.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():

@@ -16,7 +16,7 @@ from flextron.errors import UnsupportedModelError
 from flextron.model.attention import Attention
 from flextron.model.batch import Batch
 from flextron.model.config import DecoderConfig, Rope
-from flextron.model.nested import Block, contract, expand
+from flextron.model.nested import Block, Layout, contract, expand
 from flextron.spec import LayerSpec
 
 __all__ = ["ACTIVATIONS", "Layer", "make_norm", "rotary_tables"]
@@ -93,11 +93,14 @@ class MLP(nn.Module):
         gates = expand(x_ND, self.gate.weight, self.gate.bias, blocks)
         return tuple(self._activation(g) * u for g, u in zip(gates, ups, strict=True))
 
+    def project(self, num_tokens: int, h: Sequence[Tensor], layout: Layout) -> Tensor:
+        """The down projection of what `neurons` gave, in the batch's order; (N, D)."""
+        return layout.unsort(contract(num_tokens, h, self.down.weight, self.down.bias, layout.blocks))
+
     def forward(self, x_ND: Tensor, batch: Batch, widths: Sequence[int]) -> Tensor:
         """Run with `widths` neurons, one number a segment; (N, D)."""
         layout = batch.layout(widths)
-        h = self.neurons(layout.sort(x_ND), layout.blocks)
-        return layout.unsort(contract(len(x_ND), h, self.down.weight, self.down.bias, layout.blocks))
+        return self.project(len(x_ND), self.neurons(layout.sort(x_ND), layout.blocks), layout)
 
 
 class SelfAttention(nn.Module):
@@ -164,6 +167,14 @@ class SelfAttention(nn.Module):
     def _normalise(self, q_NHd: Tensor, k_NKd: Tensor) -> tuple[Tensor, Tensor]:
         return (self.q_norm(q_NHd), self.k_norm(k_NKd)) if self._config.qk_norm else (q_NHd, k_NKd)
 
+    def project(self, heads: Sequence[Tensor], batch: Batch, widths: Sequence[int]) -> Tensor:
+        """The output projection of what `heads` gave; (N, D)."""
+        layout = batch.layout(widths)
+        blocks = tuple(b.scaled(self._config.query_rows_per_group) for b in layout.blocks)
+        ordered = [heads[j] for j in layout.order]
+        h = [_join([s[:, b.start : b.stop] for s in ordered if s.shape[1] >= b.stop], dim=0) for b in blocks]
+        return layout.unsort(contract(sum(layout.sizes), h, self.o.weight, self.o.bias, blocks))
+
     def forward(
         self,
         x_ND: Tensor,
@@ -174,12 +185,7 @@ class SelfAttention(nn.Module):
         attention: Attention,
     ) -> Tensor:
         """Run with `widths` groups, one number a segment; (N, D)."""
-        segments = self.heads(x_ND, batch, widths, layer, rope, attention)
-        layout = batch.layout(widths)
-        blocks = tuple(b.scaled(self._config.query_rows_per_group) for b in layout.blocks)
-        ordered = [segments[j] for j in layout.order]
-        h = [_join([s[:, b.start : b.stop] for s in ordered if s.shape[1] >= b.stop], dim=0) for b in blocks]
-        return layout.unsort(contract(len(x_ND), h, self.o.weight, self.o.bias, blocks))
+        return self.project(self.heads(x_ND, batch, widths, layer, rope, attention), batch, widths)
 
 
 def _join(parts: Sequence[Tensor], dim: int) -> Tensor:
@@ -200,13 +206,29 @@ class Layer(nn.Module):
     def __init__(self, config: DecoderConfig, widths: LayerSpec) -> None:
         """Allocate the given widths."""
         super().__init__()
-        self._parallel = config.parallel_residual
+        self.parallel = config.parallel_residual
         if widths.num_groups:
             self.attention_norm = make_norm(config, config.hidden_size)
             self.attention = SelfAttention(config, widths.num_groups)
         if widths.intermediate_size:
             self.mlp_norm = make_norm(config, config.hidden_size)
             self.mlp = MLP(config, widths.intermediate_size)
+
+    def attend(
+        self,
+        x_ND: Tensor,
+        batch: Batch,
+        num_groups: Sequence[int],
+        layer: int,
+        rope: tuple[Tensor, Tensor] | None,
+        attention: Attention,
+    ) -> Tensor:
+        """What the attention adds to `x_ND`, with `num_groups` groups a segment; (N, D)."""
+        return self.attention(self.attention_norm(x_ND), batch, num_groups, layer, rope, attention)  # type: ignore[no-any-return]
+
+    def feed_forward(self, x_ND: Tensor, batch: Batch, widths: Sequence[int]) -> Tensor:
+        """What the MLP adds, from its input, with `widths` neurons a segment; (N, D)."""
+        return self.mlp(self.mlp_norm(x_ND), batch, widths)  # type: ignore[no-any-return]
 
     def forward(
         self, x_ND: Tensor, batch: Batch, layer: int, rope: tuple[Tensor, Tensor] | None, attention: Attention
@@ -216,8 +238,7 @@ class Layer(nn.Module):
         neurons = [s.spec.layers[layer].intermediate_size for s in batch.segments]
         mlp_input = x_ND
         if any(groups):
-            x_ND = x_ND + self.attention(self.attention_norm(x_ND), batch, groups, layer, rope, attention)
+            x_ND = x_ND + self.attend(x_ND, batch, groups, layer, rope, attention)
         if any(neurons):
-            mlp_input = mlp_input if self._parallel else x_ND
-            x_ND = x_ND + self.mlp(self.mlp_norm(mlp_input), batch, neurons)
+            x_ND = x_ND + self.feed_forward(mlp_input if self.parallel else x_ND, batch, neurons)
         return x_ND

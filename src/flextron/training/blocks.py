@@ -43,7 +43,9 @@ def pack_tokens(
         FlextronError: less than one block is wanted or there, or the tokenizer has no end-of-sequence token.
     """
     if context < 1 or num_tokens < context:
-        raise FlextronError(f"num_tokens must be at least one context, and that positive; got {num_tokens} and {context}")
+        raise FlextronError(
+            f"num_tokens must be at least one context, and that positive; got {num_tokens} and {context}"
+        )
     if tokenizer.eos_token_id is None:
         raise FlextronError("the tokenizer has no end-of-sequence token to part documents; set its eos_token")
     pieces: list[NDArray[np.int32]] = []
@@ -56,7 +58,8 @@ def pack_tokens(
             break
     if num_found < context:
         raise FlextronError(
-            f"the documents hold {num_found} tokens, less than one context of {context}; add text or shorten the context"
+            f"the documents hold {num_found} tokens, less than one context of {context};"
+            " add text or shorten the context"
         )
     num_used = min(num_found, num_tokens) // context * context
     return np.concatenate(pieces)[:num_used]
@@ -178,7 +181,7 @@ class TokenBlocks:
             FlextronError: no such file, or not token blocks.
         """
         try:
-            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+            tokens = np.lib.format.open_memmap(path, mode="r")  # np.load would take archives too
         except (OSError, EOFError, ValueError) as error:
             raise FlextronError(f"{path} holds no token blocks ({error}); write it with TokenBlocks.save") from error
         return cls(tokens=tokens, seed=seed)

@@ -26,8 +26,8 @@ _TEXT_FIELDS = ("text", "content", "completion", "document", "article", "body")
 _PLAIN = (".txt", ".md")
 _JSON = (".jsonl", ".json")
 _SUFFIXES = (*(s + z for s in (*_PLAIN, *_JSON) for z in ("", ".zst")), ".parquet")
-_HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(:(?P<config>[^:@/]+))?(@(?P<split>[^:@/]+))?")
-_CHUNK_CHARS = 1 << 16
+_HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(:(?P<config>[^:@/]+))?(@(?P<split>[^:@/]+))?", re.ASCII)
+_CHUNK = 1 << 16
 _BETWEEN_ITEMS = re.compile(r"\s*[\[,]?\s*")
 
 
@@ -52,7 +52,8 @@ def read_documents(source: str, *, text_field: str | None = None) -> Iterator[st
     match = _HUB_ID.fullmatch(source)
     if match is None or source.endswith(_SUFFIXES):
         raise FlextronError(
-            f"nothing lies at {source!r}; give an existing file, directory or glob, or a dataset as owner/name[:config][@split]"
+            f"nothing lies at {source!r}; give an existing file, directory or glob, or a dataset as"
+            " owner/name[:config][@split]"
         )
     records = _hub_records(source, match["name"], match["config"], match["split"] or "train")
     return _non_empty(_texts(records, text_field))
@@ -88,7 +89,7 @@ def _read_file(path: Path, text_field: str | None) -> Iterator[str]:
         stream = io.TextIOWrapper(binary, encoding="utf-8-sig")
         if path.name.removesuffix(".zst").endswith(_PLAIN):
             yield stream.read()
-        elif binary.peek(_CHUNK_CHARS).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        elif binary.peek(_CHUNK).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
             yield from _texts(_array_records(stream, path), text_field)
         else:
             yield from _texts(_line_records(stream, path), text_field)
@@ -100,11 +101,13 @@ def _opened(path: Path) -> Iterator[io.BufferedReader]:
     compression = "zstd" if path.name.endswith(".zst") else None
     try:
         with pa.input_stream(str(path), compression=compression) as raw:
-            yield io.BufferedReader(raw)
+            yield io.BufferedReader(raw, _CHUNK)
     except UnicodeDecodeError as error:
         raise FlextronError(f"{path} is not UTF-8 ({error.reason}); convert it, for example with iconv") from error
     except OSError as error:
-        raise FlextronError(f"{path} cannot be read ({error}); check that it is whole and that you may read it") from error
+        raise FlextronError(
+            f"{path} cannot be read ({error}); check that it is whole and that you may read it"
+        ) from error
 
 
 def _line_records(stream: io.TextIOWrapper, path: Path) -> Iterator[tuple[str, object]]:
@@ -132,7 +135,7 @@ def _array_records(stream: io.TextIOWrapper, path: Path) -> Iterator[tuple[str, 
             # Malformed and cut off look the same until the file has ended.
             if ended:
                 raise _malformed(path, line + error.lineno - 1, error) from error
-            more = stream.read(max(_CHUNK_CHARS, len(text) - position))
+            more = stream.read(max(_CHUNK, len(text) - position))
             line += text.count("\n", 0, position)
             text, position, ended = text[position:] + more, 0, not more
             continue
@@ -160,11 +163,11 @@ def _parquet_texts(path: Path, text_field: str | None) -> Iterator[str]:
 
 
 def _is_string(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    return str(kind) in ("string", "large_string", "string_view")
 
 
 def _hub_records(source: str, name: str, config: str | None, split: str) -> Iterator[tuple[str, object]]:
-    import datasets  # takes seconds, and files do not need it
+    import datasets  # here, since it takes seconds and files do not need it
 
     try:
         dataset = datasets.load_dataset(name, config, split=split, streaming=True)
@@ -204,10 +207,13 @@ def _text_of(record: Mapping[str, object], field: str, where: str) -> str:
         return ""
     if not isinstance(text, str):
         raise FlextronError(
-            f"{where}: field {field!r} is a {type(text).__name__}, not text; name another of {list(record)} with text_field"
+            f"{where}: field {field!r} is a {type(text).__name__}, not text; name another of {list(record)}"
+            " with text_field"
         )
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no tokenizer takes
-        raise FlextronError(f"{where}: field {field!r} is not valid Unicode ({error.reason}); mend the record") from error
+        raise FlextronError(
+            f"{where}: field {field!r} is not valid Unicode ({error.reason}); mend the record"
+        ) from error
     return text

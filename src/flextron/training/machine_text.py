@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 import random
 import re
 import sysconfig
@@ -68,8 +69,12 @@ def _source_files() -> Iterator[Path]:
 
 def _python_files(root: Path) -> list[Path]:
     """Source files under a folder, sorted, but for tests."""
-    files = (path.relative_to(root) for path in root.rglob("*.py"))
-    return [root / path for path in sorted(files) if _SKIPPED_FOLDERS.isdisjoint(path.parts)]
+    found: list[Path] = []
+    for folder, subfolders, names in os.walk(root):
+        # Pruned rather than filtered: all installed packages may lie below the standard library.
+        subfolders[:] = [name for name in subfolders if name not in _SKIPPED_FOLDERS]
+        found += (Path(folder, name) for name in names if name.endswith(".py"))
+    return sorted(found)
 
 
 def _docstrings(path: Path) -> Iterator[str]:

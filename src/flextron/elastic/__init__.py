@@ -1,0 +1,8 @@
+"""From a pretrained decoder to nested sub-networks: rank what matters, permute it to the front, cut prefixes out."""
+
+from flextron.elastic.checkpoint import ElasticInfo, read_elastic, write_elastic
+from flextron.elastic.extract import extract
+from flextron.elastic.importance import Importance, rank
+from flextron.elastic.permute import permute
+
+__all__ = ["ElasticInfo", "Importance", "extract", "permute", "rank", "read_elastic", "write_elastic"]

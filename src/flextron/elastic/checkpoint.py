@@ -1,0 +1,110 @@
+"""An elastic checkpoint on disk: a Hugging Face checkpoint of the full model, and `elastic.json` beside it.
+
+Stock `transformers` loads the directory as the full model and ignores the rest. Writing is atomic.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from flextron.errors import FlextronError
+from flextron.files import new_directory, read_json, write_json
+from flextron.model.checkpoint import write_checkpoint
+from flextron.model.decoder import Decoder
+from flextron.spec import SearchSpace
+
+__all__ = ["FORMAT_VERSION", "ElasticInfo", "read_elastic", "write_elastic"]
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ElasticInfo:
+    """What makes a checkpoint elastic."""
+
+    space: SearchSpace
+    """The sub-networks that it holds."""
+    layer_scores: tuple[float, ...]
+    """Importance of each layer, see `Importance`."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """Where it comes from: source, importance method, calibration tokens, package versions, date."""
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    """The resolved training recipe and what it measured; empty before training."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form, with the format's version."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "search_space": self.space.to_dict(),
+            "layer_scores": list(self.layer_scores),
+            "provenance": dict(self.provenance),
+            "recipe": dict(self.recipe),
+        }
+
+
+def provenance(source: str, **facts: Any) -> dict[str, Any]:
+    """Source and facts, stamped with date and versions."""
+    versions = {name: version(name) for name in ("flextron", "torch", "transformers")}
+    return {"source": source, **facts, "date": time.strftime("%Y-%m-%d", time.gmtime()), "versions": versions}
+
+
+def read_elastic(directory: Path) -> ElasticInfo:
+    """Read `elastic.json`.
+
+    Raises:
+        FlextronError: it is missing, damaged, or of a newer format.
+    """
+    if not (directory / "elastic.json").exists():
+        raise FlextronError(f"{directory} is not an elastic checkpoint (no elastic.json); make one with convert")
+    data = read_json(directory / "elastic.json")
+    found = data.get("format_version")
+    if found != FORMAT_VERSION:
+        raise FlextronError(f"{directory} has format {found}, this version reads {FORMAT_VERSION}; update flextron")
+    try:
+        return ElasticInfo(
+            space=SearchSpace.from_dict(data["search_space"]),
+            layer_scores=tuple(data["layer_scores"]),
+            provenance=data["provenance"],
+            recipe=data["recipe"],
+        )
+    except KeyError as error:
+        raise FlextronError(f"{directory}/elastic.json lacks {error}; make the checkpoint again") from error
+
+
+def write_elastic(
+    directory: Path,
+    decoder: Decoder,
+    info: ElasticInfo,
+    *,
+    hf_config: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase | None,
+    extra: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write the whole checkpoint.
+
+    Args:
+        directory: made here.
+        decoder: the full, permuted model.
+        info: goes into `elastic.json`.
+        hf_config: of the original checkpoint.
+        tokenizer: written beside, where there is one.
+        extra: further JSON files by relative path (latency tables, frontier).
+        overwrite: replace an existing directory, in one step.
+
+    Raises:
+        FlextronError: the directory exists and is not to be overwritten.
+    """
+    with new_directory(directory, overwrite=overwrite) as temporary:
+        write_checkpoint(decoder, temporary, hf_config=hf_config, tokenizer=tokenizer)
+        write_json(temporary / "elastic.json", info.to_dict())
+        for name, data in (extra or {}).items():
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            write_json(temporary / name, data)

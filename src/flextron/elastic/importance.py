@@ -1,0 +1,160 @@
+"""Which neurons, attention groups and layers matter most, measured on calibration text (Flextron, section 3.1).
+
+One pass, layer by layer: the hidden states of all calibration tokens are kept, each layer is measured and then applied,
+so the memory is that of one layer's statistics. Two orders exist. `activation` is the published one: mean magnitude of a
+neuron, mean norm of a head's output. `reconstruction` asks what the layer's output would lose: it removes units one by
+one, each time the one whose removal (given those already gone) changes the block's output least, and so sees what
+magnitudes cannot: outgoing weights, and neurons that stand in for each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from flextron.model.attention import CausalAttention
+from flextron.model.batch import Batch
+from flextron.model.decoder import Decoder
+from flextron.model.layers import MLP, Layer, SelfAttention, rotary_tables
+
+__all__ = ["Importance", "Method", "rank"]
+
+Method = Literal["activation", "reconstruction"]
+_CHUNK_SEQUENCES = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Importance:
+    """Orders by falling importance, and how much each layer does."""
+
+    method: Method
+    num_tokens: int
+    """Calibration tokens that were measured."""
+    neurons: tuple[Tensor, ...]
+    """For each layer the MLP neurons, most important first; int64, (F,)."""
+    groups: tuple[Tensor, ...]
+    """For each layer the attention groups, most important first; int64, (G,)."""
+    layer_scores: tuple[float, ...]
+    """For each layer 1 - cosine similarity of its input and output; near 0 where it does little."""
+
+    @property
+    def layers_by_importance(self) -> tuple[int, ...]:
+        """Layers, the least important first."""
+        return tuple(sorted(range(len(self.layer_scores)), key=lambda i: self.layer_scores[i]))
+
+
+def removal_order(quadratic_UU: Tensor) -> Tensor:
+    """Greedy backward elimination: units in the order in which they may go, cheapest first.
+
+    Args:
+        quadratic_UU: (U, U) float64; removing the set S costs the sum of its entries over S × S.
+
+    Returns:
+        (U,) int64.
+    """
+    cost = quadratic_UU.diagonal().clone()
+    order = torch.empty(len(cost), dtype=torch.long)
+    for step in range(len(cost)):
+        unit = int(cost.argmin())
+        order[step] = unit
+        cost += 2 * quadratic_UU[unit]
+        cost[unit] = torch.inf
+    return order
+
+
+class _MLPScore:
+    """Statistics of the down projection's input."""
+
+    def __init__(self, mlp: MLP, method: Method) -> None:
+        width = mlp.down.in_features
+        self._mlp, self._method = mlp, method
+        self._sum = torch.zeros(width, dtype=torch.float64)
+        self._gram = torch.zeros(width, width) if method == "reconstruction" else None
+
+    def add(self, h_NF: Tensor) -> None:
+        self._sum += h_NF.abs().sum(0, dtype=torch.float32).double().cpu()
+        if self._gram is not None:
+            self._gram += (h_NF.t().float() @ h_NF.float()).cpu()
+
+    def order(self) -> Tensor:
+        if self._gram is None:
+            return self._sum.argsort(descending=True)
+        w_DF = self._mlp.down.weight.float().cpu()
+        return removal_order(((w_DF.t() @ w_DF) * self._gram).double()).flip(0)
+
+
+class _GroupScore:
+    """Statistics of the output projection's input, per attention group."""
+
+    def __init__(self, attention: SelfAttention, num_groups: int, method: Method) -> None:
+        self._weight_DGd = attention.o.weight.unflatten(1, (num_groups, -1))
+        self._method = method
+        self._sum = torch.zeros(num_groups, dtype=torch.float64)
+        self._quadratic = torch.zeros(num_groups, num_groups, dtype=torch.float64)
+
+    def add(self, heads_NR: Tensor, head_dim: int) -> None:
+        groups = len(self._sum)
+        norms_NH = heads_NR.unflatten(1, (-1, head_dim)).float().norm(dim=-1)
+        self._sum += norms_NH.unflatten(1, (groups, -1)).sum((0, 2)).double().cpu()
+        if self._method == "reconstruction":
+            out = torch.einsum("ngd,egd->gne", heads_NR.unflatten(1, (groups, -1)), self._weight_DGd).flatten(1)
+            self._quadratic += (out.float() @ out.t().float()).double().cpu()
+
+    def order(self) -> Tensor:
+        if self._method == "activation":
+            return self._sum.argsort(descending=True)
+        return removal_order(self._quadratic).flip(0)
+
+
+@torch.no_grad()
+def rank(decoder: Decoder, tokens_BT: Tensor, method: Method = "reconstruction") -> Importance:
+    """Measure importance on calibration sequences.
+
+    Args:
+        decoder: the full pretrained model.
+        tokens_BT: B sequences of T token ids.
+        method: see the module's docstring.
+    """
+    chunks = [Batch.padded(c.to(decoder.device), decoder.widths) for c in tokens_BT.split(_CHUNK_SEQUENCES)]
+    hidden = [decoder.embed(batch) for batch in chunks]
+    neurons, groups, scores = [], [], []
+    for i, layer in enumerate(decoder.layers):
+        assert isinstance(layer, Layer)
+        order_neurons, order_groups, score = _rank_layer(decoder, i, layer, chunks, hidden, method)
+        neurons.append(order_neurons)
+        groups.append(order_groups)
+        scores.append(score)
+    return Importance(
+        method=method,
+        num_tokens=tokens_BT.numel(),
+        neurons=tuple(neurons),
+        groups=tuple(groups),
+        layer_scores=tuple(scores),
+    )
+
+
+def _rank_layer(
+    decoder: Decoder, i: int, layer: Layer, chunks: Sequence[Batch], hidden: list[Tensor], method: Method
+) -> tuple[Tensor, Tensor, float]:
+    """Orders and score of one layer; replaces `hidden` by the layer's outputs."""
+    config = decoder.config
+    core = CausalAttention(config)
+    mlp_score = _MLPScore(layer.mlp, method)
+    group_score = _GroupScore(layer.attention, config.num_groups, method)
+    cosine = 0.0
+    for c, (batch, x) in enumerate(zip(chunks, hidden, strict=True)):
+        rope = rotary_tables(config, batch.positions_N, x.dtype)
+        (heads,) = layer.attention.heads(layer.attention_norm(x), batch, [config.num_groups], i, rope, core)
+        group_score.add(heads, config.head_dim)
+        after = x + layer.attention.project([heads], batch, [config.num_groups])
+        layout = batch.layout([config.intermediate_size])
+        (h,) = layer.mlp.neurons(layer.mlp_norm(x if config.parallel_residual else after), layout.blocks)
+        mlp_score.add(h)
+        y = after + layer.mlp.project(len(x), (h,), layout)
+        cosine += float(torch.cosine_similarity(x.float(), y.float(), dim=-1).sum())
+        hidden[c] = y
+    return mlp_score.order(), group_score.order(), 1 - cosine / sum(len(x) for x in hidden)

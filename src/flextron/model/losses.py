@@ -1,0 +1,135 @@
+"""Losses over the vocabulary that never hold the logits of more than a chunk of tokens.
+
+The head is where training on a CPU spends its memory traffic: 1,024 tokens over 49,152 words are 200 MB a tensor, and
+the plain route makes nine such tensors. Here each chunk's logits live for a moment, and the gradients by hidden states
+and head weight are computed in the forward pass, from the closed form p_student - p_target.
+
+Shapes: N tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 - the field's name for it
+
+__all__ = ["cross_entropy", "forward_kl", "head_metric", "token_losses"]
+
+CHUNK_TOKENS = 256
+
+
+def _chunks(num_tokens: int) -> Iterator[slice]:
+    return (slice(a, min(a + CHUNK_TOKENS, num_tokens)) for a in range(0, num_tokens, CHUNK_TOKENS))
+
+
+class _Vocabulary(torch.autograd.Function):
+    """Shared frame: per chunk, a loss and the gradient of its logits; then what both losses do with that gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, h_ND: Tensor, w_VD: Tensor, chunk_loss: Any) -> Tensor:
+        need_h, need_w, _ = ctx.needs_input_grad
+        dh = torch.empty_like(h_ND) if need_h else None
+        dw = torch.zeros_like(w_VD) if need_w else None
+        total = torch.zeros((), dtype=torch.float64, device=h_ND.device)
+        for rows in _chunks(len(h_ND)):
+            loss, g_NV = chunk_loss(rows, (h_ND[rows] @ w_VD.t()).float())
+            total += loss
+            g_NV = g_NV.div_(len(h_ND)).to(h_ND.dtype)
+            if dh is not None:
+                torch.mm(g_NV, w_VD, out=dh[rows])
+            if dw is not None:
+                dw.addmm_(g_NV.t(), h_ND[rows])
+        ctx.save_for_backward(dh, dw)
+        return (total / len(h_ND)).float()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        dh, dw = ctx.saved_tensors
+        (scale,) = grads
+        # the caller may hold the saved tensors for a second backward: scale copies, not them
+        return dh if dh is None else dh * scale, dw if dw is None else dw * scale, None
+
+
+def _matched(h_ND: Tensor, w_VD: Tensor) -> tuple[Tensor, Tensor]:
+    """Head weight in the hidden states' dtype, which autocast may have lowered."""
+    return h_ND, w_VD.to(h_ND.dtype)
+
+
+def forward_kl(
+    h_ND: Tensor, w_VD: Tensor, teacher_h_ND: Tensor, teacher_w_VD: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """Mean over tokens of KL(teacher ‖ student), times temperature squared.
+
+    Args:
+        h_ND: the student's final hidden states.
+        w_VD: the student's head.
+        teacher_h_ND: the teacher's final hidden states; no gradient flows to them.
+        teacher_w_VD: the teacher's head; no gradient flows to it.
+        temperature: divides both logits.
+
+    Returns:
+        A scalar, float32, in nats.
+    """
+    teacher_h, teacher_w = _matched(teacher_h_ND.detach(), teacher_w_VD.detach())
+
+    def chunk_loss(rows: slice, student_NV: Tensor) -> tuple[Tensor, Tensor]:
+        teacher_NV = torch.log_softmax((teacher_h[rows] @ teacher_w.t()).float().div_(temperature), -1)
+        student_NV = torch.log_softmax(student_NV.div_(temperature), -1)
+        p_teacher = teacher_NV.exp()
+        loss = torch.dot(p_teacher.flatten(), teacher_NV.sub_(student_NV).flatten()) * temperature**2
+        return loss, student_NV.exp_().sub_(p_teacher).mul_(temperature)
+
+    return _Vocabulary.apply(*_matched(h_ND, w_VD), chunk_loss)  # type: ignore[no-untyped-call,no-any-return]
+
+
+def cross_entropy(h_ND: Tensor, w_VD: Tensor, targets_N: Tensor) -> Tensor:
+    """Mean negative log-likelihood of the targets.
+
+    Args:
+        h_ND: final hidden states.
+        w_VD: the head.
+        targets_N: token ids, int64.
+
+    Returns:
+        A scalar, float32, in nats.
+    """
+
+    def chunk_loss(rows: slice, logits_NV: Tensor) -> tuple[Tensor, Tensor]:
+        log_p = torch.log_softmax(logits_NV, -1)
+        target = targets_N[rows, None]
+        loss = -log_p.gather(1, target).sum()
+        g = log_p.exp_()
+        return loss, g.scatter_add_(1, target, torch.full_like(target, -1, dtype=g.dtype))
+
+    return _Vocabulary.apply(*_matched(h_ND, w_VD), chunk_loss)  # type: ignore[no-untyped-call,no-any-return]
+
+
+@torch.no_grad()
+def token_losses(h_ND: Tensor, w_VD: Tensor, targets_N: Tensor) -> Tensor:
+    """Negative log-likelihood of each target, (N,), float32, in nats; for evaluation."""
+    h, w = _matched(h_ND, w_VD)
+    return torch.cat([F.cross_entropy((h[r] @ w.t()).float(), targets_N[r], reduction="none") for r in _chunks(len(h))])
+
+
+@torch.no_grad()
+def head_metric(h_ND: Tensor, w_VD: Tensor) -> Tensor:
+    """How much a change of the final hidden state changes the prediction: a (D, D) quadratic form.
+
+    For a small change e of the hidden state, KL ≈ ½ eᵀ G e with G = Wᵀ (diag(p) - p pᵀ) W. Averaging p over sample
+    tokens makes G one matrix for all tokens; then a distance over the whole vocabulary costs D² a token, not D · V.
+
+    Args:
+        h_ND: final hidden states of sample tokens.
+        w_VD: the head.
+
+    Returns:
+        (D, D), float32.
+    """
+    p = sum(torch.softmax((h_ND[r] @ w_VD.t()).float(), -1).sum(0) for r in _chunks(len(h_ND))) / len(h_ND)
+    assert isinstance(p, Tensor)
+    w = w_VD.float()
+    mean = p @ w
+    return (w * p[:, None]).t() @ w - torch.outer(mean, mean)

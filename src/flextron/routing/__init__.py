@@ -1,0 +1,16 @@
+"""From a target to a sub-network: what each costs on this device, what each loses, and which one fits."""
+
+from flextron.routing.device import device_fingerprint
+from flextron.routing.frontier import Frontier, FrontierPoint
+from flextron.routing.latency import LatencyTable, measure_table
+from flextron.routing.search import SearchSettings, search_frontier
+
+__all__ = [
+    "Frontier",
+    "FrontierPoint",
+    "LatencyTable",
+    "SearchSettings",
+    "device_fingerprint",
+    "measure_table",
+    "search_frontier",
+]

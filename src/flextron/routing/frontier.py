@@ -1,0 +1,119 @@
+"""Measured sub-networks: what each costs and loses, and the best one for a target."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flextron.errors import FlextronError
+from flextron.spec import SubnetSpec, Target
+
+__all__ = ["Frontier", "FrontierPoint"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FrontierPoint:
+    """One measured sub-network."""
+
+    spec: SubnetSpec
+    kind: str
+    """How it was found: `uniform`, `guided` or `evolved`."""
+    params: int
+    """Parameters, embeddings included."""
+    mem_bytes: int
+    """Bytes of its weights as they were measured."""
+    latency_ms: float
+    """Milliseconds of a decode step, from the latency table."""
+    latency: float
+    """The same as a fraction of the full network's."""
+    loss: float
+    """Mean loss on the validation text, in nats."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return {name: getattr(self, name) for name in self.__slots__ if name != "spec"} | {"spec": self.spec.to_dict()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> FrontierPoint:
+        """Read the JSON form.
+
+        Raises:
+            FlextronError: keys are missing or unknown.
+        """
+        try:
+            return cls(**{**data, "spec": SubnetSpec.from_dict(data["spec"])})
+        except (TypeError, KeyError) as error:
+            raise FlextronError(f"not a measured sub-network ({error}); measure again with profile") from error
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Frontier:
+    """All sub-networks that a search measured on one device and one text."""
+
+    device: str
+    """Fingerprint of the device."""
+    text: str
+    """What the losses were measured on."""
+    points: tuple[FrontierPoint, ...]
+    """Falling latency; the full network is the first."""
+
+    @classmethod
+    def of(cls, device: str, text: str, points: Iterable[FrontierPoint]) -> Frontier:
+        """Order the points."""
+        return cls(device=device, text=text, points=tuple(sorted(points, key=lambda p: (-p.params, -p.latency_ms))))
+
+    @property
+    def full(self) -> FrontierPoint:
+        """The full network."""
+        return self.points[0]
+
+    def best(self) -> tuple[FrontierPoint, ...]:
+        """The points that no other beats in both latency and loss, by falling latency."""
+        kept: list[FrontierPoint] = []
+        for point in sorted(self.points, key=lambda p: (p.latency_ms, p.loss)):
+            if not kept or point.loss < kept[-1].loss:
+                kept.append(point)
+        return tuple(reversed(kept))
+
+    def select(self, target: Target, *, uniform: bool = False) -> FrontierPoint:
+        """The best measured sub-network within a target.
+
+        For a limit on latency or size that is the one with the lowest loss; for a limit on loss, the fastest.
+
+        Args:
+            target: the limit.
+            uniform: only sub-networks with equal widths in all kept layers, which are stock checkpoints.
+
+        Raises:
+            FlextronError: none is within the target; names the reachable range.
+        """
+        points = [p for p in self.points if p.spec.is_uniform or not uniform]
+        if target.axis == "max_loss_increase":
+            limit = self.full.loss * (1 + target.value)
+            return min((p for p in points if p.loss <= limit), key=lambda p: (p.latency_ms, p.loss))
+        measures = {p: float(getattr(p, target.axis)) for p in points}
+        within = [p for p in points if measures[p] <= target.value * (1 + 1e-9)]
+        if not within:
+            low, high = min(measures.values()), max(measures.values())
+            raise FlextronError(
+                f"no sub-network reaches {target.axis}={target.value:g}; this model spans {low:.4g} to {high:.4g}"
+            )
+        return min(within, key=lambda p: (p.loss, p.latency_ms))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return {"device": self.device, "text": self.text, "points": [p.to_dict() for p in self.points]}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Frontier:
+        """Read the JSON form.
+
+        Raises:
+            FlextronError: keys are missing.
+        """
+        try:
+            points = tuple(FrontierPoint.from_dict(p) for p in data["points"])
+            return cls(device=data["device"], text=data["text"], points=points)
+        except (KeyError, TypeError) as error:
+            raise FlextronError(f"not a frontier ({error}); measure again with profile") from error

@@ -1,0 +1,213 @@
+"""How long a sub-network's decode step takes on this device: a table fitted to measurements of whole networks.
+
+Blocks are never timed alone: one block's weights stay in the cache when it runs again and again, a network's do not.
+Instead whole networks with known widths are timed, round robin so that drift hits all alike, and the cost of each
+choice is the least-squares solution. Networks that the fit has not seen give its error.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from flextron.errors import FlextronError
+from flextron.model.attention import CachedAttention
+from flextron.model.batch import Batch, Segment
+from flextron.model.decoder import Decoder
+from flextron.routing.device import device_fingerprint
+from flextron.spec import LayerSpec, SearchSpace, SubnetSpec
+
+__all__ = ["LatencyTable", "decode_latencies_ms", "measure_table"]
+
+_NUM_FIT, _NUM_HELD_OUT = 12, 8
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatencyTable:
+    """Additive costs of a decode step's parts."""
+
+    device: str
+    """Fingerprint of the device it was measured on."""
+    batch_size: int
+    """Sequences of a step."""
+    context: int
+    """Tokens that each sequence holds."""
+    base_ms: float
+    """Milliseconds of everything but the layers: embedding, head, choosing the token."""
+    mlp_ms: Mapping[int, float]
+    """Milliseconds of one layer's MLP, by width."""
+    attention_ms: Mapping[int, float]
+    """Milliseconds of one layer's attention, by groups."""
+    full_ms: float
+    """Measured milliseconds of the full network."""
+    median_error: float
+    """Median relative error on networks that the fit did not see."""
+    max_error: float
+    """Largest relative error on them."""
+
+    def layer_ms(self, layer: LayerSpec) -> float:
+        """Milliseconds of one layer."""
+        mlp = self.mlp_ms[layer.intermediate_size] if layer.intermediate_size else 0.0
+        return mlp + (self.attention_ms[layer.num_groups] if layer.num_groups else 0.0)
+
+    def predict_ms(self, spec: SubnetSpec) -> float:
+        """Milliseconds of a decode step in a sub-network of the space."""
+        return self.base_ms + sum(self.layer_ms(layer) for layer in spec.layers)
+
+    def predict(self, spec: SubnetSpec) -> float:
+        """The same as a fraction of the full network's."""
+        full = SubnetSpec.uniform(
+            num_hidden_layers=len(spec.layers), intermediate_size=max(self.mlp_ms), num_groups=max(self.attention_ms)
+        )
+        return self.predict_ms(spec) / self.predict_ms(full)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form; the widths become string keys."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> LatencyTable:
+        """Read the JSON form.
+
+        Raises:
+            FlextronError: keys are missing or unknown.
+        """
+        try:
+            tables = {key: {int(k): float(v) for k, v in data[key].items()} for key in ("mlp_ms", "attention_ms")}
+            return cls(**{**data, **tables})
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise FlextronError(f"not a latency table ({error}); measure it again with profile") from error
+
+
+class _DecodeProbe:
+    """Runs one decode step of a sub-network, again and again at the same position."""
+
+    def __init__(self, decoder: Decoder, spec: SubnetSpec, batch_size: int, context: int) -> None:
+        self._decoder = decoder
+        self._cache = CachedAttention(
+            decoder.config, [(spec, batch_size)], context + 1, dtype=decoder.dtype, device=decoder.device
+        )
+        self._cache.advance([(context,) * batch_size])
+        tokens = torch.zeros(batch_size, dtype=torch.long, device=decoder.device)
+        self._batch = Batch(tokens, torch.full_like(tokens, context), (Segment(spec, (1,) * batch_size),))
+
+    @torch.inference_mode()
+    def run_ms(self) -> float:
+        """Milliseconds of one step."""
+        synchronize = torch.cuda.synchronize if self._decoder.device.type == "cuda" else lambda: None
+        synchronize()
+        start = time.perf_counter()
+        self._decoder.logits(self._decoder(self._batch, self._cache)).argmax(-1)
+        synchronize()
+        return (time.perf_counter() - start) * 1e3
+
+
+def decode_latencies_ms(
+    decoder: Decoder,
+    specs: Sequence[SubnetSpec],
+    *,
+    batch_size: int = 1,
+    context: int = 128,
+    repeats: int = 15,
+    on_progress: Progress | None = None,
+) -> list[float]:
+    """Median milliseconds of a decode step in each sub-network, measured round robin after one warm-up round."""
+    probes = [_DecodeProbe(decoder, spec, batch_size, context) for spec in specs]
+    times: list[list[float]] = [[] for _ in probes]
+    for r in range(repeats + 1):
+        for probe, measured in zip(probes, times, strict=True):
+            elapsed = probe.run_ms()
+            if r:
+                measured.append(elapsed)
+        if on_progress is not None:
+            on_progress(r + 1, repeats + 1)
+    return [statistics.median(measured) for measured in times]
+
+
+def _random_spec(space: SearchSpace, rng: random.Random) -> SubnetSpec:
+    """Any sub-network: sizes spread over the whole range."""
+    size = rng.random()
+    layers = []
+    skipped = set(rng.sample(space.skippable_layers, rng.randint(0, space.max_skipped_layers)))
+    for i in range(space.num_hidden_layers):
+        keep = i not in skipped
+        widths = [
+            choices[min(len(choices) - 1, max(0, round(rng.gauss(size, 0.3) * (len(choices) - 1))))]
+            for choices in (space.intermediate_sizes, space.num_groups)
+        ]
+        layers.append(LayerSpec(intermediate_size=widths[0] * keep, num_groups=widths[1] * keep))
+    return SubnetSpec(layers=tuple(layers))
+
+
+def _features(spec: SubnetSpec, space: SearchSpace) -> list[float]:
+    """Counts of each choice, after a 1 for the base."""
+    sizes, groups = spec.intermediate_sizes, spec.num_groups
+    return [
+        1.0,
+        *(float(sizes.count(w)) for w in space.intermediate_sizes),
+        *(float(groups.count(g)) for g in space.num_groups),
+    ]
+
+
+def measure_table(
+    decoder: Decoder,
+    space: SearchSpace,
+    *,
+    batch_size: int = 1,
+    context: int = 128,
+    repeats: int = 15,
+    seed: int = 0,
+    on_progress: Progress | None = None,
+) -> LatencyTable:
+    """Time whole networks on the decoder's device and fit the table to them.
+
+    Args:
+        decoder: the full model.
+        space: its choices.
+        batch_size: sequences of a decode step.
+        context: tokens that each holds.
+        repeats: timed steps of each network, of which the median counts.
+        seed: of the random networks.
+        on_progress: called with rounds done and rounds in all.
+    """
+    full_width, full_groups = space.intermediate_sizes[-1], space.num_groups[-1]
+    design = [space.full, *(space.uniform(w, full_groups) for w in (0, *space.intermediate_sizes[:-1]))]
+    design += [space.uniform(full_width, g) for g in (0, *space.num_groups[:-1])]
+    design += [space.uniform(0, 0)]
+    rng = random.Random(seed)
+    design += [_random_spec(space, rng) for _ in range(_NUM_FIT)]
+    held_out = [_random_spec(space, rng) for _ in range(_NUM_HELD_OUT)]
+    times = decode_latencies_ms(
+        decoder, design + held_out, batch_size=batch_size, context=context, repeats=repeats, on_progress=on_progress
+    )
+    costs = _fit([_features(spec, space) for spec in design], times[: len(design)])
+    num_widths = len(space.intermediate_sizes)
+    table = LatencyTable(
+        device=device_fingerprint(decoder.device, decoder.dtype),
+        batch_size=batch_size,
+        context=context,
+        base_ms=costs[0],
+        mlp_ms=dict(zip(space.intermediate_sizes, costs[1 : 1 + num_widths], strict=True)),
+        attention_ms=dict(zip(space.num_groups, costs[1 + num_widths :], strict=True)),
+        full_ms=times[0],
+        median_error=0.0,
+        max_error=0.0,
+    )
+    errors = [abs(table.predict_ms(s) / t - 1) for s, t in zip(held_out, times[len(design) :], strict=True)]
+    measured = {"median_error": statistics.median(errors), "max_error": max(errors)}
+    return LatencyTable.from_dict(table.to_dict() | measured)
+
+
+def _fit(rows: list[list[float]], times: list[float]) -> list[float]:
+    """Least squares in relative error, so that small networks count as much as large ones."""
+    weights = 1 / torch.tensor(times, dtype=torch.float64)
+    a = torch.tensor(rows, dtype=torch.float64) * weights[:, None]
+    solution = torch.linalg.lstsq(a, torch.ones(len(times), dtype=torch.float64)[:, None]).solution
+    return [max(0.0, float(x)) for x in solution[:, 0]]

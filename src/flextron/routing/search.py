@@ -1,0 +1,207 @@
+"""Search for the sub-networks that lose least at each latency, by measured loss.
+
+A model of the loss, additive over half layers, proposes; measurements decide and correct it. Its terms come from
+`Sensitivity`; how much narrowed MLPs, narrowed attention and skipped layers count against each other is refitted after
+every round to all losses measured so far. Proposals are the model's optimum for each target (a knapsack, solved by its
+Lagrangian) and mutations of the best sub-networks found (evolution). Uniform ones are measured beside them.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from flextron.model.cost import num_parameters
+from flextron.model.decoder import Decoder
+from flextron.model.scoring import mean_loss
+from flextron.routing.frontier import Frontier, FrontierPoint
+from flextron.routing.latency import LatencyTable
+from flextron.routing.sensitivity import Sensitivity, measure_sensitivity
+from flextron.spec import LayerSpec, SearchSpace, SubnetSpec
+
+__all__ = ["SearchSettings", "search_frontier"]
+
+OnProgress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchSettings:
+    """How long and where to search."""
+
+    targets: tuple[float, ...] = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4)
+    """Latency fractions around which to look."""
+    rounds: int = 2
+    """Proposals from the fitted model, one a target and round."""
+    mutations: int = 1
+    """Mutations of the best sub-network of each target, after the rounds."""
+    num_uniform: int = 6
+    """Uniform sub-networks measured for comparison."""
+    seed: int = 0
+    """Of the mutations."""
+
+
+@dataclass(slots=True)
+class _Search:
+    decoder: Decoder
+    space: SearchSpace
+    table: LatencyTable
+    sensitivity: Sensitivity
+    validation_BT: Tensor
+    budget: int
+    on_progress: OnProgress | None
+    weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    found: dict[SubnetSpec, FrontierPoint] = field(default_factory=dict)
+
+    def measure(self, spec: SubnetSpec, kind: str) -> None:
+        """Measure a sub-network once."""
+        if spec not in self.found:
+            params = num_parameters(self.decoder.config, spec)
+            self.found[spec] = FrontierPoint(
+                spec=spec,
+                kind=kind,
+                params=params,
+                mem_bytes=params * self.decoder.dtype.itemsize,
+                latency_ms=self.table.predict_ms(spec),
+                latency=self.table.predict(spec),
+                loss=mean_loss(self.decoder, self.validation_BT, spec),
+            )
+        if self.on_progress is not None:
+            self.on_progress(min(len(self.found), self.budget), self.budget)
+
+    def layer_cost(self, i: int, layer: LayerSpec) -> float:
+        """The loss model's term of one layer."""
+        mlp, attention = self.sensitivity.mlp[i], self.sensitivity.attention[i]
+        m, a = mlp[layer.intermediate_size], attention[layer.num_groups]
+        w_mlp, w_attention, w_skip = self.weights
+        return w_skip * (m + a) if layer.is_skipped else w_mlp * m + w_attention * a
+
+    def options(self, i: int) -> list[LayerSpec]:
+        """What layer `i` may be."""
+        out = [
+            LayerSpec(intermediate_size=w, num_groups=g)
+            for w in self.space.intermediate_sizes
+            for g in self.space.num_groups
+        ]
+        if i in self.space.skippable_layers and self.space.max_skipped_layers:
+            out.append(LayerSpec(intermediate_size=0, num_groups=0))
+        return out
+
+    def cheapest(self, price: float) -> SubnetSpec:
+        """The sub-network of least modelled loss plus `price` times milliseconds."""
+        chosen: list[LayerSpec] = []
+        regret: dict[int, tuple[float, LayerSpec]] = {}
+        for i in range(self.space.num_hidden_layers):
+            scored = sorted(
+                ((self.layer_cost(i, o) + price * self.table.layer_ms(o), k, o) for k, o in enumerate(self.options(i))),
+            )
+            best = scored[0]
+            chosen.append(best[2])
+            if best[2].is_skipped:
+                kept = next(s for s in scored if not s[2].is_skipped)
+                regret[i] = (kept[0] - best[0], kept[2])
+        for i in sorted(regret, key=lambda i: regret[i][0])[: max(0, len(regret) - self.space.max_skipped_layers)]:
+            chosen[i] = regret[i][1]
+        return SubnetSpec(layers=tuple(chosen))
+
+    def propose(self, target: float) -> SubnetSpec:
+        """The modelled optimum within a latency fraction, by bisection on the price of time."""
+        low, high = 0.0, 1e6
+        best = self.space.smallest
+        for _ in range(60):
+            price = (low * high) ** 0.5 if low else high / 1e3
+            spec = self.cheapest(price)
+            if self.table.predict(spec) <= target:
+                best, high = spec, price
+            else:
+                low = price
+            if high < 1e-12:
+                break
+        return best
+
+    def refit(self) -> None:
+        """Fit the weights of the model's three terms to the measured rises of the loss."""
+        full = self.found[self.space.full].loss
+        rows = [self.sensitivity.terms(spec) for spec in self.found]
+        a = torch.tensor(rows, dtype=torch.float64)
+        y = torch.tensor([p.loss - full for p in self.found.values()], dtype=torch.float64).clamp_min(0)
+        scale = a.mean(0).clamp_min(1e-12)
+        # a little of the prior (equal weights) keeps terms that were hardly tried from vanishing
+        prior = y.mean() / (a / scale).sum(1).mean().clamp_min(1e-12)
+        ridge = 0.1 * len(y) ** 0.5
+        left = torch.cat([a / scale, ridge * torch.eye(3, dtype=torch.float64)])
+        right = torch.cat([y, ridge * prior.expand(3)])
+        solution = torch.linalg.lstsq(left, right[:, None]).solution[:, 0].clamp_min(float(prior) * 0.05)
+        mlp, attention, skip = (solution / scale).tolist()
+        self.weights = mlp, attention, skip
+
+    def mutate(self, target: float, rng: random.Random) -> SubnetSpec | None:
+        """A neighbour, within the target, of the best sub-network there: some layers widened, others narrowed."""
+        within = [p for p in self.found.values() if p.latency <= target]
+        if not within:
+            return None
+        parent = min(within, key=lambda p: p.loss).spec
+        for _ in range(50):
+            layers = list(parent.layers)
+            for i in rng.sample(range(len(layers)), k=min(len(layers), rng.choice((2, 3, 4)))):
+                layers[i] = rng.choice(self.options(i))
+            child = SubnetSpec(layers=tuple(layers))
+            close = target - 0.03 <= self.table.predict(child) <= target
+            if close and child in self.space and child not in self.found:
+                return child
+        return None
+
+
+def _uniform_specs(space: SearchSpace, count: int) -> list[SubnetSpec]:
+    """Uniform sub-networks along the diagonal of the space, full and smallest included."""
+    sizes = space.intermediate_sizes
+    picks = sorted({round(j * (len(sizes) - 1) / max(1, count - 1)) for j in range(count)}, reverse=True)
+    groups = space.num_groups
+    return [space.uniform(sizes[k], groups[round(k * (len(groups) - 1) / max(1, len(sizes) - 1))]) for k in picks]
+
+
+def search_frontier(
+    decoder: Decoder,
+    space: SearchSpace,
+    table: LatencyTable,
+    *,
+    calibration_BT: Tensor,
+    validation_BT: Tensor,
+    text: str,
+    settings: SearchSettings | None = None,
+    on_progress: OnProgress | None = None,
+) -> Frontier:
+    """Measure a frontier of loss over latency.
+
+    Args:
+        decoder: the full model.
+        space: its sub-networks.
+        table: latencies on this device.
+        calibration_BT: a few sequences for the sensitivities.
+        validation_BT: sequences on which losses are measured.
+        text: name of the validation text, for the record.
+        settings: targets and effort.
+        on_progress: called with sub-networks measured and to be measured.
+    """
+    settings = settings or SearchSettings()
+    per_round = len(settings.targets)
+    budget = settings.num_uniform + 2 + per_round * (settings.rounds + settings.mutations)
+    sensitivity = measure_sensitivity(decoder, calibration_BT, space, seed=settings.seed)
+    search = _Search(decoder, space, table, sensitivity, validation_BT, budget, on_progress)
+    for spec in [space.full, *_uniform_specs(space, settings.num_uniform)]:
+        search.measure(spec, "uniform")
+    search.measure(space.smallest, "guided")
+    for _ in range(settings.rounds):
+        for target in settings.targets:
+            search.measure(search.propose(target), "guided")
+        search.refit()
+    rng = random.Random(settings.seed)
+    for _ in range(settings.mutations):
+        for target in settings.targets:
+            child = search.mutate(target, rng)
+            if child is not None:
+                search.measure(child, "evolved")
+    return Frontier.of(table.device, text, search.found.values())

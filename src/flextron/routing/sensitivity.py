@@ -1,0 +1,110 @@
+"""What each choice of each layer is likely to cost in loss, from one backward pass and one sweep over the layers.
+
+For a small change e of the residual stream, the expected rise of the loss is ½ E[(gᵀ e)²], with g the gradient of the
+log-likelihood of tokens drawn from the model itself (the Fisher information, which knows how much the rest of the
+network cares). The e of every choice is computed exactly, one half layer at a time, on the full network's activations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flextron.model.attention import CausalAttention
+from flextron.model.batch import Batch
+from flextron.model.decoder import Decoder
+from flextron.model.layers import Layer, rotary_tables
+from flextron.model.losses import cross_entropy
+from flextron.spec import SearchSpace, SubnetSpec
+
+__all__ = ["Sensitivity", "measure_sensitivity"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sensitivity:
+    """Expected rise of the loss, in nats, if one half layer alone is narrowed; width 0 is the skipped half."""
+
+    mlp: tuple[dict[int, float], ...]
+    """For each layer, by MLP width."""
+    attention: tuple[dict[int, float], ...]
+    """For each layer, by groups."""
+
+    def terms(self, spec: SubnetSpec) -> tuple[float, float, float]:
+        """Sums over the layers: of narrowed MLPs, of narrowed attention, and of skipped layers."""
+        mlp = attention = skipped = 0.0
+        for i, layer in enumerate(spec.layers):
+            m, a = self.mlp[i][layer.intermediate_size], self.attention[i][layer.num_groups]
+            if layer.is_skipped:
+                skipped += m + a
+            else:
+                mlp, attention = mlp + m, attention + a
+        return mlp, attention, skipped
+
+
+def _draw_targets(decoder: Decoder, h_ND: Tensor, generator: torch.Generator) -> Tensor:
+    """A token from the model's own distribution at every position."""
+    drawn = [
+        torch.multinomial(torch.softmax(decoder.logits(h).float(), -1).cpu(), 1, generator=generator)
+        for h in h_ND.split(128)
+    ]
+    return torch.cat(drawn).squeeze(1).to(h_ND.device)
+
+
+def measure_sensitivity(decoder: Decoder, tokens_BT: Tensor, space: SearchSpace, *, seed: int = 0) -> Sensitivity:
+    """Measure on calibration sequences.
+
+    Args:
+        decoder: the full model.
+        tokens_BT: a few sequences; memory is that of a training step on them.
+        space: the choices.
+        seed: of the drawn targets.
+    """
+    batch = Batch.padded(tokens_BT.to(decoder.device), decoder.widths)
+    rope = rotary_tables(decoder.config, batch.positions_N, decoder.dtype)
+    core = CausalAttention(decoder.config)
+    with torch.enable_grad():
+        x = decoder.embed(batch).detach().requires_grad_()
+        stream = [x]  # the residual stream before and after each half layer
+        for i, layer in enumerate(decoder.layers):
+            assert isinstance(layer, Layer)
+            after = x + layer.attend(x, batch, [space.num_groups[-1]], i, rope, core)
+            x = after + layer.feed_forward(x if layer.parallel else after, batch, [space.intermediate_sizes[-1]])
+            stream += [after, x]
+        h = decoder.final_norm(x)
+        targets = _draw_targets(decoder, h.detach(), torch.Generator().manual_seed(seed))
+        loss = cross_entropy(h, decoder.head_weight.detach(), targets) * len(h)
+        gradients = torch.autograd.grad(loss, stream[1:])
+    return _sweep(decoder, batch, space, [s.detach() for s in stream], gradients, rope, core)
+
+
+@torch.no_grad()
+def _sweep(
+    decoder: Decoder,
+    batch: Batch,
+    space: SearchSpace,
+    stream: list[Tensor],
+    gradients: tuple[Tensor, ...],
+    rope: tuple[Tensor, Tensor] | None,
+    core: CausalAttention,
+) -> Sensitivity:
+    mlp, attention = [], []
+
+    def cost(change_ND: Tensor, gradient_ND: Tensor) -> float:
+        return 0.5 * float((change_ND.float() * gradient_ND.float()).sum(-1).square().mean())
+
+    for i, layer in enumerate(decoder.layers):
+        assert isinstance(layer, Layer)
+        before, middle, after = stream[2 * i : 2 * i + 3]
+        g_middle, g_after = gradients[2 * i : 2 * i + 2]
+        costs = {space.num_groups[-1]: 0.0, 0: cost(before - middle, g_middle)}
+        for g in space.num_groups[:-1]:
+            costs[g] = cost(before + layer.attend(before, batch, [g], i, rope, core) - middle, g_middle)
+        attention.append(costs)
+        costs = {space.intermediate_sizes[-1]: 0.0, 0: cost(middle - after, g_after)}
+        for w in space.intermediate_sizes[:-1]:
+            out = middle + layer.feed_forward(before if layer.parallel else middle, batch, [w])
+            costs[w] = cost(out - after, g_after)
+        mlp.append(costs)
+    return Sensitivity(mlp=tuple(mlp), attention=tuple(attention))

@@ -1,0 +1,67 @@
+"""How elastic training runs: every knob, with its default, as one validated value that is stored with the result."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = ["TrainRecipe"]
+
+
+class TrainRecipe(BaseModel):
+    """Elastic continued training. Unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tokens: int = Field(100_000, gt=0)
+    """Training tokens in all, each counted once."""
+    context: int = Field(256, gt=1)
+    """Tokens of a sequence."""
+    batch_size: int = Field(8, gt=0)
+    """Sequences of an optimizer step, over all processes and accumulation steps."""
+    micro_batch_size: int = Field(8, gt=0)
+    """Sequences that run at once in one process."""
+    subnets_per_batch: int = Field(4, gt=0)
+    """Sub-networks among which the sequences of a micro batch are dealt; all run in one nested pass."""
+    full_probability: float = Field(0.2, ge=0, le=1)
+    """Chance of a drawn sub-network to be the full one, so that it does not decay."""
+    smallest_probability: float = Field(0.1, ge=0, le=1)
+    """Chance to be the smallest one that annealing allows yet."""
+    tilt: float = Field(1.3, gt=0)
+    """Exponent over the uniform draw of the size; above 1 leans to the large end."""
+    anneal_fraction: float = Field(0.3, ge=0, le=1)
+    """Part of the run over which the smallest width comes in."""
+    lr: float = Field(3e-4, gt=0)
+    """Peak learning rate of AdamW."""
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    """Learning rate at the end of the cosine, over the peak."""
+    warmup_fraction: float = Field(0.05, ge=0, le=1)
+    """Part of the run over which the rate rises linearly."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled decay of matrices."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's moments."""
+    grad_clip: float = Field(1.0, gt=0)
+    """Largest norm of the gradient."""
+    train_embeddings: bool = False
+    """Whether embeddings, positions and head train too; they are not nested, and cost a third of a small model's step."""
+    kl_weight: float = Field(1.0, ge=0)
+    """Weight of the forward KL to the frozen original."""
+    kl_fraction: float = Field(0.25, gt=0, le=1)
+    """Part of the tokens, drawn anew each step, on which the KL is computed: an unbiased estimate at a fraction of the
+    vocabulary's cost."""
+    hidden_weight: float = Field(1.0, ge=0)
+    """Weight of the distance to the teacher's final hidden states, on all tokens, in the head's metric."""
+    lm_weight: float = Field(0.0, ge=0)
+    """Weight of the next-token loss, on the same tokens as the KL."""
+    temperature: float = Field(1.0, gt=0)
+    """Of the KL."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of activations; weights and optimizer state are float32."""
+    gradient_checkpointing: bool = False
+    """Recompute each layer in the backward pass, for less memory."""
+    checkpoint_minutes: float = Field(5.0, gt=0)
+    """Time between resumable states on disk."""
+    seed: int = 0
+    """Of data order, sub-networks and token choice."""

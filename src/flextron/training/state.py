@@ -1,0 +1,100 @@
+"""Training state on disk, from which a killed run goes on as if nothing had happened: safetensors and JSON, no pickle.
+
+Data order, sub-networks and token choice depend on the step alone, so parameters, AdamW's moments and the step are all
+there is to save.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from flextron.errors import FlextronError
+from flextron.files import new_directory, read_json, write_json
+
+__all__ = ["RunDirectory"]
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    """Where one training run keeps its state; a run of another recipe or text does not go on from it."""
+
+    path: Path
+    identity: dict[str, Any]
+    """What must be equal for a resumed run to be the same run: recipe, text, model."""
+
+    @property
+    def _state(self) -> Path:
+        return self.path / "state"
+
+    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, history: list[dict[str, float]]) -> None:
+        """Replace the saved state by one after `step` steps, in one move."""
+        names = {id(p): name for name, p in model.named_parameters()}
+        moments = {
+            f"{names[id(p)]}:{key}": optimizer.state[p][key].contiguous()
+            for group in optimizer.param_groups
+            for p in group["params"]
+            for key in _MOMENTS
+            if p in optimizer.state
+        }
+        trained = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+        with new_directory(self._state, overwrite=True) as temporary:
+            save_file(trained, temporary / "model.safetensors")
+            save_file(moments, temporary / "optimizer.safetensors")
+            write_json(temporary / "run.json", {"step": step, "identity": self.identity, "history": history})
+
+    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict[str, float]]]:
+        """Restore the saved state, if there is one.
+
+        Returns:
+            Steps done (0 without a state) and the history of their losses.
+
+        Raises:
+            FlextronError: the state is of another run, or damaged.
+        """
+        if not self._state.exists():
+            return 0, []
+        run = read_json(self._state / "run.json")
+        if run["identity"] != self.identity:
+            changed = sorted(k for k in self.identity if run["identity"].get(k) != self.identity[k])
+            raise FlextronError(
+                f"{self.path} holds an unfinished run that differs in {', '.join(changed)}; "
+                "finish it with its own settings, or remove that directory to start anew"
+            )
+        try:
+            weights = load_file(self._state / "model.safetensors")
+            moments = load_file(self._state / "optimizer.safetensors")
+        except (SafetensorError, OSError) as error:
+            raise FlextronError(f"{self._state} is damaged ({error}); remove it to start anew") from error
+        self._restore(model, optimizer, weights, moments, int(run["step"]))
+        return int(run["step"]), list(run["history"])
+
+    @staticmethod
+    @torch.no_grad()
+    def _restore(
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        weights: dict[str, Tensor],
+        moments: dict[str, Tensor],
+        step: int,
+    ) -> None:
+        for name, p in model.named_parameters():
+            if name in weights:
+                p.copy_(weights[name])
+            if f"{name}:exp_avg" in moments:
+                optimizer.state[p] = {key: moments[f"{name}:{key}"].to(p.device) for key in _MOMENTS} | {
+                    "step": torch.tensor(float(step), device=p.device if p.is_cuda else "cpu")
+                }
+
+    def clear(self) -> None:
+        """Remove the state of a finished run."""
+        shutil.rmtree(self._state, ignore_errors=True)

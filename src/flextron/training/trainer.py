@@ -1,0 +1,213 @@
+"""Elastic continued training: sub-networks of one set of weights, distilled from the frozen original (Flextron, 3.2).
+
+A micro batch's sequences are dealt to several sub-networks that run in one nested pass; the teacher runs once. The loop
+goes through `accelerate`, so the same code runs on a CPU, a GPU, or several.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor
+
+from flextron.errors import FlextronError
+from flextron.model.batch import Batch, Segment
+from flextron.model.decoder import Decoder
+from flextron.spec import SearchSpace, SubnetSpec
+from flextron.training.blocks import TokenBlocks
+from flextron.training.objective import Objective, TeacherStates
+from flextron.training.recipe import TrainRecipe
+from flextron.training.sampling import SubnetSampler
+from flextron.training.state import RunDirectory
+
+__all__ = ["TrainResult", "train"]
+
+_METRIC_TOKENS = 512
+OnStep = Callable[[int, int, dict[str, float]], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainResult:
+    """What a run did."""
+
+    num_steps: int
+    num_tokens: int
+    """Tokens that went through the student, resumed steps included."""
+    seconds: float
+    """Of this process; resumed steps not included."""
+    tokens_per_second: float
+    """Over this process's steps."""
+    history: list[dict[str, float]] = field(default_factory=list)
+    """Losses of every step."""
+
+
+def deal(tokens_BT: Tensor, specs: list[SubnetSpec]) -> Batch:
+    """A padded micro batch whose sequences are dealt to sub-networks, as evenly as it goes."""
+    batch_size, length = tokens_BT.shape
+    shares = [len(part) for part in torch.arange(batch_size).tensor_split(len(specs))]
+    whole = Batch.padded(tokens_BT, specs[0])
+    segments = tuple(Segment(spec, (length,) * n) for spec, n in zip(specs, shares, strict=True) if n)
+    return Batch(whole.tokens_N, whole.positions_N, segments)
+
+
+def learning_rate(recipe: TrainRecipe, step: int, num_steps: int) -> float:
+    """Linear warm-up, then a cosine down to `min_lr_ratio`."""
+    warmup = max(1, round(recipe.warmup_fraction * num_steps))
+    if step < warmup:
+        return recipe.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, num_steps - warmup)
+    floor = recipe.min_lr_ratio
+    return recipe.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def _optimizer(decoder: Decoder, recipe: TrainRecipe) -> torch.optim.AdamW:
+    """AdamW over what trains: matrices with decay, vectors without."""
+    frozen = () if recipe.train_embeddings else ("embedding.", "positions.", "head.")
+    for name, p in decoder.named_parameters():
+        p.requires_grad_(not name.startswith(frozen) if frozen else True)
+    trained = [p for p in decoder.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=True)
+
+
+class _Run:
+    """The state and the steps of one run."""
+
+    def __init__(
+        self, decoder: Decoder, teacher: Decoder, space: SearchSpace, blocks: TokenBlocks, recipe: TrainRecipe
+    ) -> None:
+        ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
+        self.accelerator = Accelerator(
+            mixed_precision="bf16" if recipe.precision == "bf16" else "no", kwargs_handlers=[ddp]
+        )
+        self.recipe, self.blocks = recipe, blocks
+        world = self.accelerator.num_processes
+        self.sequences = recipe.batch_size // world
+        if recipe.batch_size % world or self.sequences % min(recipe.micro_batch_size, self.sequences):
+            raise FlextronError(
+                f"batch_size {recipe.batch_size} must divide evenly among {world} processes and then into micro "
+                f"batches of {recipe.micro_batch_size}"
+            )
+        self.micro = min(recipe.micro_batch_size, self.sequences)
+        self.num_steps = math.ceil(recipe.tokens / (recipe.batch_size * blocks.context))
+        self.sampler = SubnetSampler(space, recipe, self.num_steps)
+        decoder.gradient_checkpointing = recipe.gradient_checkpointing
+        device = self.accelerator.device
+        self.decoder = decoder.to(device)
+        optimizer = _optimizer(decoder, recipe)
+        self.objective, self.optimizer = self.accelerator.prepare(Objective(decoder, recipe), optimizer)
+        sample = blocks.batch(0, math.ceil(_METRIC_TOKENS / blocks.context))
+        self.teacher = TeacherStates(teacher.to(device), sample)
+
+    def _rows(self, step: int, micro_step: int, num_tokens: int) -> Tensor:
+        """The tokens whose vocabulary losses are computed."""
+        count = max(1, round(self.recipe.kl_fraction * num_tokens))
+        rank = self.accelerator.process_index
+        seed = hash((self.recipe.seed, step, micro_step, rank)) % 2**63
+        rows = torch.randperm(num_tokens, generator=torch.Generator().manual_seed(seed))[:count]
+        return rows.sort().values.to(self.accelerator.device)
+
+    def step(self, step: int) -> dict[str, float]:
+        """One optimizer step; mean losses over its micro batches."""
+        rate = learning_rate(self.recipe, step, self.num_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        first = self.accelerator.process_index * self.sequences
+        tokens = self.blocks.batch(step, self.recipe.batch_size)[first : first + self.sequences]
+        micro_batches = tokens.to(self.accelerator.device).split(self.micro)
+        sums: dict[str, Tensor] = {}
+        for m, micro_BT in enumerate(micro_batches):
+            batch = deal(micro_BT, self.sampler.draw(step, m, min(self.recipe.subnets_per_batch, len(micro_BT))))
+            teacher_h = self.teacher.hidden(micro_BT)
+            with self._sync(last=m == len(micro_batches) - 1):
+                losses = self.objective(batch, self.teacher, teacher_h, self._rows(step, m, len(teacher_h)))
+                self.accelerator.backward(losses["loss"] / len(micro_batches))
+            for name, value in losses.items():
+                sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value.detach() / len(micro_batches)
+        norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), self.recipe.grad_clip)
+        if not torch.isfinite(norm):
+            raise FlextronError(f"the gradient of step {step} is not finite; lower the learning rate ({rate:.1e})")
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return {name: float(value) for name, value in sums.items()} | {"lr": rate}
+
+    def _sync(self, *, last: bool) -> AbstractContextManager[Any]:
+        """Gradients travel between processes with the last micro batch only."""
+        return nullcontext() if last else self.accelerator.no_sync(self.objective)  # type: ignore[no-any-return]
+
+
+def train(
+    decoder: Decoder,
+    teacher: Decoder,
+    space: SearchSpace,
+    blocks: TokenBlocks,
+    recipe: TrainRecipe,
+    *,
+    run_directory: Path | None = None,
+    identity: dict[str, Any] | None = None,
+    on_step: OnStep | None = None,
+) -> TrainResult:
+    """Train the sub-networks of a decoder, in place.
+
+    Args:
+        decoder: the full, permuted model; float32.
+        teacher: the frozen original, a model of its own.
+        space: sub-networks to draw from.
+        blocks: training text.
+        recipe: all settings.
+        run_directory: where resumable states go; without one, a killed run is lost.
+        identity: facts beside the recipe that a resumed run must share (source of text and model).
+        on_step: called after every step with the steps done, the steps in all, and the losses.
+
+    Raises:
+        FlextronError: the batch does not divide, the gradient is not finite, or the directory holds another run.
+    """
+    run = _Run(decoder, teacher, space, blocks, recipe)
+    directory = None
+    done, history = 0, []
+    optimizer = getattr(run.optimizer, "optimizer", run.optimizer)
+    if run_directory is not None:
+        directory = RunDirectory(run_directory, {"recipe": recipe.model_dump(mode="json"), **(identity or {})})
+        done, history = directory.load(decoder, optimizer)
+    decoder.train()
+    started = saved = time.monotonic()
+    first = done
+    for step in range(done, run.num_steps):
+        losses = run.step(step)
+        history.append(losses)
+        now = time.monotonic()
+        if on_step is not None:
+            on_step(step + 1, run.num_steps, losses)
+        due = now - saved > 60 * recipe.checkpoint_minutes and step + 1 < run.num_steps
+        if directory is not None and due and run.accelerator.is_main_process:
+            directory.save(step + 1, decoder, optimizer, history)
+            saved = time.monotonic()
+    seconds = time.monotonic() - started
+    tokens_per_step = recipe.batch_size * blocks.context
+    _release(decoder)
+    return TrainResult(
+        num_steps=run.num_steps,
+        num_tokens=run.num_steps * tokens_per_step,
+        seconds=seconds,
+        tokens_per_second=(run.num_steps - first) * tokens_per_step / max(seconds, 1e-9),
+        history=history,
+    )
+
+
+def _release(decoder: Decoder) -> None:
+    """Back to a model that is used, not trained."""
+    decoder.eval().requires_grad_(False)
+    decoder.gradient_checkpointing = False
+    decoder.zero_grad(set_to_none=True)

@@ -1,0 +1,112 @@
+"""Writing GGUF files by llama.cpp's conversion rules, row by row from their description: the tests' reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+Arrays = dict[str, np.ndarray]
+
+# Hugging Face's module names and GGUF's, as the format's documentation lists them.
+OUTER = {
+    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+    "transformer.wte": "token_embd", "transformer.wpe": "position_embd", "transformer.ln_f": "output_norm",
+    "gpt_neox.embed_in": "token_embd", "gpt_neox.final_layer_norm": "output_norm", "embed_out": "output",
+}  # fmt: skip
+INNER = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+    "ln_1": "attn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output",
+    "ln_2": "ffn_norm", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down",
+    "attention.query_key_value": "attn_qkv", "attention.dense": "attn_output",
+    "mlp.dense_h_to_4h": "ffn_up", "mlp.dense_4h_to_h": "ffn_down",
+}  # fmt: skip
+
+
+def gguf_name(hf_name: str) -> str:
+    module, kind = hf_name.rsplit(".", 1)
+    if module in OUTER:
+        return f"{OUTER[module]}.{kind}"
+    _, layer, rest = module.split(".", 1)[1].split(".", 2)
+    return f"blk.{layer}.{INNER[rest]}.{kind}"
+
+
+def forward_order(name: str, config: PretrainedConfig) -> list[int] | None:
+    """Which row of Hugging Face's tensor each row of the file's is; None where they are the same."""
+    heads = config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if config.model_type == "llama" and (".q_proj." in name or ".k_proj." in name):
+        n = heads if ".q_proj." in name else config.num_key_value_heads
+        return [h * dim + half * dim // 2 + j for h in range(n) for j in range(dim // 2) for half in (0, 1)]
+    if ".query_key_value." in name:
+        return [(h * 3 + part) * dim + j for part in range(3) for h in range(heads) for j in range(dim)]
+    return None
+
+
+def to_gguf(tensors: Mapping[str, torch.Tensor], config: PretrainedConfig) -> Arrays:
+    out = {}
+    for name, tensor in tensors.items():
+        order = forward_order(name, config)
+        rows = tensor if order is None else tensor[order]
+        if config.model_type == "gpt2" and ".c_" in name and tensor.dim() == 2:
+            rows = rows.T
+        out[gguf_name(name)] = rows.contiguous().numpy()
+    if "llama3" in str(getattr(config, "rope_parameters", "")):
+        base = config.rope_parameters["rope_theta"] ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
+        scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+        out["rope_freqs.weight"] = (base / scaled).numpy()
+    return out
+
+
+def fields_of(config: PretrainedConfig) -> dict[str, Any]:
+    """The metadata that llama.cpp's converter writes, without the architecture's prefix."""
+    fields = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": getattr(config, "intermediate_size", 4 * config.hidden_size),
+        "attention.head_count": config.num_attention_heads,
+    }
+    if config.model_type == "gpt2":
+        return fields | {"attention.layer_norm_epsilon": config.layer_norm_epsilon}
+    rope = config.rope_parameters
+    fields["rope.freq_base"] = rope["rope_theta"]
+    if rope["rope_type"] == "linear":
+        fields |= {"rope.scaling.type": "linear", "rope.scaling.factor": rope["factor"]}
+    if config.model_type == "gpt_neox":
+        fields["attention.layer_norm_epsilon"] = config.layer_norm_eps
+        fields["use_parallel_residual"] = config.use_parallel_residual
+        return fields | {"rope.dimension_count": int(config.hidden_size / config.num_attention_heads * 0.25)}
+    fields["attention.head_count_kv"] = config.num_key_value_heads
+    fields["attention.layer_norm_rms_epsilon"] = config.rms_norm_eps
+    if head_dim := getattr(config, "head_dim", None):
+        fields["attention.key_length"] = head_dim
+    return fields
+
+
+def write_gguf(path: Path, arch: str, fields: Mapping[str, Any], arrays: Arrays, quantize: Iterable[str] = ()) -> Path:
+    writer = gguf.GGUFWriter(path, arch)
+    adders: dict[type, Callable[[str, Any], None]] = {
+        bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
+        list: writer.add_array,
+    }  # fmt: skip
+    for key, value in fields.items():
+        full = key if key.startswith(("tokenizer.", "split.")) else f"{arch}.{key}"
+        adders[type(value)](full, value)
+    for name, array in arrays.items():
+        kind = gguf.GGMLQuantizationType.Q8_0 if name in quantize else None
+        writer.add_tensor(name, gguf.quants.quantize(array, kind) if kind else array, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

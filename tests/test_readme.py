@@ -1,0 +1,157 @@
+"""README and documentation: the marked Python snippets run, and relative links lead somewhere.
+
+A snippet is run when the line before its fence is `<!-- test -->`. It runs alone, offline, in an empty directory that
+holds a tiny random Llama checkpoint named `tiny-llama`.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = [page for page in (README, *sorted((ROOT / "docs").rglob("*.md"))) if page.exists()]
+
+MARK = re.compile(r"^<!-- test -->$", re.MULTILINE)
+SNIPPET = re.compile(r"^<!-- test -->\n```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+CODE = re.compile(r"^```.*?^```$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"""\]\(<?([^)\s>]+)[^)]*\)|(?:src|href)=["']([^"']+)["']""")
+ELSEWHERE = re.compile(r"[a-z][a-z0-9+.-]*:|#", re.IGNORECASE)
+
+
+def snippets(text: str) -> list[tuple[int, str]]:
+    """The marked snippets, each with the number of lines above its first."""
+    return [(text.count("\n", 0, match.start(1)), match[1]) for match in SNIPPET.finditer(text)]
+
+
+def relative_links(text: str) -> list[str]:
+    """Targets of links and images within the repository, without their anchors; code is left out."""
+    targets = [match[1] or match[2] for match in LINK.finditer(CODE.sub("", text))]
+    return [target.split("#")[0] for target in targets if not ELSEWHERE.match(target)]
+
+
+def name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def marked_snippets() -> list[object]:
+    return [
+        pytest.param(page, offset, code, id=f"{name(page)}:{offset + 1}")
+        for page in PAGES
+        for offset, code in snippets(page.read_text(encoding="utf-8"))
+    ]
+
+
+def make_tiny_llama(directory: Path) -> None:
+    """Write a random Llama of some 100k parameters with a byte-level tokenizer, as `transformers` stores them."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["Once upon a time a small model learned to be smaller still."], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    config = LlamaConfig(
+        vocab_size=len(fast),
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=fast.bos_token_id,
+        eos_token_id=fast.eos_token_id,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(directory)
+    fast.save_pretrained(directory)
+
+
+@pytest.fixture(scope="module")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("checkpoints") / "tiny-llama"
+    make_tiny_llama(directory)
+    return directory
+
+
+@pytest.fixture
+def beside_tiny_llama(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current directory with nothing but `tiny-llama` in it."""
+    shutil.copytree(tiny_llama, tmp_path / "tiny-llama")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.usefixtures("beside_tiny_llama")
+@pytest.mark.parametrize(("page", "offset", "code"), marked_snippets())
+def test_snippet_runs(page: Path, offset: int, code: str) -> None:
+    # Leading blank lines make a traceback name the page's own line.
+    exec(compile("\n" * offset + code, str(page), "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.usefixtures("beside_tiny_llama")
+def test_tiny_llama_is_a_checkpoint_that_transformers_loads() -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained("tiny-llama")
+    text = "Once upon a time – ça alors"
+    batch = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+    assert tokenizer.decode(batch["input_ids"][0], skip_special_tokens=True) == text
+    logits = AutoModelForCausalLM.from_pretrained("tiny-llama")(**batch).logits
+    assert logits.shape == (*batch["input_ids"].shape, len(tokenizer))
+
+
+@pytest.mark.skipif(not README.exists(), reason="README.md is not written yet")
+def test_readme_has_a_snippet_that_runs() -> None:
+    assert snippets(README.read_text(encoding="utf-8")), "mark a ```python block of README.md with <!-- test -->"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_mark_stands_before_a_snippet(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert len(snippets(text)) == len(MARK.findall(text)), "<!-- test --> must be the line before ```python"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_relative_links_lead_somewhere(page: Path) -> None:
+    broken = [link for link in relative_links(page.read_text(encoding="utf-8")) if not (page.parent / link).exists()]
+    assert not broken
+
+
+SAMPLE = """\
+# Page
+[guide](guide.md#part) ![plot](img/plot.png "title") <img src="img/logo.svg" width="20">
+[site](https://example.org) [anchor](#page) [mail](mailto:a@example.org) `[not](code.md)`
+
+```python
+text = "[neither](this.md)"
+```
+
+<!-- test -->
+```python
+x = 1
+y = x
+```
+"""
+
+
+def test_links_are_found_outside_code_and_within_the_repository() -> None:
+    assert relative_links(SAMPLE) == ["guide.md", "img/plot.png", "img/logo.svg"]
+
+
+def test_only_marked_snippets_are_found_with_their_place() -> None:
+    ((offset, code),) = snippets(SAMPLE)
+    assert code == "x = 1\ny = x\n"
+    assert SAMPLE.splitlines()[offset] == "x = 1"
