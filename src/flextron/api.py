@@ -169,6 +169,7 @@ class ElasticModel(_Generates):
         teacher: str | Path | None = None,
         run_directory: str | Path | None = None,
         on_step: OnStep | None = None,
+        on_reconstruct: OnProgress | None = None,
     ) -> TrainResult:
         """Train the sub-networks against the frozen full model; what was profiled before no longer holds and is dropped.
 
@@ -178,6 +179,7 @@ class ElasticModel(_Generates):
             teacher: another checkpoint of the same vocabulary to learn from; by default the model as it is now.
             run_directory: where states for resuming go, and the packed text.
             on_step: called after each step with steps done, steps in all, and losses.
+            on_reconstruct: called during the closed-form start with layers done and in all.
 
         Raises:
             FlextronError: the text is too short, the recipe does not fit, or the run directory holds another run.
@@ -197,6 +199,7 @@ class ElasticModel(_Generates):
             run_directory=None if run_directory is None else Path(run_directory),
             identity={"text": source, "model": self.info.provenance.get("source")},
             on_step=on_step,
+            on_reconstruct=on_reconstruct,
         )
         facts = {
             "train": recipe.model_dump(mode="json"),
@@ -311,7 +314,9 @@ class ElasticModel(_Generates):
         """A sub-network as a model of its own."""
         return DenseModel(extract(self.decoder, spec), self.tokenizer, self.hf_config)
 
-    def loss(self, text: Texts = None, *, spec: SubnetSpec | None = None, num_tokens: int = 8192, context: int = 256) -> float:
+    def loss(
+        self, text: Texts = None, *, spec: SubnetSpec | None = None, num_tokens: int = 8192, context: int = 256
+    ) -> float:
         """Mean loss, in nats a token, over windows of text; by default the held-out text of this machine."""
         windows = _blocks(_documents(text, evaluation_text), self.tokenizer, num_tokens=num_tokens, context=context)
         return mean_loss(self.decoder, windows, spec or self.space.full)
@@ -377,7 +382,9 @@ def convert(
 
 def _default_multiple(intermediate_size: int) -> int:
     """The largest of 64, 32, 16, 8, 4, 2, 1 that divides the width into at least four choices."""
-    return next(m for m in (64, 32, 16, 8, 4, 2, 1) if intermediate_size % m == 0 and intermediate_size // m >= 4 or m == 1)
+    return next(
+        m for m in (64, 32, 16, 8, 4, 2, 1) if (intermediate_size % m == 0 and intermediate_size // m >= 4) or m == 1
+    )
 
 
 def load(directory: str | Path) -> ElasticModel:

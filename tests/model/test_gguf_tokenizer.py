@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -145,17 +146,19 @@ def test_chat_template_and_length() -> None:
 
 
 def sentencepiece(**changes: Any) -> tuple[PreTrainedTokenizerBase, dict[str, float]]:
-    """A tokenizer of SentencePiece's kind over pieces of the corpus, and its ordinary tokens' scores."""
-    words = sorted({"\u2581" + word for word in " ".join(CORPUS).split()})
-    pieces = sorted({w[:n] for w in words for n in range(1, len(w) + 1)} | {c for w in words for c in w} - {"é"})
-    pieces = [p for p in pieces if "é" not in p]
-    scores = {p: -float(i) for i, p in enumerate(sorted(pieces, key=lambda p: (len(p), p)))}
+    """A tokenizer of SentencePiece's kind over a random half of the parts of the corpus's words, and their scores."""
+    words = {"\u2581" + word for word in " ".join(CORPUS).split() if "é" not in word}
+    pieces = sorted({word[i:j] for word in words for j in range(1, len(word) + 1) for i in range(j)})
+    draw = random.Random(0)
+    pieces = [piece for piece in pieces if len(piece) == 1 or draw.random() < 0.5]
+    draw.shuffle(pieces)
+    scores = {piece: -float(i) for i, piece in enumerate(pieces)}
     special, raw = ["<unk>", "<s>", "</s>"], [f"<0x{i:02X}>" for i in range(256)]
     metadata = {
         "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": [*special, *raw, *scores],
+        "tokenizer.ggml.tokens": [*special, *raw, *sorted(scores)],
         "tokenizer.ggml.token_type": [2, 3, 3, *[6] * 256, *[1] * len(scores)],
-        "tokenizer.ggml.scores": [0.0] * 259 + list(scores.values()),
+        "tokenizer.ggml.scores": [0.0] * 259 + [scores[piece] for piece in sorted(scores)],
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
         "tokenizer.ggml.unknown_token_id": 0,

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812 - the field's name for it
+from torch.nn import functional as F
 
 from flextron.errors import FlextronError
 from flextron.model.config import DecoderConfig

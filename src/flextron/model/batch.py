@@ -63,9 +63,7 @@ class Batch:
                 groups.append((spec, []))
             groups[-1][1].append(len(tokens))
         offsets = starts or [0] * len(sequences)
-        positions = [
-            torch.arange(a, a + len(t), device=t.device) for t, a in zip(sequences, offsets, strict=True)
-        ]
+        positions = [torch.arange(a, a + len(t), device=t.device) for t, a in zip(sequences, offsets, strict=True)]
         segments = tuple(Segment(spec, tuple(lengths)) for spec, lengths in groups)
         return cls(torch.cat(list(sequences)), torch.cat(positions), segments)
 

@@ -57,7 +57,9 @@ def _download(hub_id: str) -> Path:
     if hub_id.startswith((".", "/", "~")) or hub_id.count("/") > 1:
         raise FlextronError(f"{hub_id} does not exist; give a checkpoint directory, a .gguf file or a hub id")
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
+        return Path(
+            snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"])
+        )
     except Exception as error:  # the hub client raises many kinds: no network, no such id, gated
         raise FlextronError(
             f"{hub_id} is neither a directory here nor a model that the hub gave ({type(error).__name__}); "
@@ -150,7 +152,9 @@ def load_weights(decoder: Decoder, tensors: Iterator[tuple[str, Tensor]]) -> Non
             parameters[target].copy_(part)
         done.add(key)
     if missing := [name for name in wanted if name not in done]:
-        raise FlextronError(f"the checkpoint lacks {len(missing)} tensors, the first is {missing[0]}; download it again")
+        raise FlextronError(
+            f"the checkpoint lacks {len(missing)} tensors, the first is {missing[0]}; download it again"
+        )
 
 
 def write_checkpoint(

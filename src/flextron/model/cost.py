@@ -5,10 +5,11 @@ from __future__ import annotations
 from flextron.model.config import DecoderConfig
 from flextron.spec import LayerSpec, SubnetSpec
 
-__all__ = ["block_parameters", "kv_bytes_per_token", "num_parameters", "step_flops"]
+__all__ = ["block_parameters", "kv_bytes_per_token", "layer_parameters", "num_parameters", "step_flops"]
 
 
-def _layer_parameters(config: DecoderConfig, layer: LayerSpec) -> int:
+def layer_parameters(config: DecoderConfig, layer: LayerSpec) -> int:
+    """Parameters of one layer of the given widths, norms included."""
     size, norm = config.hidden_size, config.hidden_size * (2 if config.norm == "layer" else 1)
     total = 0
     if layer.num_groups:
@@ -25,7 +26,7 @@ def _layer_parameters(config: DecoderConfig, layer: LayerSpec) -> int:
 
 def block_parameters(config: DecoderConfig, spec: SubnetSpec) -> int:
     """Parameters of the layers alone, without embeddings, head and final norm."""
-    return sum(_layer_parameters(config, layer) for layer in spec.layers)
+    return sum(layer_parameters(config, layer) for layer in spec.layers)
 
 
 def num_parameters(config: DecoderConfig, spec: SubnetSpec) -> int:

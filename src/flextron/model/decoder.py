@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - the field's name for it
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from flextron.model.attention import Attention, CausalAttention

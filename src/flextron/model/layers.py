@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - the field's name for it
+from torch.nn import functional as F
 
 from flextron.errors import UnsupportedModelError
 from flextron.model.attention import Attention

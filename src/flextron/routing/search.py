@@ -3,7 +3,7 @@
 A model of the loss, additive over half layers, proposes; measurements decide and correct it. Its terms come from
 `Sensitivity`; how much narrowed MLPs, narrowed attention and skipped layers count against each other is refitted after
 every round to all losses measured so far. Proposals are the model's optimum for each target (a knapsack, solved by its
-Lagrangian) and mutations of the best sub-networks found (evolution). Uniform ones are measured beside them.
+Lagrangian, see `Allocator`) and mutations of the best sub-networks found (evolution). Uniform ones are measured beside them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from flextron.model.cost import num_parameters
 from flextron.model.decoder import Decoder
 from flextron.model.scoring import mean_loss
+from flextron.routing.allocate import Allocator
 from flextron.routing.frontier import Frontier, FrontierPoint
 from flextron.routing.latency import LatencyTable
 from flextron.routing.sensitivity import Sensitivity, measure_sensitivity
@@ -72,55 +73,10 @@ class _Search:
         if self.on_progress is not None:
             self.on_progress(min(len(self.found), self.budget), self.budget)
 
-    def layer_cost(self, i: int, layer: LayerSpec) -> float:
-        """The loss model's term of one layer."""
-        mlp, attention = self.sensitivity.mlp[i], self.sensitivity.attention[i]
-        m, a = mlp[layer.intermediate_size], attention[layer.num_groups]
-        w_mlp, w_attention, w_skip = self.weights
-        return w_skip * (m + a) if layer.is_skipped else w_mlp * m + w_attention * a
-
-    def options(self, i: int) -> list[LayerSpec]:
-        """What layer `i` may be."""
-        out = [
-            LayerSpec(intermediate_size=w, num_groups=g)
-            for w in self.space.intermediate_sizes
-            for g in self.space.num_groups
-        ]
-        if i in self.space.skippable_layers and self.space.max_skipped_layers:
-            out.append(LayerSpec(intermediate_size=0, num_groups=0))
-        return out
-
-    def cheapest(self, price: float) -> SubnetSpec:
-        """The sub-network of least modelled loss plus `price` times milliseconds."""
-        chosen: list[LayerSpec] = []
-        regret: dict[int, tuple[float, LayerSpec]] = {}
-        for i in range(self.space.num_hidden_layers):
-            scored = sorted(
-                ((self.layer_cost(i, o) + price * self.table.layer_ms(o), k, o) for k, o in enumerate(self.options(i))),
-            )
-            best = scored[0]
-            chosen.append(best[2])
-            if best[2].is_skipped:
-                kept = next(s for s in scored if not s[2].is_skipped)
-                regret[i] = (kept[0] - best[0], kept[2])
-        for i in sorted(regret, key=lambda i: regret[i][0])[: max(0, len(regret) - self.space.max_skipped_layers)]:
-            chosen[i] = regret[i][1]
-        return SubnetSpec(layers=tuple(chosen))
-
     def propose(self, target: float) -> SubnetSpec:
-        """The modelled optimum within a latency fraction, by bisection on the price of time."""
-        low, high = 0.0, 1e6
-        best = self.space.smallest
-        for _ in range(60):
-            price = (low * high) ** 0.5 if low else high / 1e3
-            spec = self.cheapest(price)
-            if self.table.predict(spec) <= target:
-                best, high = spec, price
-            else:
-                low = price
-            if high < 1e-12:
-                break
-        return best
+        """The modelled optimum within a latency fraction."""
+        allocator = Allocator(self.space, self.sensitivity, self.table.layer_ms, self.weights)
+        return allocator.within(target * self.table.predict_ms(self.space.full) - self.table.base_ms)
 
     def refit(self) -> None:
         """Fit the weights of the model's three terms to the measured rises of the loss."""
@@ -139,7 +95,7 @@ class _Search:
         self.weights = mlp, attention, skip
 
     def mutate(self, target: float, rng: random.Random) -> SubnetSpec | None:
-        """A neighbour, within the target, of the best sub-network there: some layers widened, others narrowed."""
+        """A neighbour, within the target, of the best sub-network there: some layers drawn anew."""
         within = [p for p in self.found.values() if p.latency <= target]
         if not within:
             return None
@@ -147,7 +103,10 @@ class _Search:
         for _ in range(50):
             layers = list(parent.layers)
             for i in rng.sample(range(len(layers)), k=min(len(layers), rng.choice((2, 3, 4)))):
-                layers[i] = rng.choice(self.options(i))
+                layers[i] = LayerSpec(
+                    intermediate_size=rng.choice(self.space.intermediate_sizes),
+                    num_groups=rng.choice(self.space.num_groups),
+                )
             child = SubnetSpec(layers=tuple(layers))
             close = target - 0.03 <= self.table.predict(child) <= target
             if close and child in self.space and child not in self.found:

@@ -1,7 +1,9 @@
 """Which sub-networks a training step runs: a function of the seed and the step alone, so that resuming needs no state.
 
-Sizes are drawn first and widths around them, layer by layer: independent draws in every layer would all come out at the
-same middling size. Within a step the sizes are stratified, which makes a sandwich of large and small ones.
+Sizes are drawn first, as fractions of the layers' parameters, and stratified within a step, which makes a sandwich of
+large and small ones. Most sub-networks are then *guided*: the best of their size by the sensitivities of the original,
+each of which is perturbed at random. They are what a search will want later, and training the rest of an astronomic space
+evenly would starve them. A few are plain random ones, so that no choice stays untrained.
 """
 
 from __future__ import annotations
@@ -9,13 +11,19 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+from flextron.model.config import DecoderConfig
+from flextron.model.cost import layer_parameters
+from flextron.routing.allocate import Allocator
+from flextron.routing.sensitivity import Sensitivity
 from flextron.spec import LayerSpec, SearchSpace, SubnetSpec
 from flextron.training.recipe import TrainRecipe
 
 __all__ = ["SubnetSampler", "random_subnet"]
 
 _SPREAD = 0.25
-"""Standard deviation of a layer's relative size around its sub-network's."""
+"""Standard deviation of a layer's relative width around its sub-network's, in random sub-networks."""
+_NOISE = 0.5
+"""Standard deviation of the logarithm of a guided sub-network's sensitivities around the measured ones."""
 
 
 def _pick(choices: tuple[int, ...], size: float) -> int:
@@ -46,18 +54,38 @@ def random_subnet(space: SearchSpace, size: float, rng: random.Random) -> Subnet
     return SubnetSpec(layers=tuple(layers))
 
 
-@dataclass(frozen=True, slots=True)
+def _perturbed(sensitivity: Sensitivity, rng: random.Random) -> Sensitivity:
+    """Each half layer's costs times a random factor."""
+
+    def scaled(tables: tuple[dict[int, float], ...]) -> tuple[dict[int, float], ...]:
+        factors = [rng.lognormvariate(0, _NOISE) for _ in tables]
+        return tuple({w: f * c for w, c in t.items()} for f, t in zip(factors, tables, strict=True))
+
+    return Sensitivity(mlp=scaled(sensitivity.mlp), attention=scaled(sensitivity.attention))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SubnetSampler:
     """Draws the sub-networks of a step."""
 
+    config: DecoderConfig
     space: SearchSpace
+    sensitivity: Sensitivity
     recipe: TrainRecipe
     num_steps: int
 
     def floor(self, step: int) -> float:
-        """Smallest relative size allowed at a step: falls from 1 to 0 over the annealed part of the run."""
+        """Smallest size allowed at a step: falls from 1 to `min_size` over the annealed part of the run."""
         annealed = self.recipe.anneal_fraction * self.num_steps
-        return max(0.0, 1 - (step + 1) / annealed) if annealed else 0.0
+        progress = min(1.0, (step + 1) / annealed) if annealed else 1.0
+        return 1 - (1 - self.recipe.min_size) * progress
+
+    def guided(self, size: float, rng: random.Random | None = None) -> SubnetSpec:
+        """The best sub-network of at most `size` by the (perturbed) sensitivities."""
+        sensitivity = self.sensitivity if rng is None else _perturbed(self.sensitivity, rng)
+        allocator = Allocator(self.space, sensitivity, lambda layer: layer_parameters(self.config, layer))
+        full = sum(layer_parameters(self.config, layer) for layer in self.space.full.layers)
+        return allocator.within(size * full)
 
     def draw(self, step: int, micro_step: int, count: int) -> list[SubnetSpec]:
         """The sub-networks of one micro batch."""
@@ -65,18 +93,12 @@ class SubnetSampler:
         floor = self.floor(step)
         out = []
         for j in range(count):
+            size = floor + (1 - floor) * ((count - 1 - j + rng.random()) / count) ** (1 / self.recipe.tilt)
             kind = rng.random()
-            size = floor + (1 - floor) * ((j + rng.random()) / count) ** self.recipe.tilt
             if kind < self.recipe.full_probability:
                 out.append(self.space.full)
-            elif kind > 1 - self.recipe.smallest_probability:
-                out.append(self._smallest(floor))
-            else:
+            elif kind < self.recipe.full_probability + self.recipe.random_probability:
                 out.append(random_subnet(self.space, size, rng))
-        rng.shuffle(out)
+            else:
+                out.append(self.guided(size, rng))
         return out
-
-    def _smallest(self, floor: float) -> SubnetSpec:
-        skip = self.space.skippable_layers[: round((1 - floor) * self.space.max_skipped_layers)]
-        widths = _pick(self.space.intermediate_sizes, floor), _pick(self.space.num_groups, floor)
-        return self.space.uniform(*widths, skip)

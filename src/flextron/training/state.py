@@ -36,7 +36,9 @@ class RunDirectory:
     def _state(self) -> Path:
         return self.path / "state"
 
-    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, history: list[dict[str, float]]) -> None:
+    def save(
+        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, history: list[dict[str, float]]
+    ) -> None:
         """Replace the saved state by one after `step` steps, in one move."""
         names = {id(p): name for name, p in model.named_parameters()}
         moments = {

@@ -22,16 +22,21 @@ from torch import Tensor
 from flextron.errors import FlextronError
 from flextron.model.batch import Batch, Segment
 from flextron.model.decoder import Decoder
+from flextron.routing.sensitivity import measure_sensitivity
 from flextron.spec import SearchSpace, SubnetSpec
 from flextron.training.blocks import TokenBlocks
 from flextron.training.objective import Objective, TeacherStates
 from flextron.training.recipe import TrainRecipe
+from flextron.training.reconstruction import reconstruct
 from flextron.training.sampling import SubnetSampler
 from flextron.training.state import RunDirectory
 
 __all__ = ["TrainResult", "train"]
 
-_METRIC_TOKENS = 512
+_SAMPLE_TOKENS = 512
+"""For the teacher's sensitivities and its head's metric."""
+_RECONSTRUCTED = 4
+"""Sub-networks of the closed-form start, evenly spaced in size."""
 OnStep = Callable[[int, int, dict[str, float]], None]
 
 
@@ -102,14 +107,36 @@ class _Run:
             )
         self.micro = min(recipe.micro_batch_size, self.sequences)
         self.num_steps = math.ceil(recipe.tokens / (recipe.batch_size * blocks.context))
-        self.sampler = SubnetSampler(space, recipe, self.num_steps)
         decoder.gradient_checkpointing = recipe.gradient_checkpointing
         device = self.accelerator.device
         self.decoder = decoder.to(device)
         optimizer = _optimizer(decoder, recipe)
         self.objective, self.optimizer = self.accelerator.prepare(Objective(decoder, recipe), optimizer)
-        sample = blocks.batch(0, math.ceil(_METRIC_TOKENS / blocks.context))
+        sample = blocks.batch(0, math.ceil(_SAMPLE_TOKENS / blocks.context))
         self.teacher = TeacherStates(teacher.to(device), sample)
+        self.sampler = SubnetSampler(
+            config=decoder.config,
+            space=space,
+            # of the teacher, which does not change: a resumed run draws the same sub-networks
+            sensitivity=measure_sensitivity(teacher, sample, space, seed=recipe.seed),
+            recipe=recipe,
+            num_steps=self.num_steps,
+        )
+
+    def reconstruct(self, on_progress: Callable[[int, int], None] | None) -> None:
+        """The closed-form start, before the first step."""
+        recipe, context = self.recipe, self.blocks.context
+        count = min(recipe.reconstruction_tokens // context, self.blocks.num_blocks)
+        if count:
+            sizes = [1 - (1 - recipe.min_size) * (j + 1) / _RECONSTRUCTED for j in range(_RECONSTRUCTED)]
+            reconstruct(
+                self.decoder,
+                self.blocks.batch(0, count),
+                [self.sampler.guided(size) for size in sizes],
+                full_weight=recipe.reconstruction_full_weight,
+                ridge=recipe.reconstruction_ridge,
+                on_progress=on_progress,
+            )
 
     def _rows(self, step: int, micro_step: int, num_tokens: int) -> Tensor:
         """The tokens whose vocabulary losses are computed."""
@@ -158,6 +185,7 @@ def train(
     run_directory: Path | None = None,
     identity: dict[str, Any] | None = None,
     on_step: OnStep | None = None,
+    on_reconstruct: Callable[[int, int], None] | None = None,
 ) -> TrainResult:
     """Train the sub-networks of a decoder, in place.
 
@@ -170,6 +198,7 @@ def train(
         run_directory: where resumable states go; without one, a killed run is lost.
         identity: facts beside the recipe that a resumed run must share (source of text and model).
         on_step: called after every step with the steps done, the steps in all, and the losses.
+        on_reconstruct: called during the closed-form start with layers done and in all.
 
     Raises:
         FlextronError: the batch does not divide, the gradient is not finite, or the directory holds another run.
@@ -181,6 +210,8 @@ def train(
     if run_directory is not None:
         directory = RunDirectory(run_directory, {"recipe": recipe.model_dump(mode="json"), **(identity or {})})
         done, history = directory.load(decoder, optimizer)
+    if not done:
+        run.reconstruct(on_reconstruct)
     decoder.train()
     started = saved = time.monotonic()
     first = done

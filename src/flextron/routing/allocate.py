@@ -1,0 +1,85 @@
+"""Width for every layer under a budget: the cheapest expected loss, by an additive model (a knapsack).
+
+The model's terms come from `Sensitivity`. The budget's unit is the caller's: milliseconds where a table was measured,
+parameters where training must not depend on a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+from flextron.routing.sensitivity import Sensitivity
+from flextron.spec import LayerSpec, SearchSpace, SubnetSpec
+
+__all__ = ["Allocator"]
+
+_SKIP = LayerSpec(intermediate_size=0, num_groups=0)
+_BISECTIONS = 40
+
+
+@dataclass(frozen=True)
+class Allocator:
+    """Finds the best sub-network for a budget, according to the loss model."""
+
+    space: SearchSpace
+    sensitivity: Sensitivity
+    layer_cost: Callable[[LayerSpec], float]
+    """What one layer adds to the budget."""
+    weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """Of narrowed MLPs, narrowed attention and skipped layers in the loss model."""
+
+    @cached_property
+    def _options(self) -> list[list[tuple[LayerSpec, float, float]]]:
+        """For each layer all its choices, with modelled loss and cost."""
+        widths = [
+            LayerSpec(intermediate_size=w, num_groups=g)
+            for w in self.space.intermediate_sizes
+            for g in self.space.num_groups
+        ]
+        skippable = self.space.skippable_layers if self.space.max_skipped_layers else ()
+        return [
+            [(o, self.loss(i, o), self.layer_cost(o)) for o in widths + [_SKIP] * (i in skippable)]
+            for i in range(self.space.num_hidden_layers)
+        ]
+
+    def loss(self, i: int, layer: LayerSpec) -> float:
+        """The loss model's term of layer `i`."""
+        m = self.sensitivity.mlp[i][layer.intermediate_size]
+        a = self.sensitivity.attention[i][layer.num_groups]
+        w_mlp, w_attention, w_skip = self.weights
+        return w_skip * (m + a) if layer.is_skipped else w_mlp * m + w_attention * a
+
+    def _cheapest(self, price: float) -> tuple[SubnetSpec, float]:
+        """The sub-network of least loss plus `price` times cost, and its cost."""
+        chosen: dict[int, tuple[LayerSpec, float]] = {}
+        regret: dict[int, tuple[float, LayerSpec, float]] = {}
+        for i, options in enumerate(self._options):
+            layer, loss, cost = min(options, key=lambda o: o[1] + price * o[2])
+            chosen[i] = layer, cost
+            if layer.is_skipped:
+                kept = min((o for o in options if not o[0].is_skipped), key=lambda o: o[1] + price * o[2])
+                regret[i] = kept[1] + price * kept[2] - loss - price * cost, kept[0], kept[2]
+        # too many skipped: those stay whose return costs least
+        surplus = max(0, len(regret) - self.space.max_skipped_layers)
+        for i in sorted(regret, key=lambda i: regret[i][0])[:surplus]:
+            chosen[i] = regret[i][1:]
+        spec = SubnetSpec(layers=tuple(chosen[i][0] for i in sorted(chosen)))
+        return spec, sum(cost for _, cost in chosen.values())
+
+    def within(self, budget: float) -> SubnetSpec:
+        """The modelled optimum whose layers cost at most `budget`; the smallest sub-network if nothing does."""
+        full, cost = self._cheapest(0.0)
+        if cost <= budget:
+            return full
+        best = self.space.smallest
+        low, high = 1e-12, 1e12
+        for _ in range(_BISECTIONS):
+            price = (low * high) ** 0.5
+            spec, cost = self._cheapest(price)
+            if cost <= budget:
+                best, high = spec, price
+            else:
+                low = price
+        return best
