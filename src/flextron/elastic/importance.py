@@ -1,9 +1,9 @@
 """Which neurons, attention groups and layers matter most, measured on calibration text (Flextron, section 3.1).
 
 One pass, layer by layer: the hidden states of all calibration tokens are kept, each layer is measured and then applied,
-so the memory is that of one layer's statistics. Two orders exist. `activation` is the published one: mean magnitude of a
-neuron, mean norm of a head's output. `reconstruction` asks what the layer's output would lose: it removes units one by
-one, each time the one whose removal (given those already gone) changes the block's output least, and so sees what
+so the memory is that of one layer's statistics. Two orders exist. `activation` is the published one: mean magnitude of
+a neuron, mean norm of a head's output. `reconstruction` asks what the layer's output would lose: it removes units one
+by one, each time the one whose removal (given those already gone) changes the block's output least, and so sees what
 magnitudes cannot: outgoing weights, and neurons that stand in for each other.
 """
 

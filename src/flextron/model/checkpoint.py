@@ -71,7 +71,7 @@ def _tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
     if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return None
     try:
-        return AutoTokenizer.from_pretrained(path)  # type: ignore[no-any-return]
+        return AutoTokenizer.from_pretrained(path)
     except Exception as error:  # tokenizers raises bare Exceptions
         raise FlextronError(f"the tokenizer in {path} cannot be read ({error}); restore its files") from error
 
@@ -152,9 +152,7 @@ def load_weights(decoder: Decoder, tensors: Iterator[tuple[str, Tensor]]) -> Non
             parameters[target].copy_(part)
         done.add(key)
     if missing := [name for name in wanted if name not in done]:
-        raise FlextronError(
-            f"the checkpoint lacks {len(missing)} tensors, the first is {missing[0]}; download it again"
-        )
+        raise FlextronError(f"the checkpoint lacks {len(missing)} tensors, first {missing[0]}; download it again")
 
 
 def write_checkpoint(

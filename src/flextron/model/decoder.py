@@ -58,7 +58,7 @@ class Decoder(nn.Module):
 
     def embed(self, batch: Batch) -> Tensor:
         """What enters the first layer, (N, hidden size)."""
-        x_ND = self.embedding(batch.tokens_N)
+        x_ND: Tensor = self.embedding(batch.tokens_N)
         return x_ND if self.config.rope is not None else x_ND + self.positions(batch.positions_N)
 
     def forward(self, batch: Batch, attention: Attention | None = None) -> Tensor:

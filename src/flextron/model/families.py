@@ -213,7 +213,8 @@ def family_of(hf_config: Mapping[str, Any]) -> str:
 def _rope(hf: PretrainedConfig) -> Rope:
     """Rotary settings: `rope_parameters` since transformers 5, scattered attributes before."""
     parameters = dict(getattr(hf, "rope_parameters", None) or getattr(hf, "rope_scaling", None) or {})
-    theta = parameters.pop("rope_theta", None) or getattr(hf, "rope_theta", None) or getattr(hf, "rotary_emb_base", 1e4)
+    theta: Any = parameters.pop("rope_theta", None) or getattr(hf, "rope_theta", None)
+    theta = theta or getattr(hf, "rotary_emb_base", 10_000)
     fraction = parameters.pop("partial_rotary_factor", None) or getattr(hf, "rotary_pct", 1.0)
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind not in ("default", "linear", "llama3"):

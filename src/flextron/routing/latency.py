@@ -101,12 +101,16 @@ class _DecodeProbe:
     @torch.inference_mode()
     def run_ms(self) -> float:
         """Milliseconds of one step."""
-        synchronize = torch.cuda.synchronize if self._decoder.device.type == "cuda" else lambda: None
-        synchronize()
+        self._finish()
         start = time.perf_counter()
         self._decoder.logits(self._decoder(self._batch, self._cache)).argmax(-1)
-        synchronize()
+        self._finish()
         return (time.perf_counter() - start) * 1e3
+
+    def _finish(self) -> None:
+        """Wait for a device that works asynchronously."""
+        if self._decoder.device.type == "cuda":
+            torch.cuda.synchronize(self._decoder.device)
 
 
 def decode_latencies_ms(

@@ -3,7 +3,7 @@
 A model of the loss, additive over half layers, proposes; measurements decide and correct it. Its terms come from
 `Sensitivity`; how much narrowed MLPs, narrowed attention and skipped layers count against each other is refitted after
 every round to all losses measured so far. Proposals are the model's optimum for each target (a knapsack, solved by its
-Lagrangian, see `Allocator`) and mutations of the best sub-networks found (evolution). Uniform ones are measured beside them.
+Lagrangian, see `Allocator`) and mutations of the best sub-networks found (evolution). Uniform ones are measured beside.
 """
 
 from __future__ import annotations

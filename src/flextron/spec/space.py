@@ -14,6 +14,8 @@ __all__ = ["SearchSpace"]
 
 
 def _check_choices(name: str, choices: tuple[int, ...]) -> None:
+    if not all(type(c) is int for c in choices):
+        raise FlextronError(f"{name} must be whole numbers, not {list(choices)}")
     if not choices or any(c <= 0 for c in choices) or list(choices) != sorted(set(choices)):
         raise FlextronError(f"{name} must be positive sizes in ascending order without repeats, not {list(choices)}")
 
@@ -46,7 +48,7 @@ class SearchSpace:
         if not 0 <= self.max_skipped_layers <= len(self.skippable_layers):
             raise FlextronError(f"max_skipped_layers must lie between 0 and {len(self.skippable_layers)}")
         if self.max_skipped_layers >= self.num_hidden_layers:
-            raise FlextronError("at least one layer must stay")
+            raise FlextronError("max_skipped_layers must be below num_hidden_layers: at least one layer stays")
 
     @classmethod
     def from_ratios(
@@ -71,6 +73,8 @@ class SearchSpace:
         wanted = sorted({float(r) for r in ratios} | {1.0})
         if not all(0 < r <= 1 for r in wanted):
             raise FlextronError(f"ratios must lie in (0, 1], not {wanted}")
+        if multiple_of < 1 or intermediate_size < 1 or num_groups < 1:
+            raise FlextronError("multiple_of, intermediate_size and num_groups must be at least 1")
         if intermediate_size % multiple_of:
             raise FlextronError(
                 f"the MLP width {intermediate_size} is not a multiple of {multiple_of}; choose one that divides it"
@@ -160,6 +164,7 @@ class SearchSpace:
             FlextronError: a key is missing or unknown, or the choices make no sense.
         """
         try:
-            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
-        except TypeError as error:
+            values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+            return cls(**values)
+        except (TypeError, AttributeError) as error:
             raise FlextronError(f"not a search space: {error}") from error

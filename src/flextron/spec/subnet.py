@@ -70,6 +70,8 @@ class SubnetSpec:
     ) -> SubnetSpec:
         """The same widths in every layer but the skipped ones."""
         skipped = frozenset(skip)
+        if not all(0 <= i < num_hidden_layers for i in skipped):
+            raise FlextronError(f"only layers 0 to {num_hidden_layers - 1} can be skipped, not {sorted(skipped)}")
         kept = [0 if i in skipped else 1 for i in range(num_hidden_layers)]
         return cls.of([intermediate_size * k for k in kept], [num_groups * k for k in kept])
 
@@ -114,7 +116,9 @@ class SubnetSpec:
         """
         expected = {"intermediate_size", "num_groups"}
         if not isinstance(data, Mapping) or set(data) != expected:
-            raise FlextronError(f"a sub-network needs exactly the keys {sorted(expected)}; found {sorted(data)}")
+            raise FlextronError(f"a sub-network needs exactly the keys {sorted(expected)}; found {data!r}")
+        if not all(isinstance(data[key], list) for key in expected):
+            raise FlextronError("the widths of a sub-network are two lists, one entry a layer")
         return cls.of(data["intermediate_size"], data["num_groups"])
 
     def describe(self) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 
 from flextron.errors import FlextronError
 
 __all__ = ["Target"]
+
+_LARGEST = 1e18
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,7 +22,7 @@ class Target:
     params: int | None = None
     """Parameters, embeddings included."""
     max_loss_increase: float | None = None
-    """Largest loss over the full model's, as a fraction of it: 0.03 allows 3 % more. The fastest within it is chosen."""
+    """Loss above the full model's, as a fraction of it: 0.03 allows 3 % more. The fastest within it is chosen."""
 
     def __post_init__(self) -> None:
         """Check that exactly one limit is given and that it is positive and finite."""
@@ -30,7 +31,7 @@ class Target:
             names = ", ".join(f.name for f in fields(self))
             raise FlextronError(f"a target is exactly one of {names}; got {sorted(given) or 'none'}")
         ((name, value),) = given.items()
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST:
             raise FlextronError(f"{name} must be a finite number, not {value!r}")
         if value < 0 or (value == 0 and name != "max_loss_increase"):
             raise FlextronError(f"{name} must be positive, not {value!r}")

@@ -53,7 +53,7 @@ class TrainRecipe(BaseModel):
     grad_clip: float = Field(1.0, gt=0)
     """Largest norm of the gradient."""
     train_embeddings: bool = False
-    """Whether embeddings, positions and head train too; they are not nested, and cost a third of a small model's step."""
+    """Whether embeddings, positions and head train too; they are not nested, and dear in a small model."""
     kl_weight: float = Field(1.0, ge=0)
     """Weight of the forward KL to the frozen original."""
     kl_fraction: float = Field(0.25, gt=0, le=1)

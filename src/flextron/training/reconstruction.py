@@ -1,7 +1,7 @@
 """A closed-form start for elastic training: every output projection solved for all its prefixes at once.
 
-Some sub-networks are run side by side with the full model, layer by layer. At each half layer the output projection W is
-replaced by the minimiser of
+Some sub-networks are run side by side with the full model, layer by layer. At each half layer the output projection W
+is replaced by the minimiser of
 
     Σ_s α_s ‖ W[:, :w_s] h_s - (t - x_s) ‖²  +  ridge,
 

@@ -2,8 +2,8 @@
 
 Sizes are drawn first, as fractions of the layers' parameters, and stratified within a step, which makes a sandwich of
 large and small ones. Most sub-networks are then *guided*: the best of their size by the sensitivities of the original,
-each of which is perturbed at random. They are what a search will want later, and training the rest of an astronomic space
-evenly would starve them. A few are plain random ones, so that no choice stays untrained.
+each of which is perturbed at random. They are what a search will want later, and training the rest of an astronomic
+space evenly would starve them. A few are plain random ones, so that no choice stays untrained.
 """
 
 from __future__ import annotations

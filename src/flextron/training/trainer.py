@@ -172,7 +172,7 @@ class _Run:
 
     def _sync(self, *, last: bool) -> AbstractContextManager[Any]:
         """Gradients travel between processes with the last micro batch only."""
-        return nullcontext() if last else self.accelerator.no_sync(self.objective)  # type: ignore[no-any-return]
+        return nullcontext() if last else self.accelerator.no_sync(self.objective)
 
 
 def train(
@@ -205,7 +205,7 @@ def train(
     """
     run = _Run(decoder, teacher, space, blocks, recipe)
     directory = None
-    done, history = 0, []
+    done, history = 0, list[dict[str, float]]()
     optimizer = getattr(run.optimizer, "optimizer", run.optimizer)
     if run_directory is not None:
         directory = RunDirectory(run_directory, {"recipe": recipe.model_dump(mode="json"), **(identity or {})})

@@ -1,77 +1,42 @@
-"""The Python face: convert, load, train, profile, select, generate, extract. Each call is a few lines over the floors."""
+"""What `convert` and `load` give: a model to train, profile, ask for sub-networks and cut into dense ones."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from flextron.elastic import ElasticInfo, extract, permute, rank, read_elastic, write_elastic
-from flextron.elastic.checkpoint import provenance
-from flextron.elastic.importance import Method
+from flextron.api.texts import Texts, documents, evaluation_text, needed, source_name, training_text, windows
+from flextron.elastic import ElasticInfo, extract, write_elastic
 from flextron.errors import FlextronError
-from flextron.files import new_directory, read_json, write_json
+from flextron.evals import Perplexity, evaluate_perplexity
+from flextron.files import new_directory, write_json
 from flextron.model.checkpoint import load_decoder, open_pretrained, write_checkpoint
+from flextron.model.cost import num_parameters
 from flextron.model.decoder import Decoder
 from flextron.model.generation import SamplingParams, generate
-from flextron.model.scoring import mean_loss
-from flextron.routing import Frontier, LatencyTable, SearchSettings, device_fingerprint, measure_table, search_frontier
+from flextron.routing import (
+    Frontier,
+    FrontierPoint,
+    LatencyTable,
+    SearchSettings,
+    device_fingerprint,
+    measure_table,
+    search_frontier,
+)
 from flextron.spec import SearchSpace, SubnetSpec, Target
 from flextron.training.blocks import TokenBlocks, pack_tokens
-from flextron.training.documents import read_documents
-from flextron.training.machine_text import drop_overlaps, pydoc_topics, python_docstrings
 from flextron.training.recipe import TrainRecipe
 from flextron.training.trainer import OnStep, TrainResult, train
 
-__all__ = ["DenseModel", "ElasticModel", "convert", "default_device", "evaluation_text", "load", "training_text"]
+__all__ = ["DenseModel", "ElasticModel"]
 
-Texts = Iterable[str] | str | None
 OnProgress = Callable[[int, int], None]
-
-_RATIOS = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
-_MACHINE_CHARS = 4_000_000
-
-
-def default_device() -> torch.device:
-    """A GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def evaluation_text() -> list[str]:
-    """English prose on every machine with Python, never trained on by default: the language reference's topics."""
-    return pydoc_topics()
-
-
-def training_text(max_chars: int = _MACHINE_CHARS) -> list[str]:
-    """Docstrings of the installed Python code, without any passage of `evaluation_text`."""
-    return drop_overlaps(python_docstrings(max_chars=max_chars), evaluation_text())
-
-
-def _documents(text: Texts, default: Callable[[], list[str]]) -> Iterable[str]:
-    """Texts as given, those of a file or data set if it is a name, or the default."""
-    if text is None:
-        return default()
-    return read_documents(text) if isinstance(text, str) else text
-
-
-def _blocks(
-    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase | None, *, num_tokens: int, context: int
-) -> Tensor:
-    """Packed windows of token ids, int64, (B, context)."""
-    tokens = pack_tokens(documents, _needed(tokenizer), num_tokens=num_tokens, context=context)
-    return torch.from_numpy(tokens.reshape(-1, context).astype("int64"))
-
-
-def _needed(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
-    if tokenizer is None:
-        raise FlextronError("the checkpoint has no tokenizer; put the original's tokenizer.json beside its config.json")
-    return tokenizer
 
 
 class _Generates:
@@ -81,7 +46,7 @@ class _Generates:
     tokenizer: PreTrainedTokenizerBase | None
 
     def _generate(self, prompts: Sequence[str], spec: SubnetSpec, params: SamplingParams) -> list[str]:
-        tokenizer = _needed(self.tokenizer)
+        tokenizer = needed(self.tokenizer)
         if not params.stop_token_ids and tokenizer.eos_token_id is not None:
             params = replace(params, stop_token_ids=(tokenizer.eos_token_id,))
         ids = [tokenizer.encode(p, add_special_tokens=False) for p in prompts]
@@ -171,7 +136,7 @@ class ElasticModel(_Generates):
         on_step: OnStep | None = None,
         on_reconstruct: OnProgress | None = None,
     ) -> TrainResult:
-        """Train the sub-networks against the frozen full model; what was profiled before no longer holds and is dropped.
+        """Train the sub-networks against the frozen full model; earlier profiles no longer hold and are dropped.
 
         Args:
             text: documents, or a file, directory or `datasets` id; by default text that is on this machine.
@@ -184,8 +149,8 @@ class ElasticModel(_Generates):
         Raises:
             FlextronError: the text is too short, the recipe does not fit, or the run directory holds another run.
         """
-        recipe = recipe or TrainRecipe()  # type: ignore[call-arg]
-        source = text if isinstance(text, str) else "documents" if text is not None else "docstrings on this machine"
+        recipe = recipe or TrainRecipe()
+        source = source_name(text, "docstrings on this machine")
         blocks = self._training_blocks(text, recipe, None if run_directory is None else Path(run_directory))
         frozen = copy.deepcopy(self.decoder) if teacher is None else load_decoder(open_pretrained(teacher))
         if frozen.config.vocab_size != self.decoder.config.vocab_size:
@@ -212,13 +177,24 @@ class ElasticModel(_Generates):
         self.tables, self.frontier = {}, None
         return result
 
+    def evaluate(
+        self, specs: Mapping[str, SubnetSpec], text: Texts = None, *, num_tokens: int = 8192, context: int = 256
+    ) -> dict[str, Perplexity]:
+        """Perplexity of named sub-networks on windows of text; by default of the held-out text of this machine."""
+        tokens_BT = windows(documents(text, evaluation_text), self.tokenizer, num_tokens=num_tokens, context=context)
+        return {name: evaluate_perplexity(self.decoder, tokens_BT, spec) for name, spec in specs.items()}
+
+    def num_parameters(self, spec: SubnetSpec | None = None) -> int:
+        """Parameters of a sub-network (the full one by default), embeddings included."""
+        return num_parameters(self.decoder.config, spec or self.space.full)
+
     def _training_blocks(self, text: Texts, recipe: TrainRecipe, run_directory: Path | None) -> TokenBlocks:
         """The packed text; kept in the run directory, so that a resumed run sees the same."""
         stored = None if run_directory is None else run_directory / "tokens.npy"
         if stored is not None and stored.exists():
             return TokenBlocks.load(stored, seed=recipe.seed)
         tokens = pack_tokens(
-            _documents(text, training_text), _needed(self.tokenizer), num_tokens=recipe.tokens, context=recipe.context
+            documents(text, training_text), needed(self.tokenizer), num_tokens=recipe.tokens, context=recipe.context
         )
         blocks = TokenBlocks.from_tokens(tokens, context=recipe.context, seed=recipe.seed)
         if stored is not None:
@@ -250,8 +226,8 @@ class ElasticModel(_Generates):
             on_measure: called with timing rounds done and in all.
             on_search: called with sub-networks measured and to be measured.
         """
-        windows = _blocks(
-            _documents(text, evaluation_text), self.tokenizer, num_tokens=num_tokens + 2 * context, context=context
+        validation_BT = windows(
+            documents(text, evaluation_text), self.tokenizer, num_tokens=num_tokens + 2 * context, context=context
         )
         table = measure_table(
             self.decoder, self.space, batch_size=batch_size, context=decode_context, on_progress=on_measure
@@ -260,9 +236,9 @@ class ElasticModel(_Generates):
             self.decoder,
             self.space,
             table,
-            calibration_BT=windows[:2],
-            validation_BT=windows[2:] if len(windows) > 2 else windows,
-            text=text if isinstance(text, str) else "documents" if text is not None else "pydoc topics",
+            calibration_BT=validation_BT[:2],
+            validation_BT=validation_BT[2:] if len(validation_BT) > 2 else validation_BT,
+            text=source_name(text, "pydoc topics"),
             settings=settings,
             on_progress=on_search,
         )
@@ -280,6 +256,15 @@ class ElasticModel(_Generates):
             FlextronError: no such target, nothing within it, or the model was not profiled on this device.
         """
         return self._profiled(Target(**target)).select(Target(**target), uniform=uniform).spec
+
+    def frontier_point(self, latency: float) -> FrontierPoint:
+        """What was measured of the best sub-network within a fraction of the full model's latency.
+
+        Raises:
+            FlextronError: as for `select`.
+        """
+        target = Target(latency=latency)
+        return self._profiled(target).select(target)
 
     def _profiled(self, target: Target) -> Frontier:
         if self.frontier is None:
@@ -313,93 +298,3 @@ class ElasticModel(_Generates):
     def extract(self, spec: SubnetSpec) -> DenseModel:
         """A sub-network as a model of its own."""
         return DenseModel(extract(self.decoder, spec), self.tokenizer, self.hf_config)
-
-    def loss(
-        self, text: Texts = None, *, spec: SubnetSpec | None = None, num_tokens: int = 8192, context: int = 256
-    ) -> float:
-        """Mean loss, in nats a token, over windows of text; by default the held-out text of this machine."""
-        windows = _blocks(_documents(text, evaluation_text), self.tokenizer, num_tokens=num_tokens, context=context)
-        return mean_loss(self.decoder, windows, spec or self.space.full)
-
-
-def convert(
-    source: str | Path,
-    *,
-    calibration: Texts = None,
-    method: Method = "reconstruction",
-    ratios: Sequence[float] = _RATIOS,
-    multiple_of: int | None = None,
-    max_skipped_layers: int | None = None,
-    num_calibration_tokens: int = 8192,
-    context: int = 256,
-) -> ElasticModel:
-    """Turn a pretrained checkpoint into an elastic one: rank, permute, and define its sub-networks. No training.
-
-    Args:
-        source: hub id, local directory or `.gguf` file.
-        calibration: documents, or a file, directory or `datasets` id; by default text that is on this machine.
-        method: of ranking, see `flextron.elastic.importance`.
-        ratios: choices of MLP width and attention groups, as fractions of the full ones.
-        multiple_of: MLP widths are multiples of this; by default 64, or less where the width asks for it.
-        max_skipped_layers: how many layers a sub-network may skip; by default a quarter.
-        num_calibration_tokens: tokens to rank on.
-        context: tokens of a calibration sequence.
-
-    Raises:
-        FlextronError: the checkpoint or the choices are not usable; says why.
-    """
-    pretrained = open_pretrained(source)
-    decoder = load_decoder(pretrained).eval().requires_grad_(False)
-    config = decoder.config
-    windows = _blocks(
-        _documents(calibration, lambda: training_text(max_chars=10 * num_calibration_tokens)),
-        pretrained.tokenizer,
-        num_tokens=num_calibration_tokens,
-        context=min(context, config.max_position_embeddings),
-    )
-    decoder.to(default_device())
-    importance = rank(decoder, windows, method)
-    permute(decoder, importance)
-    skipped = config.num_hidden_layers // 4 if max_skipped_layers is None else max_skipped_layers
-    # the first and the last layer are never idle: they read and write the vocabulary
-    skippable = [i for i in importance.layers_by_importance if 0 < i < config.num_hidden_layers - 1]
-    space = SearchSpace.from_ratios(
-        num_hidden_layers=config.num_hidden_layers,
-        intermediate_size=config.intermediate_size,
-        num_groups=config.num_groups,
-        ratios=ratios,
-        multiple_of=multiple_of or _default_multiple(config.intermediate_size),
-        skippable_layers=skippable[: 2 * skipped],
-        max_skipped_layers=min(skipped, len(skippable)),
-    )
-    info = ElasticInfo(
-        space=space,
-        layer_scores=importance.layer_scores,
-        provenance=provenance(pretrained.name, importance=method, calibration_tokens=importance.num_tokens),
-    )
-    return ElasticModel(decoder, pretrained.tokenizer, pretrained.hf_config, info, {})
-
-
-def _default_multiple(intermediate_size: int) -> int:
-    """The largest of 64, 32, 16, 8, 4, 2, 1 that divides the width into at least four choices."""
-    return next(
-        m for m in (64, 32, 16, 8, 4, 2, 1) if (intermediate_size % m == 0 and intermediate_size // m >= 4) or m == 1
-    )
-
-
-def load(directory: str | Path) -> ElasticModel:
-    """Read an elastic checkpoint.
-
-    Raises:
-        FlextronError: it is not one, or damaged.
-    """
-    path = Path(directory).expanduser()
-    if not path.is_dir():
-        raise FlextronError(f"{directory} is no directory; give an elastic checkpoint made with convert")
-    info = read_elastic(path)
-    pretrained = open_pretrained(path)
-    decoder = load_decoder(pretrained).eval().requires_grad_(False).to(default_device())
-    tables = {f.stem: LatencyTable.from_dict(read_json(f)) for f in sorted((path / "latency").glob("*.json"))}
-    frontier = path / "frontier.json"
-    measured = Frontier.from_dict(read_json(frontier)) if frontier.exists() else None
-    return ElasticModel(decoder, pretrained.tokenizer, pretrained.hf_config, info, tables, measured)

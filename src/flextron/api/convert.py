@@ -1,0 +1,111 @@
+"""`convert` and `load`: from a pretrained checkpoint, or an elastic one on disk, to an `ElasticModel`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from flextron.api.model import ElasticModel
+from flextron.api.texts import Texts, documents, training_text, windows
+from flextron.elastic import ElasticInfo, permute, rank, read_elastic
+from flextron.elastic.checkpoint import provenance
+from flextron.elastic.importance import Method
+from flextron.errors import FlextronError
+from flextron.files import read_json
+from flextron.model.checkpoint import load_decoder, open_pretrained
+from flextron.routing import Frontier, LatencyTable
+from flextron.spec import SearchSpace
+
+__all__ = ["convert", "load"]
+
+_RATIOS = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+
+
+def _default_device() -> torch.device:
+    """A GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def convert(
+    source: str | Path,
+    *,
+    calibration: Texts = None,
+    method: Method = "reconstruction",
+    ratios: Sequence[float] = _RATIOS,
+    multiple_of: int | None = None,
+    max_skipped_layers: int | None = None,
+    num_calibration_tokens: int = 8192,
+    context: int = 256,
+) -> ElasticModel:
+    """Turn a pretrained checkpoint into an elastic one: rank, permute, and define its sub-networks. No training.
+
+    Args:
+        source: hub id, local directory or `.gguf` file.
+        calibration: documents, or a file, directory or `datasets` id; by default text that is on this machine.
+        method: of ranking, see `flextron.elastic.importance`.
+        ratios: choices of MLP width and attention groups, as fractions of the full ones.
+        multiple_of: MLP widths are multiples of this; by default 64, or less where the width asks for it.
+        max_skipped_layers: how many layers a sub-network may skip; by default a quarter.
+        num_calibration_tokens: tokens to rank on.
+        context: tokens of a calibration sequence.
+
+    Raises:
+        FlextronError: the checkpoint or the choices are not usable; says why.
+    """
+    pretrained = open_pretrained(source)
+    decoder = load_decoder(pretrained).eval().requires_grad_(False)
+    config = decoder.config
+    calibration_BT = windows(
+        documents(calibration, lambda: training_text(max_chars=10 * num_calibration_tokens)),
+        pretrained.tokenizer,
+        num_tokens=num_calibration_tokens,
+        context=min(context, config.max_position_embeddings),
+    )
+    decoder.to(_default_device())
+    importance = rank(decoder, calibration_BT, method)
+    permute(decoder, importance)
+    skipped = config.num_hidden_layers // 4 if max_skipped_layers is None else max_skipped_layers
+    # the first and the last layer are never idle: they read and write the vocabulary
+    skippable = [i for i in importance.layers_by_importance if 0 < i < config.num_hidden_layers - 1]
+    space = SearchSpace.from_ratios(
+        num_hidden_layers=config.num_hidden_layers,
+        intermediate_size=config.intermediate_size,
+        num_groups=config.num_groups,
+        ratios=ratios,
+        multiple_of=multiple_of or _default_multiple(config.intermediate_size),
+        skippable_layers=skippable[: 2 * skipped],
+        max_skipped_layers=min(skipped, len(skippable)),
+    )
+    info = ElasticInfo(
+        space=space,
+        layer_scores=importance.layer_scores,
+        provenance=provenance(pretrained.name, importance=method, calibration_tokens=importance.num_tokens),
+    )
+    return ElasticModel(decoder, pretrained.tokenizer, pretrained.hf_config, info, {})
+
+
+def _default_multiple(intermediate_size: int) -> int:
+    """The largest of 64, 32, 16, 8, 4, 2, 1 that divides the width into at least four choices."""
+    return next(
+        m for m in (64, 32, 16, 8, 4, 2, 1) if (intermediate_size % m == 0 and intermediate_size // m >= 4) or m == 1
+    )
+
+
+def load(directory: str | Path) -> ElasticModel:
+    """Read an elastic checkpoint.
+
+    Raises:
+        FlextronError: it is not one, or damaged.
+    """
+    path = Path(directory).expanduser()
+    if not path.is_dir():
+        raise FlextronError(f"{directory} is no directory; give an elastic checkpoint made with convert")
+    info = read_elastic(path)
+    pretrained = open_pretrained(path)
+    decoder = load_decoder(pretrained).eval().requires_grad_(False).to(_default_device())
+    tables = {f.stem: LatencyTable.from_dict(read_json(f)) for f in sorted((path / "latency").glob("*.json"))}
+    frontier = path / "frontier.json"
+    measured = Frontier.from_dict(read_json(frontier)) if frontier.exists() else None
+    return ElasticModel(decoder, pretrained.tokenizer, pretrained.hf_config, info, tables, measured)

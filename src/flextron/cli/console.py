@@ -1,0 +1,73 @@
+"""What all verbs share on the terminal: results go to stdout, progress and messages to stderr."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from flextron.workflows.elastify import StepCallback
+
+__all__ = ["Json", "message", "progress", "show"]
+
+Json = Annotated[bool, typer.Option("--json", help="Print machine-readable results on stdout.")]
+
+_messages = Console(stderr=True)
+
+
+def message(text: str) -> None:
+    """A line for people, on stderr."""
+    _messages.print(text, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def progress(description: str) -> Iterator[StepCallback]:
+    """A bar with an estimate, on stderr, that appears with the first step; nested ones share the terminal."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}"),
+    )
+    bar = Progress(*columns, console=_messages, transient=not _messages.is_terminal, redirect_stdout=False)
+    task = bar.add_task(description, total=None, figures="")
+
+    def step(done: int, total: int, figures: dict[str, float] | None = None, /) -> None:
+        if done == 1 or not bar.live.is_started:
+            bar.start()
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in (figures or {}).items())
+        bar.update(task, completed=done, total=total, figures=shown)
+        if done == total:
+            bar.stop()
+
+    try:
+        if not _messages.is_terminal:
+            message(description)
+        yield step
+    finally:
+        bar.stop()
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def show(rows: list[dict[str, Any]], *, title: str, as_json: bool, result: Any = None) -> None:
+    """A table of rows on stdout, or `result` (the rows, by default) as JSON."""
+    if as_json:
+        typer.echo(json.dumps(rows if result is None else result))
+        return
+    table = Table(title=title, title_justify="left")
+    for name in rows[0] if rows else ():
+        table.add_column(name.replace("_", " "), justify="left" if isinstance(rows[0][name], str) else "right")
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row.values()))
+    Console().print(table)

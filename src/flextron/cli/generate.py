@@ -1,0 +1,43 @@
+"""`flextron generate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flextron import api
+from flextron.cli.console import Json, show
+
+__all__ = ["generate"]
+
+
+def generate(
+    directory: Annotated[Path, typer.Argument(help="Elastic checkpoint.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    latency: Annotated[float | None, typer.Option(help="Fraction of the full model's latency.")] = None,
+    latency_ms: Annotated[float | None, typer.Option(help="Milliseconds per token.")] = None,
+    params: Annotated[int | None, typer.Option(help="Parameters, embeddings included.")] = None,
+    max_loss_increase: Annotated[float | None, typer.Option(help="Allowed rise of the loss, as a fraction.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Of the draws.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt in the sub-network for a target (the full one by default)."""
+    limits = {
+        "latency": latency,
+        "latency_ms": latency_ms,
+        "params": params,
+        "max_loss_increase": max_loss_increase,
+    }
+    target: dict[str, Any] = {name: value for name, value in limits.items() if value is not None}
+    model = api.load(directory)
+    spec = model.select(**target) if target else model.space.full
+    text = model.generate(prompt, spec=spec, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    if as_json:
+        show([], title="", as_json=True, result={"text": text, "subnet": spec.to_dict()})
+    else:
+        typer.echo(prompt + text)

@@ -1,0 +1,178 @@
+"""Convert, train and profile from one recipe file, stage by stage; what is done already is not done again."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from flextron.api import ElasticModel, Texts, convert, load
+from flextron.errors import FlextronError
+from flextron.routing import SearchSettings
+from flextron.training.recipe import TrainRecipe
+from flextron.training.trainer import TrainResult
+
+__all__ = [
+    "ElastifyRecipe",
+    "ProfileStage",
+    "Progress",
+    "StepCallback",
+    "elastify",
+    "read_recipe",
+    "run_profile",
+    "train_in_place",
+    "validate",
+]
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class StepCallback(Protocol):
+    """Told of progress."""
+
+    def __call__(self, done: int, total: int, figures: dict[str, float] | None = None, /) -> None:
+        """`done` of `total` steps are over; `figures` are the latest."""
+
+
+Progress = Callable[[str], AbstractContextManager[StepCallback]]
+"""Opens a progress display for a named stage."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ConvertStage(_Strict):
+    """Keywords of `flextron.convert`."""
+
+    calibration: str | None = None
+    method: Literal["activation", "reconstruction"] = "reconstruction"
+    ratios: tuple[float, ...] = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+    multiple_of: int | None = Field(None, gt=0)
+    max_skipped_layers: int | None = Field(None, ge=0)
+
+
+class ProfileStage(_Strict):
+    """Keywords of `ElasticModel.profile`."""
+
+    text: str | None = None
+    num_tokens: int = Field(2048, gt=0)
+    batch_size: int = Field(1, gt=0)
+    decode_context: int = Field(128, gt=0)
+    rounds: int = Field(2, gt=0)
+    mutations: int = Field(1, ge=0)
+
+
+class ElastifyRecipe(_Strict):
+    """From a pretrained checkpoint to a profiled elastic one."""
+
+    source: str
+    """Hub id, directory or .gguf file."""
+    output: str
+    """Directory of the elastic checkpoint; its unfinished training lies in `<output>.run`."""
+    text: str | None = None
+    """Training text: file, directory or `datasets` id."""
+    convert: ConvertStage = ConvertStage()
+    train: TrainRecipe | None = TrainRecipe()
+    """None skips training."""
+    profile: ProfileStage = ProfileStage()
+
+
+def read_recipe(path: Path) -> ElastifyRecipe:
+    """Read a YAML (or JSON) recipe.
+
+    Raises:
+        FlextronError: it is missing, malformed, or has unknown or impossible entries; names the first.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FlextronError(f"recipe {path} does not exist") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise FlextronError(f"recipe {path} cannot be read: {str(error).splitlines()[0]}") from error
+    return validate(ElastifyRecipe, data, f"recipe {path}")
+
+
+def validate(kind: type[M], data: Any, name: str) -> M:
+    """Check data against a recipe class.
+
+    Raises:
+        FlextronError: names the first entry that does not fit.
+    """
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the recipe"
+        raise FlextronError(f"{name}: {where}: {first['msg']}") from error
+
+
+def elastify(recipe: ElastifyRecipe, progress: Progress) -> ElasticModel:
+    """Run the stages that are not done yet.
+
+    Raises:
+        FlextronError: as for the stages, or the output directory holds the result of another recipe.
+    """
+    output = Path(recipe.output)
+    if output.exists():
+        model = load(output)
+        _check_same(model, recipe)
+    else:
+        with progress("converting"):
+            model = convert(recipe.source, **recipe.convert.model_dump())
+        model.save(output)
+    if recipe.train is not None and not model.info.recipe:
+        train_in_place(model, output, recipe.text, recipe.train, progress)
+    if model.frontier is None:
+        run_profile(model, recipe.profile, progress)
+        model.save_profile(output)
+    return model
+
+
+def train_in_place(
+    model: ElasticModel,
+    directory: Path,
+    text: Texts,
+    recipe: TrainRecipe,
+    progress: Progress,
+    *,
+    teacher: str | None = None,
+) -> TrainResult:
+    """Train a model that lies in a directory and replace it there; its state lies in `<directory>.run` meanwhile."""
+    run_directory = directory.with_name(directory.name + ".run")
+    with progress("reconstructing") as layer, progress("training") as step:
+        result = model.train(
+            text, recipe, teacher=teacher, run_directory=run_directory, on_step=step, on_reconstruct=layer
+        )
+    model.save(directory, overwrite=True)
+    shutil.rmtree(run_directory)
+    return result
+
+
+def run_profile(model: ElasticModel, stage: ProfileStage, progress: Progress, text: Texts = None) -> None:
+    """Measure and search, with displays; `text` stands in for the stage's."""
+    with progress("measuring latencies") as measure, progress("searching the frontier") as search:
+        model.profile(
+            text or stage.text,
+            settings=SearchSettings(rounds=stage.rounds, mutations=stage.mutations),
+            num_tokens=stage.num_tokens,
+            batch_size=stage.batch_size,
+            decode_context=stage.decode_context,
+            on_measure=measure,
+            on_search=search,
+        )
+
+
+def _check_same(model: ElasticModel, recipe: ElastifyRecipe) -> None:
+    """The directory must be this recipe's, at some stage."""
+    facts = model.info
+    trained = facts.recipe.get("train")
+    wanted = None if recipe.train is None else recipe.train.model_dump(mode="json")
+    if facts.provenance.get("source") != recipe.source or (trained is not None and trained != wanted):
+        raise FlextronError(f"{recipe.output} holds the result of another recipe; choose another output directory")

@@ -1,0 +1,47 @@
+"""The picture of a frontier: loss over latency, before and after training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from flextron.errors import FlextronError
+from flextron.routing import Frontier
+
+__all__ = ["draw_frontiers"]
+
+
+def draw_frontiers(frontiers: Mapping[str, Frontier], path: Path, *, title: str) -> None:
+    """Draw frontiers into one PNG: every measured sub-network, and the line of the best.
+
+    Raises:
+        FlextronError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib as mpl
+    except ImportError as error:
+        raise FlextronError("drawing needs matplotlib; install flextron[demo]") from error
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), dpi=150)
+    for (name, frontier), colour in zip(frontiers.items(), ("tab:grey", "tab:blue", "tab:green"), strict=False):
+        uniform = [p for p in frontier.points if p.kind == "uniform"]
+        best = frontier.best()
+        axes.plot([p.latency for p in best], [math.exp(p.loss) for p in best], "o-", ms=4, color=colour, label=name)
+        axes.plot(
+            [p.latency for p in uniform],
+            [math.exp(p.loss) for p in uniform],
+            "x",
+            ms=6,
+            color=colour,
+            alpha=0.6,
+            label=f"{name}, uniform widths",
+        )
+    axes.set(xlabel="decode latency, fraction of the full model's", ylabel="perplexity", yscale="log", title=title)
+    axes.grid(visible=True, which="both", alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
