@@ -31,14 +31,24 @@ def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     try:
         yield temporary
         if path.exists():
-            retired = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent))
-            os.replace(path, retired / path.name)
-            os.replace(temporary, path)
-            shutil.rmtree(retired)
+            _swap(path, temporary)
         else:
             os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _swap(path: Path, new: Path) -> None:
+    """Put `new` in the place of the directory `path`; if that fails, `path` is as it was."""
+    retired = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent))
+    os.replace(path, retired / path.name)
+    try:
+        os.replace(new, path)
+    except OSError:
+        os.replace(retired / path.name, path)
+        raise
+    finally:
+        shutil.rmtree(retired, ignore_errors=True)
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -1,7 +1,7 @@
-"""One grid of tiny random Hugging Face models over all families and traits, which the tests of model and elastic share.
+"""One grid of tiny random Hugging Face models over all families and traits, shared by the tests of model and elastic.
 
-Every parameter is random (matrices of scale 0.2, norm weights about 1, biases not 0), so that none can be mixed up, left
-out or read twice without a visible difference. Sizes differ from each other wherever a family lets them.
+Every parameter is random (matrices of scale 0.2, norm weights about 1, biases not 0), so that none can be mixed up,
+left out or read twice without a visible difference. Sizes differ from each other wherever a family lets them.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from flextron.model.decoder import Decoder
 from flextron.spec import SubnetSpec
 
 VOCAB = 67
-SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3}
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
-IDS = {"bos_token_id": 1, "eos_token_id": 2}
-GPT2 = {"vocab_size": VOCAB, "n_embd": 32, "n_head": 4, "n_positions": 64, **IDS}
-NEOX = {"num_attention_heads": 4, "max_position_embeddings": 64, "hidden_act": "gelu"}
-ROPE_NEOX = {"rope_type": "default", "rope_theta": 20000.0, "partial_rotary_factor": 0.25}
+SIZES: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3}
+HEADS: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+IDS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2}
+GPT2: dict[str, Any] = {"vocab_size": VOCAB, "n_embd": 32, "n_head": 4, "n_positions": 64, **IDS}
+NEOX: dict[str, Any] = {"num_attention_heads": 4, "max_position_embeddings": 64, "hidden_act": "gelu"}
+ROPE_NEOX: dict[str, Any] = {"rope_type": "default", "rope_theta": 20000.0, "partial_rotary_factor": 0.25}
 # 16 positions originally and head size 12: some frequencies are kept, some divided, some in between
-LLAMA3 = {
+LLAMA3: dict[str, Any] = {
     "rope_type": "llama3",
     "rope_theta": 100.0,
     "factor": 8.0,
@@ -77,12 +77,12 @@ CASES: dict[str, PretrainedConfig] = {
 }
 
 
-def random_model(case: str, seed: int = 0) -> PreTrainedModel:
+def random_model(case: str, seed: int = 3) -> PreTrainedModel:
     """The case's model with random parameters, in evaluation mode and with the plainest attention."""
     return random_from(CASES[case], seed)
 
 
-def random_from(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
+def random_from(config: PretrainedConfig, seed: int = 3) -> PreTrainedModel:
     """As `random_model`, of any config."""
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
@@ -109,13 +109,14 @@ def decoder_of(model: PreTrainedModel) -> Decoder:
 
 def stock(directory: Path) -> PreTrainedModel:
     """What unmodified `transformers` makes of a directory; complains of weights that are missing or superfluous."""
-    model, report = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         directory, attn_implementation="eager", output_loading_info=True, local_files_only=True
     )
+    model, report = loaded
     complaints = {kind: found for kind, found in report.items() if found}
     assert not complaints, complaints
-    loaded: PreTrainedModel = model.eval()
-    return loaded
+    out: PreTrainedModel = model.eval()
+    return out
 
 
 def random_tokens(*shape: int, seed: int = 1) -> Tensor:
@@ -132,8 +133,8 @@ def hf_logits(model: PreTrainedModel, tokens_BT: Tensor) -> Tensor:
 
 def our_logits(decoder: Decoder, tokens_BT: Tensor, spec: SubnetSpec | None = None) -> Tensor:
     """The decoder's logits in a sub-network (by default all that it holds), (B, T, vocabulary)."""
-    hidden = decoder(Batch.padded(tokens_BT, spec or decoder.widths))
-    return decoder.logits(hidden).unflatten(0, tuple(tokens_BT.shape))
+    logits_NV = decoder.logits(decoder(Batch.padded(tokens_BT, spec or decoder.widths)))
+    return logits_NV.view(*tokens_BT.shape, -1)
 
 
 def hf_greedy(model: PreTrainedModel, prompt: Sequence[int], num_tokens: int) -> list[int]:

@@ -70,7 +70,7 @@ class _MLPScore:
     """Statistics of the down projection's input."""
 
     def __init__(self, mlp: MLP, method: Method) -> None:
-        width = mlp.down.in_features
+        width = len(mlp.down.weight)
         self._mlp, self._method = mlp, method
         self._sum = torch.zeros(width, dtype=torch.float64)
         self._gram = torch.zeros(width, width) if method == "reconstruction" else None
@@ -83,15 +83,15 @@ class _MLPScore:
     def order(self) -> Tensor:
         if self._gram is None:
             return self._sum.argsort(descending=True)
-        w_DF = self._mlp.down.weight.float().cpu()
-        return removal_order(((w_DF.t() @ w_DF) * self._gram).double()).flip(0)
+        w_FD = self._mlp.down.weight.float().cpu()
+        return removal_order(((w_FD @ w_FD.t()) * self._gram).double()).flip(0)
 
 
 class _GroupScore:
     """Statistics of the output projection's input, per attention group."""
 
     def __init__(self, attention: SelfAttention, num_groups: int, method: Method) -> None:
-        self._weight_DGd = attention.o.weight.unflatten(1, (num_groups, -1))
+        self._weight_GdD = attention.o.weight.unflatten(0, (num_groups, -1))
         self._method = method
         self._sum = torch.zeros(num_groups, dtype=torch.float64)
         self._quadratic = torch.zeros(num_groups, num_groups, dtype=torch.float64)
@@ -101,7 +101,7 @@ class _GroupScore:
         norms_NH = heads_NR.unflatten(1, (-1, head_dim)).float().norm(dim=-1)
         self._sum += norms_NH.unflatten(1, (groups, -1)).sum((0, 2)).double().cpu()
         if self._method == "reconstruction":
-            out = torch.einsum("ngd,egd->gne", heads_NR.unflatten(1, (groups, -1)), self._weight_DGd).flatten(1)
+            out = torch.einsum("ngd,gde->gne", heads_NR.unflatten(1, (groups, -1)), self._weight_GdD).flatten(1)
             self._quadratic += (out.float() @ out.t().float()).double().cpu()
 
     def order(self) -> Tensor:

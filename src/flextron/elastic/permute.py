@@ -1,6 +1,6 @@
 """Reorder neurons and attention groups so that importance falls along every nested axis.
 
-The permuted model computes the same function: rows of the projections in and columns of those out move together.
+The permuted model computes the same function: projections into a nested dimension and out of it move together.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from flextron.elastic.importance import Importance
 from flextron.model.decoder import Decoder
-from flextron.model.layers import Layer
+from flextron.model.layers import Contraction, Layer
 
 __all__ = ["permute"]
 
@@ -21,8 +21,8 @@ def _rows(linear: nn.Linear, order: Tensor) -> None:
         linear.bias.copy_(linear.bias[order])
 
 
-def _columns(linear: nn.Linear, order: Tensor) -> None:
-    linear.weight.copy_(linear.weight[:, order])
+def _inputs(contraction: Contraction, order: Tensor) -> None:
+    contraction.weight.copy_(contraction.weight[order])
 
 
 def _expand_units(order: Tensor, rows_per_unit: int) -> Tensor:
@@ -40,10 +40,10 @@ def permute(decoder: Decoder, importance: Importance) -> None:
         for linear in (layer.mlp.gate, layer.mlp.up):
             if linear is not None:
                 _rows(linear, neurons)
-        _columns(layer.mlp.down, neurons)
+        _inputs(layer.mlp.down, neurons)
         query = _expand_units(groups, config.query_rows_per_group)
         _rows(layer.attention.q, query)
-        _columns(layer.attention.o, query)
+        _inputs(layer.attention.o, query)
         if not config.is_multi_query:
             kv = _expand_units(groups, config.head_dim)
             _rows(layer.attention.k, kv)

@@ -34,9 +34,13 @@ class Attention(Protocol):
 def sdpa(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, *, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """Scaled dot-product attention with grouped KV heads.
 
-    On a CPU, repeating the KV heads is faster than PyTorch's own grouped mode, which leaves the flash kernel.
+    On a CPU, repeating the KV heads is faster than PyTorch's own grouped mode, which leaves the flash kernel. One query
+    token needs neither: the query heads of a group stand in for positions.
     """
     repeats = q_BHTd.shape[1] // k_BKTd.shape[1]
+    if repeats > 1 and q_BHTd.shape[2] == 1 and mask is None:
+        q_BKrd = q_BHTd.unflatten(1, (-1, repeats)).squeeze(3)
+        return F.scaled_dot_product_attention(q_BKrd, k_BKTd, v_BKTd).flatten(1, 2).unsqueeze(2)
     if repeats > 1:
         k_BKTd, v_BKTd = (t.repeat_interleave(repeats, dim=1) for t in (k_BKTd, v_BKTd))
     return F.scaled_dot_product_attention(q_BHTd, k_BKTd, v_BKTd, attn_mask=mask, is_causal=causal)

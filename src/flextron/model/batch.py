@@ -67,6 +67,11 @@ class Batch:
         segments = tuple(Segment(spec, tuple(lengths)) for spec, lengths in groups)
         return cls(torch.cat(list(sequences)), torch.cat(positions), segments)
 
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Tokens of each segment."""
+        return tuple(s.num_tokens for s in self.segments)
+
     def layout(self, widths: Sequence[int]) -> Layout:
         """Nested layout of the tokens for these widths, one a segment."""
-        return Layout.of([s.num_tokens for s in self.segments], widths)
+        return Layout.of(self.sizes, tuple(widths))

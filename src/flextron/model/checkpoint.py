@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from flextron.model.gguf import open_gguf
 from flextron.model.pretrained import Pretrained
 from flextron.spec import SubnetSpec
 
-__all__ = ["load_decoder", "load_weights", "open_pretrained", "write_checkpoint"]
+__all__ = ["load_decoder", "load_weights", "open_pretrained", "stock_tensors", "write_checkpoint"]
 
 _BUFFERS = re.compile(r"rotary_emb\.inv_freq|attn\.(masked_)?bias$|attention\.(masked_)?bias$")
 _SHARD_BYTES = 2 * 1024**3
@@ -78,7 +79,13 @@ def _tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
 
 def _shards(path: Path) -> list[Path]:
     index = path / "model.safetensors.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    names = ["model.safetensors"]
+    if index.exists():
+        data = read_json(index)
+        weight_map = data.get("weight_map") if isinstance(data, dict) else None
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise FlextronError(f"{index} names no shards (weight_map); download it again")
+        names = sorted(set(weight_map.values()))
     shards = [path / name for name in names]
     missing = [shard.name for shard in shards if not shard.exists()]
     if missing:
@@ -105,7 +112,13 @@ def _layer_maps(config: DecoderConfig, parameters: Mapping[str, Any]) -> Iterato
         for i in layers:
             ours = tuple(name.format(i=i) for name in m.ours)
             if all(name in parameters for name in ours):
-                yield m.hf.format(i=i), TensorMap(m.hf.format(i=i), ours, m.transposed, m.per_head)
+                yield m.hf.format(i=i), replace(m, hf=m.hf.format(i=i), ours=ours)
+
+
+def _joined_shape(tensor_map: TensorMap, shapes: list[torch.Size]) -> torch.Size:
+    """The checkpoint's shape of parameters that it stacks by rows."""
+    shape = (sum(s[0] for s in shapes), *shapes[0][1:])
+    return torch.Size(reversed(shape) if tensor_map.is_turned and len(shape) == 2 else shape)
 
 
 def load_decoder(pretrained: Pretrained, dtype: torch.dtype = torch.float32) -> Decoder:
@@ -143,12 +156,13 @@ def load_weights(decoder: Decoder, tensors: Iterator[tuple[str, Tensor]]) -> Non
             raise FlextronError(f"the checkpoint holds {name}, which a {config.family} model has no place for")
         if not torch.isfinite(tensor).all():
             raise FlextronError(f"tensor {name} holds NaN or infinity; the checkpoint is damaged, download it again")
+        expected = _joined_shape(wanted[key], [parameters[p].shape for p in wanted[key].ours])
+        if tensor.shape != expected:
+            raise FlextronError(
+                f"tensor {name} has shape {tuple(tensor.shape)} where the config asks for {tuple(expected)}; "
+                "config.json and weights do not belong together"
+            )
         for target, part in zip(wanted[key].ours, wanted[key].split(tensor, config.head_dim), strict=True):
-            if parameters[target].shape != part.shape:
-                raise FlextronError(
-                    f"tensor {name} has shape {tuple(part.shape)} where the config asks for "
-                    f"{tuple(parameters[target].shape)}; config.json and weights do not belong together"
-                )
             parameters[target].copy_(part)
         done.add(key)
     if missing := [name for name in wanted if name not in done]:
@@ -188,7 +202,7 @@ def write_checkpoint(
         shards.append(dict.fromkeys(pending, name))
         pending.clear()
 
-    for name, tensor in _stock_tensors(decoder):
+    for name, tensor in stock_tensors(decoder, {n: p.detach() for n, p in decoder.named_parameters()}):
         num_bytes = tensor.numel() * tensor.element_size()
         if pending and size + num_bytes > shard_bytes:
             flush()
@@ -215,14 +229,14 @@ def _name_shards(directory: Path, shards: list[dict[str, str]], total: int) -> N
     )
 
 
-def _stock_tensors(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
-    parameters = {name: p.detach() for name, p in decoder.named_parameters()}
+def stock_tensors(decoder: Decoder, values: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Values of the decoder's parameters (weights, or gradients) under their checkpoint's names and in its layout."""
     number = {old: new for new, old in enumerate(decoder.widths.kept_layers)}
-    for name, m in _layer_maps(decoder.config, parameters):
+    for name, m in _layer_maps(decoder.config, values):
         layer = re.match(r"layers\.(\d+)\.", m.ours[0])
         if layer:
             name = re.sub(r"(?<=\.)\d+(?=\.)", str(number[int(layer[1])]), name, count=1)
-        yield name, m.join([parameters[p] for p in m.ours], decoder.config.head_dim)
+        yield name, m.join([values[p] for p in m.ours], decoder.config.head_dim)
 
 
 def stock_config(decoder: Decoder, hf_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -247,11 +261,15 @@ def stock_config(decoder: Decoder, hf_config: Mapping[str, Any]) -> dict[str, An
     out |= {family.config_keys.get(key, key): value for key, value in sizes.items()}
     if family.explicit_head_dim:
         out["head_dim"] = config.head_dim
-        out["num_attention_heads"] = layer.num_groups * config.query_rows_per_group // config.head_dim
+        out["num_attention_heads"] = _num_heads(config, layer.num_groups)
         out["num_key_value_heads"] = config.kv_rows(layer.num_groups) // config.head_dim
     if isinstance(out.get("layer_types"), list):
         out["layer_types"] = [out["layer_types"][i] for i in widths.kept_layers]
     return out
+
+
+def _num_heads(config: DecoderConfig, num_groups: int) -> int:
+    return num_groups * config.query_rows_per_group // config.head_dim
 
 
 def _check_stock(config: DecoderConfig, widths: SubnetSpec) -> None:
@@ -261,6 +279,11 @@ def _check_stock(config: DecoderConfig, widths: SubnetSpec) -> None:
             "choose one with uniform=True (--uniform)"
         )
     groups = widths.layers[widths.kept_layers[0]].num_groups
+    if config.family == "llama" and config.hidden_size % _num_heads(config, groups):
+        raise FlextronError(
+            f"transformers refuses a llama config with {_num_heads(config, groups)} heads, which do not divide the "
+            f"hidden size {config.hidden_size}; choose another number of groups than {groups}"
+        )
     if groups != config.num_groups and not FAMILIES[config.family].explicit_head_dim:
         raise FlextronError(
             f"a stock {config.family} checkpoint cannot have fewer heads than hidden size / head size; "

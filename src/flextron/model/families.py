@@ -30,12 +30,19 @@ class TensorMap:
     """Names of the decoder's parameters that it holds, stacked by rows in this order."""
     transposed: bool = False
     """Whether it is stored as (in, out), as GPT-2's Conv1D is."""
+    contracts: bool = False
+    """Whether ours is (in, out): projections out of a nested dimension keep that dimension first, see `nested`."""
     per_head: bool = False
     """Whether the fused parts alternate head by head (GPT-NeoX) rather than lie one after the other."""
 
+    @property
+    def is_turned(self) -> bool:
+        """Whether the checkpoint's matrix is the transpose of ours."""
+        return self.transposed != self.contracts
+
     def split(self, tensor: Tensor, head_dim: int) -> tuple[Tensor, ...]:
         """From the checkpoint's tensor to one (rows, ...) tensor for each of `ours`."""
-        rows = tensor.t() if self.transposed and tensor.dim() == 2 else tensor
+        rows = tensor.t() if self.is_turned and tensor.dim() == 2 else tensor
         if len(self.ours) == 1:
             return (rows,)
         if not self.per_head:
@@ -51,7 +58,7 @@ class TensorMap:
             rows = torch.stack([p.unflatten(0, (-1, head_dim)) for p in parts], dim=1).flatten(0, 2)
         else:
             rows = torch.cat(list(parts))
-        return (rows.t() if self.transposed and rows.dim() == 2 else rows).contiguous()
+        return (rows.t() if self.is_turned and rows.dim() == 2 else rows).contiguous()
 
 
 def _with_biases(maps: Sequence[TensorMap], bases: Sequence[str]) -> tuple[TensorMap, ...]:
@@ -61,14 +68,16 @@ def _with_biases(maps: Sequence[TensorMap], bases: Sequence[str]) -> tuple[Tenso
         out.append(m)
         if m.hf.removesuffix(".weight").rsplit(".", 1)[-1] in bases:
             ours = tuple(name.removesuffix("weight") + "bias" for name in m.ours)
-            out.append(TensorMap(m.hf.removesuffix("weight") + "bias", ours, m.transposed, m.per_head))
+            out.append(TensorMap(m.hf.removesuffix("weight") + "bias", ours, m.transposed, per_head=m.per_head))
     return tuple(out)
 
 
 _L = "layers.{i}."
 _LLAMA_LAYER = (
-    *(TensorMap(f"model.{_L}self_attn.{x}_proj.weight", (f"{_L}attention.{x}.weight",)) for x in "qkvo"),
-    *(TensorMap(f"model.{_L}mlp.{x}_proj.weight", (f"{_L}mlp.{x}.weight",)) for x in ("gate", "up", "down")),
+    *(TensorMap(f"model.{_L}self_attn.{x}_proj.weight", (f"{_L}attention.{x}.weight",)) for x in "qkv"),
+    TensorMap(f"model.{_L}self_attn.o_proj.weight", (f"{_L}attention.o.weight",), contracts=True),
+    *(TensorMap(f"model.{_L}mlp.{x}_proj.weight", (f"{_L}mlp.{x}.weight",)) for x in ("gate", "up")),
+    TensorMap(f"model.{_L}mlp.down_proj.weight", (f"{_L}mlp.down.weight",), contracts=True),
     TensorMap(f"model.{_L}input_layernorm.weight", (f"{_L}attention_norm.weight",)),
     TensorMap(f"model.{_L}post_attention_layernorm.weight", (f"{_L}mlp_norm.weight",)),
 )
@@ -94,9 +103,9 @@ _GPT2_MAPS = (
             TensorMap("transformer.h.{i}.ln_1.weight", (f"{_L}attention_norm.weight",)),
             TensorMap("transformer.h.{i}.ln_2.weight", (f"{_L}mlp_norm.weight",)),
             TensorMap("transformer.h.{i}.attn.c_attn.weight", _QKV, transposed=True),
-            TensorMap("transformer.h.{i}.attn.c_proj.weight", (f"{_L}attention.o.weight",), transposed=True),
+            TensorMap("transformer.h.{i}.attn.c_proj.weight", (f"{_L}attention.o.weight",), True, True),
             TensorMap("transformer.h.{i}.mlp.c_fc.weight", (f"{_L}mlp.up.weight",), transposed=True),
-            TensorMap("transformer.h.{i}.mlp.c_proj.weight", (f"{_L}mlp.down.weight",), transposed=True),
+            TensorMap("transformer.h.{i}.mlp.c_proj.weight", (f"{_L}mlp.down.weight",), True, True),
         ),
         ("ln_f", "ln_1", "ln_2", "c_attn", "c_proj", "c_fc"),
     ),
@@ -110,9 +119,9 @@ _NEOX_MAPS = (
             TensorMap("gpt_neox.layers.{i}.input_layernorm.weight", (f"{_L}attention_norm.weight",)),
             TensorMap("gpt_neox.layers.{i}.post_attention_layernorm.weight", (f"{_L}mlp_norm.weight",)),
             TensorMap("gpt_neox.layers.{i}.attention.query_key_value.weight", _QKV, per_head=True),
-            TensorMap("gpt_neox.layers.{i}.attention.dense.weight", (f"{_L}attention.o.weight",)),
+            TensorMap("gpt_neox.layers.{i}.attention.dense.weight", (f"{_L}attention.o.weight",), contracts=True),
             TensorMap("gpt_neox.layers.{i}.mlp.dense_h_to_4h.weight", (f"{_L}mlp.up.weight",)),
-            TensorMap("gpt_neox.layers.{i}.mlp.dense_4h_to_h.weight", (f"{_L}mlp.down.weight",)),
+            TensorMap("gpt_neox.layers.{i}.mlp.dense_4h_to_h.weight", (f"{_L}mlp.down.weight",), contracts=True),
         ),
         (
             "final_layer_norm",
@@ -246,6 +255,9 @@ def config_from_hf(hf_config: Mapping[str, Any]) -> DecoderConfig:
         hf = AutoConfig.for_model(**{k: v for k, v in hf_config.items() if k != "auto_map"})
     except Exception as error:  # transformers raises many kinds, all meaning that the config is malformed
         raise FlextronError(f"config.json is not a valid {name} config: {error}") from error
+
+    if getattr(hf, "scale_attn_by_inverse_layer_idx", False) or not getattr(hf, "scale_attn_weights", True):
+        raise UnsupportedModelError("GPT-2 with rescaled attention scores is not supported; only the usual scaling is")
 
     def trait(value: bool | str) -> bool:
         return bool(getattr(hf, value)) if isinstance(value, str) else value

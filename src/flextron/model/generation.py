@@ -64,9 +64,16 @@ def stream(
     Raises:
         FlextronError: a prompt is empty, or prompt and answer exceed the model's positions.
     """
+    if not prompts:
+        return
     longest = max(len(p) for p in prompts) + params.max_tokens
     if any(len(p) == 0 for p in prompts):
         raise FlextronError("a prompt is empty; give at least one token")
+    if not all(0 <= token < decoder.config.vocab_size for p in prompts for token in p):
+        raise FlextronError(
+            f"a prompt holds tokens outside the model's vocabulary of {decoder.config.vocab_size}; "
+            "its tokenizer is another model's"
+        )
     if longest > decoder.config.max_position_embeddings:
         raise FlextronError(
             f"prompt and answer come to {longest} tokens; the model has {decoder.config.max_position_embeddings} "

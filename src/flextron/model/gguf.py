@@ -162,7 +162,8 @@ def _stream(file: _File, targets: Mapping[str, tuple[str, TensorMap]]) -> Iterat
             rows = _opposite_pairs(rows, file.num_heads)
         elif file.arch == "llama" and ".attn_k." in name:
             rows = _opposite_pairs(rows, file.num_kv_heads)
-        yield hf_name, tensor_map.join(rows.chunk(len(tensor_map.ours)), file.head_dim)
+        parts = rows.chunk(len(tensor_map.ours))
+        yield hf_name, tensor_map.join([p.t() for p in parts] if tensor_map.contracts else parts, file.head_dim)
 
 
 def _opposite_pairs(rows: Tensor, num_heads: int) -> Tensor:

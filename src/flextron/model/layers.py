@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from flextron.model.config import DecoderConfig, Rope
 from flextron.model.nested import Block, Layout, contract, expand
 from flextron.spec import LayerSpec
 
-__all__ = ["ACTIVATIONS", "Layer", "make_norm", "rotary_tables"]
+__all__ = ["ACTIVATIONS", "Contraction", "Layer", "make_norm", "rotary_tables"]
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -31,9 +32,28 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation, in float32.
+
+    PyTorch's own takes 60 µs a call on a CPU where these six operations take 20; a decode step has sixty of them.
+    """
+
+    def __init__(self, size: int, eps: float) -> None:
+        """Start with weights of 1."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self._eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension."""
+        wide = x.float()
+        scale = (wide.square().mean(-1, keepdim=True) + self._eps).rsqrt()
+        return (wide * scale).to(x.dtype) * self.weight
+
+
 def make_norm(config: DecoderConfig, size: int) -> nn.Module:
     """The family's normalisation over the last dimension."""
-    return nn.RMSNorm(size, eps=config.norm_eps) if config.norm == "rms" else nn.LayerNorm(size, eps=config.norm_eps)
+    return RMSNorm(size, config.norm_eps) if config.norm == "rms" else nn.LayerNorm(size, eps=config.norm_eps)
 
 
 def _inverse_frequencies(rope: Rope, rotated: int) -> Tensor:
@@ -51,13 +71,14 @@ def _inverse_frequencies(rope: Rope, rotated: int) -> Tensor:
 
 
 def rotary_tables(config: DecoderConfig, positions_N: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-    """Cosines and sines, each (N, 1, R/2); None where positions are learned."""
+    """Cosines and signed sines, each (N, 1, R); None where positions are learned."""
     if config.rope is None:
         return None
     rotated = int(config.head_dim * config.rope.fraction)
     inverse = _inverse_frequencies(config.rope, rotated).to(positions_N.device)
     angles = positions_N.float()[:, None, None] * inverse
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
 
 
 def _rotate(x_NHd: Tensor, tables: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -65,9 +86,21 @@ def _rotate(x_NHd: Tensor, tables: tuple[Tensor, Tensor] | None) -> Tensor:
     if tables is None:
         return x_NHd
     cos, sin = tables
-    half = cos.shape[-1]
-    a, b, rest = x_NHd[..., :half], x_NHd[..., half : 2 * half], x_NHd[..., 2 * half :]
-    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
+    rotated = cos.shape[-1]
+    if rotated < x_NHd.shape[-1]:
+        return torch.cat((_rotate(x_NHd[..., :rotated], tables), x_NHd[..., rotated:]), dim=-1)
+    return torch.addcmul(x_NHd * cos, x_NHd.roll(rotated // 2, -1), sin)
+
+
+class Contraction(nn.Module):
+    """A linear map out of a nested dimension; its weight is (in, out), see `nested`."""
+
+    def __init__(self, nested_size: int, out_features: int, *, bias: bool) -> None:
+        """Allocate; initialised as `nn.Linear` is."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(nested_size, out_features))
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        nn.init.uniform_(self.weight, -(nested_size**-0.5), nested_size**-0.5)
 
 
 class MLP(nn.Module):
@@ -83,7 +116,7 @@ class MLP(nn.Module):
         self._activation = ACTIVATIONS[config.activation]
         self.gate = nn.Linear(config.hidden_size, width, bias=config.mlp_bias) if config.gated else None
         self.up = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)
-        self.down = nn.Linear(width, config.hidden_size, bias=config.mlp_bias)
+        self.down = Contraction(width, config.hidden_size, bias=config.mlp_bias)
 
     def neurons(self, x_ND: Tensor, blocks: tuple[Block, ...]) -> tuple[Tensor, ...]:
         """Inputs of the down projection, block by block; `x_ND` widest first."""
@@ -114,10 +147,10 @@ class SelfAttention(nn.Module):
         self.q = nn.Linear(config.hidden_size, rows, bias=config.qkv_bias)
         self.k = nn.Linear(config.hidden_size, kv_rows, bias=config.qkv_bias)
         self.v = nn.Linear(config.hidden_size, kv_rows, bias=config.qkv_bias)
-        self.o = nn.Linear(rows, config.hidden_size, bias=config.output_bias)
+        self.o = Contraction(rows, config.hidden_size, bias=config.output_bias)
         if config.qk_norm:
-            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
-            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
     def _kv_blocks(self, blocks: tuple[Block, ...]) -> tuple[Block, ...]:
         """Blocks of KV rows; with a single KV head it is whole in the first block and absent from the others."""
@@ -144,7 +177,7 @@ class SelfAttention(nn.Module):
         v = expand(x, self.v.weight, self.v.bias, kv_blocks)
         out: dict[int, Tensor] = {}
         start = 0
-        starts = [0, *torch.tensor(layout.sizes).cumsum(0).tolist()]
+        ends = tuple(accumulate(layout.sizes))
         for j in layout.order:
             size, width = layout.sizes[j], widths[j]
             if width == 0:
@@ -155,7 +188,8 @@ class SelfAttention(nn.Module):
                 _gather(blocks, tensors, rows, width).unflatten(1, (-1, self._config.head_dim))
                 for blocks, tensors in ((layout.blocks, q), (layout.blocks[: len(k)], k), (layout.blocks[: len(v)], v))
             ]
-            tables = None if rope is None else (rope[0][starts[j] : starts[j + 1]], rope[1][starts[j] : starts[j + 1]])
+            own = slice(ends[j] - size, ends[j])
+            tables = None if rope is None else (rope[0][own], rope[1][own])
             q_NHd, k_NKd = self._normalise(part[0], part[1])
             mixed = attention(
                 layer, j, _rotate(q_NHd, tables), _rotate(k_NKd, tables), part[2], batch.segments[j].lengths

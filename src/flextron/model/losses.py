@@ -118,8 +118,9 @@ def token_losses(h_ND: Tensor, w_VD: Tensor, targets_N: Tensor) -> Tensor:
 def head_metric(h_ND: Tensor, w_VD: Tensor) -> Tensor:
     """How much a change of the final hidden state changes the prediction: a (D, D) quadratic form.
 
-    For a small change e of the hidden state, KL ≈ ½ eᵀ G e with G = Wᵀ (diag(p) - p pᵀ) W. Averaging p over sample
-    tokens makes G one matrix for all tokens; then a distance over the whole vocabulary costs D² a token, not D · V.
+    For a small change e of a hidden state that predicts p, KL ≈ ½ eᵀ G e with G = Wᵀ (diag(p) - p pᵀ) W. Here p is the
+    mean prediction of sample tokens (which bounds the mean of their G from above), so that one matrix serves all; a
+    distance over the whole vocabulary costs D² a token, not D · V.
 
     Args:
         h_ND: final hidden states of sample tokens.

@@ -1,7 +1,8 @@
 """Nested linear algebra: products with prefixes of a weight, where each token pays for its own width only.
 
-Tokens are ordered by width, widest first. Then block k of the weight (rows or columns d_{k-1}…d_k) multiplies just the
-first n_k tokens, those at least d_k wide: no masks, no copies of weights, every weight read once. A batch with one
+Every nested weight has its nested dimension first, also the projections out of it, so that a prefix is one contiguous
+piece of memory (a slice of columns reads almost as slowly as the whole). Tokens are ordered by width, widest first.
+Then block k of the weight (rows d_{k-1}…d_k) multiplies just the first n_k tokens, those at least d_k wide: no masks, no copies of weights, every weight read once. A batch with one
 width is the case of a single block. `expand` goes into the nested dimension, `contract` comes back out of it, and both
 have their own backward, whose weight gradient is computed for the prefix alone and is zero elsewhere.
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -47,15 +49,19 @@ class Layout:
     blocks: tuple[Block, ...]
     """Ascending blocks; the k-th is used by a prefix of the ordered tokens."""
 
-    @classmethod
-    def of(cls, sizes: Sequence[int], widths: Sequence[int]) -> Layout:
-        """Order segments of `sizes` tokens by their `widths` and cut the nested dimension where widths change."""
+    @staticmethod
+    @lru_cache(maxsize=4096)
+    def of(sizes: tuple[int, ...], widths: tuple[int, ...]) -> Layout:
+        """Order segments of `sizes` tokens by their `widths` and cut the nested dimension where widths change.
+
+        Cached: every layer of every step asks, and most ask alike; in a decode step the answer must not cost time.
+        """
         order = tuple(sorted(range(len(sizes)), key=lambda j: -widths[j]))
         ends = sorted({w for w in widths if w > 0})
         counts = [sum(n for n, w in zip(sizes, widths, strict=True) if w >= end) for end in ends]
         starts = [0, *ends[:-1]]
         blocks = tuple(Block(n, a, b) for n, a, b in zip(counts, starts, ends, strict=True))
-        return cls(tuple(sizes), order, tuple(widths), blocks)
+        return Layout(sizes, order, widths, blocks)
 
     def sort(self, x: Tensor) -> Tensor:
         """Rows of `x` (N, ...) from the batch's order to widest first."""
@@ -102,25 +108,25 @@ class _Expand(torch.autograd.Function):
 class _Contract(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, num_tokens: int, w_DF: Tensor, b_D: Tensor | None, blocks: tuple[Block, ...], *h: Tensor
+        ctx: Any, num_tokens: int, w_FD: Tensor, b_D: Tensor | None, blocks: tuple[Block, ...], *h: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(w_DF, *h)
+        ctx.save_for_backward(w_FD, *h)
         ctx.blocks, ctx.has_bias = blocks, b_D is not None
-        return _contract(num_tokens, w_DF, b_D, blocks, h)
+        return _contract(num_tokens, w_FD, b_D, blocks, h)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (g_ND,) = grads
-        w_DF, *h = ctx.saved_tensors
+        w_FD, *h = ctx.saved_tensors
         need_w, need_b = ctx.needs_input_grad[1:3]
         dw = db = None
         if need_w:
-            dw = _prefix_like(w_DF, covered=ctx.blocks[-1].stop == w_DF.shape[1])
+            dw = _prefix_like(w_FD, covered=ctx.blocks[-1].stop == len(w_FD))
             for b, h_k in zip(ctx.blocks, h, strict=True):
-                torch.mm(g_ND[: b.num_tokens].t(), h_k, out=dw[:, b.start : b.stop])
+                torch.mm(h_k.t(), g_ND[: b.num_tokens], out=dw[b.start : b.stop])
         if ctx.has_bias and need_b:
             db = g_ND[: ctx.blocks[0].num_tokens].sum(0)
-        dh = [g_ND[: b.num_tokens] @ w_DF[:, b.start : b.stop] for b in ctx.blocks]
+        dh = [g_ND[: b.num_tokens] @ w_FD[b.start : b.stop].t() for b in ctx.blocks]
         return None, dw, db, None, *dh
 
 
@@ -148,14 +154,14 @@ def _expand(x_ND: Tensor, w_FD: Tensor, b_F: Tensor | None, blocks: Sequence[Blo
 
 
 def _contract(
-    num_tokens: int, w_DF: Tensor, b_D: Tensor | None, blocks: Sequence[Block], h: Sequence[Tensor]
+    num_tokens: int, w_FD: Tensor, b_D: Tensor | None, blocks: Sequence[Block], h: Sequence[Tensor]
 ) -> Tensor:
-    first = blocks[0]
-    y_ND = F.linear(h[0], w_DF[:, first.start : first.stop], b_D)
-    if first.num_tokens < num_tokens:
-        y_ND = F.pad(y_ND, (0, 0, 0, num_tokens - first.num_tokens))
+    first = w_FD[: blocks[0].stop]
+    y_ND = h[0] @ first if b_D is None else torch.addmm(b_D, h[0], first)
+    if blocks[0].num_tokens < num_tokens:
+        y_ND = F.pad(y_ND, (0, 0, 0, num_tokens - blocks[0].num_tokens))
     for b, h_k in zip(blocks[1:], h[1:], strict=True):
-        y_ND[: b.num_tokens].addmm_(h_k, w_DF[:, b.start : b.stop].t())
+        y_ND[: b.num_tokens].addmm_(h_k, w_FD[b.start : b.stop])
     return y_ND
 
 
@@ -187,21 +193,21 @@ def expand(x_ND: Tensor, w_FD: Tensor, b_F: Tensor | None, blocks: tuple[Block, 
 
 
 def contract(
-    num_tokens: int, h: Sequence[Tensor], w_DF: Tensor, b_D: Tensor | None, blocks: tuple[Block, ...]
+    num_tokens: int, h: Sequence[Tensor], w_FD: Tensor, b_D: Tensor | None, blocks: tuple[Block, ...]
 ) -> Tensor:
-    """Sum of the blocks' products with the column blocks of `w_DF`: the inverse direction of `expand`.
+    """Sum of the blocks' products with the row blocks of `w_FD`: the inverse direction of `expand`.
 
     Args:
         num_tokens: N; tokens beyond the first block's (of width 0) get zeros, without the bias.
-        h: one (num_tokens of the block, columns of the block) tensor a block.
-        w_DF: weight whose columns are nested.
+        h: one (num_tokens of the block, rows of the block) tensor a block.
+        w_FD: weight whose rows are nested, (in, out).
         b_D: bias, or None.
         blocks: ascending, from `Layout`; at least one.
 
     Returns:
         (N, D), widest tokens first.
     """
-    w, b, *h_cast = _autocast(w_DF, b_D, *h)
+    w, b, *h_cast = _autocast(w_FD, b_D, *h)
     if not torch.is_grad_enabled():
         return _contract(num_tokens, w, b, blocks, h_cast)
     return _Contract.apply(num_tokens, w, b, blocks, *h_cast)  # type: ignore[no-untyped-call,no-any-return]

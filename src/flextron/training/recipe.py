@@ -22,25 +22,25 @@ class TrainRecipe(BaseModel):
     """Sequences of an optimizer step, over all processes and accumulation steps."""
     micro_batch_size: int = Field(8, gt=0)
     """Sequences that run at once in one process."""
-    subnets_per_batch: int = Field(4, gt=0)
+    subnets_per_batch: int = Field(2, gt=0)
     """Sub-networks among which the sequences of a micro batch are dealt; all run in one nested pass."""
-    full_probability: float = Field(0.2, ge=0, le=1)
+    full_probability: float = Field(0.15, ge=0, le=1)
     """Chance of a drawn sub-network to be the full one, so that it does not decay."""
     random_probability: float = Field(0.1, ge=0, le=1)
     """Chance to be any heterogeneous one, rather than one guided by sensitivities."""
     min_size: float = Field(0.35, gt=0, le=1)
     """Smallest size that is drawn, as a fraction of the layers' parameters."""
-    tilt: float = Field(1.3, gt=0)
+    tilt: float = Field(1.0, gt=0)
     """Above 1, the drawn sizes lean to the large end."""
-    anneal_fraction: float = Field(0.3, ge=0, le=1)
+    anneal_fraction: float = Field(0.2, ge=0, le=1)
     """Part of the run over which the smallest size comes in."""
-    reconstruction_tokens: int = Field(16_384, ge=0)
+    reconstruction_tokens: int = Field(12_288, ge=0)
     """Tokens for the closed-form start, see `flextron.training.reconstruction`; 0 goes without."""
     reconstruction_full_weight: float = Field(8.0, gt=0)
     """Weight of the full model there, over that of all other sub-networks together."""
     reconstruction_ridge: float = Field(0.1, gt=0)
     """Pull towards the original weights there."""
-    lr: float = Field(3e-4, gt=0)
+    lr: float = Field(6e-4, gt=0)
     """Peak learning rate of AdamW."""
     min_lr_ratio: float = Field(0.1, ge=0, le=1)
     """Learning rate at the end of the cosine, over the peak."""

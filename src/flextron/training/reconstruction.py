@@ -17,12 +17,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flextron.model.attention import CausalAttention
 from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
-from flextron.model.layers import Layer, rotary_tables
+from flextron.model.layers import Contraction, Layer, rotary_tables
 from flextron.spec import SubnetSpec
 
 __all__ = ["reconstruct"]
@@ -33,11 +33,11 @@ _CHUNK_SEQUENCES = 8
 class _NormalEquations:
     """Σ_s α_s over prefixes, accumulated token chunk by token chunk."""
 
-    def __init__(self, linear: nn.Linear) -> None:
-        size = linear.in_features
+    def __init__(self, linear: Contraction) -> None:
+        size, out = linear.weight.shape
         self._linear = linear
         self._gram_FF = torch.zeros(size, size, device=linear.weight.device)
-        self._cross_FD = torch.zeros(size, linear.out_features, device=linear.weight.device)
+        self._cross_FD = torch.zeros(size, out, device=linear.weight.device)
 
     def add(self, h_Nw: Tensor, target_ND: Tensor, weight: float) -> None:
         """Add one sub-network's tokens; its width is that of `h_Nw`."""
@@ -52,9 +52,9 @@ class _NormalEquations:
         gram, cross = self._gram_FF.double(), self._cross_FD.double()
         strength = ridge * gram.diagonal().mean()
         gram.diagonal().add_(strength)
-        old = self._linear.weight.double().t()
+        old = self._linear.weight.double()
         factor = torch.linalg.cholesky(gram)
-        self._linear.weight.copy_(torch.cholesky_solve(cross + strength * old, factor).t())
+        self._linear.weight.copy_(torch.cholesky_solve(cross + strength * old, factor))
 
 
 @torch.no_grad()

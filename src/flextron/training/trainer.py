@@ -31,7 +31,7 @@ from flextron.training.reconstruction import reconstruct
 from flextron.training.sampling import SubnetSampler
 from flextron.training.state import RunDirectory
 
-__all__ = ["TrainResult", "train"]
+__all__ = ["Run", "TrainResult", "train"]
 
 _SAMPLE_TOKENS = 512
 """For the teacher's sensitivities and its head's metric."""
@@ -87,12 +87,13 @@ def _optimizer(decoder: Decoder, recipe: TrainRecipe) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=True)
 
 
-class _Run:
+class Run:
     """The state and the steps of one run."""
 
     def __init__(
         self, decoder: Decoder, teacher: Decoder, space: SearchSpace, blocks: TokenBlocks, recipe: TrainRecipe
     ) -> None:
+        """Prepare everything but the closed-form start; arguments as for `train`."""
         ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
         self.accelerator = Accelerator(
             mixed_precision="bf16" if recipe.precision == "bf16" else "no", kwargs_handlers=[ddp]
@@ -203,7 +204,7 @@ def train(
     Raises:
         FlextronError: the batch does not divide, the gradient is not finite, or the directory holds another run.
     """
-    run = _Run(decoder, teacher, space, blocks, recipe)
+    run = Run(decoder, teacher, space, blocks, recipe)
     directory = None
     done, history = 0, list[dict[str, float]]()
     optimizer = getattr(run.optimizer, "optimizer", run.optimizer)

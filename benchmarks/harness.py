@@ -1,0 +1,109 @@
+"""What all suites share: a figure with its bar, the machine it was measured on, the table, the JSON."""
+
+from __future__ import annotations
+
+import json
+import operator
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+__all__ = ["Figure", "interleaved_seconds", "median", "run_suite"]
+
+RESULTS = Path(__file__).parent / "results"
+_COMPARE: dict[str, Callable[[float, float], bool]] = {"<=": operator.le, ">=": operator.ge, "==": operator.eq}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One measured number beside its bar."""
+
+    name: str
+    value: float
+    unit: str
+    op: Literal["<=", ">=", "=="]
+    bar: float
+    peer: dict[str, float | str] | None = None
+    """Name and value of what it is measured against, from the same run."""
+    spread: tuple[float, float, float] | None = None
+    """Smallest, median and largest of the repeats."""
+    note: str = ""
+
+    @property
+    def holds(self) -> bool:
+        """Whether the bar is reached."""
+        return _COMPARE[self.op](self.value, self.bar)
+
+
+def median(values: Sequence[float]) -> tuple[float, float, float]:
+    """Smallest, median, largest."""
+    ordered = sorted(values)
+    return ordered[0], ordered[len(ordered) // 2], ordered[-1]
+
+
+def interleaved_seconds(jobs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Time jobs in turn, after one warm-up each, so that drift of the machine hits all alike."""
+    times: dict[str, list[float]] = {name: [] for name in jobs}
+    for r in range(repeats + 1):
+        for name, job in jobs.items():
+            start = time.perf_counter()
+            job()
+            if r:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _commit() -> str:
+    out = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return out.stdout.strip() or "unknown"
+
+
+def run_suite(suite: str, measures: Sequence[Callable[[], Figure]]) -> bool:
+    """Measure every figure, print the table, write the JSON; whether all hold."""
+    gpu = torch.cuda.is_available()
+    figures = []
+    console = Console(width=140)
+    for measure in measures:
+        console.print(f"measuring: {(measure.__doc__ or measure.__name__).splitlines()[0]}")
+        figures.append(measure())
+    table = Table(title=f"{suite}: figures and bars", title_justify="left")
+    for column in ("figure", "value", "bar", "holds", "peer", "note"):
+        table.add_column(column)
+    for f in figures:
+        peer = f"{f.peer['name']}: {f.peer['value']:.4g}" if f.peer else ""
+        table.add_row(f.name, f"{f.value:.4g} {f.unit}", f"{f.op} {f.bar:g}", "yes" if f.holds else "NO", peer, f.note)
+    console.print(table)
+    RESULTS.mkdir(exist_ok=True)
+    result = {
+        "suite": suite,
+        "commit": _commit(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "hardware": {
+            "cpu": _cpu(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if gpu else None,
+        },
+        "versions": {name: version(name) for name in ("flextron", "torch", "transformers")},
+        "figures": [asdict(f) | {"holds": f.holds} for f in figures],
+    }
+    path = RESULTS / f"{suite}{'-gpu' if gpu else ''}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return all(f.holds for f in figures)

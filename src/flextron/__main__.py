@@ -1,0 +1,5 @@
+"""`python -m flextron` is the command line."""
+
+from flextron.cli.main import main
+
+main()
