@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import Tensor
@@ -90,75 +92,90 @@ def test_sub_networks_that_are_the_full_one_change_nothing() -> None:
         torch.testing.assert_close(value, before[name], rtol=0, atol=1e-3)
 
 
-def solve(inputs: list[tuple[Tensor, int]], targets: list[Tensor], old_DF: Tensor) -> Tensor:
-    """Least squares over the stacked equations of all sub-networks (the full one first) and the ridge, (D, F)."""
+def solve(inputs: list[tuple[Tensor, int]], targets: list[Tensor], old_FD: Tensor) -> Tensor:
+    """Least squares over the stacked equations of all sub-networks (the full one first) and the ridge, (F, D)."""
     alphas = [FULL_WEIGHT, *[1 / (len(inputs) - 1)] * (len(inputs) - 1)]
     rows, right = [], []
     for (h_NF, width), target, alpha in zip(inputs, targets, alphas, strict=True):
+        # a sub-network that skips this half has no say in it
         prefix = h_NF.double().clone()
         prefix[:, width:] = 0
         rows.append(alpha**0.5 * prefix)
         right.append(alpha**0.5 * target.double())
-    size = old_DF.shape[1]
+    size = len(old_FD)
     pull = (RIDGE * sum(r.square().sum() for r in rows) / size) ** 0.5
     rows.append(torch.eye(size, dtype=torch.float64) * pull)
-    right.append(pull * old_DF.double().t())
-    return torch.linalg.lstsq(torch.cat(rows), torch.cat(right)).solution.t().float()
+    right.append(pull * old_FD.double())
+    return torch.linalg.lstsq(torch.cat(rows), torch.cat(right)).solution.float()
 
 
-def captured(layer: Layer, name: str, x_ND: Tensor, decoder: Decoder) -> Tensor:
-    """Inputs of an output projection at full width, recomputed from the block's other weights."""
-    batch = Batch.padded(TOKENS, decoder.widths)
-    if name == "attention.o":
-        rope = rotary_tables(decoder.config, batch.positions_N, decoder.dtype)
-        groups = [decoder.config.num_groups]
-        return layer.attention.heads(
-            layer.attention_norm(x_ND), batch, groups, 0, rope, CausalAttention(decoder.config)
+@dataclass(frozen=True)
+class Half:
+    """One half of the first layer at full width, as plain matrices."""
+
+    decoder: Decoder
+    part: str
+
+    @property
+    def layer(self) -> Layer:
+        layer = self.decoder.layers[0]
+        assert isinstance(layer, Layer)
+        return layer
+
+    def inputs(self, x_ND: Tensor) -> Tensor:
+        """What enters the output projection, (N, F), if `x_ND` enters the half."""
+        config, batch = self.decoder.config, Batch.padded(TOKENS, self.decoder.widths)
+        if self.part == "mlp":
+            return self.layer.mlp.neurons(self.layer.mlp_norm(x_ND), batch.layout([config.intermediate_size]).blocks)[0]
+        rope = rotary_tables(config, batch.positions_N, self.decoder.dtype)
+        core = CausalAttention(config)
+        return self.layer.attention.heads(
+            self.layer.attention_norm(x_ND), batch, [config.num_groups], 0, rope, core
         )[0]
-    blocks = batch.layout([decoder.config.intermediate_size]).blocks
-    return layer.mlp.neurons(layer.mlp_norm(x_ND), blocks)[0]
 
+    def project(self, h_NF: Tensor) -> Tensor:
+        """The output projection of any rows, bias included."""
+        config, batch = self.decoder.config, Batch.padded(torch.zeros(1, len(h_NF)).long(), self.decoder.widths)
+        if self.part == "mlp":
+            return self.layer.mlp.project(len(h_NF), (h_NF,), batch.layout([config.intermediate_size]))
+        return self.layer.attention.project([h_NF], batch, [config.num_groups])
 
-def applied(layer: Layer, name: str, h_NF: Tensor, width: int) -> Tensor:
-    """The output projection of the first `width` inputs; nothing at width 0."""
-    if not width:
-        return torch.zeros(())
-    linear = layer.get_submodule(name)
-    assert isinstance(linear, torch.nn.Linear)
-    return torch.nn.functional.linear(h_NF[:, :width], linear.weight[:, :width], linear.bias)
+    @property
+    def size(self) -> int:
+        config = self.decoder.config
+        return config.intermediate_size if self.part == "mlp" else config.num_groups * config.query_rows_per_group
+
+    @property
+    def bias(self) -> Tensor:
+        return self.project(torch.zeros(1, self.size))
+
+    @property
+    def weight(self) -> Tensor:
+        """(F, D), however it is stored."""
+        return self.project(torch.eye(self.size)) - self.bias
 
 
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_the_first_layer_is_the_least_squares_solution(case: str) -> None:
     decoder, original = toy_decoder(case=case), toy_decoder(case=case)
+    config = original.config
     specs = [decoder.widths, *specs_for(decoder)]
     reconstruct(decoder, TOKENS, specs[1:], full_weight=FULL_WEIGHT, ridge=RIDGE)
-    new, old = decoder.layers[0], original.layers[0]
-    assert isinstance(new, Layer)
-    assert isinstance(old, Layer)
     x = original.embed(Batch.padded(TOKENS, original.widths))
-    heads = captured(old, "attention.o", x, original)
-    rows = [s.layers[0].num_groups * original.config.query_rows_per_group for s in specs]
-    middle = x + applied(old, "attention.o", heads, rows[0])
-    bias = old.attention.o.bias if old.attention.o.bias is not None else 0
-    expected = solve([(heads, r) for r in rows], [middle - x - bias] * len(specs), old.attention.o.weight)
-    torch.testing.assert_close(new.attention.o.weight, expected, rtol=0, atol=1e-3)
+    new, old = Half(decoder, "attention"), Half(original, "attention")
+    heads = old.inputs(x)
+    rows = [s.layers[0].num_groups * config.query_rows_per_group for s in specs]
+    middle = x + old.project(heads)
+    expected = solve([(heads, r) for r in rows], [middle - x - old.bias] * len(specs), old.weight)
+    torch.testing.assert_close(new.weight, expected, rtol=0, atol=1e-3)
 
-    neurons = captured(old, "mlp.down", x if old.parallel else middle, original)
+    # where the sub-networks stand, with the attention just solved
+    streams = [x + heads[:, :r] @ new.weight[:r] + new.bias for r in rows]
+    new, old = Half(decoder, "mlp"), Half(original, "mlp")
+    parallel = config.parallel_residual
+    after = middle + old.project(old.inputs(x if parallel else middle))
     widths = [s.layers[0].intermediate_size for s in specs]
-    after = middle + applied(old, "mlp.down", neurons, widths[0])
-    bias = old.mlp.down.bias if old.mlp.down.bias is not None else 0
-    # what the sub-networks' streams are, with the attention just solved
-    streams = [x + applied(new, "attention.o", heads, r) for r in rows]
-    inputs = [(captured(new, "mlp.down", x if new.parallel else m, decoder), w) for m, w in zip(streams, widths, strict=True)]
-    used = [k for k, w in enumerate(widths) if w]
-    targets = [after - m - bias for m in streams]
-    expected = solve_used(inputs, targets, used, old.mlp.down.weight)
-    torch.testing.assert_close(new.mlp.down.weight, expected, rtol=0, atol=2e-3)
-
-
-def solve_used(inputs: list[tuple[Tensor, int]], targets: list[Tensor], used: list[int], old_DF: Tensor) -> Tensor:
-    """As `solve`; a sub-network of width 0 has a constant residual and so no say, but still its share of the weight."""
-    silent = [targets[k] if k in used else torch.zeros_like(targets[k]) for k in range(len(targets))]
-    return solve(inputs, silent, old_DF)
+    inputs = [(new.inputs(x if parallel else m), w) for m, w in zip(streams, widths, strict=True)]
+    expected = solve(inputs, [after - m - old.bias for m in streams], old.weight)
+    torch.testing.assert_close(new.weight, expected, rtol=0, atol=1e-3)

@@ -47,7 +47,7 @@ def convert(
         method: of ranking, see `flextron.elastic.importance`.
         ratios: choices of MLP width and attention groups, as fractions of the full ones.
         multiple_of: MLP widths are multiples of this; by default 64, or less where the width asks for it.
-        max_skipped_layers: how many layers a sub-network may skip; by default a quarter.
+        max_skipped_layers: how many layers a sub-network may skip; by default a third.
         num_calibration_tokens: tokens to rank on.
         context: tokens of a calibration sequence.
 
@@ -66,7 +66,7 @@ def convert(
     decoder.to(_default_device())
     importance = rank(decoder, calibration_BT, method)
     permute(decoder, importance)
-    skipped = config.num_hidden_layers // 4 if max_skipped_layers is None else max_skipped_layers
+    skipped = config.num_hidden_layers // 3 if max_skipped_layers is None else max_skipped_layers
     # the first and the last layer are never idle: they read and write the vocabulary
     skippable = [i for i in importance.layers_by_importance if 0 < i < config.num_hidden_layers - 1]
     space = SearchSpace.from_ratios(
@@ -75,7 +75,7 @@ def convert(
         num_groups=config.num_groups,
         ratios=ratios,
         multiple_of=multiple_of or _default_multiple(config.intermediate_size),
-        skippable_layers=skippable[: 2 * skipped],
+        skippable_layers=skippable[: 3 * skipped // 2],
         max_skipped_layers=min(skipped, len(skippable)),
     )
     info = ElasticInfo(

@@ -26,6 +26,8 @@ def demo(
     show(rows, title=f"trained on {facts['trained_tokens']:,} tokens", as_json=as_json, result=facts)
     texts = facts["texts"]
     message(f"training text: {texts['training']}; perplexity on: {texts['test']}; they share no run of 13 words")
+    for target in facts["unreachable"]:
+        message(f"target {target:g} is below the fastest sub-network of this model on this device")
     for row in facts["rows"]:
         message(f"[bold]{row['target']:g}[/bold]  {facts['prompt']}[green]{row['text']!r}[/green]")
     message(f"picture: {facts['picture']}; elastic checkpoint: {output / 'elastic'} (try: flextron info)")

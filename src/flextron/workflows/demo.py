@@ -106,7 +106,8 @@ class _Demo:
                 on_measure=measure,
                 on_search=searching,
             )
-        points = {t: model.frontier_point(t) for t in self.settings.targets}
+        lowest = min(p.latency for p in frontier.points)
+        points = {t: model.frontier_point(t) for t in self.settings.targets if t >= lowest}
         losses = model.evaluate({str(t): p.spec for t, p in points.items()}, test, num_tokens=self.settings.eval_tokens)
         return {
             "frontier": frontier.to_dict(),
@@ -178,10 +179,10 @@ def run_demo(settings: DemoSettings, progress: Progress) -> dict[str, Any]:
 
 def _report(demo: _Demo, model: ElasticModel, training: list[str], test: list[str]) -> None:
     """Time the chosen sub-networks side by side, let each write a sentence, fill the table, draw the picture."""
-    targets = [str(t) for t in demo.settings.targets]
-    specs = [model.frontier_point(t).spec for t in demo.settings.targets]
-    times = decode_latencies_ms(model.decoder, specs)
     before, after = demo.facts["before"]["targets"], demo.facts["after"]["targets"]
+    targets = [t for t in after if t in before]
+    specs = [model.frontier_point(float(t)).spec for t in targets]
+    times = decode_latencies_ms(model.decoder, specs)
     rows = []
     for target, spec, ms in zip(targets, specs, times, strict=True):
         rows.append(
@@ -214,6 +215,7 @@ def _report(demo: _Demo, model: ElasticModel, training: list[str], test: list[st
             "chars": sizes,
         },
         picture=str(picture),
+        unreachable=[t for t in demo.settings.targets if str(t) not in targets],
         trained_tokens=model.info.recipe["num_tokens"],
     )
 
