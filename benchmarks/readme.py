@@ -34,7 +34,7 @@ def read_results(directory: Path) -> Results:
         FlextronError: a file is not what `benchmarks.harness.run_suite` writes.
     """
     results: Results = {}
-    for path in sorted(directory.glob("*.json")):
+    for path in sorted(directory.glob("*.json"), key=lambda path: path.stem):
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
             for key in ("suite", "commit", "date", "hardware", "versions", "figures"):
@@ -75,7 +75,7 @@ def _spread(figure: dict[str, Any]) -> str:
 def _machine(result: dict[str, Any]) -> str:
     """What it was measured on, in a few words."""
     hardware = result["hardware"]
-    cpu = f"{hardware['cpu']}, {hardware['threads']} of {hardware['cores']} cores"
+    cpu = f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['threads']} threads"
     return f"{hardware['gpu']}, {cpu}" if hardware["gpu"] else cpu
 
 

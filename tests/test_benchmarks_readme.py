@@ -21,7 +21,7 @@ SPEED: dict[str, Any] = {
     "bar": 1.8,
     "peer": {"name": "full model, ms", "value": 20.0},
     "spread": [1.5, 1.8512345, 2.0],
-    "note": "batch 1 | context 128",
+    "note": "batch 1 | ctx 128",
     "holds": True,
 }
 MEMORY: dict[str, Any] = {
@@ -74,7 +74,7 @@ def test_readme_has_one_row_a_figure_and_keeps_the_rest_of_the_page(root: Path) 
         "|---|---|---|---|\n"
         "| decode speed-up | 1.851 x | ≥ 1.8 | full model, ms: 20 |\n"
         "| peak memory | inf | ≤ 1, missed |  |\n\n"
-        "Measured by `make bench` (core: Some CPU, 2 of 4 cores, commit abc1234). "
+        "Measured by `make bench` (core: Some CPU, 4 cores, 2 threads, commit abc1234). "
         "All notes are in [benchmarks](docs/benchmarks.md).\n\n"
         "<!-- /figures -->\n\nThe end, `<!-- figures -->`.\n"
     )
@@ -85,11 +85,9 @@ def test_documentation_has_spread_note_and_origin_of_every_suite(root: Path) -> 
     write(root, "core-gpu", result(MEMORY, gpu="Some GPU"))
     assert main([], root) == 0
     page = read(root, "docs/benchmarks.md")
-    assert (
-        "| decode speed-up | 1.851 x | ≥ 1.8 | 1.5 / 1.851 / 2 | full model, ms: 20 | batch 1 \\| context 128 |" in page
-    )
-    assert "Some CPU, 2 of 4 cores. flextron 0.1.0, torch 2.9.0. Commit abc1234, 2026-01-02." in page
-    assert "Some GPU, Some CPU, 2 of 4 cores." in page
+    assert "| decode speed-up | 1.851 x | ≥ 1.8 | 1.5 / 1.851 / 2 | full model, ms: 20 | batch 1 \\| ctx 128 |" in page
+    assert "Some CPU, 4 cores, 2 threads. flextron 0.1.0, torch 2.9.0. Commit abc1234, 2026-01-02." in page
+    assert "Some GPU, Some CPU, 4 cores, 2 threads." in page
     assert page.index("### core\n") < page.index("decode speed-up") < page.index("### core-gpu\n")
     assert page.index("### core-gpu\n") < page.index("peak memory")
 

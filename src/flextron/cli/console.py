@@ -56,6 +56,14 @@ def progress(description: str) -> Iterator[StepCallback]:
         bar.stop()
 
 
+def _show_one(row: dict[str, Any], title: str) -> None:
+    """A single row, turned upright."""
+    table = Table(title=title, title_justify="left", show_header=False)
+    for name, value in row.items():
+        table.add_row(name.replace("_", " "), _cell(value))
+    Console().print(table)
+
+
 def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
@@ -64,6 +72,9 @@ def show(rows: list[dict[str, Any]], *, title: str, as_json: bool, result: Any =
     """A table of rows on stdout, or `result` (the rows, by default) as JSON."""
     if as_json:
         typer.echo(json.dumps(rows if result is None else result))
+        return
+    if len(rows) == 1:
+        _show_one(rows[0], title)
         return
     table = Table(title=title, title_justify="left")
     for name in rows[0] if rows else ():

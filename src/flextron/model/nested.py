@@ -2,10 +2,10 @@
 
 Every nested weight has its nested dimension first, also the projections out of it, so that a prefix is one contiguous
 piece of memory (a slice of columns reads almost as slowly as the whole). Tokens are ordered by width, widest first.
-Then block k of the weight (rows d_{k-1}…d_k) multiplies just the first n_k tokens, those at least d_k wide: no masks, no
-copies of weights, every weight read once. A batch with one width is the case of a single block. `expand` goes into the
-nested dimension, `contract` comes back out of it, and both have their own backward, whose weight gradient is computed
-for the prefix alone and is zero elsewhere.
+Then block k of the weight (rows d_{k-1}…d_k) multiplies just the first n_k tokens, those at least d_k wide: no masks,
+no copies of weights, every weight read once. A batch with one width is the case of a single block. `expand` goes into
+the nested dimension, `contract` comes back out of it, and both have their own backward, whose weight gradient is
+computed for the prefix alone and is zero elsewhere.
 
 Shapes: N tokens, D hidden size, F nested size (MLP neurons, or rows of attention heads).
 """
