@@ -35,10 +35,10 @@ fix: $(READY)  ## Mend what ruff can.
 	$(BIN)/ruff format .
 
 bench: $(READY)  ## All benchmark suites; each writes benchmarks/results/<suite>.json.
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks; status=$$?; $(BIN)/python -m benchmarks.readme; exit $$status
 
 bench-core: $(READY)  ## The core suite alone.
-	$(BIN)/python -m benchmarks core
+	$(BIN)/python -m benchmarks core; status=$$?; $(BIN)/python -m benchmarks.readme; exit $$status
 
 docs: $(DOCS_READY)  ## The documentation, into site/.
 	$(BIN)/mkdocs build --strict

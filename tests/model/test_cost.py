@@ -75,6 +75,12 @@ def test_operations_of_the_products_are_those_that_run(case: str) -> None:
         )
         # all but the attention's own products, which are the term in the square of the length
         ours = step_flops(decoder.config, spec, num_sequences=2, length=8)
-        square = 3 * 2 * 2 * 8 * sum(2 * layer.num_groups * decoder.config.query_rows_per_group * 8 // 2 for layer in spec.layers)
+        square = (
+            3
+            * 2
+            * 2
+            * 8
+            * sum(2 * layer.num_groups * decoder.config.query_rows_per_group * 8 // 2 for layer in spec.layers)
+        )
         assert x.requires_grad
         assert products == ours - square

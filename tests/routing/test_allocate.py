@@ -19,7 +19,7 @@ SLACK = 1e-9
 
 def layer_cost(layer: LayerSpec) -> float:
     """Dearer than linear at the wide end, so that no two sums are equal by chance."""
-    return 1.01 * layer.intermediate_size**1.1 + 2.3 * layer.num_groups**1.2
+    return float(1.01 * layer.intermediate_size**1.1 + 2.3 * layer.num_groups**1.2)
 
 
 def space_of(num_layers: int, skippable: tuple[int, ...], max_skipped: int) -> SearchSpace:
@@ -90,7 +90,9 @@ def problems(draw: st.DrawFn) -> tuple[Allocator, dict[SubnetSpec, tuple[float, 
 
 
 @given(problems())
-def test_budgets_on_the_hull_are_met_optimally(problem: tuple[Allocator, dict[SubnetSpec, tuple[float, float]]]) -> None:
+def test_budgets_on_the_hull_are_met_optimally(
+    problem: tuple[Allocator, dict[SubnetSpec, tuple[float, float]]],
+) -> None:
     allocator, points = problem
     for cost, loss in hull(points):
         found = allocator.within(cost * (1 + SLACK))

@@ -16,6 +16,11 @@ FULL = (8, 8, 8)
 positive = st.floats(0.5, 50, allow_nan=False)
 
 
+def all_alike(spec: SubnetSpec) -> bool:
+    """The filter of a caller who wants the same widths everywhere."""
+    return len(set(spec.layers)) == 1
+
+
 @st.composite
 def frontiers(draw: st.DrawFn) -> Frontier:
     """The full network and some others, few values so that ties happen."""
@@ -80,22 +85,24 @@ def test_a_limit_on_cost_gives_the_least_loss_within(
     assume(axis != "latency" or limit <= 1)
     limit = int(limit) if axis == "params" else limit
     assume(limit > 0)
-    allowed = [p for p in frontier.points if measures[p] <= limit and (len(set(p.spec.layers)) == 1 or not uniform)]
+    # the limit gives way by rounding, not more
+    assume(not any(limit < m <= limit * (1 + 1e-6) for m in measures.values()))
+    allowed = [p for p in frontier.points if measures[p] <= limit and (not uniform or all_alike(p.spec))]
     if not allowed:
         with pytest.raises(FlextronError):
-            frontier.select(Target(**{axis: limit}), uniform=uniform)
+            frontier.select(Target(**{axis: limit}), allowed=all_alike if uniform else None)
         return
-    chosen = frontier.select(Target(**{axis: limit}), uniform=uniform)
-    assert chosen in allowed or measures[chosen] == pytest.approx(limit)
+    chosen = frontier.select(Target(**{axis: limit}), allowed=all_alike if uniform else None)
+    assert chosen in allowed
     assert chosen.loss <= min(p.loss for p in allowed)
-    assert not uniform or len(set(chosen.spec.layers)) == 1
+    assert not uniform or all_alike(chosen.spec)
 
 
 @given(frontiers(), st.floats(0, 2), st.booleans())
 def test_a_limit_on_loss_gives_the_fastest_within(frontier: Frontier, rise: float, uniform: bool) -> None:
-    chosen = frontier.select(Target(max_loss_increase=rise), uniform=uniform)
+    chosen = frontier.select(Target(max_loss_increase=rise), allowed=all_alike if uniform else None)
     limit = frontier.full.loss * (1 + rise)
-    allowed = [p for p in frontier.points if p.loss <= limit and (len(set(p.spec.layers)) == 1 or not uniform)]
+    allowed = [p for p in frontier.points if p.loss <= limit and (not uniform or all_alike(p.spec))]
     assert chosen in allowed
     assert chosen.latency_ms == min(p.latency_ms for p in allowed)
 
@@ -107,6 +114,12 @@ def test_an_unreachable_target_names_what_is_reachable(frontier: Frontier) -> No
         frontier.select(Target(latency_ms=fastest * 0.5))
     for part in ("latency_ms", f"{fastest * 0.5:g}", f"{fastest:.4g}", f"{slowest:.4g}"):
         assert part in str(caught.value)
+
+
+@given(frontiers())
+def test_where_nothing_is_allowed_nothing_is_chosen(frontier: Frontier) -> None:
+    with pytest.raises(FlextronError, match="none of the measured"):
+        frontier.select(Target(latency=1.0), allowed=lambda spec: False)
 
 
 @given(frontiers())

@@ -90,7 +90,7 @@ def test_a_probe_runs_one_decode_step_of_the_stated_network(spec: SubnetSpec, mo
             seen.append(int(args[0]))  # type: ignore[call-overload]
             return attention(*args)  # type: ignore[arg-type]
 
-        hidden: Tensor = forward(self, batch, spied)
+        hidden: Tensor = forward(self, batch, spied)  # type: ignore[arg-type]
         steps.append((batch, seen))
         assert hidden.isfinite().all()
         return hidden
@@ -118,7 +118,10 @@ def test_times_are_medians_taken_round_robin_after_a_warm_up(monkeypatch: pytest
     monkeypatch.setattr(module._DecodeProbe, "run_ms", run_ms)
     rounds: list[tuple[int, int]] = []
     times = decode_latencies_ms(
-        toy_decoder(), [SPACE.full, SPACE.smallest], repeats=3, on_progress=lambda done, total: rounds.append((done, total))
+        toy_decoder(),
+        [SPACE.full, SPACE.smallest],
+        repeats=3,
+        on_progress=lambda done, total: rounds.append((done, total)),
     )
     assert times == [2.0, 20.0]
     assert order == order[:2] * 4

@@ -7,27 +7,33 @@ import torch
 from torch.nn import functional as F
 
 from flextron.model.cost import num_parameters
-from flextron.routing import Frontier, LatencyTable, SearchSettings, measure_table, search_frontier
-from flextron.routing import latency as latency_module
+from flextron.routing import Frontier, LatencyTable, SearchSettings, search_frontier
 from tests.model.families_cases import random_tokens
-from tests.toy import SPACE, segment_logits, synthetic_ms, synthetic_latencies, toy_decoder
+from tests.toy import SPACE, segment_logits, synthetic_ms, toy_decoder
 
 CALIBRATION, VALIDATION = random_tokens(2, 10, seed=1), random_tokens(6, 10, seed=2)
 SETTINGS = SearchSettings(targets=(0.9, 0.75, 0.6), rounds=2, mutations=2, num_uniform=3)
 DECODER = toy_decoder()
 
 
-def quiet_table() -> LatencyTable:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(latency_module, "decode_latencies_ms", synthetic_latencies)
-        return measure_table(DECODER, SPACE)
+TABLE = LatencyTable(
+    device="a-quiet-machine",
+    batch_size=1,
+    context=10,
+    base_ms=1.5,
+    mlp_ms={w: 0.02 * w for w in SPACE.intermediate_sizes},
+    attention_ms={g: 0.75 * g for g in SPACE.num_groups},
+    full_ms=synthetic_ms(SPACE.full),
+    median_error=0.0,
+    max_error=0.0,
+)
 
 
 def search(settings: SearchSettings = SETTINGS, **options: object) -> Frontier:
     return search_frontier(
         DECODER,
         SPACE,
-        quiet_table(),
+        TABLE,
         calibration_BT=CALIBRATION,
         validation_BT=VALIDATION,
         text="some text",
@@ -38,8 +44,7 @@ def search(settings: SearchSettings = SETTINGS, **options: object) -> Frontier:
 
 def test_points_are_measured_sub_networks_of_the_space() -> None:
     frontier = search()
-    table = quiet_table()
-    assert (frontier.device, frontier.text) == (table.device, "some text")
+    assert (frontier.device, frontier.text) == ("a-quiet-machine", "some text")
     assert frontier.points[0].spec == SPACE.full
     assert frontier.points[0].latency == pytest.approx(1)
     specs = [p.spec for p in frontier.points]

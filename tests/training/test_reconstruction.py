@@ -41,6 +41,7 @@ def residual(decoder: Decoder, spec: SubnetSpec) -> Tensor:
     x = decoder.embed(batch)
     for i, layer in enumerate(decoder.layers):
         x = layer(x, batch, i, rope, CausalAttention(decoder.config))
+    assert isinstance(x, Tensor)
     return x
 
 
@@ -106,7 +107,8 @@ def solve(inputs: list[tuple[Tensor, int]], targets: list[Tensor], old_FD: Tenso
     pull = (RIDGE * sum(r.square().sum() for r in rows) / size) ** 0.5
     rows.append(torch.eye(size, dtype=torch.float64) * pull)
     right.append(pull * old_FD.double())
-    return torch.linalg.lstsq(torch.cat(rows), torch.cat(right)).solution.float()
+    solution: Tensor = torch.linalg.lstsq(torch.cat(rows), torch.cat(right)).solution
+    return solution.float()
 
 
 @dataclass(frozen=True)
@@ -129,9 +131,7 @@ class Half:
             return self.layer.mlp.neurons(self.layer.mlp_norm(x_ND), batch.layout([config.intermediate_size]).blocks)[0]
         rope = rotary_tables(config, batch.positions_N, self.decoder.dtype)
         core = CausalAttention(config)
-        return self.layer.attention.heads(
-            self.layer.attention_norm(x_ND), batch, [config.num_groups], 0, rope, core
-        )[0]
+        return self.layer.attention.heads(self.layer.attention_norm(x_ND), batch, [config.num_groups], 0, rope, core)[0]
 
     def project(self, h_NF: Tensor) -> Tensor:
         """The output projection of any rows, bias included."""

@@ -87,7 +87,7 @@ def test_the_smallest_size_comes_in_gradually() -> None:
     drawn = sampler(min_size=0.4, anneal_fraction=0.5)
     floors = [drawn.floor(step) for step in range(STEPS)]
     assert floors[0] > 0.9
-    assert all(a > b for a, b in zip(floors[:20], floors[1:20], strict=False))
+    assert floors[:20] == sorted(set(floors[:20]), reverse=True)
     assert floors[9] == pytest.approx(0.7)
     assert floors[19:] == pytest.approx([0.4] * 21)
     assert sampler(min_size=0.4, anneal_fraction=0.0).floor(0) == pytest.approx(0.4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from flextron.elastic import ElasticInfo, extract, write_elastic
 from flextron.errors import FlextronError
 from flextron.evals import Perplexity, evaluate_perplexity
 from flextron.files import new_directory, write_json
-from flextron.model.checkpoint import load_decoder, open_pretrained, write_checkpoint
+from flextron.model.checkpoint import check_stock, load_decoder, open_pretrained, write_checkpoint
 from flextron.model.cost import num_parameters
 from flextron.model.decoder import Decoder
 from flextron.model.generation import SamplingParams, generate
@@ -153,8 +154,9 @@ class ElasticModel(_Generates):
         source = source_name(text, "docstrings on this machine")
         blocks = self._training_blocks(text, recipe, None if run_directory is None else Path(run_directory))
         frozen = copy.deepcopy(self.decoder) if teacher is None else load_decoder(open_pretrained(teacher))
-        if frozen.config.vocab_size != self.decoder.config.vocab_size:
-            raise FlextronError("teacher and student differ in vocabulary; choose a teacher with the same tokenizer")
+        ours, theirs = self.decoder.config, frozen.config
+        if (ours.vocab_size, ours.hidden_size) != (theirs.vocab_size, theirs.hidden_size):
+            raise FlextronError("teacher and student differ in vocabulary or hidden size; choose a model of its kind")
         result = train(
             self.decoder,
             frozen,
@@ -162,7 +164,11 @@ class ElasticModel(_Generates):
             blocks,
             recipe,
             run_directory=None if run_directory is None else Path(run_directory),
-            identity={"text": source, "model": self.info.provenance.get("source")},
+            identity={
+                "text": source,
+                "model": self.info.provenance.get("source"),
+                "start": self.info.recipe.get("num_tokens", 0),
+            },
             on_step=on_step,
             on_reconstruct=on_reconstruct,
         )
@@ -170,7 +176,7 @@ class ElasticModel(_Generates):
             "train": recipe.model_dump(mode="json"),
             "text": source,
             "num_steps": result.num_steps,
-            "num_tokens": result.num_tokens,
+            "num_tokens": self.info.recipe.get("num_tokens", 0) + result.num_tokens,
             "tokens_per_second": round(result.tokens_per_second, 1),
         }
         self.info = replace(self.info, recipe=facts)
@@ -190,11 +196,13 @@ class ElasticModel(_Generates):
 
     def _training_blocks(self, text: Texts, recipe: TrainRecipe, run_directory: Path | None) -> TokenBlocks:
         """The packed text; kept in the run directory, so that a resumed run sees the same."""
-        stored = None if run_directory is None else run_directory / "tokens.npy"
+        texts = text if text is None or isinstance(text, str) else list(text)
+        digest = hashlib.sha256(repr((texts, recipe.tokens, recipe.context)).encode()).hexdigest()[:16]
+        stored = None if run_directory is None else run_directory / f"tokens-{digest}.npy"
         if stored is not None and stored.exists():
             return TokenBlocks.load(stored, seed=recipe.seed)
         tokens = pack_tokens(
-            documents(text, training_text), needed(self.tokenizer), num_tokens=recipe.tokens, context=recipe.context
+            documents(texts, training_text), needed(self.tokenizer), num_tokens=recipe.tokens, context=recipe.context
         )
         blocks = TokenBlocks.from_tokens(tokens, context=recipe.context, seed=recipe.seed)
         if stored is not None:
@@ -255,7 +263,16 @@ class ElasticModel(_Generates):
         Raises:
             FlextronError: no such target, nothing within it, or the model was not profiled on this device.
         """
-        return self._profiled(Target(**target)).select(Target(**target), uniform=uniform).spec
+        wanted = Target(**target)
+        return self._profiled(wanted).select(wanted, allowed=self._is_stock if uniform else None).spec
+
+    def _is_stock(self, spec: SubnetSpec) -> bool:
+        """Whether the sub-network can be written as an ordinary checkpoint."""
+        try:
+            check_stock(self.decoder.config, spec)
+        except FlextronError:
+            return False
+        return True
 
     def frontier_point(self, latency: float) -> FrontierPoint:
         """What was measured of the best sub-network within a fraction of the full model's latency.

@@ -28,7 +28,7 @@ def message(text: str) -> None:
 
 @contextmanager
 def progress(description: str) -> Iterator[StepCallback]:
-    """A bar with an estimate, on stderr, that appears with the first step; nested ones share the terminal."""
+    """A bar with an estimate, on stderr, from the first step on; where stderr is a log, a line now and then."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -37,13 +37,18 @@ def progress(description: str) -> Iterator[StepCallback]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[figures]}"),
     )
-    bar = Progress(*columns, console=_messages, transient=not _messages.is_terminal, redirect_stdout=False)
+    bar = Progress(*columns, console=_messages)
     task = bar.add_task(description, total=None, figures="")
 
     def step(done: int, total: int, figures: dict[str, float] | None = None, /) -> None:
-        if done == 1 or not bar.live.is_started:
-            bar.start()
         shown = "  ".join(f"{name} {value:.4g}" for name, value in (figures or {}).items())
+        if not _messages.is_terminal:
+            # a log, not a screen: a line at every tenth
+            if done == 1 or done == total or done * 10 // total > (done - 1) * 10 // total:
+                message(f"{description}: {done} of {total}  {shown}")
+            return
+        if not bar.live.is_started:
+            bar.start()
         bar.update(task, completed=done, total=total, figures=shown)
         if done == total:
             bar.stop()

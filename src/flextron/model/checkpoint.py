@@ -29,7 +29,7 @@ from flextron.model.gguf import open_gguf
 from flextron.model.pretrained import Pretrained
 from flextron.spec import SubnetSpec
 
-__all__ = ["load_decoder", "load_weights", "open_pretrained", "stock_tensors", "write_checkpoint"]
+__all__ = ["check_stock", "load_decoder", "load_weights", "open_pretrained", "stock_tensors", "write_checkpoint"]
 
 _BUFFERS = re.compile(r"rotary_emb\.inv_freq|attn\.(masked_)?bias$|attention\.(masked_)?bias$")
 _SHARD_BYTES = 2 * 1024**3
@@ -255,7 +255,7 @@ def stock_config(decoder: Decoder, hf_config: Mapping[str, Any]) -> dict[str, An
     out.pop("torch_dtype", None)
     if widths == config.full_spec:
         return out
-    _check_stock(config, widths)
+    check_stock(config, widths)
     layer = widths.layers[widths.kept_layers[0]]
     sizes = {"intermediate_size": layer.intermediate_size, "num_hidden_layers": len(widths.kept_layers)}
     out |= {family.config_keys.get(key, key): value for key, value in sizes.items()}
@@ -272,16 +272,21 @@ def _num_heads(config: DecoderConfig, num_groups: int) -> int:
     return num_groups * config.query_rows_per_group // config.head_dim
 
 
-def _check_stock(config: DecoderConfig, widths: SubnetSpec) -> None:
+def check_stock(config: DecoderConfig, widths: SubnetSpec) -> None:
+    """Raise unless a sub-network is an ordinary checkpoint of its family.
+
+    Raises:
+        FlextronError: its layers differ in width, or the family's config cannot say its number of heads.
+    """
     if not widths.is_uniform:
         raise FlextronError(
             "only a sub-network with equal widths in all its layers is a stock checkpoint; "
-            "choose one with uniform=True (--uniform)"
+            "choose one with select(..., uniform=True)"
         )
     groups = widths.layers[widths.kept_layers[0]].num_groups
-    if config.family == "llama" and config.hidden_size % _num_heads(config, groups):
+    if FAMILIES[config.family].heads_divide_hidden and config.hidden_size % _num_heads(config, groups):
         raise FlextronError(
-            f"transformers refuses a llama config with {_num_heads(config, groups)} heads, which do not divide the "
+            f"transformers refuses a {config.family} with {_num_heads(config, groups)} heads, which do not divide the "
             f"hidden size {config.hidden_size}; choose another number of groups than {groups}"
         )
     if groups != config.num_groups and not FAMILIES[config.family].explicit_head_dim:

@@ -156,6 +156,8 @@ class Family:
     parallel_residual: bool | str = False
     explicit_head_dim: bool = True
     """Whether a stock checkpoint may have fewer heads than hidden_size / head_dim."""
+    heads_divide_hidden: bool = False
+    """Whether `transformers` insists that the number of heads divide the hidden size, whatever the head size."""
     config_keys: Mapping[str, str] = field(default_factory=dict)
     """Names in `config.json` where they differ from Hugging Face's usual ones."""
 
@@ -167,6 +169,7 @@ FAMILIES: Mapping[str, Family] = {
         qkv_bias="attention_bias",
         output_bias="attention_bias",
         mlp_bias="mlp_bias",
+        heads_divide_hidden=True,
     ),
     "mistral": Family(architecture="MistralForCausalLM", tensors=_LLAMA_MAPS),
     "qwen2": Family(architecture="Qwen2ForCausalLM", tensors=_LLAMA_MAPS, qkv_bias=True),

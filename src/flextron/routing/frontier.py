@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +56,7 @@ class Frontier:
     text: str
     """What the losses were measured on."""
     points: tuple[FrontierPoint, ...]
-    """Falling latency; the full network is the first."""
+    """By falling number of parameters; the full network is the first."""
 
     @classmethod
     def of(cls, device: str, text: str, points: Iterable[FrontierPoint]) -> Frontier:
@@ -76,22 +76,25 @@ class Frontier:
                 kept.append(point)
         return tuple(reversed(kept))
 
-    def select(self, target: Target, *, uniform: bool = False) -> FrontierPoint:
+    def select(self, target: Target, *, allowed: Callable[[SubnetSpec], bool] | None = None) -> FrontierPoint:
         """The best measured sub-network within a target.
 
         For a limit on latency or size that is the one with the lowest loss; for a limit on loss, the fastest.
 
         Args:
             target: the limit.
-            uniform: only sub-networks with equal widths in all kept layers, which are stock checkpoints.
+            allowed: which sub-networks may be chosen; all by default.
 
         Raises:
             FlextronError: none is within the target; names the reachable range.
         """
-        points = [p for p in self.points if p.spec.is_uniform or not uniform]
+        points = [p for p in self.points if allowed is None or allowed(p.spec)]
+        if not points:
+            raise FlextronError("none of the measured sub-networks is of the kind that was asked for")
         if target.axis == "max_loss_increase":
             limit = self.full.loss * (1 + target.value)
-            return min((p for p in points if p.loss <= limit), key=lambda p: (p.latency_ms, p.loss))
+            good = [p for p in points if p.loss <= limit]
+            return min(good or [self.full], key=lambda p: (p.latency_ms, p.loss))
         measures = {p: float(getattr(p, target.axis)) for p in points}
         within = [p for p in points if measures[p] <= target.value * (1 + 1e-9)]
         if not within:

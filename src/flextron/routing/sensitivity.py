@@ -7,7 +7,9 @@ network cares). The e of every choice is computed exactly, one half layer at a t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +32,19 @@ class Sensitivity:
     """For each layer, by MLP width."""
     attention: tuple[dict[int, float], ...]
     """For each layer, by groups."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form; the widths become string keys."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Sensitivity:
+        """Read the JSON form."""
+        mlp, attention = (
+            tuple({int(width): float(cost) for width, cost in table.items()} for table in data[key])
+            for key in ("mlp", "attention")
+        )
+        return cls(mlp=mlp, attention=attention)
 
     def terms(self, spec: SubnetSpec) -> tuple[float, float, float]:
         """Sums over the layers: of narrowed MLPs, of narrowed attention, and of skipped layers."""

@@ -7,6 +7,7 @@ there is to save.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from flextron.errors import FlextronError
 from flextron.files import new_directory, read_json, write_json
+from flextron.routing.sensitivity import Sensitivity
 
 __all__ = ["RunDirectory"]
 
@@ -30,7 +32,7 @@ class RunDirectory:
 
     path: Path
     identity: dict[str, Any]
-    """What must be equal for a resumed run to be the same run: recipe, text, model."""
+    """What must be equal for a resumed run to be the same run: recipe, text, model, and what the model had learnt."""
 
     @property
     def _state(self) -> Path:
@@ -54,18 +56,22 @@ class RunDirectory:
             save_file(moments, temporary / "optimizer.safetensors")
             write_json(temporary / "run.json", {"step": step, "identity": self.identity, "history": history})
 
-    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict[str, float]]]:
+    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict[str, float]]] | None:
         """Restore the saved state, if there is one.
 
         Returns:
-            Steps done (0 without a state) and the history of their losses.
+            Steps done and the history of their losses; None without a state.
 
         Raises:
             FlextronError: the state is of another run, or damaged.
         """
         if not self._state.exists():
-            return 0, []
+            return None
         run = read_json(self._state / "run.json")
+        if run["identity"].get("start") != self.identity.get("start"):
+            # a finished run was killed before it could remove its state; the model has moved on since
+            shutil.rmtree(self._state)
+            return None
         if run["identity"] != self.identity:
             changed = sorted(k for k in self.identity if run["identity"].get(k) != self.identity[k])
             raise FlextronError(
@@ -97,6 +103,12 @@ class RunDirectory:
                     "step": torch.tensor(float(step), device=p.device if p.is_cuda else "cpu")
                 }
 
-    def clear(self) -> None:
-        """Remove the state of a finished run."""
-        shutil.rmtree(self._state, ignore_errors=True)
+    def sensitivity(self, measure: Callable[[], Sensitivity]) -> Sensitivity:
+        """What guides the run's sub-networks: measured when it starts, and the same when it goes on."""
+        path = self.path / "sensitivity.json"
+        if self._state.exists() and path.exists():
+            return Sensitivity.from_dict(read_json(path))
+        measured = measure()
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(path, measured.to_dict())
+        return measured

@@ -22,7 +22,7 @@ from torch import Tensor
 from flextron.errors import FlextronError
 from flextron.model.batch import Batch, Segment
 from flextron.model.decoder import Decoder
-from flextron.routing.sensitivity import measure_sensitivity
+from flextron.routing.sensitivity import Sensitivity, measure_sensitivity
 from flextron.spec import SearchSpace, SubnetSpec
 from flextron.training.blocks import TokenBlocks
 from flextron.training.objective import Objective, TeacherStates
@@ -91,7 +91,13 @@ class Run:
     """The state and the steps of one run."""
 
     def __init__(
-        self, decoder: Decoder, teacher: Decoder, space: SearchSpace, blocks: TokenBlocks, recipe: TrainRecipe
+        self,
+        decoder: Decoder,
+        teacher: Decoder,
+        space: SearchSpace,
+        blocks: TokenBlocks,
+        recipe: TrainRecipe,
+        directory: RunDirectory | None = None,
     ) -> None:
         """Prepare everything but the closed-form start; arguments as for `train`."""
         ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
@@ -115,13 +121,13 @@ class Run:
         self.objective, self.optimizer = self.accelerator.prepare(Objective(decoder, recipe), optimizer)
         sample = blocks.batch(0, math.ceil(_SAMPLE_TOKENS / blocks.context))
         self.teacher = TeacherStates(teacher.to(device), sample)
+
+        def measure() -> Sensitivity:
+            return measure_sensitivity(decoder, sample, space, seed=recipe.seed)
+
+        sensitivity = measure() if directory is None else directory.sensitivity(measure)
         self.sampler = SubnetSampler(
-            config=decoder.config,
-            space=space,
-            # of the teacher, which does not change: a resumed run draws the same sub-networks
-            sensitivity=measure_sensitivity(teacher, sample, space, seed=recipe.seed),
-            recipe=recipe,
-            num_steps=self.num_steps,
+            config=decoder.config, space=space, sensitivity=sensitivity, recipe=recipe, num_steps=self.num_steps
         )
 
     def reconstruct(self, on_progress: Callable[[int, int], None] | None) -> None:
@@ -204,15 +210,18 @@ def train(
     Raises:
         FlextronError: the batch does not divide, the gradient is not finite, or the directory holds another run.
     """
-    run = Run(decoder, teacher, space, blocks, recipe)
     directory = None
-    done, history = 0, list[dict[str, float]]()
-    optimizer = getattr(run.optimizer, "optimizer", run.optimizer)
     if run_directory is not None:
         directory = RunDirectory(run_directory, {"recipe": recipe.model_dump(mode="json"), **(identity or {})})
-        done, history = directory.load(decoder, optimizer)
-    if not done:
+    run = Run(decoder, teacher, space, blocks, recipe, directory)
+    optimizer = getattr(run.optimizer, "optimizer", run.optimizer)
+    restored = None if directory is None else directory.load(decoder, optimizer)
+    done, history = restored or (0, list[dict[str, float]]())
+    keeps = directory is not None and run.accelerator.is_main_process
+    if restored is None:
         run.reconstruct(on_reconstruct)
+        if directory is not None and keeps:
+            directory.save(0, decoder, optimizer, history)
     decoder.train()
     started = saved = time.monotonic()
     first = done
@@ -223,7 +232,7 @@ def train(
         if on_step is not None:
             on_step(step + 1, run.num_steps, losses)
         due = now - saved > 60 * recipe.checkpoint_minutes and step + 1 < run.num_steps
-        if directory is not None and due and run.accelerator.is_main_process:
+        if directory is not None and keeps and due:
             directory.save(step + 1, decoder, optimizer, history)
             saved = time.monotonic()
     seconds = time.monotonic() - started

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 import yaml
+from accelerate import PartialState
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flextron.api import ElasticModel, Texts, convert, load
@@ -150,8 +151,9 @@ def train_in_place(
         result = model.train(
             text, recipe, teacher=teacher, run_directory=run_directory, on_step=step, on_reconstruct=layer
         )
-    model.save(directory, overwrite=True)
-    shutil.rmtree(run_directory)
+    if PartialState().is_main_process:
+        model.save(directory, overwrite=True)
+        shutil.rmtree(run_directory)
     return result
 
 
