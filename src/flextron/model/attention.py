@@ -31,19 +31,37 @@ class Attention(Protocol):
         """Causal attention of a segment's new tokens over all that their sequences hold; (N, H, d)."""
 
 
+_FEW_HEADS = 16
+"""KV heads (of all sequences) up to which one new token each is attended head by head."""
+
+
 def sdpa(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, *, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """Scaled dot-product attention with grouped KV heads.
 
-    On a CPU, repeating the KV heads is faster than PyTorch's own grouped mode, which leaves the flash kernel. One query
-    token needs neither: the query heads of a group stand in for positions.
+    On a CPU, repeating the KV heads is faster than PyTorch's own grouped mode, which leaves the flash kernel.
     """
-    repeats = q_BHTd.shape[1] // k_BKTd.shape[1]
-    if repeats > 1 and q_BHTd.shape[2] == 1 and mask is None:
-        q_BKrd = q_BHTd.unflatten(1, (-1, repeats)).squeeze(3)
+    num_sequences, num_kv_heads = k_BKTd.shape[:2]
+    if q_BHTd.shape[2] == 1 and mask is None and q_BHTd.device.type == "cpu":
+        q_BKrd = q_BHTd.unflatten(1, (num_kv_heads, -1)).squeeze(3)
+        if num_sequences * num_kv_heads <= _FEW_HEADS:
+            return _few_heads(q_BKrd, k_BKTd, v_BKTd).flatten(1, 2).unsqueeze(2)
+        # the query heads of a group stand in for positions, and nothing is repeated
         return F.scaled_dot_product_attention(q_BKrd, k_BKTd, v_BKTd).flatten(1, 2).unsqueeze(2)
+    repeats = q_BHTd.shape[1] // num_kv_heads
     if repeats > 1:
         k_BKTd, v_BKTd = (t.repeat_interleave(repeats, dim=1) for t in (k_BKTd, v_BKTd))
     return F.scaled_dot_product_attention(q_BHTd, k_BKTd, v_BKTd, attn_mask=mask, is_causal=causal)
+
+
+def _few_heads(q_BKrd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor) -> Tensor:
+    """One new token a sequence, one small product a head: the fused kernel wakes all threads for too little work."""
+    scale = q_BKrd.shape[-1] ** -0.5
+    heads = [
+        torch.softmax((q_rd * scale) @ k_Td.t(), -1) @ v_Td
+        for sequence in zip(q_BKrd, k_BKTd, v_BKTd, strict=True)
+        for q_rd, k_Td, v_Td in zip(*sequence, strict=True)
+    ]
+    return torch.stack(heads).view_as(q_BKrd)
 
 
 def _window_mask(query: Tensor, key: Tensor, window: int | None) -> Tensor:
