@@ -186,7 +186,7 @@ def _our_run(tokens: torch.Tensor, settings: dict[str, float]) -> Run:
         num_groups=(config.num_groups,),
     )
     blocks = TokenBlocks.from_tokens(tokens.flatten().int().numpy(), context=256)
-    recipe = TrainRecipe(tokens=100_000, batch_size=4, micro_batch_size=4, reconstruction_tokens=0, **settings)
+    recipe = TrainRecipe(tokens=100_000, batch_size=4, micro_batch_size=4, **settings)
     run = Run(ours, copy.deepcopy(ours), space, blocks, recipe)
     run.sampler = _FullOnly(space.full)  # type: ignore[assignment]
     ours.train()

@@ -51,7 +51,6 @@ def toy_recipe(*, steps: int = 6, **changes: Any) -> TrainRecipe:
         "batch_size": batch_size,
         "micro_batch_size": batch_size,
         "subnets_per_batch": 2,
-        "reconstruction_tokens": 0,
         "kl_weight": 1.0,
         "kl_fraction": 0.5,
         "hidden_weight": 1.0,

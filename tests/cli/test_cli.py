@@ -146,9 +146,6 @@ def test_help_names_every_verb(run: Any) -> None:
         assert verb in outcome.out
 
 
-@pytest.mark.xfail(
-    strict=True, reason="typer brings its own copy of click, whose errors main does not know: a traceback"
-)
 @pytest.mark.parametrize(
     ("args", "named"),
     [
@@ -309,7 +306,6 @@ def test_running_out_of_memory_has_a_remedy(
     assert_refused(run("info", made.elastic), "out of memory", "smaller")
 
 
-@pytest.mark.xfail(strict=True, raises=IndexError, reason="a context beyond learned positions is not checked")
 @pytest.mark.parametrize("verb", ["train", "eval", "profile"])
 def test_a_context_beyond_the_models_positions(run: Any, made: Places, verb: str, tmp_path: Path) -> None:
     source = copy_of(made.checkpoint, tmp_path / "source")
@@ -344,7 +340,6 @@ def test_as_a_process_results_and_errors_keep_apart(made: Places) -> None:
     assert json.loads(out)["summary"]["family"] == "llama"
 
 
-@pytest.mark.xfail(strict=True, reason="typer returns its exit code to main, which drops it: 0, and nothing is said")
 def test_ctrl_c_in_training_ends_without_a_traceback(made: Places, tmp_path: Path) -> None:
     elastic = copy_of(made.elastic, tmp_path / "elastic")
     process = start("train", elastic, "--data", made.text, "--tokens", 10_000_000, "--context", 64)

@@ -173,7 +173,6 @@ def test_malformed_config_is_a_flextron_error() -> None:
         config_from_hf({"model_type": "llama", "hidden_size": "wide"})
 
 
-@pytest.mark.xfail(strict=True, reason="GPT-2's other attention scales are ignored in silence")
 @pytest.mark.parametrize("option", [{"scale_attn_by_inverse_layer_idx": True}, {"scale_attn_weights": False}])
 def test_gpt2_variants_run_right_or_are_refused(option: dict[str, Any]) -> None:
     model, tokens = random_from(GPT2Config(**GPT2, n_layer=3, **option)), random_tokens(1, 16)

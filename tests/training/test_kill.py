@@ -53,7 +53,6 @@ def recipe_for(output: Path, sources: Path) -> Path:
         "context": 32,
         "batch_size": 2,
         "micro_batch_size": 2,
-        "reconstruction_tokens": 256,
         "checkpoint_minutes": 1e-9,
         "lr": 1e-4,
     }

@@ -119,12 +119,10 @@ def resumable(steps: int = 8, **changes: Any) -> TrainRecipe:
     return toy_recipe(steps=steps, checkpoint_minutes=1e-9, **changes)
 
 
-@pytest.mark.parametrize("reconstruction_tokens", [0, 8 * CONTEXT])
-def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(reconstruction_tokens: int, tmp_path: Path) -> None:
-    recipe = resumable(reconstruction_tokens=reconstruction_tokens, micro_batch_size=2)
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    recipe = resumable(micro_batch_size=2)
     reference, whole = run(recipe)
     executed: list[int] = []
-    solved: list[int] = []
 
     def until(last: int) -> Any:
         def on_step(done: int, total: int, losses: dict[str, float]) -> None:
@@ -141,11 +139,9 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(reconstruction_to
         recipe,
         run_directory=tmp_path / "run",
         on_step=lambda done, total, losses: executed.append(done),
-        on_reconstruct=lambda done, total: solved.append(done),
     )
     # a step that was interrupted before its state was saved runs again, and no other
     assert executed == [1, 2, 3, 3, 4, 5, 6, 6, 7, 8]
-    assert solved == []
     for ours, theirs in zip(result.history, whole.history, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
     assert_same_training(decoder, reference, weights_of(toy_decoder()))
@@ -217,11 +213,6 @@ def test_bf16_stays_near_fp32() -> None:
     assert half.history != full.history
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=ValueError,
-    reason="accelerate's state is the process's: a second run of another precision raises",
-)
 def test_two_runs_of_one_process_may_differ_in_precision() -> None:
     run(toy_recipe(steps=1))
     run(toy_recipe(steps=1, precision="bf16"))

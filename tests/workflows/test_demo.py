@@ -45,7 +45,7 @@ def settings(sources: Path, output: Path, **changes: Any) -> DemoSettings:
         "output": output,
         "targets": TARGETS,
         "minutes": 1e-6,
-        "train": TrainRecipe(context=32, batch_size=2, micro_batch_size=2, reconstruction_tokens=128),
+        "train": TrainRecipe(context=32, batch_size=2, micro_batch_size=2),
         "eval_tokens": 512,
         "profile": ProfileStage(num_tokens=256, rounds=1, mutations=0),
     }

@@ -135,7 +135,6 @@ class ElasticModel(_Generates):
         teacher: str | Path | None = None,
         run_directory: str | Path | None = None,
         on_step: OnStep | None = None,
-        on_reconstruct: OnProgress | None = None,
     ) -> TrainResult:
         """Train the sub-networks against the frozen full model; earlier profiles no longer hold and are dropped.
 
@@ -145,14 +144,13 @@ class ElasticModel(_Generates):
             teacher: another checkpoint of the same vocabulary to learn from; by default the model as it is now.
             run_directory: where states for resuming go, and the packed text.
             on_step: called after each step with steps done, steps in all, and losses.
-            on_reconstruct: called during the closed-form start with layers done and in all.
 
         Raises:
             FlextronError: the text is too short, the recipe does not fit, or the run directory holds another run.
         """
         recipe = recipe or TrainRecipe()
         source = source_name(text, "docstrings on this machine")
-        blocks = self._training_blocks(text, recipe, None if run_directory is None else Path(run_directory))
+        blocks, digest = self._training_blocks(text, recipe, None if run_directory is None else Path(run_directory))
         frozen = copy.deepcopy(self.decoder) if teacher is None else load_decoder(open_pretrained(teacher))
         ours, theirs = self.decoder.config, frozen.config
         if (ours.vocab_size, ours.hidden_size) != (theirs.vocab_size, theirs.hidden_size):
@@ -167,10 +165,11 @@ class ElasticModel(_Generates):
             identity={
                 "text": source,
                 "model": self.info.provenance.get("source"),
+                "teacher": None if teacher is None else str(teacher),
+                "tokens": digest,
                 "start": self.info.recipe.get("num_tokens", 0),
             },
             on_step=on_step,
-            on_reconstruct=on_reconstruct,
         )
         facts = {
             "train": recipe.model_dump(mode="json"),
@@ -194,13 +193,14 @@ class ElasticModel(_Generates):
         """Parameters of a sub-network (the full one by default), embeddings included."""
         return num_parameters(self.decoder.config, spec or self.space.full)
 
-    def _training_blocks(self, text: Texts, recipe: TrainRecipe, run_directory: Path | None) -> TokenBlocks:
-        """The packed text; kept in the run directory, so that a resumed run sees the same."""
+    def _training_blocks(self, text: Texts, recipe: TrainRecipe, run_directory: Path | None) -> tuple[TokenBlocks, str]:
+        """The packed text and a name for it; kept in the run directory, so that a resumed run sees the same."""
         texts = text if text is None or isinstance(text, str) else list(text)
-        digest = hashlib.sha256(repr((texts, recipe.tokens, recipe.context)).encode()).hexdigest()[:16]
+        wanted = repr((texts, recipe.tokens, recipe.context)).encode()
+        digest = hashlib.sha256(wanted).hexdigest()[:16]
         stored = None if run_directory is None else run_directory / f"tokens-{digest}.npy"
         if stored is not None and stored.exists():
-            return TokenBlocks.load(stored, seed=recipe.seed)
+            return TokenBlocks.load(stored, seed=recipe.seed), digest
         tokens = pack_tokens(
             documents(texts, training_text), needed(self.tokenizer), num_tokens=recipe.tokens, context=recipe.context
         )
@@ -208,7 +208,7 @@ class ElasticModel(_Generates):
         if stored is not None:
             stored.parent.mkdir(parents=True, exist_ok=True)
             blocks.save(stored)
-        return blocks
+        return blocks, digest
 
     def profile(
         self,

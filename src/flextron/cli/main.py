@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
-import sys
+from collections.abc import Callable
 
-import click
 import typer
 
 from flextron.cli import convert, demo, elastify, evaluate, generate, info, profile, train
@@ -21,14 +21,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command("demo")(demo.demo)
-app.command("convert")(convert.convert)
-app.command("train")(train.train)
-app.command("profile")(profile.profile)
-app.command("elastify")(elastify.elastify)
-app.command("info")(info.info)
-app.command("generate")(generate.generate)
-app.command("eval")(evaluate.evaluate)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -36,31 +28,48 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
 
 
+def _fail(reason: str) -> typer.Exit:
+    message("[red]error:[/red] " + reason.replace("[", r"\["))
+    return typer.Exit(2)
+
+
+def _guarded(verb: Callable[..., object]) -> Callable[..., None]:
+    """The verb, with its errors told in one sentence."""
+
+    @functools.wraps(verb)
+    def run(*args: object, **kwargs: object) -> None:
+        try:
+            verb(*args, **kwargs)
+        except KeyboardInterrupt:
+            message("interrupted; verbs that train go on from their last saved state when they are run again")
+            raise typer.Exit(130) from None
+        except (FlextronError, OSError) as error:
+            raise _fail(str(error)) from error
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise _fail("out of memory; use a smaller model, context or batch, or a machine with more") from error
+
+    return run
+
+
+_VERBS: dict[str, Callable[..., object]] = {
+    "demo": demo.demo,
+    "convert": convert.convert,
+    "train": train.train,
+    "profile": profile.profile,
+    "elastify": elastify.elastify,
+    "info": info.info,
+    "generate": generate.generate,
+    "eval": evaluate.evaluate,
+}
+for _name, _verb in _VERBS.items():
+    app.command(_name)(_guarded(_verb))
+
+
 def main() -> None:
     """Run the command line."""
-    # rich and tqdm bars of the libraries below would interleave with ours
+    # bars and notes of the libraries below would interleave with ours
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    try:
-        app(standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(2)
-    except (click.Abort, KeyboardInterrupt):
-        message("interrupted; the same command goes on from the last saved state, where the verb keeps one")
-        sys.exit(130)
-    except FlextronError as error:
-        message(f"[red]error:[/red] {_escaped(error)}")
-        sys.exit(2)
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        message("[red]error:[/red] out of memory; use a smaller model, context or batch, or a machine with more")
-        sys.exit(2)
-    except OSError as error:
-        message(f"[red]error:[/red] {_escaped(error)}")
-        sys.exit(2)
-
-
-def _escaped(error: Exception) -> str:
-    return str(error).replace("[", r"\[")
+    app()

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from flextron.errors import FlextronError
 from flextron.spec import SubnetSpec
 
 __all__ = ["DecoderConfig", "Rope"]
@@ -55,6 +56,18 @@ class DecoderConfig:
     sliding_window: int | None
     """Tokens that each token can see, itself included; None for all."""
     tie_word_embeddings: bool
+
+    def check_length(self, num_tokens: int) -> None:
+        """Raise if sequences of `num_tokens` exceed learned positions.
+
+        Raises:
+            FlextronError: they do; names the limit.
+        """
+        if self.rope is None and num_tokens > self.max_position_embeddings:
+            raise FlextronError(
+                f"the model has {self.max_position_embeddings} learned positions; {num_tokens} tokens do not fit, "
+                "shorten the context"
+            )
 
     @property
     def is_multi_query(self) -> bool:

@@ -24,6 +24,7 @@ def mean_loss(decoder: Decoder, tokens_BT: Tensor, spec: SubnetSpec) -> float:
         tokens_BT: B windows of T token ids.
         spec: the sub-network.
     """
+    decoder.config.check_length(tokens_BT.shape[1])
     losses = []
     for chunk in tokens_BT.to(decoder.device).split(_CHUNK_SEQUENCES):
         h_BTD = decoder(Batch.padded(chunk, spec)).unflatten(0, tuple(chunk.shape))

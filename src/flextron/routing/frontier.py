@@ -94,7 +94,10 @@ class Frontier:
         if target.axis == "max_loss_increase":
             limit = self.full.loss * (1 + target.value)
             good = [p for p in points if p.loss <= limit]
-            return min(good or [self.full], key=lambda p: (p.latency_ms, p.loss))
+            if not good:
+                least = min(p.loss for p in points) / self.full.loss - 1
+                raise FlextronError(f"no such sub-network loses that little; the least is {least:.4g}")
+            return min(good, key=lambda p: (p.latency_ms, p.loss))
         measures = {p: float(getattr(p, target.axis)) for p in points}
         within = [p for p in points if measures[p] <= target.value * (1 + 1e-9)]
         if not within:

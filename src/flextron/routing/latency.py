@@ -123,6 +123,7 @@ def decode_latencies_ms(
     on_progress: Progress | None = None,
 ) -> list[float]:
     """Median milliseconds of a decode step in each sub-network, measured round robin after one warm-up round."""
+    decoder.config.check_length(context + 1)
     probes = [_DecodeProbe(decoder, spec, batch_size, context) for spec in specs]
     times: list[list[float]] = [[] for _ in probes]
     for r in range(repeats + 1):

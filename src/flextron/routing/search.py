@@ -71,7 +71,7 @@ class _Search:
                 loss=mean_loss(self.decoder, self.validation_BT, spec),
             )
         if self.on_progress is not None:
-            self.on_progress(min(len(self.found), self.budget), self.budget)
+            self.on_progress(min(len(self.found), self.budget - 1), self.budget)
 
     def propose(self, target: float) -> SubnetSpec:
         """The modelled optimum within a latency fraction."""
@@ -163,4 +163,6 @@ def search_frontier(
             child = search.mutate(target, rng)
             if child is not None:
                 search.measure(child, "evolved")
+    if on_progress is not None:
+        on_progress(budget, budget)
     return Frontier.of(table.device, text, search.found.values())

@@ -64,7 +64,8 @@ class Objective(nn.Module):
         if recipe.lm_weight:
             # the last token of a sequence has no next one in the batch
             inner = rows[batch.positions_N[rows] < batch.positions_N.max()]
-            losses["lm"] = cross_entropy(h_ND[inner], self.student.head_weight, batch.tokens_N[inner + 1])
+            if len(inner):
+                losses["lm"] = cross_entropy(h_ND[inner], self.student.head_weight, batch.tokens_N[inner + 1])
         weights = {"kl": recipe.kl_weight, "hidden": recipe.hidden_weight, "lm": recipe.lm_weight}
         losses["loss"] = sum((weights[name] * value for name, value in losses.items()), h_ND.new_zeros(()))
         return losses

@@ -34,12 +34,6 @@ class TrainRecipe(BaseModel):
     """Above 1, the drawn sizes lean to the large end."""
     anneal_fraction: float = Field(0.2, ge=0, le=1)
     """Part of the run over which the smallest size comes in."""
-    reconstruction_tokens: int = Field(12_288, ge=0)
-    """Tokens for the closed-form start, see `flextron.training.reconstruction`; 0 goes without."""
-    reconstruction_full_weight: float = Field(8.0, gt=0)
-    """Weight of the full model there, over that of all other sub-networks together."""
-    reconstruction_ridge: float = Field(0.1, gt=0)
-    """Pull towards the original weights there."""
     lr: float = Field(6e-4, gt=0)
     """Peak learning rate of AdamW."""
     min_lr_ratio: float = Field(0.1, ge=0, le=1)

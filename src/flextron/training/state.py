@@ -68,10 +68,6 @@ class RunDirectory:
         if not self._state.exists():
             return None
         run = read_json(self._state / "run.json")
-        if run["identity"].get("start") != self.identity.get("start"):
-            # a finished run was killed before it could remove its state; the model has moved on since
-            shutil.rmtree(self._state)
-            return None
         if run["identity"] != self.identity:
             changed = sorted(k for k in self.identity if run["identity"].get(k) != self.identity[k])
             raise FlextronError(
@@ -102,6 +98,13 @@ class RunDirectory:
                 optimizer.state[p] = {key: moments[f"{name}:{key}"].to(p.device) for key in _MOMENTS} | {
                     "step": torch.tensor(float(step), device=p.device if p.is_cuda else "cpu")
                 }
+
+    def forget_finished(self) -> None:
+        """Remove the state of a run that ended and was killed before it could: the model has moved on since."""
+        if self._state.exists():
+            identity = read_json(self._state / "run.json")["identity"]
+            if identity.get("start") != self.identity.get("start"):
+                shutil.rmtree(self._state)
 
     def sensitivity(self, measure: Callable[[], Sensitivity]) -> Sensitivity:
         """What guides the run's sub-networks: measured when it starts, and the same when it goes on."""

@@ -27,7 +27,6 @@ from flextron.spec import SearchSpace, SubnetSpec
 from flextron.training.blocks import TokenBlocks
 from flextron.training.objective import Objective, TeacherStates
 from flextron.training.recipe import TrainRecipe
-from flextron.training.reconstruction import reconstruct
 from flextron.training.sampling import SubnetSampler
 from flextron.training.state import RunDirectory
 
@@ -35,8 +34,6 @@ __all__ = ["Run", "TrainResult", "train"]
 
 _SAMPLE_TOKENS = 512
 """For the teacher's sensitivities and its head's metric."""
-_RECONSTRUCTED = 4
-"""Sub-networks of the closed-form start, evenly spaced in size."""
 OnStep = Callable[[int, int, dict[str, float]], None]
 
 
@@ -99,12 +96,11 @@ class Run:
         recipe: TrainRecipe,
         directory: RunDirectory | None = None,
     ) -> None:
-        """Prepare everything but the closed-form start; arguments as for `train`."""
+        """Prepare everything; arguments as for `train`."""
         ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
-        self.accelerator = Accelerator(
-            mixed_precision="bf16" if recipe.precision == "bf16" else "no", kwargs_handlers=[ddp]
-        )
+        self.accelerator = Accelerator(kwargs_handlers=[ddp])
         self.recipe, self.blocks = recipe, blocks
+        decoder.config.check_length(blocks.context)
         world = self.accelerator.num_processes
         self.sequences = recipe.batch_size // world
         if recipe.batch_size % world or self.sequences % min(recipe.micro_batch_size, self.sequences):
@@ -130,21 +126,6 @@ class Run:
             config=decoder.config, space=space, sensitivity=sensitivity, recipe=recipe, num_steps=self.num_steps
         )
 
-    def reconstruct(self, on_progress: Callable[[int, int], None] | None) -> None:
-        """The closed-form start, before the first step."""
-        recipe, context = self.recipe, self.blocks.context
-        count = min(recipe.reconstruction_tokens // context, self.blocks.num_blocks)
-        if count:
-            sizes = [1 - (1 - recipe.min_size) * (j + 1) / _RECONSTRUCTED for j in range(_RECONSTRUCTED)]
-            reconstruct(
-                self.decoder,
-                self.blocks.batch(0, count),
-                [self.sampler.guided(size) for size in sizes],
-                full_weight=recipe.reconstruction_full_weight,
-                ridge=recipe.reconstruction_ridge,
-                on_progress=on_progress,
-            )
-
     def _rows(self, step: int, micro_step: int, num_tokens: int) -> Tensor:
         """The tokens whose vocabulary losses are computed."""
         count = max(1, round(self.recipe.kl_fraction * num_tokens))
@@ -164,9 +145,8 @@ class Run:
         sums: dict[str, Tensor] = {}
         for m, micro_BT in enumerate(micro_batches):
             batch = deal(micro_BT, self.sampler.draw(step, m, min(self.recipe.subnets_per_batch, len(micro_BT))))
-            teacher_h = self.teacher.hidden(micro_BT)
             with self._sync(last=m == len(micro_batches) - 1):
-                losses = self.objective(batch, self.teacher, teacher_h, self._rows(step, m, len(teacher_h)))
+                losses = self._losses(batch, micro_BT, self._rows(step, m, micro_BT.numel()))
                 self.accelerator.backward(losses["loss"] / len(micro_batches))
             for name, value in losses.items():
                 sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value.detach() / len(micro_batches)
@@ -176,6 +156,12 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return {name: float(value) for name, value in sums.items()} | {"lr": rate}
+
+    def _losses(self, batch: Batch, micro_BT: Tensor, rows: Tensor) -> dict[str, Tensor]:
+        """Teacher, then student, in the recipe's precision (accelerate's own setting holds for a whole process)."""
+        lowered = self.recipe.precision == "bf16"
+        with torch.autocast(micro_BT.device.type, torch.bfloat16, enabled=lowered):
+            return self.objective(batch, self.teacher, self.teacher.hidden(micro_BT), rows)  # type: ignore[no-any-return]
 
     def _sync(self, *, last: bool) -> AbstractContextManager[Any]:
         """Gradients travel between processes with the last micro batch only."""
@@ -192,7 +178,6 @@ def train(
     run_directory: Path | None = None,
     identity: dict[str, Any] | None = None,
     on_step: OnStep | None = None,
-    on_reconstruct: Callable[[int, int], None] | None = None,
 ) -> TrainResult:
     """Train the sub-networks of a decoder, in place.
 
@@ -205,7 +190,6 @@ def train(
         run_directory: where resumable states go; without one, a killed run is lost.
         identity: facts beside the recipe that a resumed run must share (source of text and model).
         on_step: called after every step with the steps done, the steps in all, and the losses.
-        on_reconstruct: called during the closed-form start with layers done and in all.
 
     Raises:
         FlextronError: the batch does not divide, the gradient is not finite, or the directory holds another run.
@@ -213,15 +197,12 @@ def train(
     directory = None
     if run_directory is not None:
         directory = RunDirectory(run_directory, {"recipe": recipe.model_dump(mode="json"), **(identity or {})})
+        directory.forget_finished()
     run = Run(decoder, teacher, space, blocks, recipe, directory)
     optimizer = getattr(run.optimizer, "optimizer", run.optimizer)
     restored = None if directory is None else directory.load(decoder, optimizer)
     done, history = restored or (0, list[dict[str, float]]())
     keeps = directory is not None and run.accelerator.is_main_process
-    if restored is None:
-        run.reconstruct(on_reconstruct)
-        if directory is not None and keeps:
-            directory.save(0, decoder, optimizer, history)
     decoder.train()
     started = saved = time.monotonic()
     first = done

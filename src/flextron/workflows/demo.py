@@ -24,6 +24,7 @@ from flextron.files import read_json, write_json
 from flextron.model.batch import Batch
 from flextron.routing import Frontier, SearchSettings
 from flextron.routing.latency import decode_latencies_ms
+from flextron.spec import SubnetSpec
 from flextron.training.machine_text import drop_overlaps
 from flextron.training.recipe import TrainRecipe
 from flextron.workflows.elastify import ProfileStage, Progress, train_in_place
@@ -107,7 +108,8 @@ class _Demo:
                 on_search=searching,
             )
         lowest = min(p.latency for p in frontier.points)
-        points = {t: model.frontier_point(t) for t in self.settings.targets if t >= lowest}
+        # at 1.0 the full network itself, whatever else may be as good on this text
+        points = {t: frontier.full if t >= 1 else model.frontier_point(t) for t in self.settings.targets if t >= lowest}
         losses = model.evaluate({str(t): p.spec for t, p in points.items()}, test, num_tokens=self.settings.eval_tokens)
         return {
             "frontier": frontier.to_dict(),
@@ -181,7 +183,7 @@ def _report(demo: _Demo, model: ElasticModel, training: list[str], test: list[st
     """Time the chosen sub-networks side by side, let each write a sentence, fill the table, draw the picture."""
     before, after = demo.facts["before"]["targets"], demo.facts["after"]["targets"]
     targets = [t for t in after if t in before]
-    specs = [model.frontier_point(float(t)).spec for t in targets]
+    specs = [SubnetSpec.from_dict(after[t]["spec"]) for t in targets]
     times = decode_latencies_ms(model.decoder, specs)
     rows = []
     for target, spec, ms in zip(targets, specs, times, strict=True):

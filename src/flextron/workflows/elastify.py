@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -127,6 +128,8 @@ def elastify(recipe: ElastifyRecipe, progress: Progress) -> ElasticModel:
     else:
         with progress("converting"):
             model = convert(recipe.source, **recipe.convert.model_dump())
+        marked = {**model.info.provenance, "elastify": _identity(recipe)}
+        model.info = replace(model.info, provenance=marked)
         model.save(output)
     if recipe.train is not None and not model.info.recipe:
         train_in_place(model, output, recipe.text, recipe.train, progress)
@@ -147,10 +150,8 @@ def train_in_place(
 ) -> TrainResult:
     """Train a model that lies in a directory and replace it there; its state lies in `<directory>.run` meanwhile."""
     run_directory = directory.with_name(directory.name + ".run")
-    with progress("reconstructing") as layer, progress("training") as step:
-        result = model.train(
-            text, recipe, teacher=teacher, run_directory=run_directory, on_step=step, on_reconstruct=layer
-        )
+    with progress("training") as step:
+        result = model.train(text, recipe, teacher=teacher, run_directory=run_directory, on_step=step)
     if PartialState().is_main_process:
         model.save(directory, overwrite=True)
         shutil.rmtree(run_directory)
@@ -171,10 +172,17 @@ def run_profile(model: ElasticModel, stage: ProfileStage, progress: Progress, te
         )
 
 
+def _identity(recipe: ElastifyRecipe) -> dict[str, Any]:
+    """All of the recipe but where its result goes."""
+    return recipe.model_dump(mode="json", exclude={"output"})
+
+
 def _check_same(model: ElasticModel, recipe: ElastifyRecipe) -> None:
     """The directory must be this recipe's, at some stage."""
-    facts = model.info
-    trained = facts.recipe.get("train")
-    wanted = None if recipe.train is None else recipe.train.model_dump(mode="json")
-    if facts.provenance.get("source") != recipe.source or (trained is not None and trained != wanted):
-        raise FlextronError(f"{recipe.output} holds the result of another recipe; choose another output directory")
+    found, wanted = model.info.provenance.get("elastify", {}), _identity(recipe)
+    changed = [key for key in wanted if found.get(key) != wanted[key]]
+    if changed:
+        raise FlextronError(
+            f"{recipe.output} holds the result of another recipe (it differs in {', '.join(changed)}); "
+            "choose another output directory"
+        )
