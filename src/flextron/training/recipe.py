@@ -24,17 +24,17 @@ class TrainRecipe(BaseModel):
     """Sequences that run at once in one process."""
     subnets_per_batch: int = Field(2, gt=0)
     """Sub-networks among which the sequences of a micro batch are dealt; all run in one nested pass."""
-    full_probability: float = Field(0.15, ge=0, le=1)
+    full_probability: float = Field(0.2, ge=0, le=1)
     """Chance of a drawn sub-network to be the full one, so that it does not decay."""
     random_probability: float = Field(0.1, ge=0, le=1)
     """Chance to be any heterogeneous one, rather than one guided by sensitivities."""
-    min_size: float = Field(0.35, gt=0, le=1)
+    min_size: float = Field(0.4, gt=0, le=1)
     """Smallest size that is drawn, as a fraction of the layers' parameters."""
     tilt: float = Field(1.0, gt=0)
     """Above 1, the drawn sizes lean to the large end."""
     anneal_fraction: float = Field(0.2, ge=0, le=1)
     """Part of the run over which the smallest size comes in."""
-    lr: float = Field(6e-4, gt=0)
+    lr: float = Field(5e-4, gt=0)
     """Peak learning rate of AdamW."""
     min_lr_ratio: float = Field(0.1, ge=0, le=1)
     """Learning rate at the end of the cosine, over the peak."""
