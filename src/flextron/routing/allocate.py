@@ -82,4 +82,20 @@ class Allocator:
                 best, high = spec, price
             else:
                 low = price
-        return best
+        return self._filled(best, budget)
+
+    def _filled(self, spec: SubnetSpec, budget: float) -> SubnetSpec:
+        """Spend what the Lagrangian left over: widen single layers, the largest gain first, while the budget allows."""
+        layers = list(spec.layers)
+        room = budget - sum(self.layer_cost(layer) for layer in layers)
+        while True:
+            gains = [
+                (self.loss(i, layers[i]) - loss, i, layer, cost - self.layer_cost(layers[i]))
+                for i, options in enumerate(self._options)
+                for layer, loss, cost in options
+                if not layer.is_skipped and cost - self.layer_cost(layers[i]) <= room
+            ]
+            gain, i, layer, extra = max(gains, key=lambda g: g[0], default=(0.0, 0, layers[0], 0.0))
+            if gain <= 0:
+                return SubnetSpec(layers=tuple(layers))
+            layers[i], room = layer, room - extra

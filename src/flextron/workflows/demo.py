@@ -53,7 +53,7 @@ class DemoSettings:
     train: TrainRecipe = field(default_factory=lambda: TrainRecipe(batch_size=2, micro_batch_size=2))
     """All but the number of tokens, which follows from the minutes."""
     eval_tokens: int = 6144
-    profile: ProfileStage = field(default_factory=lambda: ProfileStage(num_tokens=1536, rounds=1, mutations=1))
+    profile: ProfileStage = field(default_factory=lambda: ProfileStage(num_tokens=1536, rounds=2, mutations=0))
 
 
 def default_model() -> str:
