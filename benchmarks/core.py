@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -156,7 +157,7 @@ def throughput() -> Figure:
     runs = {name: _our_run(tokens, kw) for name, kw in _RECIPES.items()}
     step = _peer_step(tokens)
     jobs = {name: (lambda run=run: run.step(0)) for name, run in runs.items()} | {"peer": step}
-    times = interleaved_seconds(jobs, 5)
+    times = interleaved_seconds(jobs, 3)
     ratios = {name: median([b / a for a, b in zip(times[name], times["peer"], strict=True)]) for name in runs}
     peer_rate = tokens.numel() / median(times["peer"])[1]
     return Figure(
@@ -225,6 +226,9 @@ def _demo() -> dict:
 def demo_quality() -> Figure:
     """The demo: how much of the distance to the full model training leaves at target 0.75."""
     facts = _demo()
+    picture = Path("docs/images/frontier.png")
+    picture.parent.mkdir(exist_ok=True)
+    shutil.copy(facts["picture"], picture)
     row = next(r for r in facts["rows"] if r["target"] == 0.75)
     others = ", ".join(
         f"{r['target']:g}: {r['perplexity_before']:.1f} to {r['perplexity_after']:.1f} ({r['gap_remaining']:.0%} left)"
