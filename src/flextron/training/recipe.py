@@ -34,7 +34,7 @@ class TrainRecipe(BaseModel):
     """Above 1, the drawn sizes lean to the large end."""
     anneal_fraction: float = Field(0.2, ge=0, le=1)
     """Part of the run over which the smallest size comes in."""
-    lr: float = Field(5e-4, gt=0)
+    lr: float = Field(4e-4, gt=0)
     """Peak learning rate of AdamW."""
     min_lr_ratio: float = Field(0.1, ge=0, le=1)
     """Learning rate at the end of the cosine, over the peak."""

@@ -24,6 +24,8 @@ _SPREAD = 0.25
 """Standard deviation of a layer's relative width around its sub-network's, in random sub-networks."""
 _NOISE = 0.5
 """Standard deviation of the logarithm of a guided sub-network's sensitivities around the measured ones."""
+_MOST_OVERHEAD = 0.6
+"""Largest cost of a kept layer whatever its widths, over its parameters: what launches and small operations cost."""
 
 
 def _pick(choices: tuple[int, ...], size: float) -> int:
@@ -80,12 +82,21 @@ class SubnetSampler:
         progress = min(1.0, (step + 1) / annealed) if annealed else 1.0
         return 1 - (1 - self.recipe.min_size) * progress
 
-    def guided(self, size: float, rng: random.Random | None = None) -> SubnetSpec:
-        """The best sub-network of at most `size` by the (perturbed) sensitivities."""
-        sensitivity = self.sensitivity if rng is None else _perturbed(self.sensitivity, rng)
-        allocator = Allocator(self.space, sensitivity, lambda layer: layer_parameters(self.config, layer))
-        full = sum(layer_parameters(self.config, layer) for layer in self.space.full.layers)
-        return allocator.within(size * full)
+    def guided(self, size: float, rng: random.Random) -> SubnetSpec:
+        """The best sub-network of about `size` by perturbed sensitivities.
+
+        Which widths a search wants depends on the device: where a layer costs time whatever its widths, skipping some
+        beats narrowing all. So that overhead is drawn too, and the weight of skipped layers in the loss model.
+        """
+        full = layer_parameters(self.config, self.space.full.layers[0])
+        overhead = rng.uniform(0, _MOST_OVERHEAD) * full
+
+        def cost(layer: LayerSpec) -> float:
+            return 0.0 if layer.is_skipped else layer_parameters(self.config, layer) + overhead
+
+        weights = (1.0, 1.0, rng.lognormvariate(0, 2 * _NOISE))
+        allocator = Allocator(self.space, _perturbed(self.sensitivity, rng), cost, weights)
+        return allocator.within(size * (full + overhead) * self.space.num_hidden_layers)
 
     def draw(self, step: int, micro_step: int, count: int) -> list[SubnetSpec]:
         """The sub-networks of one micro batch."""

@@ -33,7 +33,7 @@ from flextron.workflows.figure import draw_frontiers
 __all__ = ["DemoSettings", "default_model", "run_demo"]
 
 _PROMPT = "The main reason why people read books is"
-_STEP_OVER_FORWARD = 4.0
+_STEP_OVER_FORWARD = 3.6
 """Seconds of a training token over those of a forward pass: the teacher's one, and a narrower student's three."""
 
 
@@ -50,7 +50,7 @@ class DemoSettings:
     """Latency fractions to ask for."""
     minutes: float = 5.5
     """Of training, by a first estimate of the machine's speed."""
-    train: TrainRecipe = field(default_factory=lambda: TrainRecipe(batch_size=2, micro_batch_size=2))
+    train: TrainRecipe = field(default_factory=lambda: TrainRecipe(batch_size=4, micro_batch_size=4))
     """All but the number of tokens, which follows from the minutes."""
     eval_tokens: int = 6144
     profile: ProfileStage = field(default_factory=lambda: ProfileStage(num_tokens=1536, rounds=2, mutations=0))
