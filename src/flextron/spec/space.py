@@ -48,7 +48,7 @@ class SearchSpace:
         if not 0 <= self.max_skipped_layers <= len(self.skippable_layers):
             raise FlextronError(f"max_skipped_layers must lie between 0 and {len(self.skippable_layers)}")
         if self.max_skipped_layers >= self.num_hidden_layers:
-            raise FlextronError("max_skipped_layers must be below num_hidden_layers: at least one layer stays")
+            raise FlextronError("max_skipped_layers must be below num_hidden_layers: at least one layer must stay")
 
     @classmethod
     def from_ratios(

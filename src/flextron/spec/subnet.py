@@ -116,7 +116,8 @@ class SubnetSpec:
         """
         expected = {"intermediate_size", "num_groups"}
         if not isinstance(data, Mapping) or set(data) != expected:
-            raise FlextronError(f"a sub-network needs exactly the keys {sorted(expected)}; found {data!r}")
+            found = sorted(data) if isinstance(data, Mapping) else repr(data)
+            raise FlextronError(f"a sub-network needs exactly the keys {sorted(expected)}; found {found}")
         if not all(isinstance(data[key], list) for key in expected):
             raise FlextronError("the widths of a sub-network are two lists, one entry a layer")
         return cls.of(data["intermediate_size"], data["num_groups"])

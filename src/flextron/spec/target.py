@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, fields
 
 from flextron.errors import FlextronError
 
 __all__ = ["Target"]
-
-_LARGEST = 1e18
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +30,7 @@ class Target:
             names = ", ".join(f.name for f in fields(self))
             raise FlextronError(f"a target is exactly one of {names}; got {sorted(given) or 'none'}")
         ((name, value),) = given.items()
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
             raise FlextronError(f"{name} must be a finite number, not {value!r}")
         if value < 0 or (value == 0 and name != "max_loss_increase"):
             raise FlextronError(f"{name} must be positive, not {value!r}")
