@@ -97,7 +97,7 @@ def test_the_smallest_size_comes_in_gradually() -> None:
 def test_sizes_are_stratified_between_floor_and_full(tilt: float, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[float] = []
 
-    def recorded(self: SubnetSampler, size: float, rng: random.Random | None = None) -> SubnetSpec:
+    def recorded(self: SubnetSampler, size: float, rng: random.Random) -> SubnetSpec:
         sizes.append(size)
         return SPACE.full
 
@@ -117,9 +117,13 @@ def test_guided_sub_networks_keep_to_their_size() -> None:
     rng = random.Random(1)
     smallest = relative_size(SPACE.smallest)
     for size in (smallest, 0.2, 0.4, 0.55, 0.8, 1.0):
-        specs = [drawn.guided(size), *(drawn.guided(size, rng) for _ in range(20))]
-        assert all(spec in SPACE and relative_size(spec) <= size * (1 + 1e-9) for spec in specs)
-    assert drawn.guided(1.0) == SPACE.full
+        for spec in [drawn.guided(size, rng) for _ in range(20)]:
+            assert spec in SPACE
+            # within the size for some overhead between none and the largest; the excess is linear in it
+            kept = len(spec.kept_layers) / SPACE.num_hidden_layers
+            excess = [relative_size(spec) + overhead * kept - size * (1 + overhead) for overhead in (0.0, 0.6)]
+            assert min(excess) <= 1e-9 or spec == SPACE.smallest
+    assert drawn.guided(1.0, rng) == SPACE.full
     assert len({drawn.guided(0.5, rng) for _ in range(20)}) > 5, "perturbed costs lead elsewhere"
 
 
