@@ -136,7 +136,7 @@ class ElasticModel(_Generates):
         run_directory: str | Path | None = None,
         on_step: OnStep | None = None,
     ) -> TrainResult:
-        """Train the sub-networks against the frozen full model; earlier profiles no longer hold and are dropped.
+        """Train the sub-networks against the frozen full model; a frontier from before no longer holds and is dropped.
 
         Args:
             text: documents, or a file, directory or `datasets` id; by default text that is on this machine.
@@ -179,7 +179,7 @@ class ElasticModel(_Generates):
             "tokens_per_second": round(result.tokens_per_second, 1),
         }
         self.info = replace(self.info, recipe=facts)
-        self.tables, self.frontier = {}, None
+        self.frontier = None  # latencies depend on widths, not on weights, and still hold
         return result
 
     def evaluate(
@@ -222,7 +222,7 @@ class ElasticModel(_Generates):
         on_measure: OnProgress | None = None,
         on_search: OnProgress | None = None,
     ) -> Frontier:
-        """Measure latencies on this device, then search the frontier of loss over latency.
+        """Measure latencies on this device, unless they were already, and search the frontier of loss over latency.
 
         Args:
             text: documents, or a file, directory or `datasets` id; by default prose that is on this machine.
@@ -237,9 +237,11 @@ class ElasticModel(_Generates):
         validation_BT = windows(
             documents(text, evaluation_text), self.tokenizer, num_tokens=num_tokens + 2 * context, context=context
         )
-        table = measure_table(
-            self.decoder, self.space, batch_size=batch_size, context=decode_context, on_progress=on_measure
-        )
+        table = self.tables.get(device_fingerprint(self.decoder.device, self.decoder.dtype))
+        if table is None or (table.batch_size, table.context) != (batch_size, decode_context):
+            table = measure_table(
+                self.decoder, self.space, batch_size=batch_size, context=decode_context, on_progress=on_measure
+            )
         self.frontier = search_frontier(
             self.decoder,
             self.space,

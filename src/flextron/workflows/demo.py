@@ -168,6 +168,8 @@ def run_demo(settings: DemoSettings, progress: Progress) -> dict[str, Any]:
     model = load(demo.elastic)
     if "before" not in facts:
         demo.remember(before=demo.measure(model, search, test))
+        # the same latencies hold after training: what changes then are the losses
+        model.save_profile(demo.elastic)
     if not model.info.recipe:
         if "tokens" not in facts:
             demo.remember(tokens=_training_tokens(model, settings.train, settings.minutes))
