@@ -79,7 +79,7 @@ def four_forms() -> Figure:
     config = ours.config
     spec = SubnetSpec.uniform(num_hidden_layers=30, intermediate_size=768, num_groups=2, skip=(14, 25))
     batch = Batch.padded(tokens, spec)
-    sliced = ours.logits(ours(batch))
+    sliced = ours.logits(ours(batch)).detach()
     extracted = extract(ours, spec)
     forms = [extracted.logits(extracted(batch)), _masked(ours, spec, tokens)]
     with tempfile.TemporaryDirectory() as directory:

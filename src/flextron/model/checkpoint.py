@@ -32,7 +32,7 @@ from flextron.spec import SubnetSpec
 __all__ = ["check_stock", "load_decoder", "load_weights", "open_pretrained", "stock_tensors", "write_checkpoint"]
 
 _BUFFERS = re.compile(r"rotary_emb\.inv_freq|attn\.(masked_)?bias$|attention\.(masked_)?bias$")
-_SHARD_BYTES = 2 * 1024**3
+_LEAST_SHARD_BYTES = 128 * 1024**2
 
 
 def open_pretrained(source: str | Path) -> Pretrained:
@@ -175,7 +175,7 @@ def write_checkpoint(
     *,
     hf_config: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase | None,
-    shard_bytes: int = _SHARD_BYTES,
+    shard_bytes: int | None = None,
 ) -> None:
     """Write config, weights and tokenizer into an existing directory, as `transformers` lays them out.
 
@@ -184,7 +184,8 @@ def write_checkpoint(
         directory: to write into.
         hf_config: the config of the original checkpoint; its sizes are replaced by the decoder's.
         tokenizer: written beside the weights where given.
-        shard_bytes: size at which a new file begins.
+        shard_bytes: size at which a new file begins; by default an eighth of the model, so that what must be laid out
+            anew for writing needs little memory beside it, but no less than 128 MiB.
 
     Raises:
         FlextronError: the decoder's layers differ in width, or its family has no config for them.
@@ -192,6 +193,8 @@ def write_checkpoint(
     directory.joinpath("config.json").write_text(
         json.dumps(stock_config(decoder, hf_config), indent=2) + "\n", encoding="utf-8"
     )
+    if shard_bytes is None:
+        shard_bytes = max(_LEAST_SHARD_BYTES, sum(p.nbytes for p in decoder.parameters()) // 8)
     shards: list[dict[str, str]] = []
     pending: dict[str, Tensor] = {}
     size = total = 0
