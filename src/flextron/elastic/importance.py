@@ -71,7 +71,7 @@ class _MLPScore:
 
     def __init__(self, mlp: MLP, method: Method) -> None:
         width = len(mlp.down.weight)
-        self._mlp, self._method = mlp, method
+        self._mlp = mlp
         self._sum = torch.zeros(width, dtype=torch.float64)
         self._gram = torch.zeros(width, width) if method == "reconstruction" else None
 

@@ -139,16 +139,8 @@ def decode_latencies_ms(
 def _random_spec(space: SearchSpace, rng: random.Random) -> SubnetSpec:
     """Any sub-network: sizes spread over the whole range."""
     size = rng.random()
-    layers = []
-    skipped = set(rng.sample(space.skippable_layers, rng.randint(0, space.max_skipped_layers)))
-    for i in range(space.num_hidden_layers):
-        keep = i not in skipped
-        widths = [
-            choices[min(len(choices) - 1, max(0, round(rng.gauss(size, 0.3) * (len(choices) - 1))))]
-            for choices in (space.intermediate_sizes, space.num_groups)
-        ]
-        layers.append(LayerSpec(intermediate_size=widths[0] * keep, num_groups=widths[1] * keep))
-    return SubnetSpec(layers=tuple(layers))
+    skipped = rng.sample(space.skippable_layers, rng.randint(0, space.max_skipped_layers))
+    return space.scattered(size, 0.3, skipped, rng)
 
 
 def _features(spec: SubnetSpec, space: SearchSpace) -> list[float]:

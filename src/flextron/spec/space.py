@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from flextron.errors import FlextronError
-from flextron.spec.subnet import SubnetSpec
+from flextron.spec.subnet import LayerSpec, SubnetSpec
 
 __all__ = ["SearchSpace"]
 
@@ -119,6 +120,27 @@ class SearchSpace:
             num_groups=num_groups,
             skip=skip,
         )
+
+    def scattered(self, size: float, spread: float, skip: Iterable[int], rng: random.Random) -> SubnetSpec:
+        """A sub-network whose widths lie at random around a relative size, layer by layer.
+
+        Args:
+            size: 0 for the smallest widths, 1 for the full ones.
+            spread: standard deviation of a layer's relative width.
+            skip: layers that are skipped.
+            rng: source of randomness.
+        """
+
+        def pick(choices: tuple[int, ...]) -> int:
+            return choices[round(min(max(rng.gauss(size, spread), 0.0), 1.0) * (len(choices) - 1))]
+
+        skipped = frozenset(skip)
+        layers = []
+        for i in range(self.num_hidden_layers):
+            neurons, groups = pick(self.intermediate_sizes), pick(self.num_groups)
+            keep = i not in skipped
+            layers.append(LayerSpec(intermediate_size=neurons * keep, num_groups=groups * keep))
+        return SubnetSpec(layers=tuple(layers))
 
     def check(self, spec: SubnetSpec) -> None:
         """Raise unless the spec is one of this space's sub-networks.

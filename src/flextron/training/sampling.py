@@ -28,11 +28,6 @@ _MOST_OVERHEAD = 0.6
 """Largest cost of a kept layer whatever its widths, over its parameters: what launches and small operations cost."""
 
 
-def _pick(choices: tuple[int, ...], size: float) -> int:
-    """The choice at a relative size: 0 is the smallest, 1 the full one."""
-    return choices[round(min(max(size, 0.0), 1.0) * (len(choices) - 1))]
-
-
 def random_subnet(space: SearchSpace, size: float, rng: random.Random) -> SubnetSpec:
     """A heterogeneous sub-network around a relative size.
 
@@ -47,13 +42,7 @@ def random_subnet(space: SearchSpace, size: float, rng: random.Random) -> Subnet
     weights = [1 / (1 + rank) for rank in range(len(space.skippable_layers))]
     keys = [(rng.random() ** (1 / w), i) for w, i in zip(weights, space.skippable_layers, strict=True)]
     skipped = {i for _, i in sorted(keys, reverse=True)[:num_skipped]}
-    layers = []
-    for i in range(space.num_hidden_layers):
-        neurons = _pick(space.intermediate_sizes, rng.gauss(size, _SPREAD))
-        groups = _pick(space.num_groups, rng.gauss(size, _SPREAD))
-        keep = i not in skipped
-        layers.append(LayerSpec(intermediate_size=neurons * keep, num_groups=groups * keep))
-    return SubnetSpec(layers=tuple(layers))
+    return space.scattered(size, _SPREAD, skipped, rng)
 
 
 def _perturbed(sensitivity: Sensitivity, rng: random.Random) -> Sensitivity:
