@@ -24,7 +24,7 @@ from flextron.model.layers import MLP, Layer, SelfAttention, rotary_tables
 __all__ = ["Importance", "Method", "rank"]
 
 Method = Literal["activation", "reconstruction"]
-_CHUNK_SEQUENCES = 4
+_CHUNK_SEQUENCES = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,17 +51,17 @@ def removal_order(quadratic_UU: Tensor) -> Tensor:
     """Greedy backward elimination: units in the order in which they may go, cheapest first.
 
     Args:
-        quadratic_UU: (U, U) float64; removing the set S costs the sum of its entries over S × S.
+        quadratic_UU: (U, U); removing the set S costs the sum of its entries over S × S.
 
     Returns:
         (U,) int64.
     """
-    cost = quadratic_UU.diagonal().clone()
+    cost = quadratic_UU.diagonal().to(torch.float64, copy=True)
     order = torch.empty(len(cost), dtype=torch.long)
     for step in range(len(cost)):
         unit = int(cost.argmin())
         order[step] = unit
-        cost += 2 * quadratic_UU[unit]
+        cost.add_(quadratic_UU[unit], alpha=2)
         cost[unit] = torch.inf
     return order
 
@@ -73,18 +73,20 @@ class _MLPScore:
         width = len(mlp.down.weight)
         self._mlp = mlp
         self._sum = torch.zeros(width, dtype=torch.float64)
-        self._gram = torch.zeros(width, width) if method == "reconstruction" else None
+        self._gram: Tensor | None = None
+        if method == "reconstruction":
+            self._gram = torch.zeros(width, width, device=mlp.down.weight.device)
 
     def add(self, h_NF: Tensor) -> None:
         self._sum += h_NF.abs().sum(0, dtype=torch.float32).double().cpu()
         if self._gram is not None:
-            self._gram += (h_NF.t().float() @ h_NF.float()).cpu()
+            self._gram.addmm_(h_NF.t().float(), h_NF.float())
 
     def order(self) -> Tensor:
         if self._gram is None:
             return self._sum.argsort(descending=True)
-        w_FD = self._mlp.down.weight.float().cpu()
-        return removal_order(((w_FD @ w_FD.t()) * self._gram).double()).flip(0)
+        w_FD = self._mlp.down.weight.float()
+        return removal_order((w_FD @ w_FD.t()).mul_(self._gram).cpu()).flip(0)
 
 
 class _GroupScore:
@@ -140,13 +142,16 @@ def rank(decoder: Decoder, tokens_BT: Tensor, method: Method = "reconstruction")
 def _rank_layer(
     decoder: Decoder, i: int, layer: Layer, chunks: Sequence[Batch], hidden: list[Tensor], method: Method
 ) -> tuple[Tensor, Tensor, float]:
-    """Orders and score of one layer; replaces `hidden` by the layer's outputs."""
+    """Orders and score of one layer; overwrites `hidden` with the layer's outputs.
+
+    In place: a new tensor kept among short-lived ones would pin the memory that those leave behind.
+    """
     config = decoder.config
     core = CausalAttention(config)
     mlp_score = _MLPScore(layer.mlp, method)
     group_score = _GroupScore(layer.attention, config.num_groups, method)
     cosine = 0.0
-    for c, (batch, x) in enumerate(zip(chunks, hidden, strict=True)):
+    for batch, x in zip(chunks, hidden, strict=True):
         rope = rotary_tables(config, batch.positions_N, x.dtype)
         (heads,) = layer.attention.heads(layer.attention_norm(x), batch, [config.num_groups], i, rope, core)
         group_score.add(heads, config.head_dim)
@@ -156,5 +161,5 @@ def _rank_layer(
         mlp_score.add(h)
         y = after + layer.mlp.project(len(x), (h,), layout)
         cosine += float(torch.cosine_similarity(x.float(), y.float(), dim=-1).sum())
-        hidden[c] = y
+        x.copy_(y)
     return mlp_score.order(), group_score.order(), 1 - cosine / sum(len(x) for x in hidden)

@@ -31,37 +31,25 @@ class Attention(Protocol):
         """Causal attention of a segment's new tokens over all that their sequences hold; (N, H, d)."""
 
 
-_FEW_HEADS = 16
-"""KV heads (of all sequences) up to which one new token each is attended head by head."""
-
-
 def sdpa(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, *, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """Scaled dot-product attention with grouped KV heads.
 
     On a CPU, repeating the KV heads is faster than PyTorch's own grouped mode, which leaves the flash kernel.
     """
-    num_sequences, num_kv_heads = k_BKTd.shape[:2]
-    if q_BHTd.shape[2] == 1 and mask is None and q_BHTd.device.type == "cpu":
-        q_BKrd = q_BHTd.unflatten(1, (num_kv_heads, -1)).squeeze(3)
-        if num_sequences * num_kv_heads <= _FEW_HEADS:
-            return _few_heads(q_BKrd, k_BKTd, v_BKTd).flatten(1, 2).unsqueeze(2)
-        # the query heads of a group stand in for positions, and nothing is repeated
-        return F.scaled_dot_product_attention(q_BKrd, k_BKTd, v_BKTd).flatten(1, 2).unsqueeze(2)
-    repeats = q_BHTd.shape[1] // num_kv_heads
+    repeats = q_BHTd.shape[1] // k_BKTd.shape[1]
     if repeats > 1:
         k_BKTd, v_BKTd = (t.repeat_interleave(repeats, dim=1) for t in (k_BKTd, v_BKTd))
     return F.scaled_dot_product_attention(q_BHTd, k_BKTd, v_BKTd, attn_mask=mask, is_causal=causal)
 
 
-def _few_heads(q_BKrd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor) -> Tensor:
-    """One new token a sequence, one small product a head: the fused kernel wakes all threads for too little work."""
-    scale = q_BKrd.shape[-1] ** -0.5
-    heads = [
-        torch.softmax((q_rd * scale) @ k_Td.t(), -1) @ v_Td
-        for sequence in zip(q_BKrd, k_BKTd, v_BKTd, strict=True)
-        for q_rd, k_Td, v_Td in zip(*sequence, strict=True)
-    ]
-    return torch.stack(heads).view_as(q_BKrd)
+def _attend_last(q_BHd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor) -> Tensor:
+    """One new token a sequence, which sees all that its sequence holds; (B, H, d).
+
+    The query heads of a group stand in for positions, so that no KV head is repeated.
+    """
+    num_sequences, num_kv_heads, _, head_dim = k_BKTd.shape
+    q_BKrd = q_BHd.reshape(num_sequences, num_kv_heads, -1, head_dim)
+    return F.scaled_dot_product_attention(q_BKrd, k_BKTd, v_BKTd).flatten(1, 2)
 
 
 def _window_mask(query: Tensor, key: Tensor, window: int | None) -> Tensor:
@@ -172,16 +160,19 @@ class CachedAttention:
         rows: slice = slice(None),
     ) -> Tensor:
         """The same number of new tokens in each sequence, all of which hold `held` tokens."""
-        keys, values = (t[rows] for t in self._store[segment, layer])
-        q, k, v = (t.unflatten(0, (num_sequences, -1)).transpose(1, 2) for t in (q_NHd, k_NKd, v_NKd))
-        end = held + q.shape[2]
+        keys, values = self._store[segment, layer]
+        if num_sequences < keys.shape[0]:
+            keys, values = keys[rows], values[rows]
+        end = held + q_NHd.shape[0] // num_sequences
         if end > self._capacity:
             raise FlextronError(f"the KV cache holds {self._capacity} tokens a sequence; {end} were needed")
-        keys[:, :, held:end], values[:, :, held:end] = k, v
         first = 0 if self._window is None else max(0, held + 1 - self._window)
-        if q.shape[2] == 1:
-            out = sdpa(q, keys[:, :, first:end], values[:, :, first:end])
-        elif held == 0 and (self._window is None or end <= self._window):
+        if end == held + 1:
+            keys[:, :, held], values[:, :, held] = k_NKd, v_NKd
+            return _attend_last(q_NHd, keys[:, :, first:end], values[:, :, first:end])
+        q, k, v = (t.unflatten(0, (num_sequences, -1)).transpose(1, 2) for t in (q_NHd, k_NKd, v_NKd))
+        keys[:, :, held:end], values[:, :, held:end] = k, v
+        if held == 0 and (self._window is None or end <= self._window):
             out = sdpa(q, k, v, causal=True)
         else:
             query = torch.arange(held, end, device=q.device)

@@ -154,7 +154,8 @@ def load_weights(decoder: Decoder, tensors: Iterator[tuple[str, Tensor]]) -> Non
             if _BUFFERS.search(name) or (config.tie_word_embeddings and name == "lm_head.weight"):
                 continue
             raise FlextronError(f"the checkpoint holds {name}, which a {config.family} model has no place for")
-        if not torch.isfinite(tensor).all():
+        # the extremes are not finite if anything is not, and need no copy of the tensor
+        if not all(bool(extreme.isfinite()) for extreme in tensor.aminmax()):
             raise FlextronError(f"tensor {name} holds NaN or infinity; the checkpoint is damaged, download it again")
         expected = _joined_shape(wanted[key], [parameters[p].shape for p in wanted[key].ours])
         if tensor.shape != expected:

@@ -23,6 +23,10 @@ class Rope:
     scaling: Mapping[str, Any] | None = None
     """Long-context scaling as in Hugging Face's `rope_scaling` (types `linear` and `llama3`)."""
 
+    def __hash__(self) -> int:
+        """Of the numbers alone; a mapping has none."""
+        return hash((self.theta, self.fraction))
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecoderConfig:

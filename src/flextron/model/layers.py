@@ -6,7 +6,7 @@ Shapes: N tokens, D hidden size, F MLP neurons, H query heads, K KV heads, d hea
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from itertools import accumulate
 
 import torch
@@ -37,9 +37,10 @@ def make_norm(config: DecoderConfig, size: int) -> nn.Module:
     return nn.RMSNorm(size, eps=config.norm_eps) if config.norm == "rms" else nn.LayerNorm(size, eps=config.norm_eps)
 
 
+@lru_cache(maxsize=16)
 def _inverse_frequencies(rope: Rope, rotated: int) -> Tensor:
     """Frequencies of the rotated pairs; float32, (R/2,). `llama3` scaling as Meta published it with Llama 3.1."""
-    inverse = 1.0 / rope.theta ** (torch.arange(0, rotated, 2, dtype=torch.float32) / rotated)
+    inverse = 1.0 / rope.theta ** (torch.arange(0, rotated, 2, dtype=torch.float32, device="cpu") / rotated)
     if rope.scaling is None:
         return inverse
     factor = float(rope.scaling["factor"])
@@ -62,10 +63,8 @@ def rotary_tables(config: DecoderConfig, positions_N: Tensor, dtype: torch.dtype
     return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
 
 
-def _rotate(x_NHd: Tensor, tables: tuple[Tensor, Tensor] | None) -> Tensor:
+def _rotate(x_NHd: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate the leading R of each head, in Hugging Face's half-split layout."""
-    if tables is None:
-        return x_NHd
     cos, sin = tables
     rotated = cos.shape[-1]
     if rotated < x_NHd.shape[-1]:
@@ -114,7 +113,7 @@ class MLP(nn.Module):
     def forward(self, x_ND: Tensor, batch: Batch, widths: Sequence[int]) -> Tensor:
         """Run with `widths` neurons, one number a segment; (N, D)."""
         layout = batch.layout(widths)
-        return self.project(len(x_ND), self.neurons(layout.sort(x_ND), layout.blocks), layout)
+        return self.project(x_ND.shape[0], self.neurons(layout.sort(x_ND), layout.blocks), layout)
 
 
 class SelfAttention(nn.Module):
@@ -156,6 +155,8 @@ class SelfAttention(nn.Module):
         q = expand(x, self.q.weight, self.q.bias, q_blocks)
         k = expand(x, self.k.weight, self.k.bias, kv_blocks)
         v = expand(x, self.v.weight, self.v.bias, kv_blocks)
+        if layout.is_single:
+            return [self._attend(q[0], k[0], v[0], batch, layer, 0, rope, attention)]
         out: dict[int, Tensor] = {}
         start = 0
         ends = tuple(accumulate(layout.sizes))
@@ -165,27 +166,42 @@ class SelfAttention(nn.Module):
                 out[j] = x.new_zeros(size, 0)
                 continue
             rows = slice(start, start + size)
-            part = [
-                _gather(blocks, tensors, rows, width).unflatten(1, (-1, self._config.head_dim))
-                for blocks, tensors in ((layout.blocks, q), (layout.blocks[: len(k)], k), (layout.blocks[: len(v)], v))
-            ]
+            own_q, own_k, own_v = (_gather(layout.blocks, blocks, rows, width) for blocks in (q, k, v))
             own = slice(ends[j] - size, ends[j])
             tables = None if rope is None else (rope[0][own], rope[1][own])
-            q_NHd, k_NKd = self._normalise(part[0], part[1])
-            mixed = attention(
-                layer, j, _rotate(q_NHd, tables), _rotate(k_NKd, tables), part[2], batch.segments[j].lengths
-            )
-            out[j] = mixed.flatten(1)
+            out[j] = self._attend(own_q, own_k, own_v, batch, layer, j, tables, attention)
             start += size
         return [out[j] for j in range(len(widths))]
 
-    def _normalise(self, q_NHd: Tensor, k_NKd: Tensor) -> tuple[Tensor, Tensor]:
-        return (self.q_norm(q_NHd), self.k_norm(k_NKd)) if self._config.qk_norm else (q_NHd, k_NKd)
+    def _attend(
+        self,
+        q_NR: Tensor,
+        k_NR: Tensor,
+        v_NR: Tensor,
+        batch: Batch,
+        layer: int,
+        segment: int,
+        tables: tuple[Tensor, Tensor] | None,
+        attention: Attention,
+    ) -> Tensor:
+        """Outputs of one segment's heads, from their projections; (tokens, rows)."""
+        shape = (q_NR.shape[0], -1, self._config.head_dim)
+        q_NHd, k_NKd = q_NR.view(shape), k_NR.view(shape)
+        if self._config.qk_norm:
+            q_NHd, k_NKd = self.q_norm(q_NHd), self.k_norm(k_NKd)
+        if tables is not None:
+            num_heads = (q_NHd.shape[1], k_NKd.shape[1])
+            q_NHd, k_NKd = _rotate(torch.cat((q_NHd, k_NKd), 1), tables).split(num_heads, 1)
+        lengths = batch.segments[segment].lengths
+        mixed = attention(layer, segment, q_NHd, k_NKd, v_NR.view(shape), lengths)
+        return mixed.flatten(1)
 
     def project(self, heads: Sequence[Tensor], batch: Batch, widths: Sequence[int]) -> Tensor:
         """The output projection of what `heads` gave; (N, D)."""
         layout = batch.layout(widths)
         blocks = tuple(b.scaled(self._config.query_rows_per_group) for b in layout.blocks)
+        if layout.is_single:
+            return contract(heads[0].shape[0], heads, self.o.weight, self.o.bias, blocks)
         ordered = [heads[j] for j in layout.order]
         h = [_join([s[:, b.start : b.stop] for s in ordered if s.shape[1] >= b.stop], dim=0) for b in blocks]
         return layout.unsort(contract(sum(layout.sizes), h, self.o.weight, self.o.bias, blocks))
@@ -209,9 +225,12 @@ def _join(parts: Sequence[Tensor], dim: int) -> Tensor:
 
 
 def _gather(blocks: Sequence[Block], tensors: Sequence[Tensor], rows: slice, width: int) -> Tensor:
-    """One segment's rows of the blocks that its width reaches, side by side; the first block is always reached."""
+    """One segment's rows of the blocks that its width reaches, side by side; the first block is always reached.
+
+    Shared KV heads have but one tensor, that of the first block.
+    """
     return _join(
-        [t[rows] for i, (b, t) in enumerate(zip(blocks, tensors, strict=True)) if i == 0 or b.stop <= width], dim=1
+        [t[rows] for i, (b, t) in enumerate(zip(blocks, tensors, strict=False)) if i == 0 or b.stop <= width], dim=1
     )
 
 

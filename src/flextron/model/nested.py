@@ -64,16 +64,21 @@ class Layout:
         blocks = tuple(Block(n, a, b) for n, a, b in zip(counts, starts, ends, strict=True))
         return Layout(sizes, order, widths, blocks)
 
+    @property
+    def is_single(self) -> bool:
+        """Whether there is one segment, which needs no ordering."""
+        return len(self.sizes) == 1
+
     def sort(self, x: Tensor) -> Tensor:
         """Rows of `x` (N, ...) from the batch's order to widest first."""
-        if len(self.sizes) == 1:
+        if self.is_single:
             return x
         segments = x.split(self.sizes)
         return torch.cat([segments[j] for j in self.order])
 
     def unsort(self, y: Tensor) -> Tensor:
         """The inverse of `sort`."""
-        if len(self.sizes) == 1:
+        if self.is_single:
             return y
         segments = dict(zip(self.order, y.split([self.sizes[j] for j in self.order]), strict=True))
         return torch.cat([segments[j] for j in range(len(self.sizes))])
@@ -147,7 +152,15 @@ def _accumulate(like: Tensor, terms: Sequence[tuple[int, Tensor, Tensor]]) -> Te
     return total
 
 
+def _prefix(weight: Tensor, stop: int) -> Tensor:
+    """The first `stop` rows; a slice costs microseconds, which a decode step has few of, so a whole is not sliced."""
+    return weight if stop == weight.shape[0] else weight.narrow(0, 0, stop)
+
+
 def _expand(x_ND: Tensor, w_FD: Tensor, b_F: Tensor | None, blocks: Sequence[Block]) -> tuple[Tensor, ...]:
+    if len(blocks) == 1 and blocks[0].num_tokens == x_ND.shape[0]:
+        stop = blocks[0].stop
+        return (F.linear(x_ND, _prefix(w_FD, stop), None if b_F is None else _prefix(b_F, stop)),)
     return tuple(
         F.linear(x_ND[: b.num_tokens], w_FD[b.start : b.stop], None if b_F is None else b_F[b.start : b.stop])
         for b in blocks
@@ -157,7 +170,7 @@ def _expand(x_ND: Tensor, w_FD: Tensor, b_F: Tensor | None, blocks: Sequence[Blo
 def _contract(
     num_tokens: int, w_FD: Tensor, b_D: Tensor | None, blocks: Sequence[Block], h: Sequence[Tensor]
 ) -> Tensor:
-    first = w_FD[: blocks[0].stop]
+    first = _prefix(w_FD, blocks[0].stop)
     y_ND = h[0] @ first if b_D is None else torch.addmm(b_D, h[0], first)
     if blocks[0].num_tokens < num_tokens:
         y_ND = F.pad(y_ND, (0, 0, 0, num_tokens - blocks[0].num_tokens))
@@ -167,7 +180,7 @@ def _contract(
 
 
 def _autocast(*tensors: Any) -> tuple[Any, ...]:
-    """Cast as autocast would (None passes): private functions are not on its list."""
+    """Cast as autocast would (None passes): own functions and products in place are not on its list."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
@@ -187,9 +200,9 @@ def expand(x_ND: Tensor, w_FD: Tensor, b_F: Tensor | None, blocks: tuple[Block, 
     Returns:
         One (num_tokens of the block, rows of the block) tensor a block.
     """
-    x, w, b = _autocast(x_ND, w_FD, b_F)
     if not torch.is_grad_enabled():
-        return _expand(x, w, b, blocks)
+        return _expand(x_ND, w_FD, b_F, blocks)
+    x, w, b = _autocast(x_ND, w_FD, b_F)
     return tuple(_Expand.apply(x, w, b, blocks))  # type: ignore[no-untyped-call]
 
 
@@ -208,6 +221,8 @@ def contract(
     Returns:
         (N, D), widest tokens first.
     """
+    if len(blocks) == 1 and not torch.is_grad_enabled():
+        return _contract(num_tokens, w_FD, b_D, blocks, h)
     w, b, *h_cast = _autocast(w_FD, b_D, *h)
     if not torch.is_grad_enabled():
         return _contract(num_tokens, w, b, blocks, h_cast)
