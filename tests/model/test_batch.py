@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flextron.model.batch import Batch
+from flextron.model.batch import Batch, Segment
 from flextron.spec import SubnetSpec
 from tests.model.families_cases import CASES, decoder_of, random_model, random_tokens, relative_error
 
@@ -88,3 +88,20 @@ def test_segments_join_neighbours_of_equal_spec_and_positions_start_where_told()
     ]
     assert batch.positions_N.tolist() == [0, 1, 5, 6, 7, 9, 1, 2]
     assert batch.tokens_N.tolist() == [0, 1, 0, 1, 2, 0, 0, 1]
+
+
+def test_gates_scale_what_each_half_layer_adds_and_take_gradients() -> None:
+    decoder = decoder_of(random_model("llama"))
+    plain = Batch.padded(random_tokens(6, seed=0).repeat(2, 1), decoder.widths)
+    gates = torch.ones(len(decoder.layers), 2, requires_grad=True)
+
+    def run(second: Tensor | None) -> Tensor:
+        segments = (Segment(decoder.widths, (6,)), Segment(decoder.widths, (6,), second))
+        return decoder(Batch(plain.tokens_N, plain.positions_N, segments))[6:]
+
+    assert relative_error(run(gates), decoder(plain)[6:]) < 1e-6
+    (gradient,) = torch.autograd.grad(run(gates).square().mean(), gates)
+    step = torch.zeros_like(gates)
+    step[1, 0] = 1e-2
+    ends = [run((gates + s).detach()).square().mean() for s in (step, -step)]
+    assert float(gradient[1, 0]) == pytest.approx(float((ends[0] - ends[1]).detach()) / 2e-2, rel=0.02)

@@ -22,6 +22,8 @@ class Segment:
     spec: SubnetSpec
     lengths: tuple[int, ...]
     """New tokens of each sequence."""
+    gates_L2: Tensor | None = None
+    """Factors of each layer's attention and MLP outputs, (layers, 2), through which routers get gradients."""
 
     @cached_property
     def num_tokens(self) -> int:
@@ -71,6 +73,18 @@ class Batch:
     def sizes(self) -> tuple[int, ...]:
         """Tokens of each segment."""
         return tuple(s.num_tokens for s in self.segments)
+
+    def gated(self, y_ND: Tensor, layer: int, half: int) -> Tensor:
+        """What half a layer adds (0 attention, 1 MLP), times the gates of the segments that have them."""
+        if all(s.gates_L2 is None for s in self.segments):
+            return y_ND
+        parts = y_ND.split(self.sizes)
+        return torch.cat(
+            [
+                y if s.gates_L2 is None else y * s.gates_L2[layer, half]
+                for s, y in zip(self.segments, parts, strict=True)
+            ]
+        )
 
     def layout(self, widths: Sequence[int]) -> Layout:
         """Nested layout of the tokens for these widths, one a segment."""

@@ -272,7 +272,8 @@ class Layer(nn.Module):
         neurons = [s.spec.layers[layer].intermediate_size for s in batch.segments]
         mlp_input = x_ND
         if any(groups):
-            x_ND = x_ND + self.attend(x_ND, batch, groups, layer, rope, attention)
+            x_ND = x_ND + batch.gated(self.attend(x_ND, batch, groups, layer, rope, attention), layer, 0)
         if any(neurons):
-            x_ND = x_ND + self.feed_forward(mlp_input if self.parallel else x_ND, batch, neurons)
+            y_ND = self.feed_forward(mlp_input if self.parallel else x_ND, batch, neurons)
+            x_ND = x_ND + batch.gated(y_ND, layer, 1)
         return x_ND
