@@ -83,7 +83,7 @@ def synthetic_ms(spec: SubnetSpec) -> float:
 
 
 def synthetic_latencies(decoder: Decoder, specs: list[SubnetSpec], **_: object) -> list[float]:
-    """Stands in for `decode_latencies_ms`."""
+    """Stands in for `step_latencies_ms`."""
     return [synthetic_ms(spec) for spec in specs]
 
 

@@ -55,7 +55,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Places:
     model = api.convert(places.checkpoint, calibration=str(places.text), num_calibration_tokens=512, context=64)
     model.save(places.elastic)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(latency_module, "decode_latencies_ms", synthetic_latencies)
+        patch.setattr(latency_module, "step_latencies_ms", synthetic_latencies)
         model.profile(str(places.text), num_tokens=256, context=32)
     model.save(places.profiled)
     return places

@@ -15,7 +15,7 @@ from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
 from flextron.routing import LatencyTable, device_fingerprint, measure_table
 from flextron.routing import latency as module
-from flextron.routing.latency import decode_latencies_ms
+from flextron.routing.latency import step_latencies_ms
 from flextron.spec import SearchSpace, SubnetSpec
 from tests.toy import SPACE, synthetic_latencies, synthetic_ms, toy_decoder
 
@@ -31,7 +31,7 @@ WIDE = SearchSpace(
 @pytest.mark.parametrize("space", [SPACE, WIDE])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_fit_recovers_additive_costs(space: SearchSpace, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "decode_latencies_ms", synthetic_latencies)
+    monkeypatch.setattr(module, "step_latencies_ms", synthetic_latencies)
     decoder = toy_decoder()
     table = measure_table(decoder, space, batch_size=3, context=17, seed=seed)
     assert table.base_ms == pytest.approx(1.5)
@@ -57,7 +57,7 @@ def test_the_error_is_that_on_networks_the_fit_did_not_see(monkeypatch: pytest.M
         held_out = len(specs) - module._NUM_HELD_OUT
         return [synthetic_ms(spec) * (1.0 if k < held_out else 1.1) for k, spec in enumerate(specs)]
 
-    monkeypatch.setattr(module, "decode_latencies_ms", off_by_a_tenth)
+    monkeypatch.setattr(module, "step_latencies_ms", off_by_a_tenth)
     table = measure_table(toy_decoder(), WIDE)
     assert table.median_error == pytest.approx(1 - 1 / 1.1)
     assert table.max_error == pytest.approx(1 - 1 / 1.1)
@@ -66,7 +66,7 @@ def test_the_error_is_that_on_networks_the_fit_did_not_see(monkeypatch: pytest.M
 
 
 def test_json_round_trip(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "decode_latencies_ms", synthetic_latencies)
+    monkeypatch.setattr(module, "step_latencies_ms", synthetic_latencies)
     table = measure_table(toy_decoder(), SPACE)
     assert LatencyTable.from_dict(json.loads(json.dumps(table.to_dict()))) == table
 
@@ -96,7 +96,7 @@ def test_a_probe_runs_one_decode_step_of_the_stated_network(spec: SubnetSpec, mo
         return hidden
 
     monkeypatch.setattr(Decoder, "forward", recorded)
-    times = decode_latencies_ms(decoder, [spec], batch_size=3, context=20, repeats=2)
+    times = step_latencies_ms(decoder, [spec], batch_size=3, context=20, repeats=2)
     assert len(times) == 1
     assert times[0] > 0
     assert len(steps) == 3, "two timed steps after one that warms up"
@@ -115,9 +115,9 @@ def test_times_are_medians_taken_round_robin_after_a_warm_up(monkeypatch: pytest
         order.append(id(self))
         return next(scripted)
 
-    monkeypatch.setattr(module._DecodeProbe, "run_ms", run_ms)
+    monkeypatch.setattr(module._Probe, "run_ms", run_ms)
     rounds: list[tuple[int, int]] = []
-    times = decode_latencies_ms(
+    times = step_latencies_ms(
         toy_decoder(),
         [SPACE.full, SPACE.smallest],
         repeats=3,

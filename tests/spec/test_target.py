@@ -18,6 +18,7 @@ LIMITS = st.one_of(
     st.tuples(st.just("latency"), st.floats(min_value=0, max_value=1, exclude_min=True)),
     st.tuples(st.just("latency_ms"), POSITIVE),
     st.tuples(st.just("params"), st.integers(1, 10**12)),
+    st.tuples(st.just("memory_gb"), POSITIVE),
     st.tuples(st.just("max_loss_increase"), st.floats(min_value=0, allow_infinity=False)),
 )
 
@@ -32,7 +33,9 @@ def test_the_limit_is_kept_and_survives_json(limit: tuple[str, float]) -> None:
 
 @given(st.lists(LIMITS, min_size=2, max_size=4, unique_by=lambda limit: limit[0]))
 def test_two_limits_are_refused(limits: list[tuple[str, float]]) -> None:
-    with pytest.raises(FlextronError, match="exactly one of latency, latency_ms, params, max_loss_increase; got"):
+    with pytest.raises(
+        FlextronError, match="exactly one of latency, latency_ms, params, memory_gb, max_loss_increase; got"
+    ):
         Target(**dict(limits))
 
 
@@ -42,7 +45,7 @@ def test_no_limit_is_refused() -> None:
 
 
 @given(
-    st.sampled_from(["latency", "latency_ms", "params", "max_loss_increase"]),
+    st.sampled_from(["latency", "latency_ms", "params", "memory_gb", "max_loss_increase"]),
     st.sampled_from([math.nan, math.inf, -math.inf, True, "0.5"]),
 )
 def test_what_is_no_finite_number_is_refused(name: str, value: float) -> None:
@@ -51,7 +54,7 @@ def test_what_is_no_finite_number_is_refused(name: str, value: float) -> None:
 
 
 @given(
-    st.sampled_from(["latency", "latency_ms", "params", "max_loss_increase"]),
+    st.sampled_from(["latency", "latency_ms", "params", "memory_gb", "max_loss_increase"]),
     st.floats(max_value=0, exclude_max=True, allow_infinity=False),
 )
 def test_negative_limits_are_refused(name: str, value: float) -> None:
@@ -59,7 +62,7 @@ def test_negative_limits_are_refused(name: str, value: float) -> None:
         Target(**{name: value})
 
 
-@pytest.mark.parametrize("name", ["latency", "latency_ms", "params"])
+@pytest.mark.parametrize("name", ["latency", "latency_ms", "params", "memory_gb"])
 def test_zero_is_refused_where_nothing_fits_it(name: str) -> None:
     with pytest.raises(FlextronError, match=f"{name} must be positive, not 0"):
         Target(**{name: 0})

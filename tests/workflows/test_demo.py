@@ -34,8 +34,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _quiet_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Timings that do not depend on the machine, on which a tiny model's widths would drown."""
-    monkeypatch.setattr(latency_module, "decode_latencies_ms", synthetic_latencies)
-    monkeypatch.setattr(module, "decode_latencies_ms", synthetic_latencies)
+    monkeypatch.setattr(latency_module, "step_latencies_ms", synthetic_latencies)
+    monkeypatch.setattr(module, "step_latencies_ms", synthetic_latencies)
 
 
 def settings(sources: Path, output: Path, **changes: Any) -> DemoSettings:

@@ -30,7 +30,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _quiet_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency_module, "decode_latencies_ms", synthetic_latencies)
+    monkeypatch.setattr(latency_module, "step_latencies_ms", synthetic_latencies)
 
 
 def recipe_data(sources: Path, output: Path, **changes: Any) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def finished(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The result of `recipe_data`; not to be changed."""
     output = tmp_path_factory.mktemp("finished") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(latency_module, "decode_latencies_ms", synthetic_latencies)
+        patch.setattr(latency_module, "step_latencies_ms", synthetic_latencies)
         elastify(read_recipe(written(output.with_name("r.yaml"), recipe_data(sources, output))), Stages())
     return output
 

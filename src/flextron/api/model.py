@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -256,7 +256,7 @@ class ElasticModel(_Generates):
         return self.frontier
 
     def select(self, *, uniform: bool = False, **target: Any) -> SubnetSpec:
-        """The best sub-network for a target: one of `latency`, `latency_ms`, `params`, `max_loss_increase`.
+        """The best sub-network for a target: `latency`, `latency_ms`, `params`, `memory_gb` or `max_loss_increase`.
 
         Args:
             uniform: only sub-networks that are stock checkpoints when extracted.
@@ -289,10 +289,10 @@ class ElasticModel(_Generates):
         if self.frontier is None:
             raise FlextronError("the model has no measured frontier yet; run model.profile() (flextron profile) first")
         here = device_fingerprint(self.decoder.device, self.decoder.dtype)
-        if target.axis != "params" and self.frontier.device != here:
+        if target.axis not in ("params", "memory_gb") and self.frontier.device != here:
             raise FlextronError(
                 f"latencies were measured on {self.frontier.device}, not on this device ({here}); "
-                "run model.profile() (flextron profile) here, or ask by params"
+                "run model.profile() (flextron profile) here, or ask by params or memory_gb"
             )
         return self.frontier
 
@@ -307,7 +307,7 @@ class ElasticModel(_Generates):
         Raises:
             FlextronError: as for `select` and `SamplingParams`.
         """
-        names = {"latency", "latency_ms", "params", "max_loss_increase"}
+        names = {f.name for f in fields(Target)}
         target = {k: v for k, v in options.items() if k in names}
         params = SamplingParams(**{k: v for k, v in options.items() if k not in names})
         if spec is None:

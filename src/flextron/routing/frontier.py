@@ -18,17 +18,25 @@ class FrontierPoint:
 
     spec: SubnetSpec
     kind: str
-    """How it was found: `uniform`, `guided` or `evolved`."""
+    """How it was found: `uniform`, `guided`, `evolved`, `router`, `mix'n'match` or `random`."""
     params: int
     """Parameters, embeddings included."""
     mem_bytes: int
     """Bytes of its weights as they were measured."""
+    kv_bytes_per_token: int = 0
+    """Bytes of keys and values that a token of context takes."""
     latency_ms: float
     """Milliseconds of a decode step, from the latency table."""
     latency: float
     """The same as a fraction of the full network's."""
     loss: float
     """Mean loss on the validation text, in nats."""
+
+    def measure(self, target: Target) -> float:
+        """What a limit on latency or size limits, in the target's unit."""
+        if target.axis == "memory_gb":
+            return (self.mem_bytes + target.context * self.kv_bytes_per_token) / 1e9
+        return float(getattr(self, target.axis))
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
@@ -98,7 +106,7 @@ class Frontier:
                 least = min(p.loss for p in points) / self.full.loss - 1
                 raise FlextronError(f"no such sub-network loses that little; the least is {least:.4g}")
             return min(good, key=lambda p: (p.latency_ms, p.loss))
-        measures = {p: float(getattr(p, target.axis)) for p in points}
+        measures = {p: p.measure(target) for p in points}
         within = [p for p in points if measures[p] <= target.value * (1 + 1e-9)]
         if not within:
             low, high = min(measures.values()), max(measures.values())

@@ -1,4 +1,4 @@
-"""How long a sub-network's decode step takes on this device: a table fitted to measurements of whole networks.
+"""How long a step of a sub-network takes on this device: a table fitted to measurements of whole networks.
 
 Blocks are never timed alone: one block's weights stay in the cache when it runs again and again, a network's do not.
 Instead whole networks with known widths are timed, round robin so that drift hits all alike, and the cost of each
@@ -12,26 +12,29 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from flextron.errors import FlextronError
 from flextron.model.attention import CachedAttention
 from flextron.model.batch import Batch, Segment
+from flextron.model.config import DecoderConfig
+from flextron.model.cost import block_parameters, layer_parameters
 from flextron.model.decoder import Decoder
 from flextron.routing.device import device_fingerprint
 from flextron.spec import LayerSpec, SearchSpace, SubnetSpec
 
-__all__ = ["LatencyTable", "decode_latencies_ms", "measure_table"]
+__all__ = ["LatencyTable", "Phase", "measure_table", "step_latencies_ms"]
 
 _NUM_FIT, _NUM_HELD_OUT = 12, 8
 Progress = Callable[[int, int], None]
+Phase = Literal["decode", "prefill"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LatencyTable:
-    """Additive costs of a decode step's parts."""
+    """Additive costs of a step's parts."""
 
     device: str
     """Fingerprint of the device it was measured on."""
@@ -51,6 +54,32 @@ class LatencyTable:
     """Median relative error on networks that the fit did not see."""
     max_error: float
     """Largest relative error on them."""
+    phase: Phase = "decode"
+    """Whether a step generates one token of each sequence, or reads all of its context."""
+
+    @property
+    def name(self) -> str:
+        """Of the table's file: the device, and the phase where it is not decode."""
+        return self.device if self.phase == "decode" else f"{self.device}-{self.phase}"
+
+    @classmethod
+    def of_parameters(cls, config: DecoderConfig, space: SearchSpace) -> LatencyTable:
+        """Parameters of the layers in place of milliseconds: costs that hold on every device."""
+
+        def cost(neurons: int, groups: int) -> float:
+            return float(layer_parameters(config, LayerSpec(intermediate_size=neurons, num_groups=groups)))
+
+        return cls(
+            device="parameters",
+            batch_size=1,
+            context=1,
+            base_ms=0.0,
+            mlp_ms={w: cost(w, 0) for w in space.intermediate_sizes},
+            attention_ms={g: cost(0, g) for g in space.num_groups},
+            full_ms=float(block_parameters(config, space.full)),
+            median_error=0.0,
+            max_error=0.0,
+        )
 
     def layer_ms(self, layer: LayerSpec) -> float:
         """Milliseconds of one layer."""
@@ -58,7 +87,7 @@ class LatencyTable:
         return mlp + (self.attention_ms[layer.num_groups] if layer.num_groups else 0.0)
 
     def predict_ms(self, spec: SubnetSpec) -> float:
-        """Milliseconds of a decode step in a sub-network of the space."""
+        """Milliseconds of a step in a sub-network of the space."""
         return self.base_ms + sum(self.layer_ms(layer) for layer in spec.layers)
 
     def predict(self, spec: SubnetSpec) -> float:
@@ -86,11 +115,16 @@ class LatencyTable:
             raise FlextronError(f"not a latency table ({error}); measure it again with profile") from error
 
 
-class _DecodeProbe:
-    """Runs one decode step of a sub-network, again and again at the same position."""
+class _Probe:
+    """Runs one step of a sub-network again and again: the same token behind a full cache, or the same prompts."""
 
-    def __init__(self, decoder: Decoder, spec: SubnetSpec, batch_size: int, context: int) -> None:
+    def __init__(self, decoder: Decoder, spec: SubnetSpec, batch_size: int, context: int, phase: Phase) -> None:
         self._decoder = decoder
+        self._last = torch.arange(1, batch_size + 1, device=decoder.device) * (1 if phase == "decode" else context) - 1
+        if phase == "prefill":
+            tokens_BT = torch.zeros(batch_size, context, dtype=torch.long, device=decoder.device)
+            self._cache, self._batch = None, Batch.padded(tokens_BT, spec)
+            return
         self._cache = CachedAttention(
             decoder.config, [(spec, batch_size)], context + 1, dtype=decoder.dtype, device=decoder.device
         )
@@ -103,7 +137,7 @@ class _DecodeProbe:
         """Milliseconds of one step."""
         self._finish()
         start = time.perf_counter()
-        self._decoder.logits(self._decoder(self._batch, self._cache)).argmax(-1)
+        self._decoder.logits(self._decoder(self._batch, self._cache)[self._last]).argmax(-1)
         self._finish()
         return (time.perf_counter() - start) * 1e3
 
@@ -113,18 +147,19 @@ class _DecodeProbe:
             torch.cuda.synchronize(self._decoder.device)
 
 
-def decode_latencies_ms(
+def step_latencies_ms(
     decoder: Decoder,
     specs: Sequence[SubnetSpec],
     *,
     batch_size: int = 1,
     context: int = 128,
+    phase: Phase = "decode",
     repeats: int = 15,
     on_progress: Progress | None = None,
 ) -> list[float]:
-    """Median milliseconds of a decode step in each sub-network, measured round robin after one warm-up round."""
+    """Median milliseconds of a step in each sub-network, measured round robin after one warm-up round."""
     decoder.config.check_length(context + 1)
-    probes = [_DecodeProbe(decoder, spec, batch_size, context) for spec in specs]
+    probes = [_Probe(decoder, spec, batch_size, context, phase) for spec in specs]
     times: list[list[float]] = [[] for _ in probes]
     for r in range(repeats + 1):
         for probe, measured in zip(probes, times, strict=True):
@@ -159,6 +194,7 @@ def measure_table(
     *,
     batch_size: int = 1,
     context: int = 128,
+    phase: Phase = "decode",
     repeats: int = 15,
     seed: int = 0,
     on_progress: Progress | None = None,
@@ -170,6 +206,7 @@ def measure_table(
         space: its choices.
         batch_size: sequences of a decode step.
         context: tokens that each holds.
+        phase: what a step does.
         repeats: timed steps of each network, of which the median counts.
         seed: of the random networks.
         on_progress: called with rounds done and rounds in all.
@@ -181,8 +218,14 @@ def measure_table(
     rng = random.Random(seed)
     design += [_random_spec(space, rng) for _ in range(_NUM_FIT)]
     held_out = [_random_spec(space, rng) for _ in range(_NUM_HELD_OUT)]
-    times = decode_latencies_ms(
-        decoder, design + held_out, batch_size=batch_size, context=context, repeats=repeats, on_progress=on_progress
+    times = step_latencies_ms(
+        decoder,
+        design + held_out,
+        batch_size=batch_size,
+        context=context,
+        phase=phase,
+        repeats=repeats,
+        on_progress=on_progress,
     )
     costs = _fit([_features(spec, space) for spec in design], times[: len(design)])
     num_widths = len(space.intermediate_sizes)
@@ -196,6 +239,7 @@ def measure_table(
         full_ms=times[0],
         median_error=0.0,
         max_error=0.0,
+        phase=phase,
     )
     errors = [abs(table.predict_ms(s) / t - 1) for s, t in zip(held_out, times[len(design) :], strict=True)]
     measured = {"median_error": statistics.median(errors), "max_error": max(errors)}

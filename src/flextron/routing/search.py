@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from flextron.model.cost import num_parameters
+from flextron.model.cost import kv_bytes_per_token, num_parameters
 from flextron.model.decoder import Decoder
 from flextron.model.scoring import mean_loss
 from flextron.routing.allocate import Allocator
@@ -24,7 +24,7 @@ from flextron.routing.latency import LatencyTable
 from flextron.routing.sensitivity import Sensitivity, measure_sensitivity
 from flextron.spec import LayerSpec, SearchSpace, SubnetSpec
 
-__all__ = ["SearchSettings", "search_frontier"]
+__all__ = ["SearchSettings", "measure_point", "search_frontier", "uniform_specs"]
 
 OnProgress = Callable[[int, int], None]
 
@@ -45,6 +45,23 @@ class SearchSettings:
     """Of the mutations."""
 
 
+def measure_point(
+    decoder: Decoder, table: LatencyTable, validation_BT: Tensor, spec: SubnetSpec, kind: str
+) -> FrontierPoint:
+    """Count a sub-network's parameters and bytes, look up its latency and measure its loss."""
+    params, size = num_parameters(decoder.config, spec), decoder.dtype.itemsize
+    return FrontierPoint(
+        spec=spec,
+        kind=kind,
+        params=params,
+        mem_bytes=params * size,
+        kv_bytes_per_token=kv_bytes_per_token(decoder.config, spec, size),
+        latency_ms=table.predict_ms(spec),
+        latency=table.predict(spec),
+        loss=mean_loss(decoder, validation_BT, spec),
+    )
+
+
 @dataclass(slots=True)
 class _Search:
     decoder: Decoder
@@ -60,16 +77,7 @@ class _Search:
     def measure(self, spec: SubnetSpec, kind: str) -> None:
         """Measure a sub-network once."""
         if spec not in self.found:
-            params = num_parameters(self.decoder.config, spec)
-            self.found[spec] = FrontierPoint(
-                spec=spec,
-                kind=kind,
-                params=params,
-                mem_bytes=params * self.decoder.dtype.itemsize,
-                latency_ms=self.table.predict_ms(spec),
-                latency=self.table.predict(spec),
-                loss=mean_loss(self.decoder, self.validation_BT, spec),
-            )
+            self.found[spec] = measure_point(self.decoder, self.table, self.validation_BT, spec, kind)
         if self.on_progress is not None:
             self.on_progress(min(len(self.found), self.budget - 1), self.budget)
 
@@ -114,7 +122,7 @@ class _Search:
         return None
 
 
-def _uniform_specs(space: SearchSpace, count: int) -> list[SubnetSpec]:
+def uniform_specs(space: SearchSpace, count: int) -> list[SubnetSpec]:
     """Uniform sub-networks along the diagonal of the space, full and smallest included."""
     sizes = space.intermediate_sizes
     picks = sorted({round(j * (len(sizes) - 1) / max(1, count - 1)) for j in range(count)}, reverse=True)
@@ -150,7 +158,7 @@ def search_frontier(
     budget = settings.num_uniform + 2 + per_round * (settings.rounds + settings.mutations)
     sensitivity = measure_sensitivity(decoder, calibration_BT, space, seed=settings.seed)
     search = _Search(decoder, space, table, sensitivity, validation_BT, budget, on_progress)
-    for spec in [space.full, *_uniform_specs(space, settings.num_uniform)]:
+    for spec in [space.full, *uniform_specs(space, settings.num_uniform)]:
         search.measure(spec, "uniform")
     search.measure(space.smallest, "guided")
     for _ in range(settings.rounds):

@@ -23,7 +23,7 @@ from flextron.errors import FlextronError
 from flextron.files import read_json, write_json
 from flextron.model.batch import Batch
 from flextron.routing import Frontier, SearchSettings
-from flextron.routing.latency import decode_latencies_ms
+from flextron.routing.latency import step_latencies_ms
 from flextron.spec import SubnetSpec
 from flextron.training.machine_text import drop_overlaps
 from flextron.training.recipe import TrainRecipe
@@ -186,7 +186,7 @@ def _report(demo: _Demo, model: ElasticModel, training: list[str], test: list[st
     before, after = demo.facts["before"]["targets"], demo.facts["after"]["targets"]
     targets = [t for t in after if t in before]
     specs = [SubnetSpec.from_dict(after[t]["spec"]) for t in targets]
-    times = decode_latencies_ms(model.decoder, specs)
+    times = step_latencies_ms(model.decoder, specs)
     rows = []
     for target, spec, ms in zip(targets, specs, times, strict=True):
         rows.append(

@@ -1,0 +1,279 @@
+"""Training the static router: by surrogate and latency table first, then jointly with the model (Flextron, 3.3).
+
+First stage: the router proposes sub-networks, the frozen model measures their loss on fixed calibration windows, and
+the surrogate learns to predict it. Whenever it predicted the newest measurements well, the router steps downhill on
+the surrogate's output and the table's latency, which costs no pass through the model. Then the surrogate is dropped.
+
+Second stage (`joint_finetune`): each step runs sub-networks that the router draws for random targets. The model learns
+by distillation as in elastic training; the router by straight-through gates on what each half layer adds.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from flextron.files import read_json, write_json
+from flextron.model.decoder import Decoder
+from flextron.model.scoring import mean_loss
+from flextron.routing.allocate import Allocator
+from flextron.routing.latency import LatencyTable
+from flextron.routing.routers import Choices, StaticRouter, latency_ms, straight_through
+from flextron.routing.sensitivity import Sensitivity, measure_sensitivity
+from flextron.routing.surrogate import Surrogate, spearman
+from flextron.spec import SearchSpace, SubnetSpec
+
+__all__ = ["RouterRecipe", "RouterResult", "latency_loss", "train_static_router"]
+
+OnRound = Callable[[int, int, dict[str, float]], None]
+_HELD_OUT = 32
+"""Random sub-networks on which the surrogate is judged at the end."""
+_SENSITIVITY_SEQUENCES = 2
+
+
+class RouterRecipe(BaseModel):
+    """How the static router is trained. Unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    num_measured: int = Field(192, gt=0)
+    """Sub-networks whose loss is measured for the surrogate."""
+    per_round: int = Field(8, gt=0)
+    """Of them measured between two turns of the router."""
+    warm_steps: int = Field(150, ge=0)
+    """Steps in which the router first imitates the additive loss model's optima; 0 starts at random."""
+    warm_lr: float = Field(2e-2, gt=0)
+    """Learning rate of those."""
+    surrogate_steps: int = Field(40, gt=0)
+    """Of the surrogate, each round, on all that was measured."""
+    surrogate_lr: float = Field(3e-3, gt=0)
+    """Its learning rate."""
+    max_error: float = Field(0.3, gt=0)
+    """The router steps only after rounds in which the surrogate's mean error on the new sub-networks, in the logarithm
+    of the rise in loss, was below this."""
+    router_steps: int = Field(20, gt=0)
+    """Of the router, each such round."""
+    num_targets: int = Field(32, gt=0)
+    """Targets of a router step."""
+    lr: float = Field(1e-2, gt=0)
+    """The router's learning rate."""
+    tau: tuple[float, float] = (1.0, 0.05)
+    """Temperature of the Gumbel softmax, first and last; falls geometrically."""
+    scale: tuple[float, float] = (1.0, 10.0)
+    """Factor of the logits, first and last; rises linearly."""
+    latency_weight: float = Field(20.0, gt=0)
+    """Of the latency loss."""
+    dead_zone: float = Field(0.01, ge=0)
+    """Relative deviation from the target latency that costs nothing."""
+    min_target: float = Field(0.0, ge=0, lt=1)
+    """Smallest target that is drawn; never below what the space reaches."""
+    seed: int = 0
+    """Of targets, noise and initial weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterResult:
+    """A trained router, and how good its surrogate was."""
+
+    router: StaticRouter
+    spearman: float
+    """Rank correlation of the surrogate's prediction and the loss, on random sub-networks that it never saw."""
+    error: float
+    """Its mean error on them, in the logarithm of the rise."""
+    num_measured: int
+    router_rounds: int
+    """Rounds in which the surrogate was good enough for the router to step."""
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def latency_loss(milliseconds_B: Tensor, wanted_B: Tensor, dead_zone: float) -> Tensor:
+    """Mean relative deviation beyond the dead zone; a scalar."""
+    return ((milliseconds_B / wanted_B - 1).abs() - dead_zone).clamp_min(0).mean()
+
+
+class _Meter:
+    """Measures losses once each; kept on disk, a killed run repeats its steps without measuring again."""
+
+    def __init__(self, decoder: Decoder, tokens_BT: Tensor, path: Path | None) -> None:
+        self._decoder, self._tokens_BT, self._path = decoder, tokens_BT, path
+        self._known: dict[str, float] = read_json(path) if path is not None and path.exists() else {}
+
+    def __call__(self, specs: list[SubnetSpec]) -> Tensor:
+        new = [s for s in specs if _key(s) not in self._known]
+        for spec in new:
+            self._known[_key(spec)] = mean_loss(self._decoder, self._tokens_BT, spec)
+        if new and self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self._path, self._known)
+        return torch.tensor([self._known[_key(s)] for s in specs], dtype=torch.float64)
+
+
+def _key(spec: SubnetSpec) -> str:
+    return " ".join(f"{layer.intermediate_size}/{layer.num_groups}" for layer in spec.layers)
+
+
+@dataclass
+class _Stage:
+    """The first stage's state."""
+
+    router: StaticRouter
+    surrogate: Surrogate
+    table: LatencyTable
+    recipe: RouterRecipe
+    generator: torch.Generator
+    lowest: float
+
+    def __post_init__(self) -> None:
+        self.full_ms = self.table.predict_ms(self.router.space.full)
+        self.router_optimizer = torch.optim.Adam(self.router.parameters(), lr=self.recipe.lr)
+        self.surrogate_optimizer = torch.optim.AdamW(
+            self.surrogate.parameters(), lr=self.recipe.surrogate_lr, weight_decay=0.01
+        )
+
+    def targets(self, count: int) -> Tensor:
+        """Stratified over the range, in no order."""
+        strata = (torch.arange(count) + torch.rand(count, generator=self.generator)) / count
+        return self.lowest + (1 - self.lowest) * strata
+
+    def warm_start(self, sensitivity: Sensitivity) -> None:
+        """Imitate the additive loss model's optimum."""
+        space = self.router.space
+        allocator = Allocator(space, sensitivity, self.table.layer_ms)
+        targets = torch.linspace(self.lowest, 1, 32)
+        specs = [allocator.within(float(t) * self.full_ms - self.table.base_ms) for t in targets]
+        wanted = self.router.one_hot(specs)
+        optimizer = torch.optim.Adam(self.router.parameters(), lr=self.recipe.warm_lr)
+        for _ in range(self.recipe.warm_steps):
+            logits = self.router(targets)
+            loss = sum(
+                F.cross_entropy(ours.flatten(0, 1), one_hot.argmax(-1).flatten(), label_smoothing=0.1)
+                for ours, one_hot in (
+                    (logits.mlp_BLW, wanted.mlp_BLW),
+                    (logits.attention_BLG, wanted.attention_BLG),
+                )
+            )
+            # without smoothing: of layers that may not be skipped, the other choice has no probability to give
+            loss = loss + F.cross_entropy(logits.keep_BL2.flatten(0, 1), wanted.keep_BL2.argmax(-1).flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    @torch.no_grad()
+    def propose(self, progress: float) -> list[SubnetSpec]:
+        """Sub-networks drawn with the router's noise."""
+        logits = self.router(self.targets(self.recipe.per_round))
+        return self.router.sample(self.relax(logits, progress))
+
+    def relax(self, logits: Choices, progress: float) -> Choices:
+        """Noisy probabilities at this point of the schedule."""
+        (first, last), (low, high) = self.recipe.tau, self.recipe.scale
+        tau = first * (last / first) ** progress
+        return logits.relaxed(tau, low + (high - low) * progress, logits.gumbel(self.generator))
+
+    def fit(self, seen: list[SubnetSpec], rises: Tensor) -> None:
+        """Steps of the surrogate on all that was measured."""
+        choices, wanted = self.router.one_hot(seen), Surrogate.target(rises).float()
+        for _ in range(self.recipe.surrogate_steps):
+            loss = F.smooth_l1_loss(self.surrogate(choices), wanted)
+            self.surrogate_optimizer.zero_grad()
+            loss.backward()
+            self.surrogate_optimizer.step()
+
+    def route(self, progress: float) -> dict[str, float]:
+        """Steps of the router; the last one's losses."""
+        figures = {}
+        for _ in range(self.recipe.router_steps):
+            targets = self.targets(self.recipe.num_targets)
+            soft = self.relax(self.router(targets), progress)
+            choices = straight_through(soft, self.router.one_hot(self.router.sample(soft)))
+            predicted = self.surrogate(choices).mean()
+            latency = latency_loss(latency_ms(choices, self.table), targets * self.full_ms, self.recipe.dead_zone)
+            self.router_optimizer.zero_grad()
+            (predicted + self.recipe.latency_weight * latency).backward()
+            self.router_optimizer.step()
+            figures = {"predicted": float(predicted.detach()), "latency": float(latency.detach())}
+        return figures
+
+
+def train_static_router(
+    decoder: Decoder,
+    space: SearchSpace,
+    table: LatencyTable,
+    calibration_BT: Tensor,
+    recipe: RouterRecipe | None = None,
+    *,
+    run_directory: Path | None = None,
+    on_round: OnRound | None = None,
+) -> RouterResult:
+    """Train a router for a frozen model; the first stage.
+
+    Args:
+        decoder: the full model, not changed.
+        space: its sub-networks.
+        table: costs on this device, or parameters (`LatencyTable.of_parameters`) for a router of no device.
+        calibration_BT: windows on which losses are measured; the first ones also give the sensitivities.
+        recipe: settings.
+        run_directory: where measured losses are kept; without one, a killed run is lost.
+        on_round: called after every round with rounds done, rounds in all, and figures.
+    """
+    recipe = recipe or RouterRecipe()
+    generator = torch.Generator().manual_seed(recipe.seed)
+    sensitivity = measure_sensitivity(decoder, calibration_BT[:_SENSITIVITY_SEQUENCES], space, seed=recipe.seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        router, surrogate = StaticRouter(space), Surrogate(space, sensitivity)
+    lowest = max(recipe.min_target, table.predict(space.smallest))
+    stage = _Stage(router, surrogate, table, recipe, generator, lowest)
+    if recipe.warm_steps:
+        stage.warm_start(sensitivity)
+    meter = _Meter(decoder, calibration_BT, None if run_directory is None else run_directory / "losses.json")
+    full = float(meter([space.full])[0])
+    rounds = -(-recipe.num_measured // recipe.per_round)
+    seen: list[SubnetSpec] = []
+    rises = torch.zeros(0, dtype=torch.float64)
+    history: list[dict[str, float]] = []
+    router_rounds = 0
+    for r in range(rounds):
+        progress = r / max(1, rounds - 1)
+        new = stage.propose(progress)
+        measured = meter(new) - full
+        with torch.no_grad():
+            error = (surrogate(router.one_hot(new)) - Surrogate.target(measured)).abs().mean()
+        seen, rises = seen + new, torch.cat((rises, measured))
+        stage.fit(seen, rises)
+        figures = {"error": float(error)}
+        if float(error) < recipe.max_error:
+            figures |= stage.route(progress)
+            router_rounds += 1
+        history.append(figures)
+        if on_round is not None:
+            on_round(r + 1, rounds, figures)
+    held_out = _held_out(space, recipe.seed)
+    actual = meter(held_out) - full
+    with torch.no_grad():
+        predicted = surrogate(router.one_hot(held_out)).double()
+    return RouterResult(
+        router=router.eval().requires_grad_(False),
+        spearman=spearman(predicted, actual),
+        error=float((predicted - Surrogate.target(actual)).abs().mean()),
+        num_measured=len(set(map(_key, seen))),
+        router_rounds=router_rounds,
+        history=history,
+    )
+
+
+def _held_out(space: SearchSpace, seed: int) -> list[SubnetSpec]:
+    """Random heterogeneous sub-networks of all sizes."""
+    rng = random.Random(f"held out/{seed}")
+    specs = []
+    for j in range(_HELD_OUT):
+        skipped = rng.sample(space.skippable_layers, rng.randint(0, space.max_skipped_layers))
+        specs.append(space.scattered(j / (_HELD_OUT - 1), 0.3, skipped, rng))
+    return specs

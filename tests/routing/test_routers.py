@@ -1,0 +1,136 @@
+"""The static router: what it samples lies in the space, what it answers meets the budget, gradients reach it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flextron.errors import FlextronError
+from flextron.routing import LatencyTable
+from flextron.routing.routers import StaticRouter, latency_ms, straight_through
+from flextron.routing.surrogate import spearman
+from flextron.spec import SearchSpace, SubnetSpec
+
+SPACE = SearchSpace(
+    num_hidden_layers=4,
+    intermediate_sizes=(8, 24, 40),
+    num_groups=(1, 2),
+    skippable_layers=(1, 2),
+    max_skipped_layers=1,
+)
+TABLE = LatencyTable(
+    device="a-quiet-machine",
+    batch_size=1,
+    context=8,
+    base_ms=1.0,
+    mlp_ms={8: 0.5, 24: 1.1, 40: 1.9},
+    attention_ms={1: 0.4, 2: 0.7},
+    full_ms=11.4,
+    median_error=0.0,
+    max_error=0.0,
+)
+
+
+def random_router(seed: int, sharpness: float = 20.0) -> StaticRouter:
+    torch.manual_seed(seed)
+    router = StaticRouter(SPACE).requires_grad_(False)
+    for bank in (router.mlp, router.attention, router.keep):
+        bank.out_weight.mul_(sharpness)
+    return router
+
+
+def all_specs() -> list[SubnetSpec]:
+    layers = list(itertools.product(SPACE.intermediate_sizes, SPACE.num_groups)) + [(0, 0)]
+    every = (SubnetSpec.of(*zip(*choice, strict=True)) for choice in itertools.product(layers, repeat=4))
+    return [spec for spec in every if spec in SPACE]
+
+
+SPECS = all_specs()
+LEAST = TABLE.predict(SPACE.smallest)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 10**6), st.floats(LEAST, 1.0))
+def test_the_answer_is_in_the_space_and_within_the_target(seed: int, target: float) -> None:
+    spec = random_router(seed).spec(target, TABLE)
+    assert spec in SPACE
+    assert TABLE.predict(spec) <= target * (1 + 1e-9)
+
+
+def log_likelihood(router: StaticRouter, spec: SubnetSpec, target: float) -> float:
+    logits = router(torch.tensor([target]))
+    total = 0.0
+    for i, layer in enumerate(spec.layers):
+        keep = torch.log_softmax(logits.keep_BL2[0, i], -1)
+        if layer.is_skipped:
+            total += float(keep[1])
+            continue
+        total += float(keep[0])
+        total += float(
+            torch.log_softmax(logits.mlp_BLW[0, i], -1)[SPACE.intermediate_sizes.index(layer.intermediate_size)]
+        )
+        total += float(torch.log_softmax(logits.attention_BLG[0, i], -1)[SPACE.num_groups.index(layer.num_groups)])
+    return total
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_with_room_to_spare_the_answer_is_the_likeliest_sub_network(seed: int) -> None:
+    router = random_router(seed)
+    assert router.spec(1.0, TABLE) == max(SPECS, key=lambda s: log_likelihood(router, s, 1.0))
+
+
+def test_a_target_out_of_reach_names_the_range() -> None:
+    with pytest.raises(FlextronError, match=rf"latency=0.01; this model spans {LEAST:.4g} to 1"):
+        random_router(0).spec(0.01, TABLE)
+
+
+def test_samples_follow_the_logits_and_skip_no_more_than_may_be() -> None:
+    router = random_router(1)
+    logits = router(torch.linspace(LEAST, 1, 16))
+    noisy = logits.relaxed(0.5, 1.0, logits.gumbel(torch.Generator().manual_seed(0)))
+    specs = router.sample(noisy)
+    assert all(spec in SPACE for spec in specs)
+    assert len(set(specs)) > 4
+    for j, spec in enumerate(specs):
+        for i, layer in enumerate(spec.layers):
+            if not layer.is_skipped:
+                assert layer.intermediate_size == SPACE.intermediate_sizes[int(noisy.mlp_BLW[j, i].argmax())]
+
+
+def test_latency_of_one_hot_choices_is_the_tables() -> None:
+    specs = random.Random(0).sample(SPECS, 50)
+    milliseconds = latency_ms(random_router(0).one_hot(specs), TABLE)
+    assert milliseconds.tolist() == pytest.approx([TABLE.predict_ms(spec) for spec in specs], rel=1e-6)
+
+
+def test_straight_through_has_hard_values_and_soft_gradients() -> None:
+    torch.manual_seed(0)
+    router = StaticRouter(SPACE)
+    soft = router(torch.tensor([0.5, 0.9])).relaxed(1.0, 1.0, None)
+    hard = router.one_hot(router.sample(soft))
+    through = straight_through(soft, hard)
+    assert torch.allclose(through.mlp_BLW, hard.mlp_BLW)
+    weights = torch.randn_like(soft.mlp_BLW)
+    ours, reference = (
+        torch.autograd.grad((c.mlp_BLW * weights).sum(), router.mlp.out_bias, retain_graph=True)[0]
+        for c in (through, soft)
+    )
+    assert torch.allclose(ours, reference)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [
+        ([1, 2, 3, 4], [10, 20, 30, 40], 1.0),
+        ([1, 2, 3], [3, 2, 1], -1.0),
+        ([1, 2, 2, 4], [1, 3, 2, 4], 3 / math.sqrt(10)),
+    ],
+)
+def test_spearman_by_hand(a: list[float], b: list[float], expected: float) -> None:
+    assert spearman(torch.tensor(a), torch.tensor(b)) == pytest.approx(expected)
