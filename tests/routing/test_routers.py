@@ -46,7 +46,7 @@ def random_router(seed: int, sharpness: float = 20.0) -> StaticRouter:
 
 
 def all_specs() -> list[SubnetSpec]:
-    layers = list(itertools.product(SPACE.intermediate_sizes, SPACE.num_groups)) + [(0, 0)]
+    layers = [*itertools.product(SPACE.intermediate_sizes, SPACE.num_groups), (0, 0)]
     every = (SubnetSpec.of(*zip(*choice, strict=True)) for choice in itertools.product(layers, repeat=4))
     return [spec for spec in every if spec in SPACE]
 
