@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 __all__ = ["TrainRecipe"]
 
@@ -24,6 +24,11 @@ class TrainRecipe(BaseModel):
     """Sequences that run at once in one process."""
     subnets_per_batch: int = Field(2, gt=0)
     """Sub-networks among which the sequences of a micro batch are dealt; all run in one nested pass."""
+    sampling: Literal["guided", "uniform", "random"] = "guided"
+    """Kind of the drawn sub-networks: the best of their size by the original's sensitivities, the same widths in all
+    layers, or any heterogeneous ones."""
+    sizes: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)] | None = None
+    """Sizes to draw, as fractions of the layers' parameters; by default any from `min_size` to 1."""
     full_probability: float = Field(0.2, ge=0, le=1)
     """Chance of a drawn sub-network to be the full one, so that it does not decay."""
     random_probability: float = Field(0.1, ge=0, le=1)
@@ -67,3 +72,14 @@ class TrainRecipe(BaseModel):
     """Time between resumable states on disk."""
     seed: int = 0
     """Of data order, sub-networks and token choice."""
+
+    @model_validator(mode="after")
+    def _some_loss(self) -> TrainRecipe:
+        if not self.needs_teacher and not self.lm_weight:
+            raise ValueError("kl_weight, hidden_weight and lm_weight are all 0; nothing would be trained")
+        return self
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any loss compares with the frozen original."""
+        return bool(self.kl_weight or self.hidden_weight)

@@ -3,14 +3,18 @@
 Sizes are drawn first, as fractions of the layers' parameters, and stratified within a step, which makes a sandwich of
 large and small ones. Most sub-networks are then *guided*: the best of their size by the sensitivities of the original,
 each of which is perturbed at random. They are what a search will want later, and training the rest of an astronomic
-space evenly would starve them. A few are plain random ones, so that no choice stays untrained.
+space evenly would starve them. A few are plain random ones, so that no choice stays untrained. The other kinds of
+sampling are those of published elastic networks: uniform widths (MatFormer) and random ones (SortedNet).
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+from flextron.errors import FlextronError
 from flextron.model.config import DecoderConfig
 from flextron.model.cost import layer_parameters
 from flextron.routing.allocate import Allocator
@@ -18,7 +22,9 @@ from flextron.routing.sensitivity import Sensitivity
 from flextron.spec import LayerSpec, SearchSpace, SubnetSpec
 from flextron.training.recipe import TrainRecipe
 
-__all__ = ["SubnetSampler", "random_subnet"]
+__all__ = ["SubnetSampler", "random_subnet", "uniform_subnet"]
+
+T = TypeVar("T")
 
 _SPREAD = 0.25
 """Standard deviation of a layer's relative width around its sub-network's, in random sub-networks."""
@@ -45,6 +51,35 @@ def random_subnet(space: SearchSpace, size: float, rng: random.Random) -> Subnet
     return space.scattered(size, _SPREAD, skipped, rng)
 
 
+def uniform_subnet(config: DecoderConfig, space: SearchSpace, size: float) -> SubnetSpec:
+    """The largest sub-network of equal layers within a size; the smallest such one if none is.
+
+    Each MLP width goes with the number of groups that is the nearest to the same fraction of all.
+
+    Args:
+        config: of the decoder.
+        space: the choices.
+        size: limit, as a fraction of the layers' parameters.
+    """
+    widest, most = space.intermediate_sizes[-1], space.num_groups[-1]
+    limit = size * layer_parameters(config, space.full.layers[0])
+    pairs = [(w, min(space.num_groups, key=lambda g: abs(g / most - w / widest))) for w in space.intermediate_sizes]
+    fitting = [
+        (w, g)
+        for w, g in pairs
+        if layer_parameters(config, LayerSpec(intermediate_size=w, num_groups=g)) <= limit * (1 + 1e-9)
+    ]
+    return space.uniform(*(fitting[-1] if fitting else pairs[0]))
+
+
+def _evenly(choices: Sequence[T], count: int, rng: random.Random) -> list[T]:
+    """`count` of the choices in random order, none drawn again before all others were."""
+    out: list[T] = []
+    while len(out) < count:
+        out += rng.sample(choices, min(len(choices), count - len(out)))
+    return out
+
+
 def _perturbed(sensitivity: Sensitivity, rng: random.Random) -> Sensitivity:
     """Each half layer's costs times a random factor."""
 
@@ -61,15 +96,19 @@ class SubnetSampler:
 
     config: DecoderConfig
     space: SearchSpace
-    sensitivity: Sensitivity
+    sensitivity: Sensitivity | None
+    """Guides the drawn sub-networks; None where the recipe or `specs` draws others."""
     recipe: TrainRecipe
     num_steps: int
+    specs: tuple[SubnetSpec, ...] = ()
+    """Sub-networks to draw from evenly, instead of by the recipe, where there are any."""
 
     def floor(self, step: int) -> float:
         """Smallest size allowed at a step: falls from 1 to `min_size` over the annealed part of the run."""
         annealed = self.recipe.anneal_fraction * self.num_steps
         progress = min(1.0, (step + 1) / annealed) if annealed else 1.0
-        return 1 - (1 - self.recipe.min_size) * progress
+        smallest = self.recipe.min_size if self.recipe.sizes is None else min(self.recipe.sizes)
+        return 1 - (1 - smallest) * progress
 
     def guided(self, size: float, rng: random.Random) -> SubnetSpec:
         """The best sub-network of about `size` by perturbed sensitivities.
@@ -77,6 +116,8 @@ class SubnetSampler:
         Which widths a search wants depends on the device: where a layer costs time whatever its widths, skipping some
         beats narrowing all. So that overhead is drawn too, and the weight of skipped layers in the loss model.
         """
+        if self.sensitivity is None:
+            raise FlextronError("guided sub-networks need sensitivities; measure them first")
         full = layer_parameters(self.config, self.space.full.layers[0])
         overhead = rng.uniform(0, _MOST_OVERHEAD) * full
 
@@ -90,15 +131,27 @@ class SubnetSampler:
     def draw(self, step: int, micro_step: int, count: int) -> list[SubnetSpec]:
         """The sub-networks of one micro batch."""
         rng = random.Random(f"{self.recipe.seed}/{step}/{micro_step}")
+        if self.specs:
+            return _evenly(self.specs, count, rng)
         floor = self.floor(step)
+        listed = None if self.recipe.sizes is None else _evenly(self.recipe.sizes, count, rng)
         out = []
         for j in range(count):
-            size = floor + (1 - floor) * ((count - 1 - j + rng.random()) / count) ** (1 / self.recipe.tilt)
-            kind = rng.random()
-            if kind < self.recipe.full_probability:
-                out.append(self.space.full)
-            elif kind < self.recipe.full_probability + self.recipe.random_probability:
-                out.append(random_subnet(self.space, size, rng))
+            if listed is None:
+                size = floor + (1 - floor) * ((count - 1 - j + rng.random()) / count) ** (1 / self.recipe.tilt)
             else:
-                out.append(self.guided(size, rng))
+                size = max(floor, listed[j])
+            out.append(self._of_kind(size, rng))
         return out
+
+    def _of_kind(self, size: float, rng: random.Random) -> SubnetSpec:
+        """A sub-network of about `size`, or now and then the full one or a random one."""
+        recipe = self.recipe
+        kind = rng.random()
+        if kind < recipe.full_probability:
+            return self.space.full
+        if recipe.sampling == "random" or (
+            recipe.sampling == "guided" and kind < recipe.full_probability + recipe.random_probability
+        ):
+            return random_subnet(self.space, size, rng)
+        return self.guided(size, rng) if recipe.sampling == "guided" else uniform_subnet(self.config, self.space, size)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,13 +90,19 @@ class Run:
     def __init__(
         self,
         decoder: Decoder,
-        teacher: Decoder,
+        teacher: Decoder | None,
         space: SearchSpace,
         blocks: TokenBlocks,
         recipe: TrainRecipe,
         directory: RunDirectory | None = None,
+        specs: Sequence[SubnetSpec] = (),
     ) -> None:
         """Prepare everything; arguments as for `train`."""
+        if recipe.needs_teacher and teacher is None:
+            raise FlextronError("the recipe compares with a teacher; give one, or set kl_weight and hidden_weight to 0")
+        for spec in specs:
+            if not spec.is_nested_in(decoder.widths):
+                raise FlextronError(f"the sub-network to train ({spec.describe()}) is not nested in the model")
         ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
         self.accelerator = Accelerator(kwargs_handlers=[ddp])
         self.recipe, self.blocks = recipe, blocks
@@ -116,14 +122,23 @@ class Run:
         optimizer = _optimizer(decoder, recipe)
         self.objective, self.optimizer = self.accelerator.prepare(Objective(decoder, recipe), optimizer)
         sample = blocks.batch(0, math.ceil(_SAMPLE_TOKENS / blocks.context))
-        self.teacher = TeacherStates(teacher.to(device), sample)
+        self.teacher = None
+        if teacher is not None and recipe.needs_teacher:
+            self.teacher = TeacherStates(teacher.to(device), sample)
 
         def measure() -> Sensitivity:
             return measure_sensitivity(decoder, sample, space, seed=recipe.seed)
 
-        sensitivity = measure() if directory is None else directory.sensitivity(measure)
+        sensitivity = None
+        if recipe.sampling == "guided" and recipe.full_probability < 1 and not specs:
+            sensitivity = measure() if directory is None else directory.sensitivity(measure)
         self.sampler = SubnetSampler(
-            config=decoder.config, space=space, sensitivity=sensitivity, recipe=recipe, num_steps=self.num_steps
+            config=decoder.config,
+            space=space,
+            sensitivity=sensitivity,
+            recipe=recipe,
+            num_steps=self.num_steps,
+            specs=tuple(specs),
         )
 
     def _rows(self, step: int, micro_step: int, num_tokens: int) -> Tensor:
@@ -161,7 +176,8 @@ class Run:
         """Teacher, then student, in the recipe's precision (accelerate's own setting holds for a whole process)."""
         lowered = self.recipe.precision == "bf16"
         with torch.autocast(micro_BT.device.type, torch.bfloat16, enabled=lowered):
-            return self.objective(batch, self.teacher, self.teacher.hidden(micro_BT), rows)  # type: ignore[no-any-return]
+            hidden_ND = None if self.teacher is None else self.teacher.hidden(micro_BT)
+            return self.objective(batch, self.teacher, hidden_ND, rows)  # type: ignore[no-any-return]
 
     def _sync(self, *, last: bool) -> AbstractContextManager[Any]:
         """Gradients travel between processes with the last micro batch only."""
@@ -170,11 +186,12 @@ class Run:
 
 def train(
     decoder: Decoder,
-    teacher: Decoder,
+    teacher: Decoder | None,
     space: SearchSpace,
     blocks: TokenBlocks,
     recipe: TrainRecipe,
     *,
+    specs: Sequence[SubnetSpec] = (),
     run_directory: Path | None = None,
     identity: dict[str, Any] | None = None,
     on_step: OnStep | None = None,
@@ -183,22 +200,25 @@ def train(
 
     Args:
         decoder: the full, permuted model; float32.
-        teacher: the frozen original, a model of its own.
+        teacher: the frozen original, a model of its own; None where the recipe trains on the text alone.
         space: sub-networks to draw from.
         blocks: training text.
         recipe: all settings.
+        specs: the sub-networks to train, each as often as the others; drawn by the recipe if none are given.
         run_directory: where resumable states go; without one, a killed run is lost.
         identity: facts beside the recipe that a resumed run must share (source of text and model).
         on_step: called after every step with the steps done, the steps in all, and the losses.
 
     Raises:
-        FlextronError: the batch does not divide, the gradient is not finite, or the directory holds another run.
+        FlextronError: the batch does not divide, there is no teacher where the recipe needs one, a given sub-network
+            is none of the decoder's, the gradient is not finite, or the directory holds another run.
     """
     directory = None
     if run_directory is not None:
-        directory = RunDirectory(run_directory, {"recipe": recipe.model_dump(mode="json"), **(identity or {})})
+        facts = {"recipe": recipe.model_dump(mode="json"), "specs": [spec.to_dict() for spec in specs]}
+        directory = RunDirectory(run_directory, facts | (identity or {}))
         directory.forget_finished()
-    run = Run(decoder, teacher, space, blocks, recipe, directory)
+    run = Run(decoder, teacher, space, blocks, recipe, directory, specs)
     optimizer = getattr(run.optimizer, "optimizer", run.optimizer)
     restored = None if directory is None else directory.load(decoder, optimizer)
     done, history = restored or (0, list[dict[str, float]]())
