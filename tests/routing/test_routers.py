@@ -80,9 +80,16 @@ def log_likelihood(router: StaticRouter, spec: SubnetSpec, target: float) -> flo
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_with_room_to_spare_the_answer_is_the_likeliest_sub_network(seed: int) -> None:
+def test_the_answer_is_the_likeliest_sub_network_of_its_cost(seed: int) -> None:
     router = random_router(seed)
-    assert router.spec(1.0, TABLE) == max(SPECS, key=lambda s: log_likelihood(router, s, 1.0))
+    for target in (0.5, 0.7, 0.9):
+        spec = router.spec(target, TABLE)
+        alike = [s for s in SPECS if TABLE.predict(spec) - 1e-9 <= TABLE.predict(s) <= TABLE.predict(spec) + 1e-9]
+        assert spec == max(alike, key=lambda s, t=target: log_likelihood(router, s, t))  # type: ignore[misc]
+
+
+def test_the_whole_budget_gives_the_full_network() -> None:
+    assert random_router(2).spec(1.0, TABLE) == SPACE.full
 
 
 def test_a_target_out_of_reach_names_the_range() -> None:

@@ -1,7 +1,8 @@
 """The Python face of the package; thin over the floors below."""
 
 from flextron.api.convert import convert, load
-from flextron.api.model import DenseModel, ElasticModel
+from flextron.api.dense import DenseModel
+from flextron.api.model import ElasticModel
 from flextron.api.texts import Texts, evaluation_text, training_text
 
 __all__ = ["DenseModel", "ElasticModel", "Texts", "convert", "evaluation_text", "load", "training_text"]

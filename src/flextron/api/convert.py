@@ -7,15 +7,15 @@ from pathlib import Path
 
 import torch
 
-from flextron.api.model import ElasticModel
+from flextron.api.model import ROUTERS_FILE, ElasticModel
 from flextron.api.texts import Texts, documents, training_text, windows
 from flextron.elastic import ElasticInfo, permute, rank, read_elastic
-from flextron.elastic.checkpoint import provenance
+from flextron.elastic.checkpoint import provenance, read_tensors
 from flextron.elastic.importance import Method
 from flextron.errors import FlextronError
 from flextron.files import read_json
 from flextron.model.checkpoint import load_decoder, open_pretrained
-from flextron.routing import Frontier, LatencyTable
+from flextron.routing import Frontier, LatencyTable, StaticRouter
 from flextron.spec import SearchSpace
 
 __all__ = ["convert", "load"]
@@ -108,4 +108,10 @@ def load(directory: str | Path) -> ElasticModel:
     tables = {f.stem: LatencyTable.from_dict(read_json(f)) for f in sorted((path / "latency").glob("*.json"))}
     frontier = path / "frontier.json"
     measured = Frontier.from_dict(read_json(frontier)) if frontier.exists() else None
-    return ElasticModel(decoder, pretrained.tokenizer, pretrained.hf_config, info, tables, measured)
+    model = ElasticModel(decoder, pretrained.tokenizer, pretrained.hf_config, info, tables, measured)
+    if (path / ROUTERS_FILE).exists():
+        stored = read_tensors(path / ROUTERS_FILE)
+        model.router = StaticRouter.from_tensors(
+            info.space, {name.removeprefix("static."): t for name, t in stored.items() if name.startswith("static.")}
+        )
+    return model

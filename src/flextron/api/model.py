@@ -4,80 +4,60 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from flextron.api.dense import DenseModel, Generates
 from flextron.api.texts import Texts, documents, evaluation_text, needed, source_name, training_text, windows
 from flextron.elastic import ElasticInfo, extract, write_elastic
+from flextron.elastic.checkpoint import write_tensors
 from flextron.errors import FlextronError
 from flextron.evals import Perplexity, evaluate_perplexity
-from flextron.files import new_directory, write_json
-from flextron.model.checkpoint import check_stock, load_decoder, open_pretrained, write_checkpoint
+from flextron.files import write_json
+from flextron.model.checkpoint import check_stock, load_decoder, open_pretrained
 from flextron.model.cost import num_parameters
 from flextron.model.decoder import Decoder
-from flextron.model.generation import SamplingParams, generate
+from flextron.model.generation import SamplingParams
 from flextron.routing import (
     Frontier,
     FrontierPoint,
     LatencyTable,
     SearchSettings,
+    StaticRouter,
+    compare_frontiers,
     device_fingerprint,
     measure_table,
     search_frontier,
 )
+from flextron.routing.latency import Phase
 from flextron.spec import SearchSpace, SubnetSpec, Target
 from flextron.training.blocks import TokenBlocks, pack_tokens
 from flextron.training.recipe import TrainRecipe
+from flextron.training.routers import JointRouting, RouterRecipe, RouterResult, train_static_router
 from flextron.training.trainer import OnStep, TrainResult, train
 
-__all__ = ["DenseModel", "ElasticModel"]
+__all__ = ["ROUTERS_FILE", "ElasticModel", "router_tensors"]
+
+ROUTERS_FILE = "routers.safetensors"
+ROUTE_TARGETS = tuple(j / 40 for j in range(16, 41))
+"""Latency fractions at which a router's choices are measured."""
 
 OnProgress = Callable[[int, int], None]
 
 
-class _Generates:
-    """What elastic and dense models share: text in, text out."""
-
-    decoder: Decoder
-    tokenizer: PreTrainedTokenizerBase | None
-
-    def _generate(self, prompts: Sequence[str], spec: SubnetSpec, params: SamplingParams) -> list[str]:
-        tokenizer = needed(self.tokenizer)
-        if not params.stop_token_ids and tokenizer.eos_token_id is not None:
-            params = replace(params, stop_token_ids=(tokenizer.eos_token_id,))
-        ids = [tokenizer.encode(p, add_special_tokens=False) for p in prompts]
-        return [str(tokenizer.decode(out)) for out in generate(self.decoder, ids, spec, params)]
+def router_tensors(router: StaticRouter) -> dict[str, Tensor]:
+    """What `routers.safetensors` holds."""
+    return {f"static.{name}": tensor.contiguous() for name, tensor in router.state_dict().items()}
 
 
 @dataclass(slots=True)
-class DenseModel(_Generates):
-    """A sub-network on its own."""
-
-    decoder: Decoder
-    tokenizer: PreTrainedTokenizerBase | None
-    hf_config: Mapping[str, Any]
-
-    def generate(self, prompt: str, **params: Any) -> str:
-        """Continue a prompt; keywords as for `SamplingParams`."""
-        return self._generate([prompt], self.decoder.widths, SamplingParams(**params))[0]
-
-    def save_pretrained(self, directory: str | Path, *, overwrite: bool = False) -> None:
-        """Write an ordinary Hugging Face checkpoint, which `AutoModelForCausalLM` loads.
-
-        Raises:
-            FlextronError: the layers differ in width, or the directory exists.
-        """
-        with new_directory(Path(directory), overwrite=overwrite) as temporary:
-            write_checkpoint(self.decoder, temporary, hf_config=self.hf_config, tokenizer=self.tokenizer)
-
-
-@dataclass(slots=True)
-class ElasticModel(_Generates):
+class ElasticModel(Generates):
     """A pretrained model that holds a sub-network for every target."""
 
     decoder: Decoder
@@ -88,6 +68,8 @@ class ElasticModel(_Generates):
     """Latency tables by device."""
     frontier: Frontier | None = None
     """Measured sub-networks, once profiled."""
+    router: StaticRouter | None = None
+    """Trained by `route`."""
 
     @property
     def space(self) -> SearchSpace:
@@ -115,8 +97,14 @@ class ElasticModel(_Generates):
             hf_config=self.hf_config,
             tokenizer=self.tokenizer,
             extra=extra,
+            tensors={} if self.router is None else {ROUTERS_FILE: router_tensors(self.router)},
             overwrite=overwrite,
         )
+
+    def save_routers(self, directory: str | Path) -> None:
+        """Write only the routers, into an existing elastic checkpoint."""
+        if self.router is not None:
+            write_tensors(Path(directory) / ROUTERS_FILE, router_tensors(self.router))
 
     def save_profile(self, directory: str | Path) -> None:
         """Write only what `profile` measured, into an existing elastic checkpoint."""
@@ -133,6 +121,7 @@ class ElasticModel(_Generates):
         recipe: TrainRecipe | None = None,
         *,
         teacher: str | Path | None = None,
+        with_router: bool = False,
         run_directory: str | Path | None = None,
         on_step: OnStep | None = None,
     ) -> TrainResult:
@@ -142,13 +131,16 @@ class ElasticModel(_Generates):
             text: documents, or a file, directory or `datasets` id; by default text that is on this machine.
             recipe: settings.
             teacher: another checkpoint of the same vocabulary to learn from; by default the model as it is now.
+            with_router: let the router draw the sub-networks, and train it along (joint finetuning, Flextron 3.3).
             run_directory: where states for resuming go, and the packed text.
             on_step: called after each step with steps done, steps in all, and losses.
 
         Raises:
-            FlextronError: the text is too short, the recipe does not fit, or the run directory holds another run.
+            FlextronError: the text is too short, the recipe does not fit, there is no router to train along, or the run
+                directory holds another run.
         """
         recipe = recipe or TrainRecipe()
+        routing = self._joint_routing(recipe) if with_router else None
         source = source_name(text, "docstrings on this machine")
         blocks, digest = self._training_blocks(text, recipe, None if run_directory is None else Path(run_directory))
         frozen = copy.deepcopy(self.decoder) if teacher is None else load_decoder(open_pretrained(teacher))
@@ -161,6 +153,7 @@ class ElasticModel(_Generates):
             self.space,
             blocks,
             recipe,
+            routing=routing,
             run_directory=None if run_directory is None else Path(run_directory),
             identity={
                 "text": source,
@@ -168,6 +161,7 @@ class ElasticModel(_Generates):
                 "teacher": None if teacher is None else str(teacher),
                 "tokens": digest,
                 "start": self.info.recipe.get("num_tokens", 0),
+                "with_router": with_router,
             },
             on_step=on_step,
         )
@@ -179,8 +173,21 @@ class ElasticModel(_Generates):
             "tokens_per_second": round(result.tokens_per_second, 1),
         }
         self.info = replace(self.info, recipe=facts)
+        if self.router is not None:
+            self.router.eval().requires_grad_(False)
         self.frontier = None  # latencies depend on widths, not on weights, and still hold
         return result
+
+    def _joint_routing(self, recipe: TrainRecipe) -> JointRouting:
+        """The router, with the costs of this device."""
+        if self.router is None:
+            raise FlextronError("the model has no router yet; run model.route() (flextron route) first")
+        return JointRouting(
+            router=self.router,
+            table=self.measure_latencies(),
+            recipe=RouterRecipe(seed=recipe.seed),
+            full_probability=recipe.full_probability,
+        )
 
     def evaluate(
         self, specs: Mapping[str, SubnetSpec], text: Texts = None, *, num_tokens: int = 8192, context: int = 256
@@ -237,11 +244,7 @@ class ElasticModel(_Generates):
         validation_BT = windows(
             documents(text, evaluation_text), self.tokenizer, num_tokens=num_tokens + 2 * context, context=context
         )
-        table = self.tables.get(device_fingerprint(self.decoder.device, self.decoder.dtype))
-        if table is None or (table.batch_size, table.context) != (batch_size, decode_context):
-            table = measure_table(
-                self.decoder, self.space, batch_size=batch_size, context=decode_context, on_progress=on_measure
-            )
+        table = self.measure_latencies(batch_size=batch_size, context=decode_context, on_progress=on_measure)
         self.frontier = search_frontier(
             self.decoder,
             self.space,
@@ -252,8 +255,81 @@ class ElasticModel(_Generates):
             settings=settings,
             on_progress=on_search,
         )
-        self.tables[table.device] = table
         return self.frontier
+
+    def measure_latencies(
+        self,
+        *,
+        batch_size: int = 1,
+        context: int = 128,
+        phase: Phase = "decode",
+        on_progress: OnProgress | None = None,
+    ) -> LatencyTable:
+        """The latency table of this device, measured unless it was already; the model keeps it.
+
+        Args:
+            batch_size: sequences of the step that is timed.
+            context: tokens that each of them holds, or reads in a prefill.
+            phase: `decode` or `prefill`.
+            on_progress: called with timing rounds done and in all.
+        """
+        table = next((t for t in self.tables.values() if self._is_here(t) and t.phase == phase), None)
+        if table is None or (table.batch_size, table.context) != (batch_size, context):
+            table = measure_table(
+                self.decoder, self.space, batch_size=batch_size, context=context, phase=phase, on_progress=on_progress
+            )
+            self.tables[table.name] = table
+        return table
+
+    def _is_here(self, table: LatencyTable) -> bool:
+        return table.device == device_fingerprint(self.decoder.device, self.decoder.dtype)
+
+    def route(
+        self,
+        text: Texts = None,
+        recipe: RouterRecipe | None = None,
+        *,
+        num_tokens: int = 1024,
+        context: int = 256,
+        run_directory: str | Path | None = None,
+        on_measure: OnProgress | None = None,
+        on_round: OnStep | None = None,
+        on_compare: OnProgress | None = None,
+    ) -> RouterResult:
+        """Train the static router on the frozen model, and add what it chooses to the frontier.
+
+        Args:
+            text: documents, or a file, directory or `datasets` id; by default prose that is on this machine. Its first
+                tokens train the router, as many after them measure what it chooses.
+            recipe: settings.
+            num_tokens: of text on which each sub-network's loss is measured.
+            context: tokens of a window of that text.
+            run_directory: where measured losses are kept, so that a killed run goes on.
+            on_measure: called with timing rounds done and in all.
+            on_round: called after each round of training with rounds done, in all, and figures.
+            on_compare: called with sub-networks measured and to be measured.
+        """
+        windows_BT = windows(
+            documents(text, evaluation_text), self.tokenizer, num_tokens=2 * num_tokens, context=context
+        )
+        half = max(1, len(windows_BT) // 2)
+        table = self.measure_latencies(on_progress=on_measure)
+        directory = None if run_directory is None else Path(run_directory)
+        result = train_static_router(
+            self.decoder, self.space, table, windows_BT[:half], recipe, run_directory=directory, on_round=on_round
+        )
+        self.router = result.router
+        points = compare_frontiers(
+            self.decoder,
+            self.space,
+            table,
+            windows_BT[half:],
+            ROUTE_TARGETS,
+            router=self.router,
+            on_progress=on_compare,
+        )
+        self.frontier = Frontier.of(table.device, source_name(text, "pydoc topics"), points)
+        return result
 
     def select(self, *, uniform: bool = False, **target: Any) -> SubnetSpec:
         """The best sub-network for a target: `latency`, `latency_ms`, `params`, `memory_gb` or `max_loss_increase`.

@@ -19,6 +19,8 @@ def generate(
     latency: Annotated[float | None, typer.Option(help="Fraction of the full model's latency.")] = None,
     latency_ms: Annotated[float | None, typer.Option(help="Milliseconds per token.")] = None,
     params: Annotated[int | None, typer.Option(help="Parameters, embeddings included.")] = None,
+    memory_gb: Annotated[float | None, typer.Option(help="Gigabytes of weights, keys and values.")] = None,
+    context: Annotated[int, typer.Option(help="Tokens that --memory-gb makes room for.")] = 2048,
     max_loss_increase: Annotated[float | None, typer.Option(help="Allowed rise of the loss, as a fraction.")] = None,
     max_tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -31,11 +33,12 @@ def generate(
         "latency": latency,
         "latency_ms": latency_ms,
         "params": params,
+        "memory_gb": memory_gb,
         "max_loss_increase": max_loss_increase,
     }
     target: dict[str, Any] = {name: value for name, value in limits.items() if value is not None}
     model = api.load(directory)
-    spec = model.select(**target) if target else model.space.full
+    spec = model.select(**target, context=context) if target else model.space.full
     text = model.generate(prompt, spec=spec, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     if as_json:
         show([], title="", as_json=True, result={"text": text, "subnet": spec.to_dict()})

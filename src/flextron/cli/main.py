@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import typer
 
-from flextron.cli import convert, demo, elastify, evaluate, generate, info, profile, train
+from flextron.cli import convert, demo, elastify, evaluate, generate, info, profile, route, train
 from flextron.cli.console import message
 from flextron.errors import FlextronError
 
@@ -58,6 +58,7 @@ _VERBS: dict[str, Callable[..., object]] = {
     "convert": convert.convert,
     "train": train.train,
     "profile": profile.profile,
+    "route": route.route,
     "elastify": elastify.elastify,
     "info": info.info,
     "generate": generate.generate,

@@ -5,6 +5,7 @@ Stock `transformers` loads the directory as the full model and ignores the rest.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from flextron.errors import FlextronError
@@ -20,7 +24,7 @@ from flextron.model.checkpoint import write_checkpoint
 from flextron.model.decoder import Decoder
 from flextron.spec import SearchSpace
 
-__all__ = ["FORMAT_VERSION", "ElasticInfo", "read_elastic", "write_elastic"]
+__all__ = ["FORMAT_VERSION", "ElasticInfo", "read_elastic", "read_tensors", "write_elastic", "write_tensors"]
 
 FORMAT_VERSION = 1
 
@@ -78,6 +82,25 @@ def read_elastic(directory: Path) -> ElasticInfo:
         raise FlextronError(f"{directory}/elastic.json lacks {error}; make the checkpoint again") from error
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file through a temporary neighbour."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file(dict(tensors), temporary)
+    os.replace(temporary, path)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        FlextronError: it is corrupt or truncated.
+    """
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise FlextronError(f"{path} is corrupt or truncated ({error}); make it again") from error
+
+
 def write_elastic(
     directory: Path,
     decoder: Decoder,
@@ -86,6 +109,7 @@ def write_elastic(
     hf_config: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase | None,
     extra: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write the whole checkpoint.
@@ -97,6 +121,7 @@ def write_elastic(
         hf_config: of the original checkpoint.
         tokenizer: written beside, where there is one.
         extra: further JSON files by relative path (latency tables, frontier).
+        tensors: further safetensors files by name (routers).
         overwrite: replace an existing directory, in one step.
 
     Raises:
@@ -108,3 +133,5 @@ def write_elastic(
         for name, data in (extra or {}).items():
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             write_json(temporary / name, data)
+        for name, weights in (tensors or {}).items():
+            write_tensors(temporary / name, weights)

@@ -1,8 +1,10 @@
 """From a target to a sub-network: what each costs on this device, what each loses, and which one fits."""
 
+from flextron.routing.compare import compare_frontiers
 from flextron.routing.device import device_fingerprint
 from flextron.routing.frontier import Frontier, FrontierPoint
 from flextron.routing.latency import LatencyTable, measure_table
+from flextron.routing.routers import StaticRouter
 from flextron.routing.search import SearchSettings, search_frontier
 
 __all__ = [
@@ -10,6 +12,8 @@ __all__ = [
     "FrontierPoint",
     "LatencyTable",
     "SearchSettings",
+    "StaticRouter",
+    "compare_frontiers",
     "device_fingerprint",
     "measure_table",
     "search_frontier",

@@ -70,9 +70,9 @@ class Allocator:
 
     def within(self, budget: float) -> SubnetSpec:
         """The modelled optimum whose layers cost at most `budget`; the smallest sub-network if nothing does."""
-        full, cost = self._cheapest(0.0)
+        unpriced, cost = self._cheapest(0.0)
         if cost <= budget:
-            return full
+            return unpriced
         best = self.space.smallest
         low, high = 1e-12, 1e12
         for _ in range(_BISECTIONS):
@@ -83,6 +83,21 @@ class Allocator:
             else:
                 low = price
         return self._filled(best, budget)
+
+    def close_to(self, budget: float) -> SubnetSpec:
+        """As `within`, but spends the budget even where the loss model sees no gain: cost itself is rewarded."""
+        best, cost = self._cheapest(0.0)
+        if cost > budget:
+            return self.within(budget)
+        low, high = 1e-12, 1e12
+        for _ in range(_BISECTIONS):
+            reward = (low * high) ** 0.5
+            spec, cost = self._cheapest(-reward)
+            if cost <= budget:
+                best, low = spec, reward
+            else:
+                high = reward
+        return best
 
     def _filled(self, spec: SubnetSpec, budget: float) -> SubnetSpec:
         """Spend what the Lagrangian left over: widen single layers, the largest gain first, while the budget allows."""

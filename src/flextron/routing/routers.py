@@ -1,8 +1,8 @@
 """The static router: from any latency target between smallest and full network to a sub-network (Flextron, 3.3).
 
 For each layer and axis (MLP width, attention groups, kept or skipped) a two-layer network maps the target to logits
-over the choices. In training the choices are drawn with Gumbel noise and passed on straight through; in use the most
-likely sub-network within the budget is taken, by the latency table of whatever device runs it.
+over the choices. In training the choices are drawn with Gumbel noise; in use the most likely sub-network within the
+budget is taken, by the latency table of whatever device runs it.
 
 Shapes: B targets, L layers, C choices of an axis, R hidden size of the router.
 """
@@ -10,6 +10,7 @@ Shapes: B targets, L layers, C choices of an axis, R hidden size of the router.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,9 +24,6 @@ from flextron.routing.sensitivity import Sensitivity
 from flextron.spec import LayerSpec, SearchSpace, SubnetSpec
 
 __all__ = ["Choices", "StaticRouter", "latency_ms", "straight_through"]
-
-_LOOK_AHEAD = tuple(j / 100 for j in range(11))
-"""How much more than the target the router may be asked for, so that what it then gives fills the budget."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class Choices:
 
         def draw(like: Tensor) -> Tensor:
             uniform = torch.rand(like.shape, generator=generator).clamp_(1e-9, 1 - 1e-7)
-            return -(-uniform.log()).log()
+            return -(-uniform.log()).log().to(like.device)
 
         return Choices(draw(self.mlp_BLW), draw(self.attention_BLG), draw(self.keep_BL2))
 
@@ -95,6 +93,22 @@ class StaticRouter(nn.Module):
         bar_L2 = torch.zeros(layers, 2)
         bar_L2[fixed, 1] = -1e4
         self.register_buffer("_bar_L2", bar_L2, persistent=False)
+
+    @classmethod
+    def from_tensors(cls, space: SearchSpace, tensors: Mapping[str, Tensor]) -> StaticRouter:
+        """Rebuild from a `state_dict`.
+
+        Raises:
+            FlextronError: it is none, or of another search space.
+        """
+        try:
+            router = cls(space, hidden_size=tensors["mlp.into_weight"].shape[1])
+            router.load_state_dict(dict(tensors))
+        except (KeyError, IndexError, RuntimeError) as error:
+            raise FlextronError(
+                "the stored router is of another model or search space; train it again with route"
+            ) from error
+        return router.eval().requires_grad_(False)
 
     def forward(self, targets_B: Tensor) -> Choices:
         """Logits for targets, fractions of the full network's latency."""
@@ -137,8 +151,7 @@ class StaticRouter(nn.Module):
     def spec(self, target: float, table: LatencyTable) -> SubnetSpec:
         """The likeliest sub-network within a target, on the device of a table.
 
-        The router is asked for the target and for slightly more, each answer is held to the budget (a knapsack over
-        log-probabilities), and the one that uses most of it is taken.
+        The router's answer is held to the budget by a knapsack over log-probabilities.
 
         Args:
             target: fraction of the full network's latency.
@@ -149,18 +162,13 @@ class StaticRouter(nn.Module):
         """
         check_reach(self.space, table, target)
         budget = target * table.predict_ms(self.space.full) - table.base_ms
-        asked = torch.tensor([min(1.0, target + more) for more in _LOOK_AHEAD], device=self.mlp.out_bias.device)
-        logits = self(asked)
-        found = []
-        for j in range(len(asked)):
-            costs = self._negative_log_likelihoods(logits, j)
-            found.append(Allocator(self.space, costs, table.layer_ms).within(budget))
-        return max(found, key=table.predict_ms)
+        logits = self(torch.tensor([target], device=self.mlp.out_bias.device))
+        return Allocator(self.space, self._negative_log_likelihoods(logits), table.layer_ms).close_to(budget)
 
-    def _negative_log_likelihoods(self, logits: Choices, row: int) -> Sensitivity:
+    def _negative_log_likelihoods(self, logits: Choices) -> Sensitivity:
         """The logits of one target in the form of the allocator's loss terms."""
         mlp, attention, keep = (
-            torch.log_softmax(part[row], -1).neg().tolist()
+            torch.log_softmax(part[0], -1).neg().tolist()
             for part in (logits.mlp_BLW, logits.attention_BLG, logits.keep_BL2)
         )
         sizes, groups = self.space.intermediate_sizes, self.space.num_groups

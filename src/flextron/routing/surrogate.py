@@ -18,7 +18,7 @@ from flextron.spec import SearchSpace
 
 __all__ = ["Surrogate", "spearman"]
 
-_FLOOR = 1e-3
+_FLOOR = 0.05
 """Nats added to rises before the logarithm, for the full network's is 0."""
 
 
@@ -55,7 +55,7 @@ class Surrogate(nn.Module):
             self.prior.bias.zero_()
 
     def forward(self, choices: Choices) -> Tensor:
-        """Log of (rise in nats + 0.001), (B,), of choices that are (nearly) one-hot."""
+        """Log of (rise in nats + 0.05), (B,), of choices that are (nearly) one-hot."""
         keep_BL = choices.keep_BL2[..., 0]
         mlp = ((choices.mlp_BLW * self._mlp_LW).sum(-1) * keep_BL).sum(-1)
         attention = ((choices.attention_BLG * self._attention_LG).sum(-1) * keep_BL).sum(-1)

@@ -41,6 +41,8 @@ class TrainRecipe(BaseModel):
     """Part of the run over which the smallest size comes in."""
     lr: float = Field(4e-4, gt=0)
     """Peak learning rate of AdamW."""
+    router_lr: float = Field(1e-3, gt=0)
+    """Peak learning rate of routers that train along with the model."""
     min_lr_ratio: float = Field(0.1, ge=0, le=1)
     """Learning rate at the end of the cosine, over the peak."""
     warmup_fraction: float = Field(0.05, ge=0, le=1)

@@ -2,7 +2,8 @@
 
 First stage: the router proposes sub-networks, the frozen model measures their loss on fixed calibration windows, and
 the surrogate learns to predict it. Whenever it predicted the newest measurements well, the router steps downhill on
-the surrogate's output and the table's latency, which costs no pass through the model. Then the surrogate is dropped.
+the surrogate's output and the table's latency, which costs no pass through the model. Proposals are drawn with Gumbel
+noise; the steps are taken on the probabilities themselves, whose sharpness rises. Then the surrogate is dropped.
 
 Second stage (`joint_finetune`): each step runs sub-networks that the router draws for random targets. The model learns
 by distillation as in elastic training; the router by straight-through gates on what each half layer adds.
@@ -29,8 +30,10 @@ from flextron.routing.routers import Choices, StaticRouter, latency_ms, straight
 from flextron.routing.sensitivity import Sensitivity, measure_sensitivity
 from flextron.routing.surrogate import Surrogate, spearman
 from flextron.spec import SearchSpace, SubnetSpec
+from flextron.training.sampling import random_subnet
+from flextron.training.trainer import RoutedDraw
 
-__all__ = ["RouterRecipe", "RouterResult", "latency_loss", "train_static_router"]
+__all__ = ["JointRouting", "RouterRecipe", "RouterResult", "latency_loss", "train_static_router"]
 
 OnRound = Callable[[int, int, dict[str, float]], None]
 _HELD_OUT = 32
@@ -47,6 +50,8 @@ class RouterRecipe(BaseModel):
     """Sub-networks whose loss is measured for the surrogate."""
     per_round: int = Field(8, gt=0)
     """Of them measured between two turns of the router."""
+    random_fraction: float = Field(0.25, ge=0, lt=1)
+    """Part of them that is drawn at random, so that the surrogate knows more than where the router goes."""
     warm_steps: int = Field(150, ge=0)
     """Steps in which the router first imitates the additive loss model's optima; 0 starts at random."""
     warm_lr: float = Field(2e-2, gt=0)
@@ -68,7 +73,7 @@ class RouterRecipe(BaseModel):
     """Temperature of the Gumbel softmax, first and last; falls geometrically."""
     scale: tuple[float, float] = (1.0, 10.0)
     """Factor of the logits, first and last; rises linearly."""
-    latency_weight: float = Field(20.0, gt=0)
+    latency_weight: float = Field(60.0, gt=0)
     """Of the latency loss."""
     dead_zone: float = Field(0.01, ge=0)
     """Relative deviation from the target latency that costs nothing."""
@@ -128,6 +133,7 @@ class _Stage:
     table: LatencyTable
     recipe: RouterRecipe
     generator: torch.Generator
+    rng: random.Random
     lowest: float
 
     def __post_init__(self) -> None:
@@ -168,14 +174,13 @@ class _Stage:
     @torch.no_grad()
     def propose(self, progress: float) -> list[SubnetSpec]:
         """Sub-networks drawn with the router's noise."""
-        logits = self.router(self.targets(self.recipe.per_round))
-        return self.router.sample(self.relax(logits, progress))
-
-    def relax(self, logits: Choices, progress: float) -> Choices:
-        """Noisy probabilities at this point of the schedule."""
-        (first, last), (low, high) = self.recipe.tau, self.recipe.scale
-        tau = first * (last / first) ** progress
-        return logits.relaxed(tau, low + (high - low) * progress, logits.gumbel(self.generator))
+        count = self.recipe.per_round
+        logits = self.router(self.targets(count))
+        specs = self.router.sample(_relax(self.recipe, logits, progress, self.generator))
+        num_random = round(self.recipe.random_fraction * count)
+        return specs[: count - num_random] + [
+            random_subnet(self.router.space, self.rng.random(), self.rng) for _ in range(num_random)
+        ]
 
     def fit(self, seen: list[SubnetSpec], rises: Tensor) -> None:
         """Steps of the surrogate on all that was measured."""
@@ -191,8 +196,8 @@ class _Stage:
         figures = {}
         for _ in range(self.recipe.router_steps):
             targets = self.targets(self.recipe.num_targets)
-            soft = self.relax(self.router(targets), progress)
-            choices = straight_through(soft, self.router.one_hot(self.router.sample(soft)))
+            low, high = self.recipe.scale
+            choices = self.router(targets).relaxed(1.0, low + (high - low) * progress, None)
             predicted = self.surrogate(choices).mean()
             latency = latency_loss(latency_ms(choices, self.table), targets * self.full_ms, self.recipe.dead_zone)
             self.router_optimizer.zero_grad()
@@ -230,7 +235,7 @@ def train_static_router(
         torch.manual_seed(recipe.seed)
         router, surrogate = StaticRouter(space), Surrogate(space, sensitivity)
     lowest = max(recipe.min_target, table.predict(space.smallest))
-    stage = _Stage(router, surrogate, table, recipe, generator, lowest)
+    stage = _Stage(router, surrogate, table, recipe, generator, random.Random(recipe.seed), lowest)
     if recipe.warm_steps:
         stage.warm_start(sensitivity)
     meter = _Meter(decoder, calibration_BT, None if run_directory is None else run_directory / "losses.json")
@@ -267,6 +272,54 @@ def train_static_router(
         router_rounds=router_rounds,
         history=history,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class JointRouting:
+    """Draws sub-networks for random targets with a router that trains along: the second stage, for `train`."""
+
+    router: StaticRouter
+    table: LatencyTable
+    recipe: RouterRecipe
+    full_probability: float = 0.2
+    """Chance of a drawn sub-network to be the full one, so that it does not decay."""
+
+    def draw(self, step: int, micro_step: int, count: int) -> RoutedDraw:
+        """The sub-networks of one micro batch, with gates of value 1 that carry gradients to the router."""
+        rng = random.Random(f"joint/{self.recipe.seed}/{step}/{micro_step}")
+        generator = torch.Generator().manual_seed(rng.getrandbits(62))
+        lowest = max(self.recipe.min_target, self.table.predict(self.router.space.smallest))
+        targets = torch.tensor([lowest + (1 - lowest) * (count - 1 - j + rng.random()) / count for j in range(count)])
+        targets = targets.to(self.router.mlp.out_bias.device)
+        logits = self.router(targets)
+        # the sharpness that the first stage ended with; at its last temperature no gradient would be left
+        soft = logits.relaxed(1.0, self.recipe.scale[1], logits.gumbel(generator))
+        specs = self.router.sample(soft)
+        choices = straight_through(soft, self.router.one_hot(specs))
+        gates: list[Tensor | None] = list(_gates(choices))
+        for j in range(count):
+            if rng.random() < self.full_probability:
+                specs[j], gates[j] = self.router.space.full, None
+        wanted = targets * self.table.predict_ms(self.router.space.full)
+        loss = latency_loss(latency_ms(choices, self.table), wanted, self.recipe.dead_zone)
+        return RoutedDraw(specs=specs, gates=gates, loss=self.recipe.latency_weight * loss)
+
+
+def _gates(choices: Choices) -> Tensor:
+    """Straight-through probabilities of what was chosen, attention and MLP of each layer, (B, L, 2)."""
+    kept_BL = choices.keep_BL2[..., 0]
+    attention_BL, mlp_BL = (
+        part.gather(-1, part.detach().argmax(-1, keepdim=True)).squeeze(-1)
+        for part in (choices.attention_BLG, choices.mlp_BLW)
+    )
+    return torch.stack((attention_BL * kept_BL, mlp_BL * kept_BL), -1)
+
+
+def _relax(recipe: RouterRecipe, logits: Choices, progress: float, generator: torch.Generator) -> Choices:
+    """Noisy probabilities at a point of the schedule."""
+    (first, last), (low, high) = recipe.tau, recipe.scale
+    tau = first * (last / first) ** progress
+    return logits.relaxed(tau, low + (high - low) * progress, logits.gumbel(generator))
 
 
 def _held_out(space: SearchSpace, seed: int) -> list[SubnetSpec]:

@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
-from torch import Tensor
+from torch import Tensor, nn
 
 from flextron.errors import FlextronError
 from flextron.model.batch import Batch, Segment
@@ -30,7 +30,7 @@ from flextron.training.recipe import TrainRecipe
 from flextron.training.sampling import SubnetSampler
 from flextron.training.state import RunDirectory
 
-__all__ = ["Run", "TrainResult", "train"]
+__all__ = ["RoutedDraw", "RouterSampler", "Run", "TrainResult", "train"]
 
 _SAMPLE_TOKENS = 512
 """For the teacher's sensitivities and its head's metric."""
@@ -52,12 +52,35 @@ class TrainResult:
     """Losses of every step."""
 
 
-def deal(tokens_BT: Tensor, specs: list[SubnetSpec]) -> Batch:
+class RouterSampler(Protocol):
+    """Draws sub-networks with a router that trains along with the model."""
+
+    @property
+    def router(self) -> nn.Module:
+        """Whose parameters are trained."""
+
+    def draw(self, step: int, micro_step: int, count: int) -> RoutedDraw:
+        """The sub-networks of one micro batch; a function of the seed, the step and the router's weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutedDraw:
+    """Sub-networks that a router drew."""
+
+    specs: list[SubnetSpec]
+    gates: list[Tensor | None]
+    """See `Segment.gates_L2`; None where the router had no part."""
+    loss: Tensor
+    """Added to the model's."""
+
+
+def deal(tokens_BT: Tensor, specs: list[SubnetSpec], gates: Sequence[Tensor | None] | None = None) -> Batch:
     """A padded micro batch whose sequences are dealt to sub-networks, as evenly as it goes."""
     batch_size, length = tokens_BT.shape
     shares = [len(part) for part in torch.arange(batch_size).tensor_split(len(specs))]
     whole = Batch.padded(tokens_BT, specs[0])
-    segments = tuple(Segment(spec, (length,) * n) for spec, n in zip(specs, shares, strict=True) if n)
+    factors = gates or [None] * len(specs)
+    segments = tuple(Segment(s, (length,) * n, g) for s, n, g in zip(specs, shares, factors, strict=True) if n)
     return Batch(whole.tokens_N, whole.positions_N, segments)
 
 
@@ -96,6 +119,7 @@ class Run:
         recipe: TrainRecipe,
         directory: RunDirectory | None = None,
         specs: Sequence[SubnetSpec] = (),
+        routing: RouterSampler | None = None,
     ) -> None:
         """Prepare everything; arguments as for `train`."""
         if recipe.needs_teacher and teacher is None:
@@ -119,7 +143,18 @@ class Run:
         decoder.gradient_checkpointing = recipe.gradient_checkpointing
         device = self.accelerator.device
         self.decoder = decoder.to(device)
+        self.routing = routing
+        self.trained: nn.Module = decoder
         optimizer = _optimizer(decoder, recipe)
+        if routing is not None:
+            self.trained = nn.ModuleDict({"decoder": decoder, "router": routing.router.to(device).requires_grad_()})
+            optimizer.add_param_group(
+                {
+                    "params": list(routing.router.parameters()),
+                    "weight_decay": 0.0,
+                    "lr_scale": recipe.router_lr / recipe.lr,
+                }
+            )
         self.objective, self.optimizer = self.accelerator.prepare(Objective(decoder, recipe), optimizer)
         sample = blocks.batch(0, math.ceil(_SAMPLE_TOKENS / blocks.context))
         self.teacher = None
@@ -130,7 +165,7 @@ class Run:
             return measure_sensitivity(decoder, sample, space, seed=recipe.seed)
 
         sensitivity = None
-        if recipe.sampling == "guided" and recipe.full_probability < 1 and not specs:
+        if recipe.sampling == "guided" and recipe.full_probability < 1 and not specs and routing is None:
             sensitivity = measure() if directory is None else directory.sensitivity(measure)
         self.sampler = SubnetSampler(
             config=decoder.config,
@@ -153,18 +188,28 @@ class Run:
         """One optimizer step; mean losses over its micro batches."""
         rate = learning_rate(self.recipe, step, self.num_steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_scale", 1.0)
         first = self.accelerator.process_index * self.sequences
         tokens = self.blocks.batch(step, self.recipe.batch_size)[first : first + self.sequences]
         micro_batches = tokens.to(self.accelerator.device).split(self.micro)
         sums: dict[str, Tensor] = {}
         for m, micro_BT in enumerate(micro_batches):
-            batch = deal(micro_BT, self.sampler.draw(step, m, min(self.recipe.subnets_per_batch, len(micro_BT))))
+            count = min(self.recipe.subnets_per_batch, len(micro_BT))
+            routed = None if self.routing is None else self.routing.draw(step, m, count)
+            if routed is None:
+                batch = deal(micro_BT, self.sampler.draw(step, m, count))
+            else:
+                batch = deal(micro_BT, routed.specs, routed.gates)
             with self._sync(last=m == len(micro_batches) - 1):
                 losses = self._losses(batch, micro_BT, self._rows(step, m, micro_BT.numel()))
+                if routed is not None:
+                    losses |= {"latency": routed.loss, "loss": losses["loss"] + routed.loss}
                 self.accelerator.backward(losses["loss"] / len(micro_batches))
             for name, value in losses.items():
                 sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value.detach() / len(micro_batches)
+        if self.routing is not None:  # not part of the wrapped module, so nobody else reduces them
+            for p in self.routing.router.parameters():
+                p.grad = None if p.grad is None else self.accelerator.reduce(p.grad, "mean")
         norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), self.recipe.grad_clip)
         if not torch.isfinite(norm):
             raise FlextronError(f"the gradient of step {step} is not finite; lower the learning rate ({rate:.1e})")
@@ -192,6 +237,7 @@ def train(
     recipe: TrainRecipe,
     *,
     specs: Sequence[SubnetSpec] = (),
+    routing: RouterSampler | None = None,
     run_directory: Path | None = None,
     identity: dict[str, Any] | None = None,
     on_step: OnStep | None = None,
@@ -205,6 +251,7 @@ def train(
         blocks: training text.
         recipe: all settings.
         specs: the sub-networks to train, each as often as the others; drawn by the recipe if none are given.
+        routing: draws them instead, and trains its router along with the model.
         run_directory: where resumable states go; without one, a killed run is lost.
         identity: facts beside the recipe that a resumed run must share (source of text and model).
         on_step: called after every step with the steps done, the steps in all, and the losses.
@@ -218,9 +265,9 @@ def train(
         facts = {"recipe": recipe.model_dump(mode="json"), "specs": [spec.to_dict() for spec in specs]}
         directory = RunDirectory(run_directory, facts | (identity or {}))
         directory.forget_finished()
-    run = Run(decoder, teacher, space, blocks, recipe, directory, specs)
+    run = Run(decoder, teacher, space, blocks, recipe, directory, specs, routing)
     optimizer = getattr(run.optimizer, "optimizer", run.optimizer)
-    restored = None if directory is None else directory.load(decoder, optimizer)
+    restored = None if directory is None else directory.load(run.trained, optimizer)
     done, history = restored or (0, list[dict[str, float]]())
     keeps = directory is not None and run.accelerator.is_main_process
     decoder.train()
@@ -234,7 +281,7 @@ def train(
             on_step(step + 1, run.num_steps, losses)
         due = now - saved > 60 * recipe.checkpoint_minutes and step + 1 < run.num_steps
         if directory is not None and keeps and due:
-            directory.save(step + 1, decoder, optimizer, history)
+            directory.save(step + 1, run.trained, optimizer, history)
             saved = time.monotonic()
     seconds = time.monotonic() - started
     tokens_per_step = recipe.batch_size * blocks.context

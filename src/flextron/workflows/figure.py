@@ -1,15 +1,51 @@
-"""The picture of a frontier: loss over latency, before and after training."""
+"""Pictures of frontiers: loss over latency, before and after training, and by how sub-networks were chosen."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from flextron.errors import FlextronError
-from flextron.routing import Frontier
+from flextron.routing import Frontier, FrontierPoint
 
-__all__ = ["draw_frontiers"]
+__all__ = ["draw_frontiers", "draw_kinds"]
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib as mpl
+    except ImportError as error:
+        raise FlextronError("drawing needs matplotlib; install flextron[demo]") from error
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt
+
+
+def _finish(plt: Any, figure: Any, axes: Any, path: Path, title: str) -> None:
+    axes.set(xlabel="decode latency, fraction of the full model's", ylabel="perplexity", yscale="log", title=title)
+    axes.grid(visible=True, which="both", alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def draw_kinds(points: Sequence[FrontierPoint], path: Path, *, title: str) -> None:
+    """Draw sub-networks into one PNG, a colour for each way of choosing them.
+
+    Raises:
+        FlextronError: matplotlib is not installed.
+    """
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(7, 4.5), dpi=150)
+    for kind in sorted({p.kind for p in points}):
+        mine = sorted((p for p in points if p.kind == kind), key=lambda p: p.latency)
+        style = "o-" if kind == "router" else "x"
+        axes.plot([p.latency for p in mine], [math.exp(p.loss) for p in mine], style, ms=5, label=kind)
+    _finish(plt, figure, axes, path, title)
 
 
 def draw_frontiers(frontiers: Mapping[str, Frontier], path: Path, *, title: str) -> None:
@@ -18,13 +54,7 @@ def draw_frontiers(frontiers: Mapping[str, Frontier], path: Path, *, title: str)
     Raises:
         FlextronError: matplotlib is not installed.
     """
-    try:
-        import matplotlib as mpl
-    except ImportError as error:
-        raise FlextronError("drawing needs matplotlib; install flextron[demo]") from error
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = _pyplot()
     figure, axes = plt.subplots(figsize=(7, 4.5), dpi=150)
     for (name, frontier), colour in zip(frontiers.items(), ("tab:grey", "tab:blue", "tab:green"), strict=False):
         uniform = [p for p in frontier.points if p.kind == "uniform"]
@@ -39,9 +69,4 @@ def draw_frontiers(frontiers: Mapping[str, Frontier], path: Path, *, title: str)
             alpha=0.6,
             label=f"{name}, uniform widths",
         )
-    axes.set(xlabel="decode latency, fraction of the full model's", ylabel="perplexity", yscale="log", title=title)
-    axes.grid(visible=True, which="both", alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
+    _finish(plt, figure, axes, path, title)

@@ -1,0 +1,35 @@
+"""`flextron route`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flextron import api
+from flextron.cli.console import Json, progress, show
+from flextron.training.routers import RouterRecipe
+from flextron.workflows.elastify import validate
+from flextron.workflows.route import run_route
+
+__all__ = ["route"]
+
+
+def route(
+    directory: Annotated[Path, typer.Argument(help="Elastic checkpoint; its routers and frontier are replaced.")],
+    text: Annotated[str | None, typer.Option(help="Text to measure losses on: file, directory or datasets id.")] = None,
+    num_tokens: Annotated[int, typer.Option(help="Of that text, for each measurement.")] = 1024,
+    num_measured: Annotated[int | None, typer.Option(help="Sub-networks measured for the surrogate.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of targets, noise and initial weights.")] = None,
+    frontier: Annotated[
+        Path | None, typer.Option(help="Directory for the comparison with other ways of choosing: JSON and a picture.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train the static router, and measure what it chooses beside uniform, mixed and random sub-networks."""
+    given = {"num_measured": num_measured, "seed": seed}
+    recipe = validate(RouterRecipe, {k: v for k, v in given.items() if v is not None}, "route")
+    model = api.load(directory)
+    rows = run_route(model, directory, recipe, progress, text=text, num_tokens=num_tokens, picture=frontier)
+    show(rows, title=f"{directory}: what the router chooses, and others at the same latency", as_json=as_json)
