@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import core
+from benchmarks import core, routing
 
-SUITES = {"core": core.run}
+SUITES = {"core": core.run, "routing": routing.run}
 
 
 def main() -> int:

@@ -29,7 +29,7 @@ from flextron.training.blocks import TokenBlocks
 from flextron.training.recipe import TrainRecipe
 from flextron.training.trainer import Run
 
-__all__ = ["run"]
+__all__ = ["demo_record", "run"]
 
 
 def families() -> Figure:
@@ -217,7 +217,7 @@ def _peer_step(tokens: torch.Tensor):
     return step
 
 
-def _demo() -> dict:
+def demo_record() -> dict:
     """The demo's record; runs the demo where it was not run yet."""
     subprocess.run([sys.executable, "-m", "flextron", "demo", "--json"], check=True, stdout=subprocess.DEVNULL)
     return json.loads(Path("out/demo/demo.json").read_text(encoding="utf-8"))
@@ -225,7 +225,7 @@ def _demo() -> dict:
 
 def demo_quality() -> Figure:
     """The demo: how much of the distance to the full model training leaves at target 0.75."""
-    facts = _demo()
+    facts = demo_record()
     picture = Path("docs/images/frontier.png")
     picture.parent.mkdir(exist_ok=True)
     shutil.copy(facts["picture"], picture)
@@ -247,7 +247,7 @@ def demo_quality() -> Figure:
 
 def demo_speed() -> Figure:
     """The demo: measured decode speed-up at target 0.5."""
-    row = next(r for r in _demo()["rows"] if r["target"] == 0.5)
+    row = next(r for r in demo_record()["rows"] if r["target"] == 0.5)
     return Figure(
         name="decode speed-up at target 0.5, batch 1",
         value=row["speed_up"],

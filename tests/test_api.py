@@ -17,8 +17,9 @@ import flextron
 from flextron import ElasticModel, FlextronError, SearchSettings, TrainRecipe
 from flextron.model.batch import Batch
 from flextron.model.cost import num_parameters
+from flextron.routing import latency as latency_module
 from tests.tiny import make_tiny_llama
-from tests.toy import prose, same_weights, weights_of
+from tests.toy import prose, same_weights, synthetic_latencies, weights_of
 
 TEXTS = [prose(3000, seed=s) for s in range(8)]
 RATIOS = (0.25, 0.5, 1.0)
@@ -338,3 +339,57 @@ def test_a_run_does_not_go_on_with_another_teacher(checkpoint: Path, tmp_path: P
     other.save_pretrained(tmp_path / "teacher")
     with pytest.raises(FlextronError, match="teacher"):
         converted(checkpoint).train(TEXTS, recipe, run_directory=tmp_path, teacher=tmp_path / "teacher")
+
+
+def test_a_route_answers_targets_is_saved_and_trains_along(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latency_module, "step_latencies_ms", synthetic_latencies)
+    model = converted(checkpoint)
+    with pytest.raises(FlextronError, match=r"no router yet; run model\.route\(\)"):
+        model.train(TEXTS, RECIPE, with_router=True)
+    recipe = flextron.RouterRecipe(num_measured=16, warm_steps=20, router_steps=4)
+    result = model.route(TEXTS, recipe, num_tokens=128, context=32)
+    assert result.num_measured > 0
+    assert model.frontier is not None
+    assert {p.kind for p in model.frontier.points} == {"router", "uniform", "mix'n'match", "random"}
+    (table,) = model.tables.values()
+    for target in (0.7, 0.8, 0.9, 0.97):
+        assert table.predict(model.select(latency=target)) <= target
+    model.save(tmp_path / "routed")
+    again = flextron.load(tmp_path / "routed")
+    assert again.router is not None
+    assert model.router is not None
+    assert again.router.spec(0.95, table) == model.router.spec(0.95, table)
+    before = {name: tensor.clone() for name, tensor in again.router.state_dict().items()}
+    again.train(TEXTS, RECIPE, with_router=True)
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in again.router.state_dict().items())
+
+
+def test_memory_counts_weights_and_the_cache_of_the_context(profiled: ElasticModel) -> None:
+    assert profiled.frontier is not None
+    config = profiled.decoder.config
+    for point in profiled.frontier.points:
+        kv = sum(2 * config.kv_rows(layer.num_groups) * 4 for layer in point.spec.layers)
+        limit = (4 * point.params + 100 * kv) / 1e9
+        chosen = profiled.select(memory_gb=limit, context=100)
+        room = 4 * num_parameters(config, chosen) + 100 * sum(
+            2 * config.kv_rows(x.num_groups) * 4 for x in chosen.layers
+        )
+        assert room <= limit * 1e9 * (1 + 1e-9)
+    with pytest.raises(FlextronError, match=r"no sub-network reaches memory_gb=1e-09; this model spans"):
+        profiled.select(memory_gb=1e-9)
+
+
+def test_a_router_of_another_space_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    model = converted(checkpoint)
+    model.route(TEXTS, flextron.RouterRecipe(num_measured=8, warm_steps=2), num_tokens=64, context=32)
+    model.save(tmp_path / "routed")
+    other = converted(checkpoint, ratios=(0.5, 1.0))
+    other.save(tmp_path / "other")
+    (tmp_path / "other" / "routers.safetensors").write_bytes((tmp_path / "routed" / "routers.safetensors").read_bytes())
+    with pytest.raises(FlextronError, match="router is of another model or search space; train it again with route"):
+        flextron.load(tmp_path / "other")
+    (tmp_path / "routed" / "routers.safetensors").write_bytes(b"cut short")
+    with pytest.raises(FlextronError, match=r"routers\.safetensors is corrupt or truncated"):
+        flextron.load(tmp_path / "routed")

@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from flextron.model.generation import SamplingParams
     from flextron.routing import SearchSettings
     from flextron.training.recipe import TrainRecipe
+    from flextron.training.routers import RouterRecipe
 
 __all__ = [
     "DenseModel",
     "ElasticModel",
     "FlextronError",
     "LayerSpec",
+    "RouterRecipe",
     "SamplingParams",
     "SearchSettings",
     "SearchSpace",
@@ -38,6 +40,7 @@ _LAZY = {
     "load": "flextron.api",
     "SamplingParams": "flextron.model.generation",
     "SearchSettings": "flextron.routing",
+    "RouterRecipe": "flextron.training.routers",
     "TrainRecipe": "flextron.training.recipe",
 }
 

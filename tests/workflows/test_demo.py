@@ -80,7 +80,8 @@ def test_the_demo_leaves_what_it_promises_and_is_done_once(
     names = ("before", "after")
     original = facts["before"]["targets"]["1.0"]["test_loss"]
     before, after = (facts[n]["targets"]["0.6"]["test_loss"] - original for n in names)
-    assert facts["rows"][2]["gap_remaining"] == pytest.approx(after / before)
+    # of a random model, less may lose less
+    assert facts["rows"][2]["gap_remaining"] == pytest.approx(after / before if before > 1e-9 else 0.0)
 
     for stage in ("convert", "load", "train_in_place", "evaluation_text"):
         monkeypatch.delattr(module, stage)
@@ -92,17 +93,22 @@ def test_the_demo_leaves_what_it_promises_and_is_done_once(
 def test_the_test_text_is_neither_trained_nor_searched_on(
     sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    topics = [prose(3000, seed=s) for s in range(10, 16)]
+    topics = [prose(3000, seed=s) for s in range(10, 18)]
+    # one topic that is trained on by default quotes one that is not
+    topics[2] += "\n\n" + topics[1]
     monkeypatch.setattr(module, "evaluation_text", lambda: topics)
+    monkeypatch.setattr(module, "training_text", lambda: [prose(2000, seed=99)])
     leaky = sources / "leaky.txt"
     leaky.write_text((sources / "text.txt").read_text() + "\n\n" + topics[1])
-    demo = module._Demo(settings(sources, tmp_path, data=str(leaky)), Stages(), {})
-    training, search, test = demo.texts()
-    assert sorted(search + test) == sorted(topics)
-    assert not set(search) & set(test)
     passage = " ".join(topics[1].split()[100:130])
     assert passage in leaky.read_text()
-    assert all(passage not in document for document in training)
+    for data in (str(leaky), None):
+        demo = module._Demo(settings(sources, tmp_path, data=data), Stages(), {})
+        training, search, test = demo.texts()
+        assert {*search, *test} == {topics[i] for i in (1, 3, 5, 7)}
+        assert not set(search) & set(test)
+        assert len(training) > 0
+        assert all(passage not in document for document in training)
 
 
 def test_an_interruption_anywhere_is_made_up_for(sources: Path, tmp_path: Path) -> None:

