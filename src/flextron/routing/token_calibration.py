@@ -25,7 +25,7 @@ from flextron.spec import SubnetSpec
 
 __all__ = ["RoutedCost", "RoutedScore", "calibrate", "routed_cost", "score_routed"]
 
-_CHUNK_SEQUENCES = 4
+_CHUNK_SEQUENCES = 16
 _TOLERANCE, _BISECTIONS = 0.002, 30
 
 

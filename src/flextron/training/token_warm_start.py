@@ -13,6 +13,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -31,12 +32,18 @@ _SMALLEST = 1e-12
 """Of a mean cost, in nats: a width that changes nothing still has a logarithm."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Labelled:
-    """Tokens of one target: for each layer that runs, inputs and costs over the layer's mean costs."""
+    """Tokens of one target."""
 
     target: float
     layers: dict[int, TokenCosts]
+    """Those that run."""
+
+    @cached_property
+    def means(self) -> dict[int, Tensor]:
+        """Mean cost of each narrower width, by layer, (C - 1,)."""
+        return {i: layer.costs_NC.mean(0).clamp(min=_SMALLEST) for i, layer in self.layers.items()}
 
     @property
     def num_tokens(self) -> int:
@@ -52,19 +59,14 @@ def _measure(
 ) -> list[_Labelled]:
     """Inputs and costs of the recipe's tokens in each target's static sub-network."""
     generator = torch.Generator().manual_seed(recipe.seed)
-    num_batches = math.ceil(recipe.warm_tokens / (recipe.batch_size * blocks.context))
+    # each block once at most: a block that came twice could be both trained on and held out
+    num_blocks = min(math.ceil(recipe.warm_tokens / blocks.context), blocks.num_blocks)
+    tokens_BT = blocks.batch(0, num_blocks)
     out = []
     for target, spec in static_specs.items():
         pieces = [
-            token_costs(
-                decoder,
-                blocks.batch(b, recipe.batch_size),
-                spec,
-                router.space,
-                num_draws=recipe.num_draws,
-                generator=generator,
-            )
-            for b in range(num_batches)
+            token_costs(decoder, part, spec, router.space, num_draws=recipe.num_draws, generator=generator)
+            for part in tokens_BT.split(recipe.batch_size)
         ]
         layers = {
             i: TokenCosts(
@@ -92,7 +94,7 @@ def _deviance(router: TokenRouter, labelled: _Labelled, rows: Tensor) -> Tensor:
     """Mean over layers, choices and tokens of log m + y / m, less what predicting 1 with y of mean 1 would give."""
     terms = []
     for i, layer in labelled.layers.items():
-        means_C = layer.costs_NC.mean(0).clamp(min=_SMALLEST)
+        means_C = labelled.means[i]
         log_m = router.log_costs(i, layer.x_ND[rows], labelled.target) - means_C.log()
         terms.append((log_m + layer.costs_NC[rows] / means_C * torch.exp(-log_m)).mean() - 1)
     return torch.stack(terms).mean()
@@ -140,7 +142,7 @@ def warm_start(
             progress = (epoch + step / len(rows)) / recipe.warm_epochs
             optimizer.param_groups[0]["lr"] = recipe.warm_lr * 0.5 * (1 + math.cos(math.pi * progress))
             loss = _deviance(router, labelled, shuffled[part])
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(router.parameters(), recipe.grad_clip)
             optimizer.step()
             optimizer.zero_grad()
