@@ -35,6 +35,7 @@ def opinionated_router(seed: int = 0) -> TokenRouter:
     router = TokenRouter.for_table(SPACE, HIDDEN, TABLE, num_units=12, embedding_size=4)
     with torch.no_grad():
         router.unit.fill_(0.3)
+        router.input_rms_L.fill_(2.0)
         for second in router.second:
             assert isinstance(second, torch.nn.Linear)
             second.weight.normal_(0, 1.0)

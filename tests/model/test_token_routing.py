@@ -97,8 +97,9 @@ def dense(decoder: Decoder, tokens_T: Tensor, spec: SubnetSpec, router: BySign) 
     return out
 
 
-@given(st.lists(st.sampled_from([0, 1, 2, 5]), min_size=1, max_size=9))
-def test_layout_of_tokens_equals_that_of_segments_of_one_token(widths: list[int]) -> None:
+@given(st.lists(st.sampled_from([0, 1, 2, 5]), min_size=1, max_size=9), st.sampled_from([1, 16]))
+def test_layout_of_tokens_equals_that_of_segments_of_one_token(widths: list[int], repeats: int) -> None:
+    widths = widths * repeats  # few tokens, or many
     layout = TokenLayout.of(torch.tensor(widths))
     if not any(widths):
         assert layout.blocks == ()

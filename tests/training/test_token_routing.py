@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import product
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from flextron.training.token_recipe import TokenRouterRecipe
 from flextron.training.token_routing import TokenRouterResult, routed_kl, train_token_router
 from tests.model.families_cases import random_tokens
 from tests.token_toy import HIDDEN, STATIC, TABLE, opinionated_router
-from tests.toy import SPACE, same_weights, toy_blocks, toy_decoder, weights_of
+from tests.toy import SPACE, same_weights, synthetic_ms, toy_blocks, toy_decoder, weights_of
 
 
 def recipe(**changes: Any) -> TokenRouterRecipe:
@@ -195,16 +196,24 @@ def test_the_latency_loss_pulls_the_average_cost_to_the_target() -> None:
     router = opinionated_router()
     router.prices = dict.fromkeys(STATIC, 0.0)
     history: list[dict[str, float]] = []
-    stage = joint(router, joint_steps=40, latency_weight=30.0, router_lr=1e-2)
+    stage = joint(router, joint_steps=40, latency_weight=30.0, router_lr=3e-2)
     stage.run(toy_blocks(32), history.append)
     ratios = [h["cost_ratio"] for h in history]
-    assert min(ratios[:3]) > 1.04
+    assert ratios[0] > 1.05
     assert sum(ratios[-8:]) / 8 == pytest.approx(1, abs=0.03)
 
 
 def run(router: TokenRouter, **changes: Any) -> TokenRouterResult:
     decoder = toy_decoder()
     return train_token_router(decoder, decoder, router, TABLE, STATIC, toy_blocks(96), recipe(**changes))
+
+
+def best_static_kl(spec: SubnetSpec, tokens: Tensor) -> float:
+    """The lowest KL of all sub-networks with the spec's attention and at most its time, by trying them."""
+    decoder = toy_decoder()
+    candidates = [SubnetSpec.of(w, spec.num_groups) for w in product((8, 24, 40), (0, 8, 24, 40), (8, 24, 40))]
+    affordable = [c for c in candidates if synthetic_ms(c) <= synthetic_ms(spec) + 1e-9]
+    return min(routed_kl(decoder, decoder, tokens, c, None, 1.0) for c in affordable)
 
 
 def test_training_beats_the_static_subnetworks_at_equal_average_cost_and_is_reproducible() -> None:
@@ -214,8 +223,10 @@ def test_training_beats_the_static_subnetworks_at_equal_average_cost_and_is_repr
     result = train_token_router(
         decoder, decoder, router, TABLE, STATIC, blocks, recipe(), on_step=lambda *args: steps.append(args[:2])
     )
-    for target in STATIC:
-        assert result.routed_kl[target] < 0.95 * result.static_kl[target]
+    held = torch.from_numpy(blocks.tokens[-32:]).long()
+    for target, spec in STATIC.items():
+        # not only below the given static sub-network, but below the best of all that cost as much
+        assert result.routed_kl[target] < best_static_kl(spec, held) <= result.static_kl[target] * (1 + 1e-6)
         assert result.cost_ratio[target] == pytest.approx(1, abs=0.02)
     assert steps == [(i + 1, 9) for i in range(9)]
     assert (len(result.warm_history), len(result.joint_history)) == (3, 6)
@@ -224,7 +235,6 @@ def test_training_beats_the_static_subnetworks_at_equal_average_cost_and_is_repr
     assert again.prices == router.prices
     for name, value in router.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
-    held = torch.from_numpy(blocks.tokens[-32:]).long()
     for target, spec in STATIC.items():
         assert routed_kl(decoder, decoder, held, spec, router, target) == pytest.approx(result.routed_kl[target])
         assert routed_kl(decoder, decoder, held, spec, None, target) == pytest.approx(result.static_kl[target])

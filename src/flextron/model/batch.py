@@ -121,6 +121,8 @@ class Batch:
             x_ND: what the layer's MLP reads, normalised.
             widths: of the segments' specs; 0 skips the MLP of a routed segment, too.
         """
+        if len(self.segments) == 1 and widths[0] and (router := self.segments[0].router) is not None:
+            return router(layer, x_ND)
         chosen, gates, is_gated = [], [], False
         for segment, x, width in zip(self.segments, x_ND.split(self.sizes), widths, strict=True):
             if segment.router is None or width == 0:

@@ -19,6 +19,16 @@ from flextron.model.nested import Block
 
 __all__ = ["TokenLayout"]
 
+_FEW = 64
+"""Tokens up to which Python orders faster than PyTorch: those of a decode step."""
+
+
+def _blocks(values: list[int], counts: list[int]) -> tuple[Block, ...]:
+    """Ascending blocks, from the different widths, widest first, and the tokens of each."""
+    reached = [(w, n) for w, n in zip(values, accumulate(counts), strict=True) if w][::-1]
+    starts = [0, *(w for w, _ in reached[:-1])]
+    return tuple(Block(n, start, w) for start, (w, n) in zip(starts, reached, strict=False))
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLayout:
@@ -40,19 +50,25 @@ class TokenLayout:
         Args:
             widths_N: int64, at least 0.
         """
-        if widths_N.shape[0] == 1:
+        num_tokens = widths_N.shape[0]
+        if num_tokens == 1:
             width = int(widths_N)
             return cls((Block(1, 0, width),) if width else (), None, None)
-        ordered_N, order_N = widths_N.sort(descending=True, stable=True)
-        values, counts = (t.tolist() for t in torch.unique_consecutive(ordered_N, return_counts=True))
-        reached = [(w, n) for w, n in zip(values, accumulate(counts), strict=True) if w][::-1]
-        starts = [0, *(w for w, _ in reached[:-1])]
-        blocks = tuple(Block(n, start, w) for start, (w, n) in zip(starts, reached, strict=False))
-        if len(values) == 1:
-            return cls(blocks, None, None)
-        inverse_N = torch.empty_like(order_N)
-        inverse_N[order_N] = torch.arange(len(order_N), device=order_N.device)
-        return cls(blocks, order_N, inverse_N)
+        if num_tokens <= _FEW:
+            widths = widths_N.tolist()
+            values = sorted(set(widths), reverse=True)
+            blocks = _blocks(values, [widths.count(w) for w in values])
+            if len(values) == 1:
+                return cls(blocks, None, None)
+            order_N = torch.tensor(sorted(range(num_tokens), key=widths.__getitem__, reverse=True))
+            order_N = order_N.to(widths_N.device)
+        else:
+            ordered_N, order_N = widths_N.sort(descending=True, stable=True)
+            values, counts = (t.tolist() for t in torch.unique_consecutive(ordered_N, return_counts=True))
+            blocks = _blocks(values, counts)
+            if len(values) == 1:
+                return cls(blocks, None, None)
+        return cls(blocks, order_N, order_N.argsort())
 
     def sort(self, x: Tensor) -> Tensor:
         """Rows of `x` (N, ...) from the batch's order to widest first."""

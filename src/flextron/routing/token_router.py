@@ -41,6 +41,9 @@ class TokenRouter(nn.Module):
 
     unit: Tensor
     """Loss, in nats, that a logit of -1 stands for; a scalar."""
+    input_rms_L: Tensor
+    """Size of each layer's inputs: root of their mean square, over which the first linear maps read them. One number
+    a layer, for the inputs are normalised token by token already."""
     costs_C: Tensor
     widths_C: Tensor
     mask_LC: Tensor
@@ -84,6 +87,7 @@ class TokenRouter(nn.Module):
         )
         self.second = nn.ModuleList(nn.Linear(num_units, len(self.widths) - 1) for _ in range(space.num_hidden_layers))
         self.register_buffer("unit", torch.ones(()))
+        self.register_buffer("input_rms_L", torch.ones(space.num_hidden_layers))
         self.register_buffer("costs_C", torch.tensor([0.0, *self.mlp_costs.values()]), persistent=False)
         self.register_buffer("widths_C", torch.tensor(self.widths), persistent=False)
         skips = torch.zeros(space.num_hidden_layers, len(self.widths))
@@ -104,7 +108,8 @@ class TokenRouter(nn.Module):
         # the distance to the full network: zero means no change, whatever the embedding has learned
         embedded = F.leaky_relu(self.embedding(self.unit.new_full((1,), 1 - target)))
         bias = first.bias + first.weight[:, self.hidden_size :] @ embedded
-        return first.weight[:, : self.hidden_size], bias, second.weight, second.bias - self.unit.log()
+        w_UD = first.weight[:, : self.hidden_size] / self.input_rms_L[layer]
+        return w_UD, bias, second.weight, second.bias - self.unit.log()
 
     def log_costs(self, layer: int, x_ND: Tensor, target: float) -> Tensor:
         """Logarithm of each narrower width's predicted cost in loss, over the unit; (N, C - 1)."""
@@ -221,9 +226,13 @@ class TokenRouter(nn.Module):
 
 
 def _log_costs(x_ND: Tensor, w_UD: Tensor, b_U: Tensor, w_CU: Tensor, b_C: Tensor) -> Tensor:
-    """The two linear maps of a layer's router, on hidden states whose size it must not depend on."""
-    x_ND = F.rms_norm(x_ND.to(w_UD.dtype), (x_ND.shape[-1],))
-    return F.linear(F.leaky_relu(F.linear(x_ND, w_UD, b_U)), w_CU, b_C)
+    """A layer's two linear maps."""
+    return F.linear(F.leaky_relu(F.linear(x_ND.to(w_UD.dtype), w_UD, b_U)), w_CU, b_C)
+
+
+def _with_full(w_UD: Tensor, b_U: Tensor, w_CU: Tensor, b_C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A layer's parts, copied, with the full width as one more choice, whose cost is always exp(-inf) = 0."""
+    return w_UD.clone().contiguous(), b_U.clone(), F.pad(w_CU, (0, 0, 0, 1)), F.pad(b_C, (0, 1), value=-torch.inf)
 
 
 class PricedRouter:
@@ -237,17 +246,14 @@ class PricedRouter:
         """Take the router's numbers; `price` is in logits for the time of a whole full step."""
         self.target, self.price = target, price
         self._router = router
-        self._parts = [
-            tuple(part.clone().contiguous() for part in router.parts(i, target)) for i in range(len(router.first))
-        ]
+        self._parts = [_with_full(*router.parts(i, target)) for i in range(len(router.first))]
         self._offsets_LC = (router.mask_LC - price * router.costs_C).unbind()
         self._widths_C = router.widths_C.clone()
 
-    @torch.no_grad()
     def __call__(self, layer: int, x_ND: Tensor) -> tuple[Tensor, None]:
-        """See `TokenChoice`."""
-        costs = _log_costs(x_ND, *self._parts[layer]).clamp_(max=_LARGEST).exp_().neg_()
-        return self._widths_C[(F.pad(costs, (0, 1)) + self._offsets_LC[layer]).argmax(-1)], None
+        """See `TokenChoice`; a decode step has microseconds for it, so few operations."""
+        costs_NC = _log_costs(x_ND.detach(), *self._parts[layer]).exp()
+        return self._widths_C[(self._offsets_LC[layer] - costs_NC).argmax(-1)], None
 
     def check(self, config: DecoderConfig, spec: SubnetSpec) -> None:
         """See `TokenRouter.check`."""

@@ -34,7 +34,7 @@ from flextron.training.token_warm_start import warm_start
 __all__ = ["TokenRouterResult", "routed_kl", "train_token_router"]
 
 OnStep = Callable[[int, int, dict[str, float]], None]
-_CHUNK_SEQUENCES = 4
+_CHUNK_SEQUENCES = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

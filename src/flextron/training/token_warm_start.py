@@ -80,13 +80,15 @@ def _measure(
 
 @torch.no_grad()
 def _start_at_means(router: TokenRouter, sets: Sequence[_Labelled]) -> None:
-    """Let each layer predict its mean costs, whatever it reads."""
+    """Let each layer know the size of its inputs, and predict its mean costs whatever it reads."""
     router.unit.fill_(1.0)
     for i, second in enumerate(router.second):
         costs = [s.layers[i].costs_NC for s in sets if i in s.layers]
         assert isinstance(second, torch.nn.Linear)
         second.weight.zero_()
         if costs:
+            squares = [s.layers[i].x_ND.float().square().mean() for s in sets if i in s.layers]
+            router.input_rms_L[i] = torch.stack(squares).mean().sqrt()
             second.bias.copy_(torch.cat(costs).mean(0).clamp(min=_SMALLEST).log())
 
 
