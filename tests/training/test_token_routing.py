@@ -253,8 +253,9 @@ def test_a_joint_stage_that_harms_is_undone() -> None:
 def test_the_model_trains_where_it_is_told_to_and_its_teacher_and_embeddings_do_not() -> None:
     decoder, teacher = toy_decoder(), toy_decoder()
     before = weights_of(decoder)
+    router = new_router().requires_grad_(False)  # as training leaves it
     result = train_token_router(
-        decoder, teacher, new_router(), TABLE, STATIC, toy_blocks(96), recipe(model_lr=1e-4, joint_steps=3)
+        decoder, teacher, router, TABLE, STATIC, toy_blocks(96), recipe(model_lr=1e-4, joint_steps=3)
     )
     after = weights_of(decoder)
     assert result.kept == "joint"

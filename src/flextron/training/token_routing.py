@@ -122,7 +122,7 @@ def train_token_router(
 
     decoder.eval().requires_grad_(False)
     teacher.eval().requires_grad_(False)
-    router.to(decoder.device).train()
+    router.to(decoder.device).train().requires_grad_(True)
     static_kl = measure(None)
     warm_start(decoder, router, static_specs, training, recipe, on_epoch=lambda losses: report(0, losses))
     ratio = _calibrate_with_unit(router, decoder, held_BT, static_specs, table)
