@@ -1,18 +1,44 @@
-"""What a decoder runs on: tokens of many sequences side by side, in segments that each have their own sub-network."""
+"""What a decoder runs on: tokens of many sequences side by side, in segments that each have their own sub-network.
+
+Within a segment, a router may further give each token an MLP width of its own.
+
+Shapes: N tokens, D hidden size.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from flextron.model.config import DecoderConfig
 from flextron.model.nested import Layout
 from flextron.spec import SubnetSpec
 
-__all__ = ["Batch", "Segment"]
+__all__ = ["Batch", "Segment", "TokenChoice"]
+
+
+class TokenChoice(Protocol):
+    """What a layer asks of a router: the MLP width of each token."""
+
+    def __call__(self, layer: int, x_ND: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Choose for a segment's tokens in a layer whose MLP the segment's spec does not skip.
+
+        Args:
+            layer: index.
+            x_ND: what the layer's MLP reads, normalised.
+
+        Returns:
+            widths_N: leading neurons that run, int64, on the device of `x_ND`; 0 skips the MLP.
+            gates_N: factors of the MLP's outputs, through which a router gets gradients, or None.
+        """
+
+    def check(self, config: DecoderConfig, spec: SubnetSpec) -> None:
+        """Raise a `FlextronError` unless the router is made for this model and works around this sub-network."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +50,9 @@ class Segment:
     """New tokens of each sequence."""
     gates_L2: Tensor | None = None
     """Factors of each layer's attention and MLP outputs, (layers, 2), through which routers get gradients."""
+    router: TokenChoice | None = None
+    """Chooses the MLP width of each token in the layers that have one in `spec`; None leaves all tokens with `spec`'s.
+    Attention is always `spec`'s, for later tokens need the keys and values of all its heads."""
 
     @cached_property
     def num_tokens(self) -> int:
@@ -42,37 +71,68 @@ class Batch:
     segments: tuple[Segment, ...]
 
     @classmethod
-    def padded(cls, tokens_BT: Tensor, spec: SubnetSpec) -> Batch:
+    def padded(cls, tokens_BT: Tensor, spec: SubnetSpec, router: TokenChoice | None = None) -> Batch:
         """B sequences of T tokens from position 0; causality makes padding on the right harmless."""
         num_sequences, length = tokens_BT.shape
         positions = torch.arange(length, device=tokens_BT.device).repeat(num_sequences)
-        return cls(tokens_BT.flatten(), positions, (Segment(spec, (length,) * num_sequences),))
+        return cls(tokens_BT.flatten(), positions, (Segment(spec, (length,) * num_sequences, router=router),))
 
     @classmethod
     def ragged(
-        cls, sequences: Sequence[Tensor], specs: Sequence[SubnetSpec], starts: Sequence[int] | None = None
+        cls,
+        sequences: Sequence[Tensor],
+        specs: Sequence[SubnetSpec],
+        starts: Sequence[int] | None = None,
+        routers: Sequence[TokenChoice | None] | None = None,
     ) -> Batch:
-        """Sequences of any lengths, each with its spec; neighbours of equal spec share a segment.
+        """Sequences of any lengths, each with its spec; neighbours of equal spec and router share a segment.
 
         Args:
             sequences: token ids, 1-D.
             specs: the sub-network of each sequence.
             starts: position of each sequence's first token; 0 by default.
+            routers: what chooses the MLP widths of each sequence's tokens, or None; none by default.
         """
-        groups: list[tuple[SubnetSpec, list[int]]] = []
-        for tokens, spec in zip(sequences, specs, strict=True):
-            if not groups or groups[-1][0] != spec:
-                groups.append((spec, []))
-            groups[-1][1].append(len(tokens))
+        groups: list[tuple[SubnetSpec, TokenChoice | None, list[int]]] = []
+        for tokens, spec, router in zip(sequences, specs, routers or [None] * len(sequences), strict=True):
+            if not groups or groups[-1][0] != spec or groups[-1][1] is not router:
+                groups.append((spec, router, []))
+            groups[-1][2].append(len(tokens))
         offsets = starts or [0] * len(sequences)
         positions = [torch.arange(a, a + len(t), device=t.device) for t, a in zip(sequences, offsets, strict=True)]
-        segments = tuple(Segment(spec, tuple(lengths)) for spec, lengths in groups)
+        segments = tuple(Segment(spec, tuple(lengths), router=router) for spec, router, lengths in groups)
         return cls(torch.cat(list(sequences)), torch.cat(positions), segments)
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Tokens of each segment."""
         return tuple(s.num_tokens for s in self.segments)
+
+    @cached_property
+    def is_routed(self) -> bool:
+        """Whether any segment's tokens choose their own MLP widths."""
+        return any(s.router is not None for s in self.segments)
+
+    def token_widths(self, layer: int, x_ND: Tensor, widths: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """MLP width and gate of every token in a layer, as `TokenChoice` gives them.
+
+        Args:
+            layer: index.
+            x_ND: what the layer's MLP reads, normalised.
+            widths: of the segments' specs; 0 skips the MLP of a routed segment, too.
+        """
+        if len(self.segments) == 1 and widths[0] and (router := self.segments[0].router) is not None:
+            return router(layer, x_ND)
+        chosen, gates, is_gated = [], [], False
+        for segment, x, width in zip(self.segments, x_ND.split(self.sizes), widths, strict=True):
+            if segment.router is None or width == 0:
+                own, gate = self.tokens_N.new_full((len(x),), width), None
+            else:
+                own, gate = segment.router(layer, x)
+            is_gated |= gate is not None
+            chosen.append(own)
+            gates.append(x.new_ones(len(x)) if gate is None else gate)
+        return torch.cat(chosen), torch.cat(gates) if is_gated else None
 
     def gated(self, y_ND: Tensor, layer: int, half: int) -> Tensor:
         """What half a layer adds (0 attention, 1 MLP), times the gates of the segments that have them."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flextron.errors import FlextronError
 from flextron.model.attention import CachedAttention
-from flextron.model.batch import Batch
+from flextron.model.batch import Batch, TokenChoice
 from flextron.model.decoder import Decoder
 from flextron.spec import SubnetSpec
 
@@ -57,15 +57,29 @@ def sample(logits_BV: Tensor, params: SamplingParams, generator: torch.Generator
 
 @torch.inference_mode()
 def stream(
-    decoder: Decoder, prompts: Sequence[Sequence[int]], spec: SubnetSpec, params: SamplingParams
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    spec: SubnetSpec,
+    params: SamplingParams,
+    router: TokenChoice | None = None,
 ) -> Iterator[list[int]]:
     """Yield the next token of every prompt, iteration by iteration; finished ones go on (the caller cuts).
 
+    Args:
+        decoder: the model.
+        prompts: token ids of each.
+        spec: the sub-network.
+        params: how tokens are chosen.
+        router: chooses the MLP width of each token, of prompts and answers; by default all have the spec's.
+
     Raises:
-        FlextronError: a prompt is empty, or prompt and answer exceed the model's positions.
+        FlextronError: a prompt is empty, prompt and answer exceed the model's positions, or the router is of another
+            model.
     """
     if not prompts:
         return
+    if router is not None:
+        router.check(decoder.config, spec)
     longest = max(len(p) for p in prompts) + params.max_tokens
     if any(len(p) == 0 for p in prompts):
         raise FlextronError("a prompt is empty; give at least one token")
@@ -85,7 +99,7 @@ def stream(
     new = [torch.tensor(p, device=device) for p in prompts]
     starts = [0] * len(prompts)
     for _ in range(params.max_tokens):
-        batch = Batch.ragged(new, [spec] * len(new), starts)
+        batch = Batch.ragged(new, [spec] * len(new), starts, [router] * len(new))
         hidden = decoder(batch, cache)
         cache.advance([s.lengths for s in batch.segments])
         starts = [a + len(t) for a, t in zip(starts, new, strict=True)]
@@ -96,16 +110,20 @@ def stream(
 
 
 def generate(
-    decoder: Decoder, prompts: Sequence[Sequence[int]], spec: SubnetSpec, params: SamplingParams
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    spec: SubnetSpec,
+    params: SamplingParams,
+    router: TokenChoice | None = None,
 ) -> list[list[int]]:
-    """New token ids of each prompt, without the stop token.
+    """New token ids of each prompt, without the stop token; arguments as for `stream`.
 
     Raises:
         FlextronError: as for `stream`.
     """
     out: list[list[int]] = [[] for _ in prompts]
     running = set(range(len(prompts)))
-    for tokens in stream(decoder, prompts, spec, params):
+    for tokens in stream(decoder, prompts, spec, params, router):
         for i in sorted(running):
             if tokens[i] in params.stop_token_ids:
                 running.discard(i)

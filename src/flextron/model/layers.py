@@ -18,6 +18,7 @@ from flextron.model.attention import Attention
 from flextron.model.batch import Batch
 from flextron.model.config import DecoderConfig, Rope
 from flextron.model.nested import Block, Layout, contract, expand
+from flextron.model.token_layout import TokenLayout
 from flextron.spec import LayerSpec
 
 __all__ = ["ACTIVATIONS", "Contraction", "Layer", "make_norm", "rotary_tables"]
@@ -106,13 +107,20 @@ class MLP(nn.Module):
         gates = expand(x_ND, self.gate.weight, self.gate.bias, blocks)
         return tuple(self._activation(g) * u for g, u in zip(gates, ups, strict=True))
 
-    def project(self, num_tokens: int, h: Sequence[Tensor], layout: Layout) -> Tensor:
+    def project(self, num_tokens: int, h: Sequence[Tensor], layout: Layout | TokenLayout) -> Tensor:
         """The down projection of what `neurons` gave, in the batch's order; (N, D)."""
         return layout.unsort(contract(num_tokens, h, self.down.weight, self.down.bias, layout.blocks))
 
     def forward(self, x_ND: Tensor, batch: Batch, widths: Sequence[int]) -> Tensor:
         """Run with `widths` neurons, one number a segment; (N, D)."""
         layout = batch.layout(widths)
+        return self.project(x_ND.shape[0], self.neurons(layout.sort(x_ND), layout.blocks), layout)
+
+    def routed(self, x_ND: Tensor, widths_N: Tensor) -> Tensor:
+        """Run each token with its own number of neurons; (N, D), zeros where that is 0."""
+        layout = TokenLayout.of(widths_N)
+        if not layout.blocks:
+            return torch.zeros_like(x_ND)
         return self.project(x_ND.shape[0], self.neurons(layout.sort(x_ND), layout.blocks), layout)
 
 
@@ -264,6 +272,13 @@ class Layer(nn.Module):
         """What the MLP adds, from its input, with `widths` neurons a segment; (N, D)."""
         return self.mlp(self.mlp_norm(x_ND), batch, widths)  # type: ignore[no-any-return]
 
+    def routed_feed_forward(self, x_ND: Tensor, batch: Batch, widths: Sequence[int], layer: int) -> Tensor:
+        """What the MLP adds if tokens of routed segments choose their own widths; (N, D)."""
+        x_ND = self.mlp_norm(x_ND)
+        widths_N, gates_N = batch.token_widths(layer, x_ND, widths)
+        y_ND: Tensor = self.mlp.routed(x_ND, widths_N)
+        return y_ND if gates_N is None else y_ND * gates_N[:, None]
+
     def forward(
         self, x_ND: Tensor, batch: Batch, layer: int, rope: tuple[Tensor, Tensor] | None, attention: Attention
     ) -> Tensor:
@@ -274,6 +289,11 @@ class Layer(nn.Module):
         if any(groups):
             x_ND = x_ND + batch.gated(self.attend(x_ND, batch, groups, layer, rope, attention), layer, 0)
         if any(neurons):
-            y_ND = self.feed_forward(mlp_input if self.parallel else x_ND, batch, neurons)
+            if not self.parallel:
+                mlp_input = x_ND
+            if batch.is_routed:
+                y_ND = self.routed_feed_forward(mlp_input, batch, neurons, layer)
+            else:
+                y_ND = self.feed_forward(mlp_input, batch, neurons)
             x_ND = x_ND + batch.gated(y_ND, layer, 1)
         return x_ND
