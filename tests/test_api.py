@@ -393,3 +393,27 @@ def test_a_router_of_another_space_is_refused(checkpoint: Path, tmp_path: Path) 
     (tmp_path / "routed" / "routers.safetensors").write_bytes(b"cut short")
     with pytest.raises(FlextronError, match=r"routers\.safetensors is corrupt or truncated"):
         flextron.load(tmp_path / "routed")
+
+
+def test_a_token_router_generates_within_its_targets_and_is_saved(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latency_module, "step_latencies_ms", synthetic_latencies)
+    model = converted(checkpoint)
+    with pytest.raises(FlextronError, match="no token router yet"):
+        model.generate("Once", latency=0.8, router="token")
+    profile(model)
+    recipe = flextron.TokenRouterRecipe(
+        warm_tokens=512, warm_epochs=1, num_draws=1, joint_steps=2, batch_size=4, heldout_blocks=4
+    )
+    result = model.route_tokens(TEXTS, recipe, targets=(0.9, 0.8), context=32)
+    assert set(result.routed_kl) == {0.9, 0.8}
+    assert all(ratio == pytest.approx(1, abs=0.05) for ratio in result.cost_ratio.values())
+    written = model.generate("Once upon", latency=0.8, router="token", max_tokens=8)
+    with pytest.raises(FlextronError, match=r"calibrated for the targets 0\.8, 0\.9, not 0\.7"):
+        model.generate("Once", latency=0.7, router="token")
+    with pytest.raises(FlextronError, match="latency targets only"):
+        model.generate("Once", params=10**9, router="token")
+    model.save(tmp_path / "routed")
+    again = flextron.load(tmp_path / "routed")
+    assert again.generate("Once upon", latency=0.8, router="token", max_tokens=8) == written

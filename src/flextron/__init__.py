@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from flextron.routing import SearchSettings
     from flextron.training.recipe import TrainRecipe
     from flextron.training.routers import RouterRecipe
+    from flextron.training.token_recipe import TokenRouterRecipe
 
 __all__ = [
     "DenseModel",
@@ -26,6 +27,7 @@ __all__ = [
     "SearchSpace",
     "SubnetSpec",
     "Target",
+    "TokenRouterRecipe",
     "TrainRecipe",
     "UnsupportedModelError",
     "convert",
@@ -41,6 +43,7 @@ _LAZY = {
     "SamplingParams": "flextron.model.generation",
     "SearchSettings": "flextron.routing",
     "RouterRecipe": "flextron.training.routers",
+    "TokenRouterRecipe": "flextron.training.token_recipe",
     "TrainRecipe": "flextron.training.recipe",
 }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from flextron.api.model import ROUTERS_FILE, ElasticModel
+from flextron.api.model import ROUTERS_FILE, TOKEN_ROUTER_FILE, ElasticModel
 from flextron.api.texts import Texts, documents, training_text, windows
 from flextron.elastic import ElasticInfo, permute, rank, read_elastic
 from flextron.elastic.checkpoint import provenance, read_tensors
@@ -16,6 +16,7 @@ from flextron.errors import FlextronError
 from flextron.files import read_json
 from flextron.model.checkpoint import load_decoder, open_pretrained
 from flextron.routing import Frontier, LatencyTable, StaticRouter
+from flextron.routing.token_router import TokenRouter
 from flextron.spec import SearchSpace
 
 __all__ = ["convert", "load"]
@@ -111,7 +112,13 @@ def load(directory: str | Path) -> ElasticModel:
     model = ElasticModel(decoder, pretrained.tokenizer, pretrained.hf_config, info, tables, measured)
     if (path / ROUTERS_FILE).exists():
         stored = read_tensors(path / ROUTERS_FILE)
-        model.router = StaticRouter.from_tensors(
-            info.space, {name.removeprefix("static."): t for name, t in stored.items() if name.startswith("static.")}
+        static, token = (
+            {name.removeprefix(kind): tensor for name, tensor in stored.items() if name.startswith(kind)}
+            for kind in ("static.", "token.")
         )
+        if static:
+            model.router = StaticRouter.from_tensors(info.space, static)
+        if token:
+            model.token_router = TokenRouter.from_dict(read_json(path / TOKEN_ROUTER_FILE), token).to(decoder.device)
+            model.token_router.check(decoder.config, info.space.full)
     return model

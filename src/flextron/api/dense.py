@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flextron.api.texts import needed
 from flextron.files import new_directory
+from flextron.model.batch import TokenChoice
 from flextron.model.checkpoint import write_checkpoint
 from flextron.model.decoder import Decoder
 from flextron.model.generation import SamplingParams, generate
@@ -25,12 +26,14 @@ class Generates:
     decoder: Decoder
     tokenizer: PreTrainedTokenizerBase | None
 
-    def _generate(self, prompts: Sequence[str], spec: SubnetSpec, params: SamplingParams) -> list[str]:
+    def _generate(
+        self, prompts: Sequence[str], spec: SubnetSpec, params: SamplingParams, router: TokenChoice | None = None
+    ) -> list[str]:
         tokenizer = needed(self.tokenizer)
         if not params.stop_token_ids and tokenizer.eos_token_id is not None:
             params = replace(params, stop_token_ids=(tokenizer.eos_token_id,))
         ids = [tokenizer.encode(p, add_special_tokens=False) for p in prompts]
-        return [str(tokenizer.decode(out)) for out in generate(self.decoder, ids, spec, params)]
+        return [str(tokenizer.decode(out)) for out in generate(self.decoder, ids, spec, params, router)]
 
 
 @dataclass(slots=True)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from flextron.api.dense import DenseModel, Generates
+from flextron.api.routing import TOKEN_TARGETS, OnProgress, route, route_tokens
 from flextron.api.texts import Texts, documents, evaluation_text, needed, source_name, training_text, windows
 from flextron.elastic import ElasticInfo, extract, write_elastic
 from flextron.elastic.checkpoint import write_tensors
@@ -30,30 +31,23 @@ from flextron.routing import (
     LatencyTable,
     SearchSettings,
     StaticRouter,
-    compare_frontiers,
     device_fingerprint,
     measure_table,
     search_frontier,
 )
 from flextron.routing.latency import Phase
+from flextron.routing.token_router import PricedRouter, TokenRouter
 from flextron.spec import SearchSpace, SubnetSpec, Target
 from flextron.training.blocks import TokenBlocks, pack_tokens
 from flextron.training.recipe import TrainRecipe
-from flextron.training.routers import JointRouting, RouterRecipe, RouterResult, train_static_router
+from flextron.training.routers import JointRouting, RouterRecipe, RouterResult
+from flextron.training.token_recipe import TokenRouterRecipe
+from flextron.training.token_routing import TokenRouterResult
 from flextron.training.trainer import OnStep, TrainResult, train
 
-__all__ = ["ROUTERS_FILE", "ElasticModel", "router_tensors"]
+__all__ = ["ROUTERS_FILE", "TOKEN_ROUTER_FILE", "ElasticModel"]
 
-ROUTERS_FILE = "routers.safetensors"
-ROUTE_TARGETS = tuple(j / 40 for j in range(16, 41))
-"""Latency fractions at which a router's choices are measured."""
-
-OnProgress = Callable[[int, int], None]
-
-
-def router_tensors(router: StaticRouter) -> dict[str, Tensor]:
-    """What `routers.safetensors` holds."""
-    return {f"static.{name}": tensor.contiguous() for name, tensor in router.state_dict().items()}
+ROUTERS_FILE, TOKEN_ROUTER_FILE = "routers.safetensors", "token_router.json"
 
 
 @dataclass(slots=True)
@@ -70,6 +64,8 @@ class ElasticModel(Generates):
     """Measured sub-networks, once profiled."""
     router: StaticRouter | None = None
     """Trained by `route`."""
+    token_router: TokenRouter | None = None
+    """Trained by `route_tokens`."""
 
     @property
     def space(self) -> SearchSpace:
@@ -90,6 +86,8 @@ class ElasticModel(Generates):
         extra: dict[str, Any] = {f"latency/{name}.json": table.to_dict() for name, table in self.tables.items()}
         if self.frontier is not None:
             extra["frontier.json"] = self.frontier.to_dict()
+        if self.token_router is not None:
+            extra[TOKEN_ROUTER_FILE] = self.token_router.to_dict()
         write_elastic(
             Path(directory),
             self.decoder,
@@ -97,14 +95,26 @@ class ElasticModel(Generates):
             hf_config=self.hf_config,
             tokenizer=self.tokenizer,
             extra=extra,
-            tensors={} if self.router is None else {ROUTERS_FILE: router_tensors(self.router)},
+            tensors={ROUTERS_FILE: tensors} if (tensors := self._router_tensors()) else {},
             overwrite=overwrite,
         )
 
     def save_routers(self, directory: str | Path) -> None:
         """Write only the routers, into an existing elastic checkpoint."""
-        if self.router is not None:
-            write_tensors(Path(directory) / ROUTERS_FILE, router_tensors(self.router))
+        path = Path(directory)
+        write_tensors(path / ROUTERS_FILE, self._router_tensors())
+        if self.token_router is not None:
+            write_json(path / TOKEN_ROUTER_FILE, self.token_router.to_dict())
+
+    def _router_tensors(self) -> dict[str, Tensor]:
+        """What `routers.safetensors` holds."""
+        routers = {"static": self.router, "token": self.token_router}
+        return {
+            f"{kind}.{name}": tensor.contiguous()
+            for kind, router in routers.items()
+            if router is not None
+            for name, tensor in router.state_dict().items()
+        }
 
     def save_profile(self, directory: str | Path) -> None:
         """Write only what `profile` measured, into an existing elastic checkpoint."""
@@ -309,27 +319,42 @@ class ElasticModel(Generates):
             on_round: called after each round of training with rounds done, in all, and figures.
             on_compare: called with sub-networks measured and to be measured.
         """
-        windows_BT = windows(
-            documents(text, evaluation_text), self.tokenizer, num_tokens=2 * num_tokens, context=context
-        )
-        half = max(1, len(windows_BT) // 2)
-        table = self.measure_latencies(on_progress=on_measure)
         directory = None if run_directory is None else Path(run_directory)
-        result = train_static_router(
-            self.decoder, self.space, table, windows_BT[:half], recipe, run_directory=directory, on_round=on_round
+        return route(
+            self,
+            text,
+            recipe,
+            num_tokens=num_tokens,
+            context=context,
+            run_directory=directory,
+            on_measure=on_measure,
+            on_round=on_round,
+            on_compare=on_compare,
         )
-        self.router = result.router
-        points = compare_frontiers(
-            self.decoder,
-            self.space,
-            table,
-            windows_BT[half:],
-            ROUTE_TARGETS,
-            router=self.router,
-            on_progress=on_compare,
-        )
-        self.frontier = Frontier.of(table.device, source_name(text, "pydoc topics"), points)
-        return result
+
+    def route_tokens(
+        self,
+        text: Texts = None,
+        recipe: TokenRouterRecipe | None = None,
+        *,
+        targets: Sequence[float] = TOKEN_TARGETS,
+        context: int = 256,
+        on_step: OnStep | None = None,
+    ) -> TokenRouterResult:
+        """Train the input-adaptive router on the frozen model, around the static sub-network of each target.
+
+        Args:
+            text: documents, or a file, directory or `datasets` id; by default docstrings that are on this machine.
+            recipe: settings.
+            targets: latency fractions that can be asked for afterwards (`generate(..., router="token")`).
+            context: tokens of a window of the text.
+            on_step: called after each epoch and step with their number, how many there are in all, and losses.
+
+        Raises:
+            FlextronError: the model was not profiled or routed on this device, a target is out of reach, or the text
+                is too short.
+        """
+        return route_tokens(self, text, recipe, targets=targets, context=context, on_step=on_step)
 
     def select(self, *, uniform: bool = False, **target: Any) -> SubnetSpec:
         """The best sub-network for a target: `latency`, `latency_ms`, `params`, `memory_gb` or `max_loss_increase`.
@@ -372,12 +397,15 @@ class ElasticModel(Generates):
             )
         return self.frontier
 
-    def generate(self, prompt: str, *, spec: SubnetSpec | None = None, **options: Any) -> str:
+    def generate(
+        self, prompt: str, *, spec: SubnetSpec | None = None, router: Literal["token"] | None = None, **options: Any
+    ) -> str:
         """Continue a prompt.
 
         Args:
             prompt: text.
             spec: the sub-network; the full one by default, unless a target is among the options.
+            router: `token` routes each token by itself, so that they cost a `latency` target on average.
             options: a target as for `select`, or fields of `SamplingParams`.
 
         Raises:
@@ -386,9 +414,24 @@ class ElasticModel(Generates):
         names = {f.name for f in fields(Target)}
         target = {k: v for k, v in options.items() if k in names}
         params = SamplingParams(**{k: v for k, v in options.items() if k not in names})
+        if router is not None:
+            choice = self.routed(Target(**target))
+            return self._generate([prompt], choice[0], params, choice[1])[0]
         if spec is None:
             spec = self.select(**target) if target else self.space.full
         return self._generate([prompt], spec, params)[0]
+
+    def routed(self, target: Target) -> tuple[SubnetSpec, PricedRouter]:
+        """The static sub-network of a `latency` target and the router that deals its MLP widths to tokens.
+
+        Raises:
+            FlextronError: there is no token router, or it is not calibrated for the target.
+        """
+        if self.token_router is None:
+            raise FlextronError("the model has no token router yet; run model.route_tokens() (flextron route --token)")
+        if target.latency is None:
+            raise FlextronError("a token router answers latency targets only; pass latency=")
+        return self.token_router.static_spec(target.latency), self.token_router.at(target.latency)
 
     def extract(self, spec: SubnetSpec) -> DenseModel:
         """A sub-network as a model of its own."""

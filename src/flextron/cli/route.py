@@ -11,7 +11,7 @@ from flextron import api
 from flextron.cli.console import Json, progress, show
 from flextron.training.routers import RouterRecipe
 from flextron.workflows.elastify import validate
-from flextron.workflows.route import run_route
+from flextron.workflows.route import run_route, run_route_tokens
 
 __all__ = ["route"]
 
@@ -25,9 +25,14 @@ def route(
     frontier: Annotated[
         Path | None, typer.Option(help="Directory for the comparison with other ways of choosing: JSON and a picture.")
     ] = None,
+    token: Annotated[bool, typer.Option("--token", help="Train the input-adaptive router instead.")] = False,
     as_json: Json = False,
 ) -> None:
     """Train the static router, and measure what it chooses beside uniform, mixed and random sub-networks."""
+    if token:
+        rows = run_route_tokens(api.load(directory), directory, progress, text=text)
+        show(rows, title=f"{directory}: tokens routed, and the static sub-network of equal cost", as_json=as_json)
+        return
     given = {"num_measured": num_measured, "seed": seed}
     recipe = validate(RouterRecipe, {k: v for k, v in given.items() if v is not None}, "route")
     model = api.load(directory)

@@ -80,6 +80,8 @@ class TokenRouter(nn.Module):
         self.widths = (0, *space.intermediate_sizes)
         self.prices: dict[float, float] = {}
         """By target, in logits for the time of a whole full step."""
+        self.specs: dict[float, SubnetSpec] = {}
+        """By target, the static sub-network around which it was calibrated."""
         self._sizes = {"num_units": num_units, "embedding_size": embedding_size}
         self.embedding = nn.Linear(1, embedding_size)
         self.first = nn.ModuleList(
@@ -159,6 +161,20 @@ class TokenRouter(nn.Module):
             raise FlextronError(f"a target is a fraction of the full latency in (0, 1], not {target}")
         return PricedRouter(self, target, self.price(target) if price is None else price)
 
+    def static_spec(self, target: float) -> SubnetSpec:
+        """The sub-network around which tokens are routed at a calibrated target: its attention, its skipped layers.
+
+        Raises:
+            FlextronError: the router was not calibrated at this target; names those at which it was.
+        """
+        for calibrated, spec in self.specs.items():
+            if abs(calibrated - target) < 1e-6:
+                return spec
+        listed = ", ".join(f"{t:g}" for t in sorted(self.specs)) or "none"
+        raise FlextronError(
+            f"the token router is calibrated for the targets {listed}, not {target:g}; choose one of them"
+        )
+
     def check(self, config: DecoderConfig, spec: SubnetSpec) -> None:
         """Raise unless this router is made for such a model and can work around this sub-network.
 
@@ -181,6 +197,7 @@ class TokenRouter(nn.Module):
             "hidden_size": self.hidden_size,
             "mlp_costs": {str(w): cost for w, cost in self.mlp_costs.items()},
             "prices": [[target, self.prices[target]] for target in sorted(self.prices)],
+            "specs": [[target, self.specs[target].to_dict()] for target in sorted(self.specs)],
             **self._sizes,
         }
 
@@ -194,13 +211,14 @@ class TokenRouter(nn.Module):
         try:
             values = dict(data)
             prices = {float(target): float(price) for target, price in values.pop("prices")}
+            specs = {float(target): SubnetSpec.from_dict(spec) for target, spec in values.pop("specs")}
             space = SearchSpace.from_dict(values.pop("space"))
             costs = {int(w): float(cost) for w, cost in values.pop("mlp_costs").items()}
             router = cls(space, values.pop("hidden_size"), costs, **values)
             router.load_state_dict(dict(tensors))
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise FlextronError(f"not a token router ({error}); train it again") from error
-        router.prices = prices
+        router.prices, router.specs = prices, specs
         return router.eval()
 
     def save(self, directory: Path) -> None:

@@ -142,6 +142,7 @@ def train_token_router(
             router.prices, ratio = before[1:]
             kept, kept_kl = "warm", warm_kl
     router.eval().requires_grad_(False)
+    router.specs = dict(static_specs)
     return TokenRouterResult(
         static_kl=static_kl,
         warm_kl=warm_kl,

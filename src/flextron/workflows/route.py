@@ -13,7 +13,7 @@ from flextron.training.routers import RouterRecipe
 from flextron.workflows.elastify import Progress
 from flextron.workflows.figure import draw_kinds
 
-__all__ = ["comparison_rows", "run_route"]
+__all__ = ["comparison_rows", "run_route", "run_route_tokens"]
 
 _KINDS = ("router", "uniform", "mix'n'match", "random")
 
@@ -62,6 +62,26 @@ def run_route(
         write_json(picture / "frontier.json", {**facts, **frontier.to_dict()})
         draw_kinds(frontier.points, picture / "frontier.png", title=f"{directory.name} on {frontier.device}")
     return rows
+
+
+def run_route_tokens(
+    model: ElasticModel, directory: Path, progress: Progress, *, text: Texts = None
+) -> list[dict[str, Any]]:
+    """Train the token router around the static choices, and write it into the directory.
+
+    Returns:
+        Rows for a table: for each target, distance to the full model without and with the router, at equal cost.
+
+    Raises:
+        FlextronError: as for `ElasticModel.route_tokens`.
+    """
+    with progress("training the token router") as step:
+        result = model.route_tokens(text, on_step=step)
+    model.save_routers(directory)
+    return [
+        {"latency": t, "static_kl": kl, "routed_kl": result.routed_kl[t], "cost_over_target": result.cost_ratio[t]}
+        for t, kl in sorted(result.static_kl.items(), reverse=True)
+    ]
 
 
 def _routed(model: ElasticModel) -> Any:

@@ -1,0 +1,92 @@
+"""Training a model's routers: what `ElasticModel.route` and `ElasticModel.route_tokens` do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from flextron.api.texts import Texts, documents, evaluation_text, needed, source_name, training_text, windows
+from flextron.routing import Frontier, compare_frontiers
+from flextron.routing.token_router import TokenRouter
+from flextron.training.blocks import TokenBlocks, pack_tokens
+from flextron.training.routers import RouterRecipe, RouterResult, train_static_router
+from flextron.training.token_recipe import TokenRouterRecipe
+from flextron.training.token_routing import TokenRouterResult, train_token_router
+
+if TYPE_CHECKING:
+    from flextron.api.model import ElasticModel
+
+__all__ = ["ROUTE_TARGETS", "TOKEN_TARGETS", "route", "route_tokens"]
+
+ROUTE_TARGETS = tuple(j / 40 for j in range(16, 41))
+"""Latency fractions at which a static router's choices are measured."""
+TOKEN_TARGETS = (0.9, 0.8, 0.7, 0.6, 0.5)
+"""Latency fractions for which a token router is trained."""
+OnProgress = Callable[[int, int], None]
+OnFigures = Callable[[int, int, dict[str, float]], None]
+
+
+def route(
+    model: ElasticModel,
+    text: Texts,
+    recipe: RouterRecipe | None,
+    *,
+    num_tokens: int,
+    context: int,
+    run_directory: Path | None,
+    on_measure: OnProgress | None,
+    on_round: OnFigures | None,
+    on_compare: OnProgress | None,
+) -> RouterResult:
+    """See `ElasticModel.route`."""
+    windows_BT = windows(documents(text, evaluation_text), model.tokenizer, num_tokens=2 * num_tokens, context=context)
+    half = max(1, len(windows_BT) // 2)
+    table = model.measure_latencies(on_progress=on_measure)
+    result = train_static_router(
+        model.decoder, model.space, table, windows_BT[:half], recipe, run_directory=run_directory, on_round=on_round
+    )
+    model.router = result.router
+    points = compare_frontiers(
+        model.decoder,
+        model.space,
+        table,
+        windows_BT[half:],
+        ROUTE_TARGETS,
+        router=model.router,
+        on_progress=on_compare,
+    )
+    model.frontier = Frontier.of(table.device, source_name(text, "pydoc topics"), points)
+    return result
+
+
+def route_tokens(
+    model: ElasticModel,
+    text: Texts,
+    recipe: TokenRouterRecipe | None,
+    *,
+    targets: Sequence[float],
+    context: int,
+    on_step: OnFigures | None,
+) -> TokenRouterResult:
+    """See `ElasticModel.route_tokens`."""
+    recipe = recipe or TokenRouterRecipe()
+    specs = {target: model.select(latency=target) for target in targets}
+    table = model.measure_latencies()
+    held_out = recipe.heldout_blocks * context
+    joint = recipe.joint_steps * recipe.batch_size * context
+    tokens = pack_tokens(
+        documents(text, training_text),
+        needed(model.tokenizer),
+        num_tokens=held_out + max(joint, recipe.warm_tokens),
+        context=context,
+    )
+    blocks = TokenBlocks.from_tokens(tokens, context=context, seed=recipe.seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        router = TokenRouter.for_table(model.space, model.decoder.config.hidden_size, table)
+    result = train_token_router(model.decoder, model.decoder, router, table, specs, blocks, recipe, on_step=on_step)
+    model.token_router = router
+    return result
