@@ -21,7 +21,7 @@ from flextron.files import new_directory, read_json, write_json
 from flextron.training.blocks import TokenBlocks, pack_tokens
 from flextron.training.documents import read_documents
 
-__all__ = ["Data", "prepare", "split_of", "train_tokenizer"]
+__all__ = ["Data", "load_data", "prepare", "split_of", "train_tokenizer"]
 
 END_OF_TEXT = "<|endoftext|>"
 _HELD_OUT = 32
@@ -121,10 +121,15 @@ def prepare(
             write_json(temporary / "data.json", wanted)
     if read_json(directory / "data.json") != wanted:
         raise FlextronError(f"{directory} holds tokens of another text or size; choose another output directory")
-    return _read(directory)
+    return load_data(directory)
 
 
-def _read(directory: Path) -> Data:
+def load_data(directory: Path) -> Data:
+    """Read what `prepare` made.
+
+    Raises:
+        FlextronError: there is nothing.
+    """
     splits = {name: TokenBlocks.load(directory / f"{name}.npy") for name in ("train", "search", "validation")}
     digest = hashlib.sha256()
     for blocks in splits.values():
