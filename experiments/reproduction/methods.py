@@ -27,8 +27,18 @@ Run = tuple[Decoder, dict[str, Any]]
 """A trained model and the facts that go into its result."""
 
 _LANGUAGE_MODELLING = {"kl_weight": 0.0, "hidden_weight": 0.0, "lm_weight": 1.0}
-_ELASTIC = {"kl_weight": 1.0, "hidden_weight": 0.0, "lm_weight": 1.0, "subnets_per_batch": 4, "full_probability": 0.1}
-"""Flextron's: half from the frozen base, half from the text; a step's sequences are dealt to four sub-networks."""
+_ELASTIC = {
+    "kl_weight": 1.0,
+    "hidden_weight": 0.0,
+    "lm_weight": 0.0,
+    "subnets_per_batch": 4,
+    "full_probability": 0.1,
+    "anneal_fraction": 0.0,
+    "random_probability": 0.1,
+}
+"""Flextron's: distilled from the frozen base; a step's sequences are dealt to four sub-networks."""
+_HANDOVER = 0.5
+"""Rate at which the elastic stage ends and the joint one begins, over the peak: one schedule over both."""
 _SKIPPABLE = 2
 
 
@@ -49,13 +59,20 @@ def base(s: Setting, name: str, widths: SubnetSpec | None = None, size: float = 
 
 
 def _elastic(
-    s: Setting, name: str, num_steps: int, work: Work, *, permuted: bool = True, **changes: Any
+    s: Setting,
+    name: str,
+    num_steps: int,
+    work: Work,
+    *,
+    permuted: bool = True,
+    handover: float = _HANDOVER,
+    **changes: Any,
 ) -> tuple[Decoder, SearchSpace]:
     """Flextron's first stages: rank and permute, then elastic training of sub-networks near the compared sizes."""
     ranked, inner = s.ranked_base("reconstruction")
     decoder = ranked if permuted else s.base()
     space = s.space(skip=inner[:_SKIPPABLE])
-    recipe = s.recipe(num_steps, **_ELASTIC | {"sizes": (0.9, *s.scale.sizes)} | changes)
+    recipe = s.recipe(num_steps, **_ELASTIC | {"sizes": s.scale.sizes, "min_lr_ratio": handover} | changes)
     s.train(name, decoder, recipe, work, stage="elastic", teacher=s.base(), space=space)
     return decoder, space
 
@@ -77,7 +94,8 @@ def _joint(
     **changes: Any,
 ) -> None:
     """Flextron's last stage: the chosen sub-networks and the full one, finetuned together."""
-    recipe = s.recipe(s.scale.joint_steps, **_ELASTIC | changes)
+    rate = _HANDOVER * s.scale.elastic_lr
+    recipe = s.recipe(s.scale.joint_steps, **_ELASTIC | {"lr": rate, "warmup_fraction": 0.0} | changes)
     trained = (space.full, *specs.values())
     s.train(name, decoder, recipe, work, stage="joint", teacher=s.base(), space=space, specs=trained)
 
@@ -152,7 +170,15 @@ def _variation(
     num_joint = s.scale.joint_steps if joint else 0
     if uniform:
         changes = changes | {"sampling": "uniform"}
-    decoder, space = _elastic(s, name, s.scale.elastic_steps - num_joint, work, permuted=permuted, **changes)
+    decoder, space = _elastic(
+        s,
+        name,
+        s.scale.elastic_steps - num_joint,
+        work,
+        permuted=permuted,
+        handover=_HANDOVER if joint else 0.01,
+        **changes,
+    )
     specs = choose_uniform(decoder, space, s.budgets) if uniform else _routed(s, decoder, space)
     if joint:
         losses = {key: value for key, value in changes.items() if key.endswith("_weight")}
