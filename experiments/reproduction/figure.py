@@ -16,6 +16,7 @@ _STYLES = {
     "MatFormer-type": ("^", "tab:orange"),
     "SortedNet-type": ("v", "tab:green"),
     "Minitron-type": ("D", "tab:red"),
+    "Minitron-type, shared tokens": ("d", "tab:pink"),
 }
 
 

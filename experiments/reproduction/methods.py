@@ -149,17 +149,21 @@ def sortednet(s: Setting, name: str) -> Run:
     return decoder, _facts(work, s.points(decoder, {1.0: space.full, **_routed(s, decoder, space)}), "SortedNet-type")
 
 
-def minitron(s: Setting, name: str, size: float) -> Run:
-    """Pruned to one uniform size by activations, then distilled from the base with the forward KL alone."""
+def minitron(s: Setting, name: str, size: float, fraction: float = 1.0) -> Run:
+    """Pruned to one uniform size by activations, then distilled from the base with the forward KL alone.
+
+    With a fraction of the post-training tokens below 1, several sizes together take what one elastic run takes.
+    """
     work = Work()
     ranked, _ = s.ranked_base("activation")
     widths = uniform_widths(s.config, size, s.scale.width_step)
     decoder = extract(ranked, widths)
     recipe = s.recipe(
-        s.scale.elastic_steps, subnets_per_batch=1, full_probability=1.0, kl_weight=1.0, hidden_weight=0.0
+        s.scale.steps(fraction), subnets_per_batch=1, full_probability=1.0, kl_weight=1.0, hidden_weight=0.0
     )
     s.train(name, decoder, recipe, work, teacher=s.base(), specs=(widths,))
-    return decoder, _facts(work, s.points(decoder, {size: widths}), "Minitron-type")
+    method = "Minitron-type" if fraction == 1 else "Minitron-type, shared tokens"
+    return decoder, _facts(work, s.points(decoder, {size: widths}), method)
 
 
 def _variation(

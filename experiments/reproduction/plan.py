@@ -38,6 +38,10 @@ def jobs(s: Setting) -> list[Job]:
         Job("matformer", post, methods.matformer),
         Job("sortednet", post, methods.sortednet),
         *(Job(f"minitron-{size:g}", 1.1 * post, partial(_minitron, size=size)) for size in sizes),
+        *(
+            Job(f"minitron-shared-{size:g}", 0.4 * post, partial(_minitron, size=size, fraction=1 / len(sizes)))
+            for size in sizes
+        ),
         *(Job(f"ablation-{name}", 1.3 * post, methods.ablation) for name in ABLATIONS),
         *(Job(f"ablation-{name}", 1.3 * post, run) for name, run in ROUTER_ABLATIONS.items()),
     ]
@@ -47,8 +51,8 @@ def _variant(s: Setting, name: str, *, size: float) -> Run:
     return methods.base(s, name, s.variants[size], size)
 
 
-def _minitron(s: Setting, name: str, *, size: float) -> Run:
-    return methods.minitron(s, name, size)
+def _minitron(s: Setting, name: str, *, size: float, fraction: float = 1.0) -> Run:
+    return methods.minitron(s, name, size, fraction)
 
 
 def execute(s: Setting) -> None:

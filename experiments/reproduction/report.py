@@ -26,7 +26,7 @@ from flextron.spec import SubnetSpec
 
 __all__ = ["claims", "rows", "write_report"]
 
-_PEERS = ("MatFormer-type", "SortedNet-type", "Minitron-type")
+_PEERS = ("MatFormer-type", "SortedNet-type", "Minitron-type", "Minitron-type, shared tokens")
 
 
 def rows(settings: Sequence[Setting]) -> list[dict[str, Any]]:

@@ -32,7 +32,7 @@ from tests.toy import prose
 TINY: Scale = dataclasses.replace(
     SCALES["smoke"],
     tokens=30_000,
-    sizes=(0.6,),
+    sizes=(0.7, 0.6),
     ablation_size=0.6,
     shapes={
         "llama": Shape(
@@ -235,6 +235,9 @@ def test_every_method_takes_the_same_tokens_from_the_same_base(tmp_path: Path) -
     ended = {name: n for name, n in tokens.items() if name.startswith(("base", "variant"))}
     assert set(ended.values()) == {TINY.tokens // 256 * 256}
     del tokens["flextron-elastic"]
+    shared = [tokens.pop(name) for name in list(tokens) if name.startswith("minitron-shared")]
+    assert len(shared) == len(TINY.sizes)
+    assert budget - 256 * len(shared) < sum(shared) <= budget
     whole = {n for name, n in tokens.items() if name not in ended}
     assert len(whole) == 1
     assert budget - 256 < whole.pop() <= budget
@@ -248,7 +251,8 @@ def test_the_smoke_scale_runs_end_to_end(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["versions"]["torch"] == torch.__version__
     compared = {(c["against"], c["size"]) for c in results["claims"]}
-    peers = ("end to end", "MatFormer-type", "SortedNet-type", "Minitron-type")
+    minitron = ("Minitron-type", "Minitron-type, shared tokens")
+    peers = ("end to end", "MatFormer-type", "SortedNet-type", *minitron)
     assert compared == {("base", 1.0), *((p, size) for p in peers for size in SCALES["smoke"].sizes)}
     table = (tmp_path / "out" / "results.md").read_text()
     for r in results["summary"]:
