@@ -30,13 +30,13 @@ _LANGUAGE_MODELLING = {"kl_weight": 0.0, "hidden_weight": 0.0, "lm_weight": 1.0}
 _ELASTIC = {
     "kl_weight": 1.0,
     "hidden_weight": 0.0,
-    "lm_weight": 0.0,
+    "lm_weight": 1.0,
     "subnets_per_batch": 4,
     "full_probability": 0.1,
     "anneal_fraction": 0.0,
     "random_probability": 0.1,
 }
-"""Flextron's: distilled from the frozen base; a step's sequences are dealt to four sub-networks."""
+"""Flextron's: distilled from the frozen base, and the text; a step's sequences are dealt to four sub-networks."""
 _HANDOVER = 0.5
 """Rate at which the elastic stage ends and the joint one begins, over the peak: one schedule over both."""
 _SKIPPABLE = 2
