@@ -10,7 +10,7 @@ import pytest
 from flextron.model.cost import block_parameters
 from flextron.routing.sensitivity import Sensitivity
 from flextron.spec import SearchSpace, SubnetSpec
-from flextron.training.sampling import SubnetSampler, random_subnet
+from flextron.training.sampling import SubnetSampler, random_subnet, uniform_subnet
 from tests.toy import toy_decoder, toy_recipe
 
 STEPS = 40
@@ -138,3 +138,57 @@ def test_the_full_network_comes_as_often_as_asked() -> None:
     assert all(never.draw(step, 0, 2)[1] != SPACE.full for step in range(STEPS))
     always = sampler(full_probability=1.0, random_probability=0.0)
     assert set(always.draw(7, 0, 6)) == {SPACE.full}
+
+
+def test_uniform_sampling_draws_equal_layers_of_at_most_their_size() -> None:
+    drawn = sampler(sampling="uniform", full_probability=0.0, min_size=0.2, anneal_fraction=0.0)
+    specs = [spec for step in range(STEPS) for spec in drawn.draw(step, 0, 4)]
+    assert len(set(specs)) >= 3
+    for spec in specs:
+        assert spec in SPACE
+        assert len(set(spec.layers)) == 1
+
+
+def test_the_uniform_sub_network_of_a_size_is_the_largest_within_it() -> None:
+    pairs = [SPACE.uniform(w, 1 if w <= 30 else 2) for w in SPACE.intermediate_sizes]
+    for size in (0.3, 0.5, 0.7, 0.99, 1.0):
+        fitting = [spec for spec in pairs if relative_size(spec) <= size]
+        assert uniform_subnet(CONFIG, SPACE, size) == max(fitting, key=relative_size)
+    assert uniform_subnet(CONFIG, SPACE, 0.01) == pairs[0], "the smallest there is"
+
+
+def test_random_sampling_mixes_widths_and_needs_no_sensitivities() -> None:
+    recipe = toy_recipe(steps=STEPS, sampling="random", full_probability=0.0, random_probability=0.0)
+    drawn = SubnetSampler(config=CONFIG, space=SPACE, sensitivity=None, recipe=recipe, num_steps=STEPS)
+    specs = [spec for step in range(STEPS) for spec in drawn.draw(step, 0, 4)]
+    assert all(spec in SPACE for spec in specs)
+    assert sum(len({spec.layers[i] for i in spec.kept_layers}) > 1 for spec in specs) > len(specs) // 4
+
+
+def test_listed_sizes_are_drawn_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[float] = []
+
+    def recorded(self: SubnetSampler, size: float, rng: random.Random) -> SubnetSpec:
+        sizes.append(size)
+        return SPACE.full
+
+    monkeypatch.setattr(SubnetSampler, "guided", recorded)
+    drawn = sampler(sizes=(0.8, 0.5, 0.3), full_probability=0.0, random_probability=0.0, anneal_fraction=0.0)
+    for step in range(STEPS):
+        sizes.clear()
+        drawn.draw(step, 0, 6)
+        assert sorted(sizes) == pytest.approx([0.3, 0.3, 0.5, 0.5, 0.8, 0.8])
+    annealed = sampler(sizes=(0.8, 0.3), full_probability=0.0, random_probability=0.0, anneal_fraction=1.0)
+    sizes.clear()
+    annealed.draw(STEPS // 2 - 1, 0, 2)
+    assert sorted(sizes) == pytest.approx([0.65, 0.8]), "halfway from 1 to the smallest listed one"
+
+
+def test_given_sub_networks_are_all_that_is_drawn_each_as_often() -> None:
+    specs = (SPACE.full, SPACE.smallest, SPACE.uniform(8, 2))
+    recipe = toy_recipe(steps=STEPS, full_probability=1.0)
+    drawn = SubnetSampler(config=CONFIG, space=SPACE, sensitivity=None, recipe=recipe, num_steps=STEPS, specs=specs)
+    for step in range(STEPS):
+        assert set(drawn.draw(step, 0, 3)) == set(specs)
+    single = [drawn.draw(step, 0, 1)[0] for step in range(3 * STEPS)]
+    assert min(map(single.count, specs)) > STEPS // 2

@@ -236,3 +236,56 @@ def test_sequences_are_dealt_evenly_and_in_order(count: int, shares: list[int]) 
     assert [(s.spec, s.lengths) for s in batch.segments] == [(s, (4,) * n) for s, n in zip(specs, shares, strict=True)]
     assert torch.equal(batch.tokens_N, tokens.flatten())
     assert batch.positions_N.tolist() == [0, 1, 2, 3] * 5
+
+
+def language_modelling(**changes: Any) -> TrainRecipe:
+    """A recipe of the text alone."""
+    return toy_recipe(kl_weight=0.0, hidden_weight=0.0, lm_weight=1.0, kl_fraction=1.0, **changes)
+
+
+def test_without_a_teacher_the_text_alone_trains() -> None:
+    decoder = toy_decoder()
+    recipe = language_modelling(steps=60, full_probability=1.0, train_embeddings=True, lr=5e-3)
+    train(decoder, None, SPACE, toy_blocks(), recipe)
+    tokens = toy_blocks().batch(0, 16)
+
+    def loss(model: Decoder) -> float:
+        logits = segment_logits(model, tokens, SPACE.full).detach()
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).item()
+
+    assert loss(decoder) < 0.8 * loss(toy_decoder())
+
+
+def test_a_teacher_that_is_not_asked_for_changes_nothing() -> None:
+    with_one, without = toy_decoder(), toy_decoder()
+    recipe = language_modelling(steps=3, sampling="random")
+    train(with_one, toy_decoder(4), SPACE, toy_blocks(), recipe)
+    train(without, None, SPACE, toy_blocks(), recipe)
+    assert same_weights(weights_of(with_one), weights_of(without))
+
+
+def test_a_teacher_that_is_asked_for_must_be_there() -> None:
+    with pytest.raises(FlextronError, match="teacher"):
+        train(toy_decoder(), None, SPACE, toy_blocks(), toy_recipe(steps=1))
+
+
+def test_a_recipe_without_any_loss_is_refused() -> None:
+    with pytest.raises(ValueError, match="all 0"):
+        toy_recipe(kl_weight=0.0, hidden_weight=0.0, lm_weight=0.0)
+
+
+def test_only_the_given_sub_networks_train() -> None:
+    decoder, before = toy_decoder(), weights_of(toy_decoder())
+    narrow = SPACE.uniform(24, 1)
+    train(decoder, toy_decoder(4), SPACE, toy_blocks(), toy_recipe(steps=3), specs=[narrow])
+    up, was = decoder.get_parameter("layers.0.mlp.up.weight"), before["layers.0.mlp.up.weight"]
+    assert not torch.equal(up[:24], was[:24])
+    assert torch.equal(up[24:], was[24:])
+    with pytest.raises(FlextronError, match="not nested"):
+        train(toy_decoder(), toy_decoder(4), SPACE, toy_blocks(), toy_recipe(), specs=[SPACE.uniform(48, 1)])
+
+
+def test_a_resumed_run_must_train_the_same_sub_networks(tmp_path: Path) -> None:
+    interrupt(tmp_path)
+    with pytest.raises(FlextronError, match=r"differs in specs"):
+        run(resumable(), run_directory=tmp_path, specs=[SPACE.full])

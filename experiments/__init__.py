@@ -1,0 +1,1 @@
+"""Experiments that take hours: reproductions of what the paper claims."""

@@ -1,0 +1,105 @@
+"""Which sub-network stands for a size: found on the search windows, the same way for all elastic methods.
+
+`train_routers` is where the learned routers plug in; until they do, a search stands in for them.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from flextron.model.cost import block_parameters, layer_parameters
+from flextron.model.decoder import Decoder
+from flextron.model.scoring import mean_loss
+from flextron.routing.allocate import Allocator
+from flextron.routing.sensitivity import Sensitivity, measure_sensitivity
+from flextron.spec import LayerSpec, SearchSpace, SubnetSpec
+from flextron.training.sampling import uniform_subnet
+
+__all__ = ["choose", "choose_uniform", "train_routers"]
+
+_SENSITIVITY_WINDOWS = 8
+
+
+def train_routers(
+    decoder: Decoder, space: SearchSpace, search_BT: Tensor, budgets: Mapping[float, int], *, seed: int, effort: int
+) -> dict[float, SubnetSpec]:
+    """ROUTER HOOK: the sub-network of each size, before the joint finetuning.
+
+    `flextron.training.routers.train_static_router` goes here, and `joint_finetune` in `methods.flextron`; the tokens
+    that either puts through the student must then come out of the same 7.63 %.
+    """
+    return {
+        size: choose(decoder, space, search_BT, budget, seed=seed, effort=effort) for size, budget in budgets.items()
+    }
+
+
+def choose(
+    decoder: Decoder, space: SearchSpace, search_BT: Tensor, budget: int, *, seed: int, effort: int
+) -> SubnetSpec:
+    """The sub-network of least measured loss among `effort` that hold at most `budget` block parameters.
+
+    Candidates are the uniform one, optima of the additive loss model under several weights of its terms, and
+    mutations of the best so far.
+    """
+    rng = random.Random(seed)
+    config = decoder.config
+    sensitivity = measure_sensitivity(decoder, search_BT[:_SENSITIVITY_WINDOWS], space, seed=seed)
+    full = block_parameters(config, space.full)
+    losses: dict[SubnetSpec, float] = {}
+
+    def measure(spec: SubnetSpec) -> None:
+        if spec not in losses and block_parameters(config, spec) <= budget:
+            losses[spec] = mean_loss(decoder, search_BT, spec)
+
+    measure(uniform_subnet(config, space, budget / full))
+    for attempt in range(10 * effort):
+        if len(losses) >= effort:
+            break
+        if attempt <= effort // 2:
+            measure(_proposal(decoder, space, sensitivity, budget, rng, first=attempt == 0))
+        else:
+            measure(_mutation(min(losses, key=losses.__getitem__), space, rng))
+    return min(losses, key=losses.__getitem__, default=space.smallest)
+
+
+def choose_uniform(decoder: Decoder, space: SearchSpace, budgets: Mapping[float, int]) -> dict[float, SubnetSpec]:
+    """The largest sub-network of equal layers within each budget."""
+    full = block_parameters(decoder.config, space.full)
+    return {size: uniform_subnet(decoder.config, space, budget / full) for size, budget in budgets.items()}
+
+
+def _proposal(
+    decoder: Decoder, space: SearchSpace, sensitivity: Sensitivity, budget: int, rng: random.Random, *, first: bool
+) -> SubnetSpec:
+    """The loss model's optimum, with weights of MLP, attention and skipped layers near equal ones."""
+
+    def cost(layer: LayerSpec) -> float:
+        return float(layer_parameters(decoder.config, layer))
+
+    spread = 0.0 if first else 0.7
+    weights = (rng.lognormvariate(0, spread), rng.lognormvariate(0, spread), rng.lognormvariate(0, 2 * spread))
+    return Allocator(space, sensitivity, cost, weights).within(float(budget))
+
+
+def _mutation(parent: SubnetSpec, space: SearchSpace, rng: random.Random) -> SubnetSpec:
+    """Widths of two kept layers moved, one up and one down, by a choice or two on one axis."""
+    layers = list(parent.layers)
+    kept = list(parent.kept_layers)
+    if len(kept) < 2:
+        return parent
+    up, down = rng.sample(kept, 2)
+    for i, direction in ((up, 1), (down, -1)):
+        neurons, groups = layers[i].intermediate_size, layers[i].num_groups
+        if rng.random() < 0.7:
+            neurons = _moved(neurons, direction * rng.choice((1, 2, 3)), space.intermediate_sizes)
+        else:
+            groups = _moved(groups, direction, space.num_groups)
+        layers[i] = LayerSpec(intermediate_size=neurons, num_groups=groups)
+    return SubnetSpec(layers=tuple(layers))
+
+
+def _moved(width: int, by: int, choices: tuple[int, ...]) -> int:
+    return choices[min(max(choices.index(width) + by, 0), len(choices) - 1)]

@@ -1,0 +1,209 @@
+"""What is compared: each method as a run that trains a model and says how well its sub-networks predict.
+
+All post-training starts from the same base, takes the same number of tokens in the same order, trains embeddings too,
+and uses the same rate and schedule. The peers follow their papers in what they train and with which loss:
+
+- MatFormer (Devvrit et al., 2023): one of four uniform widths of the feed-forward layers a step; next-token loss.
+- SortedNet (Valipour et al., 2023): random nested sub-networks; next-token loss.
+- Minitron (Muralidharan et al., 2024): pruned to one size by activations, then distilled with the forward KL; a run of
+  all tokens for each size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from experiments.reproduction.choosing import choose_uniform, train_routers
+from experiments.reproduction.scales import uniform_widths
+from experiments.reproduction.setting import Setting, Work
+from flextron.elastic import extract
+from flextron.model.decoder import Decoder
+from flextron.spec import SearchSpace, SubnetSpec
+
+__all__ = ["ABLATIONS", "ROUTER_ABLATIONS", "Run", "ablation", "base", "flextron", "matformer", "minitron", "sortednet"]
+
+Run = tuple[Decoder, dict[str, Any]]
+"""A trained model and the facts that go into its result."""
+
+_LANGUAGE_MODELLING = {"kl_weight": 0.0, "hidden_weight": 0.0, "lm_weight": 1.0}
+_ELASTIC = {
+    "kl_weight": 1.0,
+    "hidden_weight": 0.0,
+    "lm_weight": 1.0,
+    "subnets_per_batch": 4,
+    "full_probability": 0.1,
+    "anneal_fraction": 0.0,
+    "random_probability": 0.1,
+}
+"""Flextron's: distilled from the frozen base, and the text; a step's sequences are dealt to four sub-networks."""
+_HANDOVER = 0.5
+"""Rate at which the elastic stage ends and the joint one begins, over the peak: one schedule over both."""
+_SKIPPABLE = 2
+
+
+def _facts(work: Work, points: list[dict[str, Any]], method: str) -> dict[str, Any]:
+    return {"method": method, **work.to_dict(), "points": points}
+
+
+def base(s: Setting, name: str, widths: SubnetSpec | None = None, size: float = 1.0) -> Run:
+    """The base, or a smaller variant of the given widths, trained end to end."""
+    work = Work()
+    decoder = s.scratch(widths or s.config.full_spec)
+    num_steps = s.scale.tokens // (s.scale.batch_size * s.scale.context)
+    recipe = s.recipe(
+        num_steps, pretraining=True, subnets_per_batch=1, full_probability=1.0, weight_decay=0.05, **_LANGUAGE_MODELLING
+    )
+    s.train(name, decoder, recipe, work)
+    return decoder, _facts(work, s.points(decoder, {size: decoder.widths}), "base" if widths is None else "end to end")
+
+
+def _elastic(
+    s: Setting,
+    name: str,
+    num_steps: int,
+    work: Work,
+    *,
+    permuted: bool = True,
+    handover: float = _HANDOVER,
+    **changes: Any,
+) -> tuple[Decoder, SearchSpace]:
+    """Flextron's first stages: rank and permute, then elastic training of sub-networks near the compared sizes."""
+    ranked, inner = s.ranked_base("reconstruction")
+    decoder = ranked if permuted else s.base()
+    space = s.space(skip=inner[:_SKIPPABLE])
+    recipe = s.recipe(num_steps, **_ELASTIC | {"sizes": s.scale.sizes, "min_lr_ratio": handover} | changes)
+    s.train(name, decoder, recipe, work, stage="elastic", teacher=s.base(), space=space)
+    return decoder, space
+
+
+def _routed(s: Setting, decoder: Decoder, space: SearchSpace) -> dict[float, SubnetSpec]:
+    """A heterogeneous sub-network for each size."""
+    return train_routers(
+        decoder, space, s.data.search_BT.to(s.device), s.budgets, seed=s.seed, effort=s.scale.num_candidates
+    )
+
+
+def _joint(
+    s: Setting,
+    name: str,
+    decoder: Decoder,
+    space: SearchSpace,
+    specs: Mapping[float, SubnetSpec],
+    work: Work,
+    **changes: Any,
+) -> None:
+    """Flextron's last stage: the chosen sub-networks and the full one, finetuned together."""
+    rate = _HANDOVER * s.scale.elastic_lr
+    recipe = s.recipe(s.scale.joint_steps, **_ELASTIC | {"lr": rate, "warmup_fraction": 0.0} | changes)
+    trained = (space.full, *specs.values())
+    s.train(name, decoder, recipe, work, stage="joint", teacher=s.base(), space=space, specs=trained)
+
+
+def flextron_elastic(s: Setting, name: str) -> Run:
+    """The elastic stage alone; what the last stage starts from."""
+    work = Work()
+    decoder, space = _elastic(s, name, s.scale.elastic_steps - s.scale.joint_steps, work)
+    specs = _routed(s, decoder, space)
+    facts = _facts(work, s.points(decoder, {1.0: space.full, **specs}), "Flextron, before joint finetuning")
+    return decoder, facts | {"space": space.to_dict()}
+
+
+def flextron(s: Setting, name: str) -> Run:
+    """All stages; goes on from `flextron-elastic`."""
+    before = s.store.result("flextron-elastic") or {}
+    work = Work(**{key: before[key] for key in ("tokens", "teacher_tokens", "seconds")})
+    decoder = s.store.decoder("flextron-elastic", s.config).to(s.device)
+    space = SearchSpace.from_dict(before["space"])
+    specs = {p["size"]: SubnetSpec.from_dict(p["spec"]) for p in before["points"] if p["size"] < 1}
+    _joint(s, name, decoder, space, specs, work)
+    facts = _facts(work, s.points(decoder, {1.0: space.full, **specs}), "Flextron")
+    return decoder, facts | {"space": space.to_dict()}
+
+
+def matformer(s: Setting, name: str) -> Run:
+    """Uniform prefixes of the feed-forward layers, one width a step; attention stays whole."""
+    work = Work()
+    decoder, _ = s.ranked_base("activation")
+    space = s.space(attention=False)
+    specs = {1.0: space.full, **choose_uniform(decoder, space, s.budgets)}
+    recipe = s.recipe(s.scale.elastic_steps, subnets_per_batch=1, **_LANGUAGE_MODELLING)
+    s.train(name, decoder, recipe, work, space=space, specs=tuple(specs.values()))
+    return decoder, _facts(work, s.points(decoder, specs), "MatFormer-type")
+
+
+def sortednet(s: Setting, name: str) -> Run:
+    """Random nested sub-networks; those of the compared sizes are then chosen as Flextron's are."""
+    work = Work()
+    decoder, inner = s.ranked_base("activation")
+    space = s.space(skip=inner[:_SKIPPABLE])
+    recipe = s.recipe(
+        s.scale.elastic_steps,
+        sampling="random",
+        min_size=min(s.scale.sizes),
+        anneal_fraction=0.0,
+        subnets_per_batch=4,
+        **_LANGUAGE_MODELLING,
+    )
+    s.train(name, decoder, recipe, work, space=space)
+    return decoder, _facts(work, s.points(decoder, {1.0: space.full, **_routed(s, decoder, space)}), "SortedNet-type")
+
+
+def minitron(s: Setting, name: str, size: float, fraction: float = 1.0) -> Run:
+    """Pruned to one uniform size by activations, then distilled from the base with the forward KL alone.
+
+    With a fraction of the post-training tokens below 1, several sizes together take what one elastic run takes.
+    """
+    work = Work()
+    ranked, _ = s.ranked_base("activation")
+    widths = uniform_widths(s.config, size, s.scale.width_step)
+    decoder = extract(ranked, widths)
+    recipe = s.recipe(
+        s.scale.steps(fraction), subnets_per_batch=1, full_probability=1.0, kl_weight=1.0, hidden_weight=0.0
+    )
+    s.train(name, decoder, recipe, work, teacher=s.base(), specs=(widths,))
+    method = "Minitron-type" if fraction == 1 else "Minitron-type, shared tokens"
+    return decoder, _facts(work, s.points(decoder, {size: widths}), method)
+
+
+def _variation(
+    s: Setting, name: str, *, uniform: bool = False, joint: bool = True, permuted: bool = True, **changes: Any
+) -> tuple[Decoder, dict[float, SubnetSpec], Work]:
+    """Flextron with something left out, at the same number of tokens."""
+    work = Work()
+    num_joint = s.scale.joint_steps if joint else 0
+    if uniform:
+        changes = changes | {"sampling": "uniform"}
+    decoder, space = _elastic(
+        s,
+        name,
+        s.scale.elastic_steps - num_joint,
+        work,
+        permuted=permuted,
+        handover=_HANDOVER if joint else 0.01,
+        **changes,
+    )
+    specs = choose_uniform(decoder, space, s.budgets) if uniform else _routed(s, decoder, space)
+    if joint:
+        losses = {key: value for key, value in changes.items() if key.endswith("_weight")}
+        _joint(s, name, decoder, space, specs, work, **losses)
+    return decoder, specs, work
+
+
+ABLATIONS: Mapping[str, Mapping[str, Any]] = {
+    "no-permutation": {"permuted": False},
+    "no-teacher": _LANGUAGE_MODELLING,
+    "uniform": {"uniform": True},
+    "no-joint": {"joint": False},
+}
+"""What `_variation` is called with."""
+ROUTER_ABLATIONS: Mapping[str, Callable[[Setting, str], Run]] = {}
+"""ROUTER HOOK: `no-surrogate` (direct gradients) and `token-router` (against the static one) belong here."""
+
+
+def ablation(s: Setting, name: str) -> Run:
+    """One of `ABLATIONS`, reported at the ablations' size."""
+    what = name.removeprefix("ablation-")
+    decoder, specs, work = _variation(s, name, **ABLATIONS[what])
+    size = s.scale.ablation_size
+    return decoder, _facts(work, s.points(decoder, {size: specs[size]}), f"Flextron, {what}")

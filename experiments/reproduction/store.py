@@ -1,0 +1,72 @@
+"""Finished runs on disk: a directory each, with its result and its weights, that appears in one move."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from flextron.errors import FlextronError
+from flextron.files import new_directory, read_json, write_json
+from flextron.model.config import DecoderConfig
+from flextron.model.decoder import Decoder
+from flextron.spec import SubnetSpec
+
+__all__ = ["Store"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Store:
+    """The runs of one family and seed."""
+
+    path: Path
+    identity: dict[str, Any]
+    """What all of them have in common: scale, data, family, seed. Runs of another experiment are refused."""
+
+    def state(self, name: str, stage: str = "train") -> Path:
+        """Where the unfinished training of a run keeps its resumable state."""
+        return self.path / f"{name}.run" / stage
+
+    def result(self, name: str) -> dict[str, Any] | None:
+        """The result of a finished run; None if it has not finished.
+
+        Raises:
+            FlextronError: it is of another experiment.
+        """
+        if not (self.path / name).exists():
+            return None
+        record: dict[str, Any] = read_json(self.path / name / "result.json")
+        if record["identity"] != self.identity:
+            raise FlextronError(f"{self.path / name} is of another experiment; choose another output directory")
+        return record
+
+    def once(self, name: str, run: Callable[[], tuple[Decoder, dict[str, Any]]]) -> dict[str, Any]:
+        """The result of a run, which runs only if it has not finished before."""
+        found = self.result(name)
+        if found is not None:
+            return found
+        decoder, facts = run()
+        record = {"name": name, **facts, "widths": decoder.widths.to_dict(), "identity": self.identity}
+        with new_directory(self.path / name) as temporary:
+            save_file(
+                {n: p.detach().cpu().contiguous() for n, p in decoder.named_parameters()},
+                temporary / "model.safetensors",
+            )
+            write_json(temporary / "result.json", record)
+        shutil.rmtree(self.path / f"{name}.run", ignore_errors=True)
+        return record
+
+    def decoder(self, name: str, config: DecoderConfig) -> Decoder:
+        """A finished run's model, frozen, on the CPU."""
+        record = self.result(name)
+        if record is None:
+            raise FlextronError(f"{self.path / name} has not finished; run the experiment first")
+        with torch.device("meta"):
+            decoder = Decoder(config, SubnetSpec.from_dict(record["widths"]))
+        decoder.load_state_dict(load_file(self.path / name / "model.safetensors"), assign=True)
+        return decoder.eval().requires_grad_(False)
