@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -143,13 +144,23 @@ def routing(router: StaticRouter, **changes: float) -> JointRouting:
 
 def test_gates_leave_the_output_as_it_is_and_carry_gradients() -> None:
     router = fresh_router()
-    drawn = routing(router).draw(0, 0, 2)
     tokens = random_tokens(2, 10, seed=5)
-    with_gates = DECODER(deal(tokens, drawn.specs, drawn.gates))
-    without = DECODER(deal(tokens, drawn.specs))
-    assert torch.allclose(with_gates, without, atol=1e-6)
-    gradients = torch.autograd.grad(with_gates.square().mean(), list(router.parameters()), allow_unused=True)
+    total = torch.zeros(())
+    for step in range(8):
+        drawn = routing(router).draw(step, 0, 2)
+        with_gates = DECODER(deal(tokens, drawn.specs, drawn.gates))
+        assert torch.allclose(with_gates, DECODER(deal(tokens, drawn.specs)), atol=1e-6)
+        total = total + with_gates.square().mean()
+    gradients = torch.autograd.grad(total, list(router.parameters()), allow_unused=True)
     assert all(g is not None and bool(g.abs().sum() > 0) for g in gradients)
+
+
+def test_drawn_sub_networks_cost_their_targets_at_most() -> None:
+    for step in range(6):
+        targets = (0.7, 0.9)
+        drawn = replace(routing(fresh_router()), targets=targets).draw(step, 0, 4)
+        costs = sorted(TABLE.predict(spec) for spec in drawn.specs)
+        assert all(a <= b * (1 + 1e-9) for a, b in zip(costs, (0.7, 0.7, 0.9, 0.9), strict=True))
 
 
 def test_a_gate_has_the_gradient_of_the_chosen_branchs_share() -> None:

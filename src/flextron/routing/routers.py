@@ -10,7 +10,7 @@ Shapes: B targets, L layers, C choices of an axis, R hidden size of the router.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +41,14 @@ class Choices:
         keep = self.keep_BL2[..., :1]
         parts = (self.mlp_BLW * keep, self.attention_BLG * keep, keep)
         return torch.cat([p.flatten(1) for p in parts], 1)
+
+    def noisy(self, scale: float, noise: Choices) -> Choices:
+        """Logits times `scale`, with noise."""
+        return Choices(
+            self.mlp_BLW * scale + noise.mlp_BLW,
+            self.attention_BLG * scale + noise.attention_BLG,
+            self.keep_BL2 * scale + noise.keep_BL2,
+        )
 
     def relaxed(self, tau: float, scale: float, noise: Choices | None) -> Choices:
         """Probabilities of logits times `scale`, with noise, at temperature `tau`."""
@@ -160,15 +168,33 @@ class StaticRouter(nn.Module):
         Raises:
             FlextronError: the target is outside what the space reaches; names the range.
         """
-        check_reach(self.space, table, target)
-        budget = target * table.predict_ms(self.space.full) - table.base_ms
-        logits = self(torch.tensor([target], device=self.mlp.out_bias.device))
-        return Allocator(self.space, self._negative_log_likelihoods(logits), table.layer_ms).close_to(budget)
+        (spec,) = self.within(self(torch.tensor([target], device=self.mlp.out_bias.device)), [target], table)
+        return spec
 
-    def _negative_log_likelihoods(self, logits: Choices) -> Sensitivity:
+    @torch.no_grad()
+    def within(self, logits: Choices, targets: Sequence[float], table: LatencyTable) -> list[SubnetSpec]:
+        """For each target the likeliest sub-network that costs about as much, and no more.
+
+        Args:
+            logits: of as many targets; with noise, this draws.
+            targets: fractions of the full network's latency.
+            table: costs.
+
+        Raises:
+            FlextronError: a target is outside what the space reaches; names the range.
+        """
+        specs = []
+        for row, target in enumerate(targets):
+            check_reach(self.space, table, target)
+            budget = target * table.predict_ms(self.space.full) - table.base_ms
+            costs = self._negative_log_likelihoods(logits, row)
+            specs.append(Allocator(self.space, costs, table.layer_ms).close_to(budget))
+        return specs
+
+    def _negative_log_likelihoods(self, logits: Choices, row: int) -> Sensitivity:
         """The logits of one target in the form of the allocator's loss terms."""
         mlp, attention, keep = (
-            torch.log_softmax(part[0], -1).neg().tolist()
+            torch.log_softmax(part[row], -1).neg().tolist()
             for part in (logits.mlp_BLW, logits.attention_BLG, logits.keep_BL2)
         )
         sizes, groups = self.space.intermediate_sizes, self.space.num_groups

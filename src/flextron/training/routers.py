@@ -281,6 +281,8 @@ class JointRouting:
     router: StaticRouter
     table: LatencyTable
     recipe: RouterRecipe
+    targets: tuple[float, ...] = ()
+    """Targets to draw from evenly, instead of any within reach."""
     full_probability: float = 0.2
     """Chance of a drawn sub-network to be the full one, so that it does not decay."""
 
@@ -288,21 +290,30 @@ class JointRouting:
         """The sub-networks of one micro batch, with gates of value 1 that carry gradients to the router."""
         rng = random.Random(f"joint/{self.recipe.seed}/{step}/{micro_step}")
         generator = torch.Generator().manual_seed(rng.getrandbits(62))
-        lowest = max(self.recipe.min_target, self.table.predict(self.router.space.smallest))
-        targets = torch.tensor([lowest + (1 - lowest) * (count - 1 - j + rng.random()) / count for j in range(count)])
-        targets = targets.to(self.router.mlp.out_bias.device)
-        logits = self.router(targets)
+        asked = self._targets(count, rng)
+        targets = torch.tensor(asked, device=self.router.mlp.out_bias.device)
         # the sharpness that the first stage ended with; at its last temperature no gradient would be left
-        soft = logits.relaxed(1.0, self.recipe.scale[1], logits.gumbel(generator))
-        specs = self.router.sample(soft)
+        logits = self.router(targets)
+        noisy = logits.noisy(self.recipe.scale[1], logits.gumbel(generator))
+        soft = noisy.relaxed(1.0, 1.0, None)
+        specs = self.router.within(noisy, asked, self.table)
         choices = straight_through(soft, self.router.one_hot(specs))
         gates: list[Tensor | None] = list(_gates(choices))
         for j in range(count):
             if rng.random() < self.full_probability:
                 specs[j], gates[j] = self.router.space.full, None
         wanted = targets * self.table.predict_ms(self.router.space.full)
-        loss = latency_loss(latency_ms(choices, self.table), wanted, self.recipe.dead_zone)
+        loss = latency_loss(latency_ms(soft, self.table), wanted, self.recipe.dead_zone)
         return RoutedDraw(specs=specs, gates=gates, loss=self.recipe.latency_weight * loss)
+
+    def _targets(self, count: int, rng: random.Random) -> list[float]:
+        """Listed ones in turn, or stratified over the range."""
+        if self.targets:
+            return [
+                self.targets[i % len(self.targets)] for i in rng.sample(range(max(count, len(self.targets))), count)
+            ]
+        lowest = max(self.recipe.min_target, self.table.predict(self.router.space.smallest))
+        return [lowest + (1 - lowest) * (count - 1 - j + rng.random()) / count for j in range(count)]
 
 
 def _gates(choices: Choices) -> Tensor:
