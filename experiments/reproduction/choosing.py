@@ -1,7 +1,4 @@
-"""Which sub-network stands for a size: found on the search windows, the same way for all elastic methods.
-
-`train_routers` is where the learned routers plug in; until they do, a search stands in for them.
-"""
+"""Which sub-network stands for a size, found on the search windows: by router for Flextron, by search for others."""
 
 from __future__ import annotations
 
@@ -14,23 +11,44 @@ from flextron.model.cost import block_parameters, layer_parameters
 from flextron.model.decoder import Decoder
 from flextron.model.scoring import mean_loss
 from flextron.routing.allocate import Allocator
+from flextron.routing.latency import LatencyTable
+from flextron.routing.routers import StaticRouter
 from flextron.routing.sensitivity import Sensitivity, measure_sensitivity
 from flextron.spec import LayerSpec, SearchSpace, SubnetSpec
+from flextron.training.routers import RouterRecipe, train_static_router
 from flextron.training.sampling import uniform_subnet
 
-__all__ = ["choose", "choose_uniform", "train_routers"]
+__all__ = ["choose", "choose_uniform", "routed_specs", "search_specs", "train_router"]
 
 _SENSITIVITY_WINDOWS = 8
 
 
-def train_routers(
+def train_router(
+    decoder: Decoder, space: SearchSpace, search_BT: Tensor, *, seed: int, effort: int
+) -> tuple[StaticRouter, dict[str, float]]:
+    """A static router by surrogate, on a part of the search windows, with parameters in place of a device's time.
+
+    Returns:
+        The router, and how good its surrogate was. No token of the training text is used.
+    """
+    table = LatencyTable.of_parameters(decoder.config, space)
+    windows_BT = search_BT[: max(1, len(search_BT) // 2)]
+    result = train_static_router(
+        decoder, space, table, windows_BT, RouterRecipe(num_measured=12 * effort, seed=seed, min_target=0.3)
+    )
+    return result.router, {"spearman": result.spearman, "surrogate_error": result.error}
+
+
+def routed_specs(decoder: Decoder, router: StaticRouter, budgets: Mapping[float, int]) -> dict[float, SubnetSpec]:
+    """What a router answers to each size's budget of block parameters."""
+    table = LatencyTable.of_parameters(decoder.config, router.space)
+    return {size: router.spec(budget / table.full_ms, table) for size, budget in budgets.items()}
+
+
+def search_specs(
     decoder: Decoder, space: SearchSpace, search_BT: Tensor, budgets: Mapping[float, int], *, seed: int, effort: int
 ) -> dict[float, SubnetSpec]:
-    """ROUTER HOOK: the sub-network of each size, before the joint finetuning.
-
-    `flextron.training.routers.train_static_router` goes here, and `joint_finetune` in `methods.flextron`; the tokens
-    that either puts through the student must then come out of the same 7.63 %.
-    """
+    """The sub-network of each size by search, for methods that have no routers."""
     return {
         size: choose(decoder, space, search_BT, budget, seed=seed, effort=effort) for size, budget in budgets.items()
     }

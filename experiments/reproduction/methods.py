@@ -11,15 +11,27 @@ and uses the same rate and schedule. The peers follow their papers in what they 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from experiments.reproduction.choosing import choose_uniform, train_routers
+import torch
+
+from experiments.reproduction.choosing import choose_uniform, routed_specs, search_specs, train_router
 from experiments.reproduction.scales import uniform_widths
 from experiments.reproduction.setting import Setting, Work
+from experiments.reproduction.store import ROUTER
 from flextron.elastic import extract
 from flextron.model.decoder import Decoder
+from flextron.routing.latency import LatencyTable
+from flextron.routing.routers import StaticRouter
+from flextron.routing.token_calibration import score_routed
+from flextron.routing.token_router import TokenRouter
 from flextron.spec import SearchSpace, SubnetSpec
+from flextron.training.blocks import TokenBlocks
+from flextron.training.routers import JointRouting, RouterRecipe
+from flextron.training.token_recipe import TokenRouterRecipe
+from flextron.training.token_routing import train_token_router
 
 __all__ = ["ABLATIONS", "ROUTER_ABLATIONS", "Run", "ablation", "base", "flextron", "matformer", "minitron", "sortednet"]
 
@@ -77,36 +89,45 @@ def _elastic(
     return decoder, space
 
 
-def _routed(s: Setting, decoder: Decoder, space: SearchSpace) -> dict[float, SubnetSpec]:
-    """A heterogeneous sub-network for each size."""
-    return train_routers(
-        decoder, space, s.data.search_BT.to(s.device), s.budgets, seed=s.seed, effort=s.scale.num_candidates
-    )
+def _router(s: Setting, decoder: Decoder, space: SearchSpace) -> tuple[StaticRouter, dict[str, float]]:
+    """A static router for the frozen model, and how good its surrogate was."""
+    return train_router(decoder, space, s.data.search_BT.to(s.device), seed=s.seed, effort=s.scale.num_candidates)
 
 
 def _joint(
     s: Setting,
     name: str,
     decoder: Decoder,
-    space: SearchSpace,
-    specs: Mapping[float, SubnetSpec],
+    router: StaticRouter,
     work: Work,
+    *,
+    router_lr: float = 1e-3,
     **changes: Any,
 ) -> None:
-    """Flextron's last stage: the chosen sub-networks and the full one, finetuned together."""
+    """Flextron's last stage: model and router finetuned together, at the compared sizes and the full one."""
     rate = _HANDOVER * s.scale.elastic_lr
-    recipe = s.recipe(s.scale.joint_steps, **_ELASTIC | {"lr": rate, "warmup_fraction": 0.0} | changes)
-    trained = (space.full, *specs.values())
-    s.train(name, decoder, recipe, work, stage="joint", teacher=s.base(), space=space, specs=trained)
+    values = _ELASTIC | {"lr": rate, "router_lr": router_lr, "warmup_fraction": 0.0} | changes
+    table = LatencyTable.of_parameters(s.config, router.space)
+    routing = JointRouting(
+        router=router,
+        table=table,
+        recipe=RouterRecipe(seed=s.seed),
+        targets=(1.0, *(budget / table.full_ms for budget in s.budgets.values())),
+        full_probability=0.0,
+    )
+    recipe = s.recipe(s.scale.joint_steps, **values)
+    s.train(name, decoder, recipe, work, stage="joint", teacher=s.base(), space=router.space, routing=routing)
+    router.eval().requires_grad_(False)
 
 
 def flextron_elastic(s: Setting, name: str) -> Run:
-    """The elastic stage alone; what the last stage starts from."""
+    """The elastic stage and the router of the frozen model; what the last stage starts from."""
     work = Work()
     decoder, space = _elastic(s, name, s.scale.elastic_steps - s.scale.joint_steps, work)
-    specs = _routed(s, decoder, space)
-    facts = _facts(work, s.points(decoder, {1.0: space.full, **specs}), "Flextron, before joint finetuning")
-    return decoder, facts | {"space": space.to_dict()}
+    router, quality = _router(s, decoder, space)
+    points = s.points(decoder, {1.0: space.full, **routed_specs(decoder, router, s.budgets)})
+    facts = _facts(work, points, "Flextron, before joint finetuning")
+    return decoder, facts | {"space": space.to_dict(), "surrogate": quality, ROUTER: router.state_dict()}
 
 
 def flextron(s: Setting, name: str) -> Run:
@@ -115,10 +136,53 @@ def flextron(s: Setting, name: str) -> Run:
     work = Work(**{key: before[key] for key in ("tokens", "teacher_tokens", "seconds")})
     decoder = s.store.decoder("flextron-elastic", s.config).to(s.device)
     space = SearchSpace.from_dict(before["space"])
-    specs = {p["size"]: SubnetSpec.from_dict(p["spec"]) for p in before["points"] if p["size"] < 1}
-    _joint(s, name, decoder, space, specs, work)
-    facts = _facts(work, s.points(decoder, {1.0: space.full, **specs}), "Flextron")
-    return decoder, facts | {"space": space.to_dict()}
+    router = s.store.router("flextron-elastic", space).to(s.device)
+    _joint(s, name, decoder, router, work)
+    points = s.points(decoder, {1.0: space.full, **routed_specs(decoder, router, s.budgets)})
+    return decoder, _facts(work, points, "Flextron") | {"space": space.to_dict(), ROUTER: router.state_dict()}
+
+
+def no_surrogate(s: Setting, name: str) -> Run:
+    """The router learns by the model's gradients alone, in the joint stage, from random weights."""
+    before = s.store.result("flextron-elastic") or {}
+    work = Work(**{key: before[key] for key in ("tokens", "teacher_tokens", "seconds")})
+    decoder = s.store.decoder("flextron-elastic", s.config).to(s.device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(s.seed)
+        router = StaticRouter(SearchSpace.from_dict(before["space"])).to(s.device)
+    _joint(s, name, decoder, router, work, router_lr=1e-2)
+    size = s.scale.ablation_size
+    specs = routed_specs(decoder, router, s.budgets)
+    return decoder, _facts(work, s.points(decoder, {size: specs[size]}), "Flextron, no-surrogate")
+
+
+def token_router(s: Setting, name: str) -> Run:
+    """Tokens of the finished model routed by themselves, at the static sub-networks' average cost."""
+    before = s.store.result("flextron") or {}
+    decoder = s.store.decoder("flextron", s.config).to(s.device)
+    space = SearchSpace.from_dict(before["space"])
+    table = LatencyTable.of_parameters(s.config, space)
+    specs = {
+        table.predict(spec): spec for p in before["points"] if (spec := SubnetSpec.from_dict(p["spec"])) != space.full
+    }
+    recipe = TokenRouterRecipe(seed=s.seed, joint_steps=0)
+    num_blocks = recipe.heldout_blocks + -(-recipe.warm_tokens // s.scale.context)
+    blocks = TokenBlocks(tokens=s.data.train.tokens[-num_blocks:], seed=s.seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(s.seed)
+        router = TokenRouter.for_table(space, s.config.hidden_size, table).to(s.device)
+    started = time.monotonic()
+    train_token_router(decoder, decoder, router, table, specs, blocks, recipe)
+    work = Work(**{key: before[key] for key in ("tokens", "teacher_tokens", "seconds")})
+    work.teacher_tokens += recipe.warm_tokens * recipe.num_draws * len(specs)
+    work.seconds += time.monotonic() - started
+    points = s.points(decoder, {p["size"]: SubnetSpec.from_dict(p["spec"]) for p in before["points"] if p["size"] < 1})
+    for point in points:
+        spec = SubnetSpec.from_dict(point["spec"])
+        target = table.predict(spec)
+        score = score_routed(decoder, s.data.validation_BT, spec, router.at(target), table)
+        point |= {"static_loss": point["loss"], "loss": score.loss, "cost_over_static": score.cost.fraction / target}
+    return decoder, _facts(work, points, "Flextron, token router")
 
 
 def matformer(s: Setting, name: str) -> Run:
@@ -146,7 +210,9 @@ def sortednet(s: Setting, name: str) -> Run:
         **_LANGUAGE_MODELLING,
     )
     s.train(name, decoder, recipe, work, space=space)
-    return decoder, _facts(work, s.points(decoder, {1.0: space.full, **_routed(s, decoder, space)}), "SortedNet-type")
+    windows_BT = s.data.search_BT.to(s.device)
+    specs = search_specs(decoder, space, windows_BT, s.budgets, seed=s.seed, effort=s.scale.num_candidates)
+    return decoder, _facts(work, s.points(decoder, {1.0: space.full, **specs}), "SortedNet-type")
 
 
 def minitron(s: Setting, name: str, size: float, fraction: float = 1.0) -> Run:
@@ -183,11 +249,19 @@ def _variation(
         handover=_HANDOVER if joint else 0.01,
         **changes,
     )
-    specs = choose_uniform(decoder, space, s.budgets) if uniform else _routed(s, decoder, space)
+    if uniform:
+        # a uniform model has nothing to route; its sizes are finetuned as they are
+        specs = choose_uniform(decoder, space, s.budgets)
+        rate = _HANDOVER * s.scale.elastic_lr
+        recipe = s.recipe(s.scale.joint_steps, **_ELASTIC | {"lr": rate, "warmup_fraction": 0.0})
+        trained = (space.full, *specs.values())
+        s.train(name, decoder, recipe, work, stage="joint", teacher=s.base(), space=space, specs=trained)
+        return decoder, specs, work
+    router, _ = _router(s, decoder, space)
     if joint:
         losses = {key: value for key, value in changes.items() if key.endswith("_weight")}
-        _joint(s, name, decoder, space, specs, work, **losses)
-    return decoder, specs, work
+        _joint(s, name, decoder, router, work, **losses)
+    return decoder, routed_specs(decoder, router, s.budgets), work
 
 
 ABLATIONS: Mapping[str, Mapping[str, Any]] = {
@@ -197,8 +271,11 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "no-joint": {"joint": False},
 }
 """What `_variation` is called with."""
-ROUTER_ABLATIONS: Mapping[str, Callable[[Setting, str], Run]] = {}
-"""ROUTER HOOK: `no-surrogate` (direct gradients) and `token-router` (against the static one) belong here."""
+ROUTER_ABLATIONS: Mapping[str, Callable[[Setting, str], Run]] = {
+    "no-surrogate": no_surrogate,
+    "token-router": token_router,
+}
+"""Those that start from Flextron's own stages."""
 
 
 def ablation(s: Setting, name: str) -> Run:

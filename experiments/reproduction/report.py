@@ -21,7 +21,7 @@ from experiments.reproduction.scales import ELASTIC_FRACTION
 from experiments.reproduction.setting import Setting
 from flextron.cli.console import message
 from flextron.files import read_json, write_json
-from flextron.routing.latency import decode_latencies_ms
+from flextron.routing.latency import step_latencies_ms
 from flextron.spec import SubnetSpec
 
 __all__ = ["claims", "rows", "write_report"]
@@ -51,7 +51,7 @@ def _latencies(s: Setting, specs: Sequence[SubnetSpec]) -> dict[SubnetSpec, floa
     known = {SubnetSpec.from_dict(spec): float(ms) for spec, ms in stored}
     if not known.keys() >= set(specs):
         context = min(128, s.scale.context - 1)
-        times = decode_latencies_ms(s.base(), specs, context=context, repeats=s.scale.latency_repeats)
+        times = step_latencies_ms(s.base(), specs, context=context, repeats=s.scale.latency_repeats)
         known = dict(zip(specs, times, strict=True))
         write_json(path, [[spec.to_dict(), ms] for spec, ms in known.items()])
     return known

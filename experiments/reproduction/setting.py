@@ -25,7 +25,7 @@ from flextron.model.scoring import mean_loss
 from flextron.spec import SearchSpace, SubnetSpec
 from flextron.training.blocks import TokenBlocks
 from flextron.training.recipe import TrainRecipe
-from flextron.training.trainer import train
+from flextron.training.trainer import RouterSampler, train
 
 __all__ = ["Setting", "Work"]
 
@@ -153,6 +153,7 @@ class Setting:
         teacher: Decoder | None = None,
         space: SearchSpace | None = None,
         specs: Sequence[SubnetSpec] = (),
+        routing: RouterSampler | None = None,
     ) -> None:
         """Train in place, and add what it took to `work`."""
         with progress(f"{self.family}-{self.seed} {name}") as step:
@@ -163,6 +164,7 @@ class Setting:
                 self.blocks,
                 recipe,
                 specs=specs,
+                routing=routing,
                 run_directory=self.store.state(name, stage),
                 identity=self.store.identity,
                 on_step=step,

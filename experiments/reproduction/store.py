@@ -15,9 +15,13 @@ from flextron.errors import FlextronError
 from flextron.files import new_directory, read_json, write_json
 from flextron.model.config import DecoderConfig
 from flextron.model.decoder import Decoder
-from flextron.spec import SubnetSpec
+from flextron.routing.routers import StaticRouter
+from flextron.spec import SearchSpace, SubnetSpec
 
-__all__ = ["Store"]
+__all__ = ["ROUTER", "Store"]
+
+ROUTER = "router"
+"""Fact of a run that holds its router's tensors."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,15 +55,24 @@ class Store:
         if found is not None:
             return found
         decoder, facts = run()
+        routers = facts.pop(ROUTER, {})
         record = {"name": name, **facts, "widths": decoder.widths.to_dict(), "identity": self.identity}
         with new_directory(self.path / name) as temporary:
             save_file(
                 {n: p.detach().cpu().contiguous() for n, p in decoder.named_parameters()},
                 temporary / "model.safetensors",
             )
+            if routers:
+                save_file(
+                    {n: t.detach().cpu().contiguous() for n, t in routers.items()}, temporary / "router.safetensors"
+                )
             write_json(temporary / "result.json", record)
         shutil.rmtree(self.path / f"{name}.run", ignore_errors=True)
         return record
+
+    def router(self, name: str, space: SearchSpace) -> StaticRouter:
+        """A finished run's static router."""
+        return StaticRouter.from_tensors(space, load_file(self.path / name / "router.safetensors"))
 
     def decoder(self, name: str, config: DecoderConfig) -> Decoder:
         """A finished run's model, frozen, on the CPU."""
