@@ -14,8 +14,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import flextron
 from experiments.reproduction import methods, plan
 from experiments.reproduction.__main__ import main, reproduce, settings
+from experiments.reproduction.asset import write_asset
 from experiments.reproduction.choosing import choose
 from experiments.reproduction.data import prepare, split_of
 from experiments.reproduction.models import Shape, fresh_decoder, hf_config
@@ -261,3 +263,21 @@ def test_the_smoke_scale_runs_end_to_end(tmp_path: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("model.safetensors")}
     reproduce(SCALES["smoke"], str(text), tmp_path / "out")
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("model.safetensors")}
+
+
+@pytest.mark.slow
+def test_the_asset_is_an_elastic_checkpoint_with_the_losses_on_its_card(tmp_path: Path) -> None:
+    s = tiny_setting(tmp_path)
+    with pytest.raises(FlextronError, match="no finished run"):
+        write_asset(TINY, tmp_path, tmp_path / "asset", text="words")
+    wanted = [job for job in plan.jobs(s) if job.name in ("base", "flextron-elastic", "flextron")]
+    for job in wanted:
+        s.store.once(job.name, lambda job=job: job.run(s, job.name))  # type: ignore[misc]
+    write_asset(TINY, tmp_path, tmp_path / "asset", text="words")
+    model = flextron.load(tmp_path / "asset")
+    card = (tmp_path / "asset" / "README.md").read_text()
+    assert "words" in card
+    assert str(tmp_path) not in card + (tmp_path / "asset" / "elastic.json").read_text()
+    for point in model.info.recipe["points"]:
+        loss = mean_loss(model.decoder.cpu(), s.data.validation_BT, SubnetSpec.from_dict(point["spec"]))
+        assert f"{loss:.4f}" in card
