@@ -61,7 +61,15 @@ def write_asset(scale: Scale, source: Path, target: Path, *, text: str, overwrit
         provenance=provenance("experiments.reproduction", scale=scale.name, text=text),
         recipe={"num_tokens": record["tokens"], "seconds": record["seconds"], "points": measured},
     )
-    model = ElasticModel(decoder.to(torch.bfloat16), data.tokenizer, setting.hf_config, info, {})
+    model = ElasticModel(
+        decoder.to(torch.bfloat16),
+        data.tokenizer,
+        setting.hf_config,
+        info,
+        {},
+        router=setting.store.router(_RUN, info.space),
+        token_router=setting.store.token_router("ablation-token-router"),
+    )
     with new_directory(target, overwrite=overwrite) as temporary:
         model.save(temporary / "model")
         size = sum(f.stat().st_size for f in (temporary / "model").rglob("*") if f.is_file())

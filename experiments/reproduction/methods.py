@@ -182,7 +182,8 @@ def token_router(s: Setting, name: str) -> Run:
         target = table.predict(spec)
         score = score_routed(decoder, s.data.validation_BT, spec, router.at(target), table)
         point |= {"static_loss": point["loss"], "loss": score.loss, "cost_over_static": score.cost.fraction / target}
-    return decoder, _facts(work, points, "Flextron, token router")
+    facts = _facts(work, points, "Flextron, token router")
+    return decoder, facts | {"token_router": router.to_dict(), ROUTER: router.state_dict()}
 
 
 def matformer(s: Setting, name: str) -> Run:

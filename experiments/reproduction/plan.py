@@ -32,7 +32,6 @@ def jobs(s: Setting) -> list[Job]:
     joint = s.scale.joint_fraction
     return [
         Job("base", 1.0, methods.base),
-        *(Job(f"variant-{size:g}", 0.3 + 0.7 * size, partial(_variant, size=size)) for size in sizes),
         Job("flextron-elastic", 1.3 * post * (1 - joint), methods.flextron_elastic),
         Job("flextron", 1.3 * post * joint, methods.flextron),
         Job("matformer", post, methods.matformer),
@@ -42,6 +41,7 @@ def jobs(s: Setting) -> list[Job]:
             Job(f"minitron-shared-{size:g}", 0.4 * post, partial(_minitron, size=size, fraction=1 / len(sizes)))
             for size in sizes
         ),
+        *(Job(f"variant-{size:g}", 0.3 + 0.7 * size, partial(_variant, size=size)) for size in sizes),
         *(Job(f"ablation-{name}", 1.3 * post, methods.ablation) for name in ABLATIONS),
         *(Job(f"ablation-{name}", 1.3 * post, run) for name, run in ROUTER_ABLATIONS.items()),
     ]

@@ -16,6 +16,7 @@ from flextron.files import new_directory, read_json, write_json
 from flextron.model.config import DecoderConfig
 from flextron.model.decoder import Decoder
 from flextron.routing.routers import StaticRouter
+from flextron.routing.token_router import TokenRouter
 from flextron.spec import SearchSpace, SubnetSpec
 
 __all__ = ["ROUTER", "Store"]
@@ -73,6 +74,13 @@ class Store:
     def router(self, name: str, space: SearchSpace) -> StaticRouter:
         """A finished run's static router."""
         return StaticRouter.from_tensors(space, load_file(self.path / name / "router.safetensors"))
+
+    def token_router(self, name: str) -> TokenRouter | None:
+        """A finished run's token router; None if it has not finished."""
+        record = self.result(name)
+        if record is None:
+            return None
+        return TokenRouter.from_dict(record["token_router"], load_file(self.path / name / "router.safetensors"))
 
     def decoder(self, name: str, config: DecoderConfig) -> Decoder:
         """A finished run's model, frozen, on the CPU."""

@@ -233,7 +233,8 @@ def test_every_method_takes_the_same_tokens_from_the_same_base(tmp_path: Path) -
             if point["size"] < 1:
                 decoder = s.store.decoder(job.name, s.config)
                 loss = mean_loss(decoder, s.data.validation_BT, SubnetSpec.from_dict(point["spec"]))
-                assert loss == pytest.approx(point["loss"], rel=1e-5), "the weights are those that were scored"
+                static = point.get("static_loss", point["loss"])  # tokens routed by themselves lose something else
+                assert loss == pytest.approx(static, rel=1e-5), "the weights are those that were scored"
     ended = {name: n for name, n in tokens.items() if name.startswith(("base", "variant"))}
     assert set(ended.values()) == {TINY.tokens // 256 * 256}
     del tokens["flextron-elastic"]
