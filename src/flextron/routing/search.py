@@ -9,7 +9,7 @@ Lagrangian, see `Allocator`) and mutations of the best sub-networks found (evolu
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -139,6 +139,7 @@ def search_frontier(
     validation_BT: Tensor,
     text: str,
     settings: SearchSettings | None = None,
+    candidates: Sequence[SubnetSpec] = (),
     on_progress: OnProgress | None = None,
 ) -> Frontier:
     """Measure a frontier of loss over latency.
@@ -151,16 +152,18 @@ def search_frontier(
         validation_BT: sequences on which losses are measured.
         text: name of the validation text, for the record.
         settings: targets and effort.
+        candidates: sub-networks to measure before the search, such as those that were trained.
         on_progress: called with sub-networks measured and to be measured.
     """
     settings = settings or SearchSettings()
     per_round = len(settings.targets)
-    budget = settings.num_uniform + 2 + per_round * (settings.rounds + settings.mutations)
+    budget = settings.num_uniform + 2 + len(candidates) + per_round * (settings.rounds + settings.mutations)
     sensitivity = measure_sensitivity(decoder, calibration_BT, space, seed=settings.seed)
     search = _Search(decoder, space, table, sensitivity, validation_BT, budget, on_progress)
     for spec in [space.full, *uniform_specs(space, settings.num_uniform)]:
         search.measure(spec, "uniform")
-    search.measure(space.smallest, "guided")
+    for spec in (space.smallest, *candidates):
+        search.measure(spec, "guided")
     for _ in range(settings.rounds):
         for target in settings.targets:
             search.measure(search.propose(target), "guided")

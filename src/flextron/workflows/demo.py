@@ -93,7 +93,14 @@ class _Demo:
             return drop_overlaps(documents(self.settings.data, training_text), topics), search, test
         return drop_overlaps(topics[::2], search + test) + list(training_text()), search, test
 
-    def measure(self, model: ElasticModel, search: list[str], test: list[str]) -> dict[str, Any]:
+    def chosen(self) -> list[SubnetSpec]:
+        """The sub-networks that the untrained model's frontier gave for the targets, the largest first."""
+        targets = sorted(self.facts["before"]["targets"].items(), key=lambda item: -float(item[0]))
+        return [SubnetSpec.from_dict(point["spec"]) for _, point in targets]
+
+    def measure(
+        self, model: ElasticModel, search: list[str], test: list[str], candidates: Sequence[SubnetSpec] = ()
+    ) -> dict[str, Any]:
         """Profile, choose a sub-network for every target, evaluate the chosen on the test text."""
         stage = self.settings.profile
         with self.progress("measuring latencies") as measure, self.progress("searching the frontier") as searching:
@@ -102,6 +109,7 @@ class _Demo:
                 settings=SearchSettings(
                     targets=_search_targets(self.settings.targets), rounds=stage.rounds, mutations=stage.mutations
                 ),
+                candidates=candidates,
                 num_tokens=stage.num_tokens,
                 batch_size=stage.batch_size,
                 decode_context=stage.decode_context,
@@ -175,8 +183,10 @@ def run_demo(settings: DemoSettings, progress: Progress) -> dict[str, Any]:
         if "tokens" not in facts:
             demo.remember(tokens=_training_tokens(model, settings.train, settings.minutes))
         recipe = settings.train.model_copy(update={"tokens": facts["tokens"]})
-        train_in_place(model, demo.elastic, training, recipe, progress)
-    demo.remember(after=demo.measure(model, search, test))
+        # minutes are too few for all sub-networks: those that will be asked for, and the widest of them twice as often
+        chosen = demo.chosen()
+        train_in_place(model, demo.elastic, training, recipe, progress, specs=[*chosen, *chosen[1:2]])
+    demo.remember(after=demo.measure(model, search, test, demo.chosen()))
     model.save_profile(demo.elastic)
     _report(demo, model, training, test)
     return demo.facts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from flextron.api import ElasticModel, Texts, convert, load
 from flextron.errors import FlextronError
 from flextron.routing import SearchSettings
+from flextron.spec import SubnetSpec
 from flextron.training.recipe import TrainRecipe
 from flextron.training.trainer import TrainResult
 
@@ -147,11 +148,12 @@ def train_in_place(
     progress: Progress,
     *,
     teacher: str | None = None,
+    specs: Sequence[SubnetSpec] = (),
 ) -> TrainResult:
     """Train a model that lies in a directory and replace it there; its state lies in `<directory>.run` meanwhile."""
     run_directory = directory.with_name(directory.name + ".run")
     with progress("training") as step:
-        result = model.train(text, recipe, teacher=teacher, run_directory=run_directory, on_step=step)
+        result = model.train(text, recipe, teacher=teacher, specs=specs, run_directory=run_directory, on_step=step)
     if PartialState().is_main_process:
         model.save(directory, overwrite=True)
         shutil.rmtree(run_directory)
