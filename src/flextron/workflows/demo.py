@@ -51,7 +51,7 @@ class DemoSettings:
     """Latency fractions to ask for."""
     minutes: float = 5.5
     """Of training, by a first estimate of the machine's speed."""
-    train: TrainRecipe = field(default_factory=lambda: TrainRecipe(batch_size=4, micro_batch_size=4))
+    train: TrainRecipe = field(default_factory=lambda: TrainRecipe(batch_size=2, micro_batch_size=2, lr=5e-4))
     """All but the number of tokens, which follows from the minutes."""
     eval_tokens: int = 6144
     profile: ProfileStage = field(default_factory=lambda: ProfileStage(num_tokens=1536, rounds=2, mutations=0))
