@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,13 +13,14 @@ from transformers import PreTrainedTokenizerBase
 
 from flextron.api.dense import DenseModel, Generates
 from flextron.api.routing import TOKEN_TARGETS, OnProgress, route, route_tokens
-from flextron.api.texts import Texts, documents, evaluation_text, needed, source_name, training_text, windows
+from flextron.api.texts import Texts, documents, evaluation_text, source_name, windows
+from flextron.api.training import train_model
 from flextron.elastic import ElasticInfo, extract, write_elastic
 from flextron.elastic.checkpoint import write_tensors
 from flextron.errors import FlextronError
 from flextron.evals import Perplexity, evaluate_perplexity
 from flextron.files import write_json
-from flextron.model.checkpoint import check_stock, load_decoder, open_pretrained
+from flextron.model.checkpoint import check_stock
 from flextron.model.cost import num_parameters
 from flextron.model.decoder import Decoder
 from flextron.model.generation import SamplingParams
@@ -38,12 +37,11 @@ from flextron.routing import (
 from flextron.routing.latency import Phase
 from flextron.routing.token_router import PricedRouter, TokenRouter
 from flextron.spec import SearchSpace, SubnetSpec, Target
-from flextron.training.blocks import TokenBlocks, pack_tokens
 from flextron.training.recipe import TrainRecipe
-from flextron.training.routers import JointRouting, RouterRecipe, RouterResult
+from flextron.training.routers import RouterRecipe, RouterResult
 from flextron.training.token_recipe import TokenRouterRecipe
 from flextron.training.token_routing import TokenRouterResult
-from flextron.training.trainer import OnStep, TrainResult, train
+from flextron.training.trainer import OnStep, TrainResult
 
 __all__ = ["ROUTERS_FILE", "TOKEN_ROUTER_FILE", "ElasticModel"]
 
@@ -136,7 +134,9 @@ class ElasticModel(Generates):
         run_directory: str | Path | None = None,
         on_step: OnStep | None = None,
     ) -> TrainResult:
-        """Train the sub-networks against the frozen full model; a frontier from before no longer holds and is dropped.
+        """Train the sub-networks against the frozen full model.
+
+        A frontier and a token router from before no longer hold and are dropped; latency tables stay.
 
         Args:
             text: documents, or a file, directory or `datasets` id; by default text that is on this machine.
@@ -151,56 +151,15 @@ class ElasticModel(Generates):
             FlextronError: the text is too short, the recipe does not fit, there is no router to train along, or the run
                 directory holds another run.
         """
-        recipe = recipe or TrainRecipe()
-        routing = self._joint_routing(recipe) if with_router else None
-        source = source_name(text, "docstrings on this machine")
-        blocks, digest = self._training_blocks(text, recipe, None if run_directory is None else Path(run_directory))
-        frozen = copy.deepcopy(self.decoder) if teacher is None else load_decoder(open_pretrained(teacher))
-        ours, theirs = self.decoder.config, frozen.config
-        if (ours.vocab_size, ours.hidden_size) != (theirs.vocab_size, theirs.hidden_size):
-            raise FlextronError("teacher and student differ in vocabulary or hidden size; choose a model of its kind")
-        result = train(
-            self.decoder,
-            frozen,
-            self.space,
-            blocks,
-            recipe,
+        return train_model(
+            self,
+            text,
+            recipe or TrainRecipe(),
+            teacher=teacher,
             specs=specs,
-            routing=routing,
+            with_router=with_router,
             run_directory=None if run_directory is None else Path(run_directory),
-            identity={
-                "text": source,
-                "model": self.info.provenance.get("source"),
-                "teacher": None if teacher is None else str(teacher),
-                "tokens": digest,
-                "start": self.info.recipe.get("num_tokens", 0),
-                "specs": [spec.to_dict() for spec in specs],
-                "with_router": with_router,
-            },
             on_step=on_step,
-        )
-        facts = {
-            "train": recipe.model_dump(mode="json"),
-            "text": source,
-            "num_steps": result.num_steps,
-            "num_tokens": self.info.recipe.get("num_tokens", 0) + result.num_tokens,
-            "tokens_per_second": round(result.tokens_per_second, 1),
-        }
-        self.info = replace(self.info, recipe=facts)
-        if self.router is not None:
-            self.router.eval().requires_grad_(False)
-        self.frontier = None  # latencies depend on widths, not on weights, and still hold
-        return result
-
-    def _joint_routing(self, recipe: TrainRecipe) -> JointRouting:
-        """The router, with the costs of this device."""
-        if self.router is None:
-            raise FlextronError("the model has no router yet; run model.route() (flextron route) first")
-        return JointRouting(
-            router=self.router,
-            table=self.measure_latencies(),
-            recipe=RouterRecipe(seed=recipe.seed),
-            full_probability=recipe.full_probability,
         )
 
     def evaluate(
@@ -213,23 +172,6 @@ class ElasticModel(Generates):
     def num_parameters(self, spec: SubnetSpec | None = None) -> int:
         """Parameters of a sub-network (the full one by default), embeddings included."""
         return num_parameters(self.decoder.config, spec or self.space.full)
-
-    def _training_blocks(self, text: Texts, recipe: TrainRecipe, run_directory: Path | None) -> tuple[TokenBlocks, str]:
-        """The packed text and a name for it; kept in the run directory, so that a resumed run sees the same."""
-        texts = text if text is None or isinstance(text, str) else list(text)
-        wanted = repr((texts, recipe.tokens, recipe.context)).encode()
-        digest = hashlib.sha256(wanted).hexdigest()[:16]
-        stored = None if run_directory is None else run_directory / f"tokens-{digest}.npy"
-        if stored is not None and stored.exists():
-            return TokenBlocks.load(stored, seed=recipe.seed), digest
-        tokens = pack_tokens(
-            documents(texts, training_text), needed(self.tokenizer), num_tokens=recipe.tokens, context=recipe.context
-        )
-        blocks = TokenBlocks.from_tokens(tokens, context=recipe.context, seed=recipe.seed)
-        if stored is not None:
-            stored.parent.mkdir(parents=True, exist_ok=True)
-            blocks.save(stored)
-        return blocks, digest
 
     def profile(
         self,

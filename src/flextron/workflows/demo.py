@@ -103,11 +103,13 @@ class _Demo:
     ) -> dict[str, Any]:
         """Profile, choose a sub-network for every target, evaluate the chosen on the test text."""
         stage = self.settings.profile
+        # what was trained is measured in any case, so that one round of proposals is enough
+        rounds = 1 if candidates else stage.rounds
         with self.progress("measuring latencies") as measure, self.progress("searching the frontier") as searching:
             frontier = model.profile(
                 search,
                 settings=SearchSettings(
-                    targets=_search_targets(self.settings.targets), rounds=stage.rounds, mutations=stage.mutations
+                    targets=_search_targets(self.settings.targets), rounds=rounds, mutations=stage.mutations
                 ),
                 candidates=candidates,
                 num_tokens=stage.num_tokens,

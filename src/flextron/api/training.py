@@ -1,0 +1,119 @@
+"""Training an elastic model in place: what `ElasticModel.train` does."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flextron.api.texts import Texts, documents, needed, source_name, training_text
+from flextron.errors import FlextronError
+from flextron.model.checkpoint import load_decoder, open_pretrained
+from flextron.model.decoder import Decoder
+from flextron.spec import SubnetSpec
+from flextron.training.blocks import TokenBlocks, pack_tokens
+from flextron.training.recipe import TrainRecipe
+from flextron.training.routers import JointRouting, RouterRecipe
+from flextron.training.trainer import OnStep, TrainResult, train
+
+if TYPE_CHECKING:
+    from flextron.api.model import ElasticModel
+
+__all__ = ["train_model"]
+
+
+def train_model(
+    model: ElasticModel,
+    text: Texts,
+    recipe: TrainRecipe,
+    *,
+    teacher: str | Path | None,
+    specs: Sequence[SubnetSpec],
+    with_router: bool,
+    run_directory: Path | None,
+    on_step: OnStep | None,
+) -> TrainResult:
+    """See `ElasticModel.train`."""
+    routing = _joint_routing(model, recipe) if with_router else None
+    source = source_name(text, "docstrings on this machine")
+    blocks, digest = _training_blocks(model, text, recipe, run_directory)
+    before = model.info.recipe.get("num_tokens", 0)
+    result = train(
+        model.decoder,
+        _teacher(model, teacher),
+        model.space,
+        blocks,
+        recipe,
+        specs=specs,
+        routing=routing,
+        run_directory=run_directory,
+        identity={
+            "text": source,
+            "model": model.info.provenance.get("source"),
+            "teacher": None if teacher is None else str(teacher),
+            "tokens": digest,
+            "start": before,
+            "specs": [spec.to_dict() for spec in specs],
+            "with_router": with_router,
+        },
+        on_step=on_step,
+    )
+    facts = {
+        "train": recipe.model_dump(mode="json"),
+        "text": source,
+        "num_steps": result.num_steps,
+        "num_tokens": before + result.num_tokens,
+        "tokens_per_second": round(result.tokens_per_second, 1),
+    }
+    model.info = replace(model.info, recipe=facts)
+    if model.router is not None:
+        model.router.eval().requires_grad_(False)
+    # both hold for the weights of before; latencies depend on widths alone
+    model.frontier = model.token_router = None
+    return result
+
+
+def _teacher(model: ElasticModel, source: str | Path | None) -> Decoder:
+    """A frozen copy of the model, or another of its kind."""
+    if source is None:
+        return copy.deepcopy(model.decoder)
+    teacher = load_decoder(open_pretrained(source))
+    ours, theirs = model.decoder.config, teacher.config
+    if (ours.vocab_size, ours.hidden_size) != (theirs.vocab_size, theirs.hidden_size):
+        raise FlextronError("teacher and student differ in vocabulary or hidden size; choose a model of its kind")
+    return teacher
+
+
+def _joint_routing(model: ElasticModel, recipe: TrainRecipe) -> JointRouting:
+    """The router, with the costs of this device."""
+    if model.router is None:
+        raise FlextronError("the model has no router yet; run model.route() (flextron route) first")
+    return JointRouting(
+        router=model.router,
+        table=model.measure_latencies(),
+        recipe=RouterRecipe(seed=recipe.seed),
+        full_probability=recipe.full_probability,
+    )
+
+
+def _training_blocks(
+    model: ElasticModel, text: Texts, recipe: TrainRecipe, run_directory: Path | None
+) -> tuple[TokenBlocks, str]:
+    """The packed text and a name for it; kept in the run directory, so that a resumed run sees the same."""
+    texts = text if text is None or isinstance(text, str) else list(text)
+    wanted = repr((texts, recipe.tokens, recipe.context)).encode()
+    digest = hashlib.sha256(wanted).hexdigest()[:16]
+    stored = None if run_directory is None else run_directory / f"tokens-{digest}.npy"
+    if stored is not None and stored.exists():
+        return TokenBlocks.load(stored, seed=recipe.seed), digest
+    tokens = pack_tokens(
+        documents(texts, training_text), needed(model.tokenizer), num_tokens=recipe.tokens, context=recipe.context
+    )
+    blocks = TokenBlocks.from_tokens(tokens, context=recipe.context, seed=recipe.seed)
+    if stored is not None:
+        stored.parent.mkdir(parents=True, exist_ok=True)
+        blocks.save(stored)
+    return blocks, digest
