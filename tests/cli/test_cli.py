@@ -121,6 +121,27 @@ def test_every_verb_prints_json_alone(run: Any, made: Places, tmp_path: Path) ->
     assert evaluated[0]["tokens"] == reference.num_tokens
 
 
+def test_routes_are_trained_compared_drawn_and_used(
+    run: Any, made: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latency_module, "step_latencies_ms", synthetic_latencies)
+    elastic = tmp_path / "elastic"
+    shutil.copytree(made.profiled, elastic)
+    assert_refused(run("train", elastic, "--data", made.text, *TRAIN, "--with-router"), "flextron route")
+    options = ("--text", made.text, "--num-tokens", 256, "--num-measured", 8, "--frontier", tmp_path / "picture")
+    rows = json.loads(run("route", elastic, *options, "--json").out)
+    assert rows[0]["latency"] == 0.9
+    assert rows[0]["router"] > 0
+    compared = json.loads((tmp_path / "picture" / "frontier.json").read_text())
+    kinds = {p["kind"]: p["loss"] for p in compared["points"] if p["latency"] <= 0.9}
+    assert {"router", "random"} <= set(kinds)
+    assert (tmp_path / "picture" / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "elastic.route").exists()
+    assert api.load(elastic).router is not None
+    trained = run("train", elastic, "--data", made.text, *TRAIN, "--with-router", "--json")
+    assert json.loads(trained.out)["tokens"] == 128
+
+
 def test_people_get_tables_on_stdout(run: Any, made: Places) -> None:
     outcome = run("info", made.profiled)
     assert outcome.code == 0
@@ -142,7 +163,7 @@ def test_targets_reach_the_evaluation(run: Any, made: Places) -> None:
 def test_help_names_every_verb(run: Any) -> None:
     outcome = run("--help")
     assert outcome.code == 0
-    for verb in ("demo", "convert", "train", "profile", "elastify", "info", "generate", "eval"):
+    for verb in ("demo", "convert", "train", "profile", "route", "elastify", "info", "generate", "eval"):
         assert verb in outcome.out
 
 
@@ -238,6 +259,10 @@ def test_text_that_is_short_missing_or_unreadable(run: Any, made: Places, tmp_pa
         (["--params", "5"], "params=5"),
         (["--latency-ms", "-1"], "latency_ms"),
         (["--latency", "0.9", "--params", "10000"], "exactly one"),
+        (["--memory-gb", "1e-9"], "no sub-network reaches memory_gb=1e-09"),
+        (["--memory-gb", "1", "--context", "0"], "context"),
+        (["--latency", "0.9", "--router", "token"], "no token router yet"),
+        (["--latency", "0.9", "--router", "magic"], "no router 'magic'"),
     ],
 )
 def test_impossible_targets(run: Any, made: Places, target: list[str], named: str) -> None:

@@ -26,6 +26,9 @@ def train(
     precision: Annotated[str | None, typer.Option(help="fp32 or bf16.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of data order and sub-networks.")] = None,
     teacher: Annotated[str | None, typer.Option(help="Checkpoint to learn from; default: the model itself.")] = None,
+    with_router: Annotated[
+        bool, typer.Option("--with-router", help="Let the router draw the sub-networks, and train it along.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train all sub-networks against the frozen full model; goes on after a kill."""
@@ -39,7 +42,9 @@ def train(
         "seed": seed,
     }
     recipe = validate(TrainRecipe, {k: v for k, v in given.items() if v is not None}, "train")
-    result = train_in_place(api.load(directory), directory, data, recipe, progress, teacher=teacher)
+    result = train_in_place(
+        api.load(directory), directory, data, recipe, progress, teacher=teacher, with_router=with_router
+    )
     row = {
         "steps": result.num_steps,
         "tokens": result.num_tokens,

@@ -24,7 +24,7 @@ from flextron.model.layers import MLP, Layer, SelfAttention, rotary_tables
 __all__ = ["Importance", "Method", "rank"]
 
 Method = Literal["activation", "reconstruction"]
-_CHUNK_SEQUENCES = 2
+_CHUNK_SEQUENCES = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

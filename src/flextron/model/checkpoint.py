@@ -99,7 +99,10 @@ def _stream(shards: list[Path]) -> Iterator[tuple[str, Tensor]]:
     for shard in shards:
         try:
             with safe_open(shard, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - the file is no mapping
+                names = list(file.keys())
+            for name in names:
+                # opened for each tensor: what was read of a mapped file stays in memory while it is open
+                with safe_open(shard, framework="pt") as file:
                     yield name, file.get_tensor(name)
         except SafetensorError as error:
             raise FlextronError(f"{shard} is corrupt or truncated ({error}); download it again") from error

@@ -149,11 +149,20 @@ def train_in_place(
     *,
     teacher: str | None = None,
     specs: Sequence[SubnetSpec] = (),
+    with_router: bool = False,
 ) -> TrainResult:
     """Train a model that lies in a directory and replace it there; its state lies in `<directory>.run` meanwhile."""
     run_directory = directory.with_name(directory.name + ".run")
     with progress("training") as step:
-        result = model.train(text, recipe, teacher=teacher, specs=specs, run_directory=run_directory, on_step=step)
+        result = model.train(
+            text,
+            recipe,
+            teacher=teacher,
+            specs=specs,
+            with_router=with_router,
+            run_directory=run_directory,
+            on_step=step,
+        )
     if PartialState().is_main_process:
         model.save(directory, overwrite=True)
         shutil.rmtree(run_directory)
