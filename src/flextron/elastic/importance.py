@@ -19,12 +19,13 @@ from torch import Tensor
 from flextron.model.attention import CausalAttention
 from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
-from flextron.model.layers import MLP, Layer, SelfAttention, rotary_tables
+from flextron.model.layers import Contraction, Layer, SelfAttention, rotary_tables
 
 __all__ = ["Importance", "Method", "rank"]
 
 Method = Literal["activation", "reconstruction"]
 _CHUNK_SEQUENCES = 1
+_CHUNK_ROWS = 256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,26 +68,35 @@ def removal_order(quadratic_UU: Tensor) -> Tensor:
 
 
 class _MLPScore:
-    """Statistics of the down projection's input."""
+    """Statistics of the down projection's input; one object serves the layers in turn.
 
-    def __init__(self, mlp: MLP, method: Method) -> None:
-        width = len(mlp.down.weight)
-        self._mlp = mlp
+    Its matrix is the largest block of ranking. Allocated anew for each layer, it often would not fit into what the
+    last one left behind, and the heap would grow.
+    """
+
+    def __init__(self, width: int, method: Method, device: torch.device) -> None:
         self._sum = torch.zeros(width, dtype=torch.float64)
         self._gram: Tensor | None = None
         if method == "reconstruction":
-            self._gram = torch.zeros(width, width, device=mlp.down.weight.device)
+            self._gram = torch.zeros(width, width, device=device)
 
     def add(self, h_NF: Tensor) -> None:
         self._sum += h_NF.abs().sum(0, dtype=torch.float32).double().cpu()
         if self._gram is not None:
             self._gram.addmm_(h_NF.t().float(), h_NF.float())
 
-    def order(self) -> Tensor:
+    def take_order(self, down: Contraction) -> Tensor:
+        """The order for what was added, which is forgotten."""
         if self._gram is None:
-            return self._sum.argsort(descending=True)
-        w_FD = self._mlp.down.weight.float()
-        return removal_order((w_FD @ w_FD.t()).mul_(self._gram).cpu()).flip(0)
+            order = self._sum.argsort(descending=True)
+        else:
+            w_FD = down.weight.float()
+            for gram, rows in zip(self._gram.split(_CHUNK_ROWS), w_FD.split(_CHUNK_ROWS), strict=True):
+                gram.mul_(rows @ w_FD.t())
+            order = removal_order(self._gram.cpu()).flip(0)
+            self._gram.zero_()
+        self._sum.zero_()
+        return order
 
 
 class _GroupScore:
@@ -123,10 +133,11 @@ def rank(decoder: Decoder, tokens_BT: Tensor, method: Method = "reconstruction")
     """
     chunks = [Batch.padded(c.to(decoder.device), decoder.widths) for c in tokens_BT.split(_CHUNK_SEQUENCES)]
     hidden = [decoder.embed(batch) for batch in chunks]
+    mlp_score = _MLPScore(decoder.config.intermediate_size, method, decoder.device)
     neurons, groups, scores = [], [], []
     for i, layer in enumerate(decoder.layers):
         assert isinstance(layer, Layer)
-        order_neurons, order_groups, score = _rank_layer(decoder, i, layer, chunks, hidden, method)
+        order_neurons, order_groups, score = _rank_layer(decoder, i, layer, chunks, hidden, mlp_score, method)
         neurons.append(order_neurons)
         groups.append(order_groups)
         scores.append(score)
@@ -140,7 +151,13 @@ def rank(decoder: Decoder, tokens_BT: Tensor, method: Method = "reconstruction")
 
 
 def _rank_layer(
-    decoder: Decoder, i: int, layer: Layer, chunks: Sequence[Batch], hidden: list[Tensor], method: Method
+    decoder: Decoder,
+    i: int,
+    layer: Layer,
+    chunks: Sequence[Batch],
+    hidden: list[Tensor],
+    mlp_score: _MLPScore,
+    method: Method,
 ) -> tuple[Tensor, Tensor, float]:
     """Orders and score of one layer; overwrites `hidden` with the layer's outputs.
 
@@ -148,7 +165,6 @@ def _rank_layer(
     """
     config = decoder.config
     core = CausalAttention(config)
-    mlp_score = _MLPScore(layer.mlp, method)
     group_score = _GroupScore(layer.attention, config.num_groups, method)
     cosine = 0.0
     for batch, x in zip(chunks, hidden, strict=True):
@@ -162,4 +178,4 @@ def _rank_layer(
         y = after + layer.mlp.project(len(x), (h,), layout)
         cosine += float(torch.cosine_similarity(x.float(), y.float(), dim=-1).sum())
         x.copy_(y)
-    return mlp_score.order(), group_score.order(), 1 - cosine / sum(len(x) for x in hidden)
+    return mlp_score.take_order(layer.mlp.down), group_score.order(), 1 - cosine / sum(len(x) for x in hidden)
