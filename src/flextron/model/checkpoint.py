@@ -32,7 +32,7 @@ from flextron.spec import SubnetSpec
 __all__ = ["check_stock", "load_decoder", "load_weights", "open_pretrained", "stock_tensors", "write_checkpoint"]
 
 _BUFFERS = re.compile(r"rotary_emb\.inv_freq|attn\.(masked_)?bias$|attention\.(masked_)?bias$")
-_LEAST_SHARD_BYTES = 128 * 1024**2
+_LEAST_SHARD_BYTES = 64 * 1024**2
 
 
 def open_pretrained(source: str | Path) -> Pretrained:
@@ -109,13 +109,17 @@ def _stream(shards: list[Path]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _layer_maps(config: DecoderConfig, parameters: Mapping[str, Any]) -> Iterator[tuple[str, TensorMap]]:
-    """(Checkpoint name, map) of every tensor that the decoder needs, layer templates filled in."""
-    for m in FAMILIES[config.family].tensors:
-        layers = range(config.num_hidden_layers) if "{i}" in m.hf else [0]
-        for i in layers:
-            ours = tuple(name.format(i=i) for name in m.ours)
-            if all(name in parameters for name in ours):
-                yield m.hf.format(i=i), replace(m, hf=m.hf.format(i=i), ours=ours)
+    """(Checkpoint name, map) of every tensor that the decoder needs, layer templates filled in.
+
+    Layer by layer, which spreads the tensors that must be laid out anew for writing evenly over the files.
+    """
+    maps = FAMILIES[config.family].tensors
+    outer = [(0, m) for m in maps if "{i}" not in m.hf]
+    inner = [(i, m) for i in range(config.num_hidden_layers) for m in maps if "{i}" in m.hf]
+    for i, m in outer + inner:
+        ours = tuple(name.format(i=i) for name in m.ours)
+        if all(name in parameters for name in ours):
+            yield m.hf.format(i=i), replace(m, hf=m.hf.format(i=i), ours=ours)
 
 
 def _joined_shape(tensor_map: TensorMap, shapes: list[torch.Size]) -> torch.Size:
@@ -189,7 +193,7 @@ def write_checkpoint(
         hf_config: the config of the original checkpoint; its sizes are replaced by the decoder's.
         tokenizer: written beside the weights where given.
         shard_bytes: size at which a new file begins; by default an eighth of the model, so that what must be laid out
-            anew for writing needs little memory beside it, but no less than 128 MiB.
+            anew for writing needs little memory beside it, but no less than 64 MiB.
 
     Raises:
         FlextronError: the decoder's layers differ in width, or its family has no config for them.
