@@ -24,10 +24,11 @@ from flextron.routing.token_calibration import calibrate, routed_cost, score_rou
 from flextron.routing.token_router import TokenRouter
 from flextron.spec import SearchSpace, SubnetSpec
 from tests.model.families_cases import CASES, decoder_of, random_from, random_tokens
-from tests.token_toy import FULL_MS, HIDDEN, STATIC, TABLE, opinionated_router
-from tests.toy import FULL_ONLY, SPACE, synthetic_ms, toy_decoder
+from tests.token_toy import HIDDEN, STATIC, opinionated_router
+from tests.toy import FULL_ONLY, SPACE, TABLE, synthetic_ms, toy_decoder
 
 WIDTHS = (0, 8, 24, 40)
+FULL_MS = synthetic_ms(SPACE.full)
 COSTS = [0.02 * w / FULL_MS for w in WIDTHS]
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from flextron.model.decoder import Decoder
 from flextron.model.scoring import mean_loss
-from flextron.routing import LatencyTable
 from flextron.routing.routers import StaticRouter
 from flextron.spec import SubnetSpec
 from flextron.training import routers as module
@@ -20,7 +19,7 @@ from flextron.training.blocks import TokenBlocks
 from flextron.training.routers import JointRouting, RouterRecipe, RouterResult, latency_loss, train_static_router
 from flextron.training.trainer import deal, train
 from tests.model.families_cases import VOCAB, random_tokens
-from tests.toy import CONTEXT, SPACE, synthetic_ms, toy_blocks, toy_decoder, toy_recipe, weights_of
+from tests.toy import CONTEXT, SPACE, TABLE, toy_blocks, toy_decoder, toy_recipe, weights_of
 
 
 def progressions(count: int, seed: int) -> Tensor:
@@ -53,17 +52,6 @@ def learned_decoder() -> Decoder:
 
 DECODER = learned_decoder()
 CALIBRATION = progressions(8, seed=99)
-TABLE = LatencyTable(
-    device="a-quiet-machine",
-    batch_size=1,
-    context=8,
-    base_ms=1.5,
-    mlp_ms={w: 0.02 * w for w in SPACE.intermediate_sizes},
-    attention_ms={g: 0.75 * g for g in SPACE.num_groups},
-    full_ms=synthetic_ms(SPACE.full),
-    median_error=0.0,
-    max_error=0.0,
-)
 RECIPE = RouterRecipe(num_measured=128)
 LEAST = TABLE.predict(SPACE.smallest)
 

@@ -23,8 +23,8 @@ from flextron.training.token_joint import JointStage, SampledRouter
 from flextron.training.token_recipe import TokenRouterRecipe
 from flextron.training.token_routing import TokenRouterResult, routed_kl, train_token_router
 from tests.model.families_cases import random_tokens
-from tests.token_toy import HIDDEN, STATIC, TABLE, opinionated_router
-from tests.toy import SPACE, same_weights, synthetic_ms, toy_blocks, toy_decoder, weights_of
+from tests.token_toy import HIDDEN, STATIC, opinionated_router
+from tests.toy import SPACE, TABLE, same_weights, synthetic_ms, toy_blocks, toy_decoder, weights_of
 
 
 def recipe(**changes: Any) -> TokenRouterRecipe:
