@@ -23,6 +23,7 @@ from flextron.model.config import DecoderConfig
 from flextron.model.decoder import Decoder
 from flextron.model.losses import forward_kl
 from flextron.routing.latency import LatencyTable
+from flextron.routing.routers import gumbel_like
 from flextron.routing.token_router import TokenRouter
 from flextron.spec import SubnetSpec
 from flextron.training.blocks import TokenBlocks
@@ -57,9 +58,8 @@ class SampledRouter:
         router = self._router
         scores_NC = router.logits(layer, x_ND.detach(), self._target) - self._price * router.costs_C
         generator = torch.Generator().manual_seed(random.Random(f"{self._seed}/{layer}").getrandbits(63))
-        uniform_NC = torch.rand(scores_NC.shape, generator=generator).clamp_(1e-9, 1 - 1e-7)
-        gumbel_NC = -(-uniform_NC.log()).log().to(scores_NC.device)
-        soft_NC = torch.softmax((self._logit_scale * scores_NC + gumbel_NC) / self._tau, -1)
+        noise_NC = gumbel_like(scores_NC, generator)
+        soft_NC = torch.softmax((self._logit_scale * scores_NC + noise_NC) / self._tau, -1)
         chosen_N = soft_NC.argmax(-1)
         hard_NC = F.one_hot(chosen_N, soft_NC.shape[-1]) + (soft_NC - soft_NC.detach())
         self.spent[layer] = (hard_NC * router.costs_C).sum(-1).mean()
