@@ -260,7 +260,8 @@ def train_static_router(
         history.append(figures)
         if on_round is not None:
             on_round(r + 1, rounds, figures)
-    held_out = _held_out(space, recipe.seed)
+    rng = random.Random(f"held out/{recipe.seed}")
+    held_out = [space.heterogeneous(j / (_HELD_OUT - 1), rng) for j in range(_HELD_OUT)]
     actual = meter(held_out) - full
     with torch.no_grad():
         predicted = surrogate(router.one_hot(held_out)).double()
@@ -331,13 +332,3 @@ def _relax(recipe: RouterRecipe, logits: Choices, progress: float, generator: to
     (first, last), (low, high) = recipe.tau, recipe.scale
     tau = first * (last / first) ** progress
     return logits.relaxed(tau, low + (high - low) * progress, logits.gumbel(generator))
-
-
-def _held_out(space: SearchSpace, seed: int) -> list[SubnetSpec]:
-    """Random heterogeneous sub-networks of all sizes."""
-    rng = random.Random(f"held out/{seed}")
-    specs = []
-    for j in range(_HELD_OUT):
-        skipped = rng.sample(space.skippable_layers, rng.randint(0, space.max_skipped_layers))
-        specs.append(space.scattered(j / (_HELD_OUT - 1), 0.3, skipped, rng))
-    return specs
