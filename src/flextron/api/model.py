@@ -38,7 +38,8 @@ from flextron.routing.latency import Phase
 from flextron.routing.token_router import PricedRouter, TokenRouter
 from flextron.spec import SearchSpace, SubnetSpec, Target
 from flextron.training.recipe import TrainRecipe
-from flextron.training.routers import RouterRecipe, RouterResult
+from flextron.training.router_recipe import RouterRecipe
+from flextron.training.routers import RouterResult
 from flextron.training.token_recipe import TokenRouterRecipe
 from flextron.training.token_routing import TokenRouterResult
 from flextron.training.trainer import OnStep, TrainResult
