@@ -57,12 +57,7 @@ def _routed() -> RouterResult:
 def table_error() -> Figure:
     """Whole-network latency predicted for 30 unseen heterogeneous sub-networks."""
     space, rng = _model().space, random.Random("unseen")
-    specs = [
-        space.scattered(
-            rng.random(), 0.3, rng.sample(space.skippable_layers, rng.randint(0, space.max_skipped_layers)), rng
-        )
-        for _ in range(30)
-    ]
+    specs = [space.heterogeneous(rng.random(), rng) for _ in range(30)]
     times = step_latencies_ms(_model().decoder, specs)
     errors = [abs(_table().predict_ms(s) / t - 1) for s, t in zip(specs, times, strict=True)]
     worst_holds = max(errors) <= 0.1

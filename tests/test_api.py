@@ -417,3 +417,6 @@ def test_a_token_router_generates_within_its_targets_and_is_saved(
     model.save(tmp_path / "routed")
     again = flextron.load(tmp_path / "routed")
     assert again.generate("Once upon", latency=0.8, router="token", max_tokens=8) == written
+    (tmp_path / "routed" / "token_router.json").unlink()
+    with pytest.raises(FlextronError, match=r"token_router\.json"):
+        flextron.load(tmp_path / "routed")

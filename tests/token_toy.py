@@ -1,27 +1,14 @@
-"""What tests of token routing share: a latency table that nobody measured, static sub-networks, a router."""
+"""What tests of token routing share: static sub-networks, a router."""
 
 from __future__ import annotations
 
 import torch
 
-from flextron.routing.latency import LatencyTable
 from flextron.routing.token_router import TokenRouter
 from flextron.spec import SubnetSpec
-from tests.toy import SPACE, synthetic_ms
+from tests.toy import SPACE, TABLE
 
 HIDDEN = 32
-FULL_MS = synthetic_ms(SPACE.full)
-TABLE = LatencyTable(
-    device="none",
-    batch_size=1,
-    context=8,
-    base_ms=1.5,
-    mlp_ms={w: 0.02 * w for w in SPACE.intermediate_sizes},
-    attention_ms={g: 0.75 * g for g in SPACE.num_groups},
-    full_ms=FULL_MS,
-    median_error=0.0,
-    max_error=0.0,
-)
 STATIC = {
     0.63: SubnetSpec.of([8, 8, 24], [1, 2, 1]),
     0.8: SubnetSpec.of([24, 8, 40], [2, 1, 2]),

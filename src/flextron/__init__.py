@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from flextron.model.generation import SamplingParams
     from flextron.routing import SearchSettings
     from flextron.training.recipe import TrainRecipe
-    from flextron.training.routers import RouterRecipe
+    from flextron.training.router_recipe import RouterRecipe
     from flextron.training.token_recipe import TokenRouterRecipe
 
 __all__ = [
@@ -42,7 +42,7 @@ _LAZY = {
     "load": "flextron.api",
     "SamplingParams": "flextron.model.generation",
     "SearchSettings": "flextron.routing",
-    "RouterRecipe": "flextron.training.routers",
+    "RouterRecipe": "flextron.training.router_recipe",
     "TokenRouterRecipe": "flextron.training.token_recipe",
     "TrainRecipe": "flextron.training.recipe",
 }

@@ -12,8 +12,8 @@ from flextron.model.generation import SamplingParams, generate
 from flextron.training.token_recipe import TokenRouterRecipe
 from flextron.training.token_routing import train_token_router
 from tests.model.families_cases import random_tokens, relative_error
-from tests.token_toy import STATIC, TABLE, opinionated_router
-from tests.toy import toy_blocks, toy_decoder
+from tests.token_toy import STATIC, opinionated_router
+from tests.toy import TABLE, toy_blocks, toy_decoder
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

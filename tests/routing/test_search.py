@@ -7,26 +7,13 @@ import torch
 from torch.nn import functional as F
 
 from flextron.model.cost import num_parameters
-from flextron.routing import Frontier, LatencyTable, SearchSettings, search_frontier
+from flextron.routing import Frontier, SearchSettings, search_frontier
 from tests.model.families_cases import random_tokens
-from tests.toy import SPACE, segment_logits, synthetic_ms, toy_decoder
+from tests.toy import SPACE, TABLE, segment_logits, synthetic_ms, toy_decoder
 
 CALIBRATION, VALIDATION = random_tokens(2, 10, seed=1), random_tokens(6, 10, seed=2)
 SETTINGS = SearchSettings(targets=(0.9, 0.75, 0.6), rounds=2, mutations=2, num_uniform=3)
 DECODER = toy_decoder()
-
-
-TABLE = LatencyTable(
-    device="a-quiet-machine",
-    batch_size=1,
-    context=10,
-    base_ms=1.5,
-    mlp_ms={w: 0.02 * w for w in SPACE.intermediate_sizes},
-    attention_ms={g: 0.75 * g for g in SPACE.num_groups},
-    full_ms=synthetic_ms(SPACE.full),
-    median_error=0.0,
-    max_error=0.0,
-)
 
 
 def search(settings: SearchSettings = SETTINGS, **options: object) -> Frontier:

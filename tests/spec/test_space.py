@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import random
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -96,6 +97,28 @@ def test_every_choice_lies_in_the_space(drawn: tuple[SearchSpace, SubnetSpec]) -
     space, spec = drawn
     space.check(spec)
     assert spec in space
+
+
+@given(spaces(), st.floats(0, 1), st.randoms(use_true_random=False))
+def test_heterogeneous_subnetworks_lie_in_the_space(space: SearchSpace, size: float, rng: random.Random) -> None:
+    space.check(space.heterogeneous(size, rng))
+
+
+def test_heterogeneous_subnetworks_have_every_width_and_number_of_skipped_layers() -> None:
+    space = SearchSpace(
+        num_hidden_layers=4,
+        intermediate_sizes=(8, 16, 32),
+        num_groups=(1, 2),
+        skippable_layers=(2, 1),
+        max_skipped_layers=2,
+    )
+    rng = random.Random(0)
+    specs = [space.heterogeneous(0.5, rng) for _ in range(200)]
+    assert {sum(layer.is_skipped for layer in spec.layers) for spec in specs} == {0, 1, 2}
+    assert {(x.intermediate_size, x.num_groups) for s in specs for x in s.layers} == {
+        (0, 0),
+        *itertools.product(space.intermediate_sizes, space.num_groups),
+    }
 
 
 @given(spaces(), st.data())

@@ -13,7 +13,6 @@ from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
 from flextron.spec import SubnetSpec
 from flextron.training.objective import Objective, TeacherStates
-from flextron.training.trainer import deal
 from tests.model.families_cases import random_tokens
 from tests.toy import SPACE, segment_logits, toy_decoder, toy_recipe
 
@@ -28,7 +27,7 @@ def evaluate(student: Decoder, teacher: Decoder, rows: Tensor = ALL, **changes: 
     """Our losses of `TOKENS`, dealt to `SPECS`."""
     states = TeacherStates(teacher, TOKENS)
     objective = Objective(student, toy_recipe(**changes))
-    losses: dict[str, Tensor] = objective(deal(TOKENS, SPECS), states, states.hidden(TOKENS), rows)
+    losses: dict[str, Tensor] = objective(Batch.dealt(TOKENS, SPECS), states, states.hidden(TOKENS), rows)
     return losses
 
 
@@ -119,7 +118,7 @@ def test_the_loss_is_the_weighted_sum(student: Decoder, teacher: Decoder) -> Non
 def test_an_equal_student_loses_nothing_at_full_width(teacher: Decoder) -> None:
     states = TeacherStates(teacher, TOKENS)
     spec: SubnetSpec = SPACE.full
-    losses = Objective(toy_decoder(3), toy_recipe())(deal(TOKENS, [spec]), states, states.hidden(TOKENS), ALL)
+    losses = Objective(toy_decoder(3), toy_recipe())(Batch.dealt(TOKENS, [spec]), states, states.hidden(TOKENS), ALL)
     assert float(losses["loss"]) == pytest.approx(0, abs=1e-5)
 
 

@@ -10,17 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
 from flextron.model.scoring import mean_loss
-from flextron.routing import LatencyTable
 from flextron.routing.routers import StaticRouter
 from flextron.spec import SubnetSpec
 from flextron.training import routers as module
 from flextron.training.blocks import TokenBlocks
-from flextron.training.routers import JointRouting, RouterRecipe, RouterResult, latency_loss, train_static_router
-from flextron.training.trainer import deal, train
+from flextron.training.router_recipe import RouterRecipe
+from flextron.training.routers import JointRouting, RouterResult, latency_loss, train_static_router
+from flextron.training.trainer import train
 from tests.model.families_cases import VOCAB, random_tokens
-from tests.toy import CONTEXT, SPACE, synthetic_ms, toy_blocks, toy_decoder, toy_recipe, weights_of
+from tests.toy import CONTEXT, SPACE, TABLE, toy_blocks, toy_decoder, toy_recipe, weights_of
 
 
 def progressions(count: int, seed: int) -> Tensor:
@@ -53,17 +54,6 @@ def learned_decoder() -> Decoder:
 
 DECODER = learned_decoder()
 CALIBRATION = progressions(8, seed=99)
-TABLE = LatencyTable(
-    device="a-quiet-machine",
-    batch_size=1,
-    context=8,
-    base_ms=1.5,
-    mlp_ms={w: 0.02 * w for w in SPACE.intermediate_sizes},
-    attention_ms={g: 0.75 * g for g in SPACE.num_groups},
-    full_ms=synthetic_ms(SPACE.full),
-    median_error=0.0,
-    max_error=0.0,
-)
 RECIPE = RouterRecipe(num_measured=128)
 LEAST = TABLE.predict(SPACE.smallest)
 
@@ -148,8 +138,8 @@ def test_gates_leave_the_output_as_it_is_and_carry_gradients() -> None:
     total = torch.zeros(())
     for step in range(8):
         drawn = routing(router).draw(step, 0, 2)
-        with_gates = DECODER(deal(tokens, drawn.specs, drawn.gates))
-        assert torch.allclose(with_gates, DECODER(deal(tokens, drawn.specs)), atol=1e-6)
+        with_gates = DECODER(Batch.dealt(tokens, drawn.specs, drawn.gates))
+        assert torch.allclose(with_gates, DECODER(Batch.dealt(tokens, drawn.specs)), atol=1e-6)
         total = total + with_gates.square().mean()
     gradients = torch.autograd.grad(total, list(router.parameters()), allow_unused=True)
     assert all(g is not None and bool(g.abs().sum() > 0) for g in gradients)
@@ -172,7 +162,7 @@ def test_a_gate_has_the_gradient_of_the_chosen_branchs_share() -> None:
     tokens = random_tokens(1, 10, seed=5)
 
     def run(factors: Tensor) -> Tensor:
-        return DECODER(deal(tokens, drawn.specs, [factors])).square().mean()
+        return DECODER(Batch.dealt(tokens, drawn.specs, [factors])).square().mean()
 
     free = gates.detach().clone().requires_grad_()
     (by_gate,) = torch.autograd.grad(run(free), free)

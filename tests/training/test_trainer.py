@@ -10,10 +10,11 @@ import torch
 from torch.nn import functional as F
 
 from flextron.errors import FlextronError
+from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
 from flextron.spec import SearchSpace, SubnetSpec
 from flextron.training.recipe import TrainRecipe
-from flextron.training.trainer import TrainResult, deal, learning_rate, train
+from flextron.training.trainer import TrainResult, learning_rate, train
 from tests.toy import (
     CONTEXT,
     FULL_ONLY,
@@ -232,7 +233,7 @@ def test_the_rate_rises_linearly_and_falls_to_its_floor() -> None:
 def test_sequences_are_dealt_evenly_and_in_order(count: int, shares: list[int]) -> None:
     tokens = torch.arange(20).view(5, 4)
     specs = [SPACE.full, SPACE.smallest, SPACE.uniform(24, 1), SPACE.uniform(24, 2), SPACE.uniform(8, 2)][:count]
-    batch = deal(tokens, specs)
+    batch = Batch.dealt(tokens, specs)
     assert [(s.spec, s.lengths) for s in batch.segments] == [(s, (4,) * n) for s, n in zip(specs, shares, strict=True)]
     assert torch.equal(batch.tokens_N, tokens.flatten())
     assert batch.positions_N.tolist() == [0, 1, 2, 3] * 5

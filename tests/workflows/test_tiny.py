@@ -13,7 +13,7 @@ import flextron
 from flextron.api import evaluation_text
 from flextron.routing import latency as latency_module
 from flextron.spec import SubnetSpec
-from flextron.training.routers import RouterRecipe
+from flextron.training.router_recipe import RouterRecipe
 from flextron.training.token_recipe import TokenRouterRecipe
 from flextron.workflows.tiny import TinySettings, run_tiny, tiny_model
 from tests.toy import Stages, synthetic_latencies

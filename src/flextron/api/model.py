@@ -2,43 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from flextron.api.dense import DenseModel, Generates
+from flextron.api.dense import DenseModel
+from flextron.api.measured import MeasuredModel
 from flextron.api.routing import TOKEN_TARGETS, OnProgress, route, route_tokens
-from flextron.api.texts import Texts, documents, evaluation_text, source_name, windows
+from flextron.api.texts import Texts
 from flextron.api.training import train_model
-from flextron.elastic import ElasticInfo, extract, write_elastic
+from flextron.elastic import extract, write_elastic
 from flextron.elastic.checkpoint import write_tensors
 from flextron.errors import FlextronError
-from flextron.evals import Perplexity, evaluate_perplexity
 from flextron.files import write_json
-from flextron.model.checkpoint import check_stock
-from flextron.model.cost import num_parameters
-from flextron.model.decoder import Decoder
 from flextron.model.generation import SamplingParams
-from flextron.routing import (
-    Frontier,
-    FrontierPoint,
-    LatencyTable,
-    SearchSettings,
-    StaticRouter,
-    device_fingerprint,
-    measure_table,
-    search_frontier,
-)
-from flextron.routing.latency import Phase
+from flextron.routing import StaticRouter
 from flextron.routing.token_router import PricedRouter, TokenRouter
-from flextron.spec import SearchSpace, SubnetSpec, Target
+from flextron.spec import SubnetSpec, Target
 from flextron.training.recipe import TrainRecipe
-from flextron.training.routers import RouterRecipe, RouterResult
+from flextron.training.router_recipe import RouterRecipe
+from flextron.training.routers import RouterResult
 from flextron.training.token_recipe import TokenRouterRecipe
 from flextron.training.token_routing import TokenRouterResult
 from flextron.training.trainer import OnStep, TrainResult
@@ -49,26 +36,13 @@ ROUTERS_FILE, TOKEN_ROUTER_FILE = "routers.safetensors", "token_router.json"
 
 
 @dataclass(slots=True)
-class ElasticModel(Generates):
+class ElasticModel(MeasuredModel):
     """A pretrained model that holds a sub-network for every target."""
 
-    decoder: Decoder
-    tokenizer: PreTrainedTokenizerBase | None
-    hf_config: Mapping[str, Any]
-    info: ElasticInfo
-    tables: dict[str, LatencyTable]
-    """Latency tables by device."""
-    frontier: Frontier | None = None
-    """Measured sub-networks, once profiled."""
     router: StaticRouter | None = None
     """Trained by `route`."""
     token_router: TokenRouter | None = None
     """Trained by `route_tokens`."""
-
-    @property
-    def space(self) -> SearchSpace:
-        """The sub-networks that it holds."""
-        return self.info.space
 
     def to(self, device: torch.device | str) -> ElasticModel:
         """Move the weights."""
@@ -162,87 +136,6 @@ class ElasticModel(Generates):
             on_step=on_step,
         )
 
-    def evaluate(
-        self, specs: Mapping[str, SubnetSpec], text: Texts = None, *, num_tokens: int = 8192, context: int = 256
-    ) -> dict[str, Perplexity]:
-        """Perplexity of named sub-networks on windows of text; by default of the held-out text of this machine."""
-        tokens_BT = windows(documents(text, evaluation_text), self.tokenizer, num_tokens=num_tokens, context=context)
-        return {name: evaluate_perplexity(self.decoder, tokens_BT, spec) for name, spec in specs.items()}
-
-    def num_parameters(self, spec: SubnetSpec | None = None) -> int:
-        """Parameters of a sub-network (the full one by default), embeddings included."""
-        return num_parameters(self.decoder.config, spec or self.space.full)
-
-    def profile(
-        self,
-        text: Texts = None,
-        *,
-        settings: SearchSettings | None = None,
-        candidates: Sequence[SubnetSpec] = (),
-        num_tokens: int = 2048,
-        context: int = 256,
-        batch_size: int = 1,
-        decode_context: int = 128,
-        on_measure: OnProgress | None = None,
-        on_search: OnProgress | None = None,
-    ) -> Frontier:
-        """Measure latencies on this device, unless they were already, and search the frontier of loss over latency.
-
-        Args:
-            text: documents, or a file, directory or `datasets` id; by default prose that is on this machine.
-            settings: of the search.
-            candidates: sub-networks to measure in any case.
-            num_tokens: of text on which each sub-network's loss is measured.
-            context: tokens of a window of that text.
-            batch_size: sequences of the decode step that is timed.
-            decode_context: tokens that each of them holds.
-            on_measure: called with timing rounds done and in all.
-            on_search: called with sub-networks measured and to be measured.
-        """
-        validation_BT = windows(
-            documents(text, evaluation_text), self.tokenizer, num_tokens=num_tokens + 2 * context, context=context
-        )
-        table = self.measure_latencies(batch_size=batch_size, context=decode_context, on_progress=on_measure)
-        self.frontier = search_frontier(
-            self.decoder,
-            self.space,
-            table,
-            calibration_BT=validation_BT[:2],
-            validation_BT=validation_BT[2:] if len(validation_BT) > 2 else validation_BT,
-            text=source_name(text, "pydoc topics"),
-            settings=settings,
-            candidates=candidates,
-            on_progress=on_search,
-        )
-        return self.frontier
-
-    def measure_latencies(
-        self,
-        *,
-        batch_size: int = 1,
-        context: int = 128,
-        phase: Phase = "decode",
-        on_progress: OnProgress | None = None,
-    ) -> LatencyTable:
-        """The latency table of this device, measured unless it was already; the model keeps it.
-
-        Args:
-            batch_size: sequences of the step that is timed.
-            context: tokens that each of them holds, or reads in a prefill.
-            phase: `decode` or `prefill`.
-            on_progress: called with timing rounds done and in all.
-        """
-        table = next((t for t in self.tables.values() if self._is_here(t) and t.phase == phase), None)
-        if table is None or (table.batch_size, table.context) != (batch_size, context):
-            table = measure_table(
-                self.decoder, self.space, batch_size=batch_size, context=context, phase=phase, on_progress=on_progress
-            )
-            self.tables[table.name] = table
-        return table
-
-    def _is_here(self, table: LatencyTable) -> bool:
-        return table.device == device_fingerprint(self.decoder.device, self.decoder.dtype)
-
     def route(
         self,
         text: Texts = None,
@@ -304,47 +197,6 @@ class ElasticModel(Generates):
                 is too short.
         """
         return route_tokens(self, text, recipe, targets=targets, context=context, on_step=on_step)
-
-    def select(self, *, uniform: bool = False, **target: Any) -> SubnetSpec:
-        """The best sub-network for a target: `latency`, `latency_ms`, `params`, `memory_gb` or `max_loss_increase`.
-
-        Args:
-            uniform: only sub-networks that are stock checkpoints when extracted.
-            target: the limit, as for `Target`.
-
-        Raises:
-            FlextronError: no such target, nothing within it, or the model was not profiled on this device.
-        """
-        wanted = Target(**target)
-        return self._profiled(wanted).select(wanted, allowed=self._is_stock if uniform else None).spec
-
-    def _is_stock(self, spec: SubnetSpec) -> bool:
-        """Whether the sub-network can be written as an ordinary checkpoint."""
-        try:
-            check_stock(self.decoder.config, spec)
-        except FlextronError:
-            return False
-        return True
-
-    def frontier_point(self, latency: float) -> FrontierPoint:
-        """What was measured of the best sub-network within a fraction of the full model's latency.
-
-        Raises:
-            FlextronError: as for `select`.
-        """
-        target = Target(latency=latency)
-        return self._profiled(target).select(target)
-
-    def _profiled(self, target: Target) -> Frontier:
-        if self.frontier is None:
-            raise FlextronError("the model has no measured frontier yet; run model.profile() (flextron profile) first")
-        here = device_fingerprint(self.decoder.device, self.decoder.dtype)
-        if target.axis not in ("params", "memory_gb") and self.frontier.device != here:
-            raise FlextronError(
-                f"latencies were measured on {self.frontier.device}, not on this device ({here}); "
-                "run model.profile() (flextron profile) here, or ask by params or memory_gb"
-            )
-        return self.frontier
 
     def generate(
         self, prompt: str, *, spec: SubnetSpec | None = None, router: Literal["token"] | None = None, **options: Any

@@ -12,7 +12,8 @@ from flextron.api.texts import Texts, documents, evaluation_text, needed, source
 from flextron.routing import Frontier, compare_frontiers
 from flextron.routing.token_router import TokenRouter
 from flextron.training.blocks import TokenBlocks, pack_tokens
-from flextron.training.routers import RouterRecipe, RouterResult, train_static_router
+from flextron.training.router_recipe import RouterRecipe
+from flextron.training.routers import RouterResult, train_static_router
 from flextron.training.token_recipe import TokenRouterRecipe
 from flextron.training.token_routing import TokenRouterResult, train_token_router
 

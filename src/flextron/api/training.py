@@ -16,7 +16,8 @@ from flextron.model.decoder import Decoder
 from flextron.spec import SubnetSpec
 from flextron.training.blocks import TokenBlocks, pack_tokens
 from flextron.training.recipe import TrainRecipe
-from flextron.training.routers import JointRouting, RouterRecipe
+from flextron.training.router_recipe import RouterRecipe
+from flextron.training.routers import JointRouting
 from flextron.training.trainer import OnStep, TrainResult, train
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import typer
 
 from flextron import api
 from flextron.cli.console import Json, progress, show
-from flextron.training.routers import RouterRecipe
+from flextron.training.router_recipe import RouterRecipe
 from flextron.workflows.elastify import validate
 from flextron.workflows.route import run_route, run_route_tokens
 

@@ -62,7 +62,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Batch:
-    """A ragged batch of N tokens. Build one with `padded` or `ragged`."""
+    """A ragged batch of N tokens. Build one with `padded`, `dealt` or `ragged`."""
 
     tokens_N: Tensor
     """Token ids, int64, sequence after sequence."""
@@ -76,6 +76,28 @@ class Batch:
         num_sequences, length = tokens_BT.shape
         positions = torch.arange(length, device=tokens_BT.device).repeat(num_sequences)
         return cls(tokens_BT.flatten(), positions, (Segment(spec, (length,) * num_sequences, router=router),))
+
+    @classmethod
+    def dealt(
+        cls,
+        tokens_BT: Tensor,
+        specs: Sequence[SubnetSpec],
+        gates: Sequence[Tensor | None] | None = None,
+        routers: Sequence[TokenChoice] | None = None,
+    ) -> Batch:
+        """As `padded`, with the sequences dealt to several sub-networks in order, as evenly as it goes.
+
+        Args:
+            tokens_BT: token ids.
+            specs: the sub-networks.
+            gates: of each sub-network's segment; none by default.
+            routers: of each sub-network's segment; none by default.
+        """
+        whole = cls.padded(tokens_BT, specs[0])
+        none = [None] * len(specs)
+        parts = zip(specs, tokens_BT.tensor_split(len(specs)), gates or none, routers or none, strict=True)
+        segments = tuple(Segment(s, (part.shape[1],) * len(part), g, r) for s, part, g, r in parts if len(part))
+        return cls(whole.tokens_N, whole.positions_N, segments)
 
     @classmethod
     def ragged(

@@ -171,13 +171,6 @@ def step_latencies_ms(
     return [statistics.median(measured) for measured in times]
 
 
-def _random_spec(space: SearchSpace, rng: random.Random) -> SubnetSpec:
-    """Any sub-network: sizes spread over the whole range."""
-    size = rng.random()
-    skipped = rng.sample(space.skippable_layers, rng.randint(0, space.max_skipped_layers))
-    return space.scattered(size, 0.3, skipped, rng)
-
-
 def _features(spec: SubnetSpec, space: SearchSpace) -> list[float]:
     """Counts of each choice, after a 1 for the base."""
     sizes, groups = spec.intermediate_sizes, spec.num_groups
@@ -216,8 +209,8 @@ def measure_table(
     design += [space.uniform(full_width, g) for g in (0, *space.num_groups[:-1])]
     design += [space.uniform(0, 0)]
     rng = random.Random(seed)
-    design += [_random_spec(space, rng) for _ in range(_NUM_FIT)]
-    held_out = [_random_spec(space, rng) for _ in range(_NUM_HELD_OUT)]
+    design += [space.heterogeneous(rng.random(), rng) for _ in range(_NUM_FIT)]
+    held_out = [space.heterogeneous(rng.random(), rng) for _ in range(_NUM_HELD_OUT)]
     times = step_latencies_ms(
         decoder,
         design + held_out,

@@ -23,7 +23,13 @@ from flextron.routing.latency import LatencyTable
 from flextron.routing.sensitivity import Sensitivity
 from flextron.spec import LayerSpec, SearchSpace, SubnetSpec
 
-__all__ = ["Choices", "StaticRouter", "latency_ms", "straight_through"]
+__all__ = ["Choices", "StaticRouter", "gumbel_like", "latency_ms", "straight_through"]
+
+
+def gumbel_like(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Gumbel noise of the same shape, on the same device; drawn on the CPU, so that all devices see the same."""
+    uniform = torch.rand(logits.shape, generator=generator).clamp_(1e-9, 1 - 1e-7)
+    return -(-uniform.log()).log().to(logits.device)
 
 
 @dataclass(frozen=True)
@@ -62,12 +68,8 @@ class Choices:
 
     def gumbel(self, generator: torch.Generator) -> Choices:
         """Noise of the same shapes."""
-
-        def draw(like: Tensor) -> Tensor:
-            uniform = torch.rand(like.shape, generator=generator).clamp_(1e-9, 1 - 1e-7)
-            return -(-uniform.log()).log().to(like.device)
-
-        return Choices(draw(self.mlp_BLW), draw(self.attention_BLG), draw(self.keep_BL2))
+        parts = (self.mlp_BLW, self.attention_BLG, self.keep_BL2)
+        return Choices(*(gumbel_like(part, generator) for part in parts))
 
 
 class _Bank(nn.Module):

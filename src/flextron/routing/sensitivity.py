@@ -21,7 +21,10 @@ from flextron.model.layers import Layer, rotary_tables
 from flextron.model.losses import cross_entropy
 from flextron.spec import SearchSpace, SubnetSpec
 
-__all__ = ["Sensitivity", "measure_sensitivity"]
+__all__ = ["Sensitivity", "fisher_gradients", "measure_sensitivity"]
+
+_CHUNK = 128
+"""Tokens whose probabilities are computed at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,13 +61,26 @@ class Sensitivity:
         return mlp, attention, skipped
 
 
-def _draw_targets(decoder: Decoder, h_ND: Tensor, generator: torch.Generator) -> Tensor:
-    """A token from the model's own distribution at every position."""
-    drawn = [
-        torch.multinomial(torch.softmax(decoder.logits(h).float(), -1).cpu(), 1, generator=generator)
-        for h in h_ND.split(128)
-    ]
-    return torch.cat(drawn).squeeze(1).to(h_ND.device)
+def fisher_gradients(
+    decoder: Decoder, h_ND: Tensor, stream: list[Tensor], generator: torch.Generator, num_draws: int = 1
+) -> list[tuple[Tensor, ...]]:
+    """For each draw of targets from the model itself, the gradient of their summed loss by each tensor of the stream.
+
+    Args:
+        decoder: the model.
+        h_ND: its final hidden states, computed from the stream.
+        stream: what to differentiate by.
+        generator: of the draws, on the CPU.
+        num_draws: each takes one backward pass.
+    """
+    with torch.no_grad():
+        p = [torch.softmax(decoder.logits(h).float(), -1).cpu() for h in h_ND.split(_CHUNK)]
+    draws = []
+    for r in range(num_draws):
+        targets = torch.cat([torch.multinomial(q, 1, generator=generator) for q in p]).squeeze(1).to(h_ND.device)
+        loss = cross_entropy(h_ND, decoder.head_weight.detach(), targets) * len(h_ND)
+        draws.append(torch.autograd.grad(loss, stream, retain_graph=r + 1 < num_draws))
+    return draws
 
 
 def measure_sensitivity(decoder: Decoder, tokens_BT: Tensor, space: SearchSpace, *, seed: int = 0) -> Sensitivity:
@@ -88,9 +104,7 @@ def measure_sensitivity(decoder: Decoder, tokens_BT: Tensor, space: SearchSpace,
             x = after + layer.feed_forward(x if layer.parallel else after, batch, [space.intermediate_sizes[-1]])
             stream += [after, x]
         h = decoder.final_norm(x)
-        targets = _draw_targets(decoder, h.detach(), torch.Generator().manual_seed(seed))
-        loss = cross_entropy(h, decoder.head_weight.detach(), targets) * len(h)
-        gradients = torch.autograd.grad(loss, stream[1:])
+        (gradients,) = fisher_gradients(decoder, h, stream[1:], torch.Generator().manual_seed(seed))
     return _sweep(decoder, batch, space, [s.detach() for s in stream], gradients, rope, core)
 
 

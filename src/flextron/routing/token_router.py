@@ -11,27 +11,21 @@ Shapes: N tokens, D hidden size, C choices of width, E size of the target's embe
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_right
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flextron.errors import FlextronError
-from flextron.files import read_json, write_json
 from flextron.model.config import DecoderConfig
 from flextron.routing.latency import LatencyTable
 from flextron.spec import SearchSpace, SubnetSpec
 
 __all__ = ["PricedRouter", "TokenRouter"]
 
-_NAME = "token_router"
 _LARGEST = 20.0
 """Of a predicted cost's logarithm: beyond it, float32 has better uses."""
 
@@ -220,27 +214,6 @@ class TokenRouter(nn.Module):
             raise FlextronError(f"not a token router ({error}); train it again") from error
         router.prices, router.specs = prices, specs
         return router.eval()
-
-    def save(self, directory: Path) -> None:
-        """Write `token_router.safetensors` and `token_router.json` into a directory that exists."""
-        temporary = directory / f".{_NAME}.safetensors.tmp"
-        save_file({name: t.detach().contiguous() for name, t in self.state_dict().items()}, temporary)
-        os.replace(temporary, directory / f"{_NAME}.safetensors")
-        write_json(directory / f"{_NAME}.json", self.to_dict())
-
-    @classmethod
-    def load(cls, directory: Path) -> TokenRouter:
-        """Read what `save` wrote.
-
-        Raises:
-            FlextronError: there is none, or it is damaged.
-        """
-        data = read_json(directory / f"{_NAME}.json")
-        try:
-            tensors = load_file(directory / f"{_NAME}.safetensors")
-        except (OSError, SafetensorError) as error:
-            raise FlextronError(f"{directory} holds no readable token router ({error}); train it again") from error
-        return cls.from_dict(data, tensors)
 
 
 def _log_costs(x_ND: Tensor, w_UD: Tensor, b_U: Tensor, w_CU: Tensor, b_C: Tensor) -> Tensor:

@@ -13,6 +13,9 @@ from flextron.spec.subnet import LayerSpec, SubnetSpec
 
 __all__ = ["SearchSpace"]
 
+_FAR_APART = 0.3
+"""Standard deviation of a layer's relative width in sub-networks that are meant to be heterogeneous."""
+
 
 def _check_choices(name: str, choices: tuple[int, ...]) -> None:
     if not all(type(c) is int for c in choices):
@@ -141,6 +144,16 @@ class SearchSpace:
             keep = i not in skipped
             layers.append(LayerSpec(intermediate_size=neurons * keep, num_groups=groups * keep))
         return SubnetSpec(layers=tuple(layers))
+
+    def heterogeneous(self, size: float, rng: random.Random) -> SubnetSpec:
+        """A sub-network whose widths lie far apart around a relative size, and which skips any number of layers.
+
+        Args:
+            size: 0 for the smallest widths, 1 for the full ones.
+            rng: source of randomness.
+        """
+        skipped = rng.sample(self.skippable_layers, rng.randint(0, self.max_skipped_layers))
+        return self.scattered(size, _FAR_APART, skipped, rng)
 
     def check(self, spec: SubnetSpec) -> None:
         """Raise unless the spec is one of this space's sub-networks.

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -30,6 +29,7 @@ from flextron.routing.routers import Choices, StaticRouter, latency_ms, straight
 from flextron.routing.sensitivity import Sensitivity, measure_sensitivity
 from flextron.routing.surrogate import Surrogate, spearman
 from flextron.spec import SearchSpace, SubnetSpec
+from flextron.training.router_recipe import RouterRecipe
 from flextron.training.sampling import random_subnet
 from flextron.training.trainer import RoutedDraw
 
@@ -39,48 +39,6 @@ OnRound = Callable[[int, int, dict[str, float]], None]
 _HELD_OUT = 32
 """Random sub-networks on which the surrogate is judged at the end."""
 _SENSITIVITY_SEQUENCES = 2
-
-
-class RouterRecipe(BaseModel):
-    """How the static router is trained. Unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    num_measured: int = Field(192, gt=0)
-    """Sub-networks whose loss is measured for the surrogate."""
-    per_round: int = Field(8, gt=0)
-    """Of them measured between two turns of the router."""
-    random_fraction: float = Field(0.25, ge=0, lt=1)
-    """Part of them that is drawn at random, so that the surrogate knows more than where the router goes."""
-    warm_steps: int = Field(150, ge=0)
-    """Steps in which the router first imitates the additive loss model's optima; 0 starts at random."""
-    warm_lr: float = Field(2e-2, gt=0)
-    """Learning rate of those."""
-    surrogate_steps: int = Field(40, gt=0)
-    """Of the surrogate, each round, on all that was measured."""
-    surrogate_lr: float = Field(3e-3, gt=0)
-    """Its learning rate."""
-    max_error: float = Field(0.3, gt=0)
-    """The router steps only after rounds in which the surrogate's mean error on the new sub-networks, in the logarithm
-    of the rise in loss, was below this."""
-    router_steps: int = Field(20, gt=0)
-    """Of the router, each such round."""
-    num_targets: int = Field(32, gt=0)
-    """Targets of a router step."""
-    lr: float = Field(1e-2, gt=0)
-    """The router's learning rate."""
-    tau: tuple[float, float] = (1.0, 0.05)
-    """Temperature of the Gumbel softmax, first and last; falls geometrically."""
-    scale: tuple[float, float] = (1.0, 10.0)
-    """Factor of the logits, first and last; rises linearly."""
-    latency_weight: float = Field(60.0, gt=0)
-    """Of the latency loss."""
-    dead_zone: float = Field(0.01, ge=0)
-    """Relative deviation from the target latency that costs nothing."""
-    min_target: float = Field(0.0, ge=0, lt=1)
-    """Smallest target that is drawn; never below what the space reaches."""
-    seed: int = 0
-    """Of targets, noise and initial weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,7 +218,8 @@ def train_static_router(
         history.append(figures)
         if on_round is not None:
             on_round(r + 1, rounds, figures)
-    held_out = _held_out(space, recipe.seed)
+    rng = random.Random(f"held out/{recipe.seed}")
+    held_out = [space.heterogeneous(j / (_HELD_OUT - 1), rng) for j in range(_HELD_OUT)]
     actual = meter(held_out) - full
     with torch.no_grad():
         predicted = surrogate(router.one_hot(held_out)).double()
@@ -331,13 +290,3 @@ def _relax(recipe: RouterRecipe, logits: Choices, progress: float, generator: to
     (first, last), (low, high) = recipe.tau, recipe.scale
     tau = first * (last / first) ** progress
     return logits.relaxed(tau, low + (high - low) * progress, logits.gumbel(generator))
-
-
-def _held_out(space: SearchSpace, seed: int) -> list[SubnetSpec]:
-    """Random heterogeneous sub-networks of all sizes."""
-    rng = random.Random(f"held out/{seed}")
-    specs = []
-    for j in range(_HELD_OUT):
-        skipped = rng.sample(space.skippable_layers, rng.randint(0, space.max_skipped_layers))
-        specs.append(space.scattered(j / (_HELD_OUT - 1), 0.3, skipped, rng))
-    return specs

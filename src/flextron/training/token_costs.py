@@ -17,12 +17,10 @@ from flextron.model.attention import CausalAttention
 from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
 from flextron.model.layers import Layer, rotary_tables
-from flextron.model.losses import cross_entropy
+from flextron.routing.sensitivity import fisher_gradients
 from flextron.spec import SearchSpace, SubnetSpec
 
 __all__ = ["TokenCosts", "token_costs"]
-
-_CHUNK = 128
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,19 +61,6 @@ def _pass(decoder: Decoder, batch: Batch, spec: SubnetSpec) -> tuple[dict[int, _
     return halves, decoder.final_norm(x_ND)
 
 
-def _gradients(
-    decoder: Decoder, h_ND: Tensor, stream: list[Tensor], num_draws: int, generator: torch.Generator
-) -> list[Tensor]:
-    """For each draw of targets, the gradient of their summed loss by each tensor of the stream."""
-    p = [torch.softmax(decoder.logits(h).float(), -1).cpu() for h in h_ND.detach().split(_CHUNK)]
-    draws = []
-    for r in range(num_draws):
-        targets = torch.cat([torch.multinomial(q, 1, generator=generator) for q in p]).squeeze(1).to(h_ND.device)
-        loss = cross_entropy(h_ND, decoder.head_weight.detach(), targets) * len(h_ND)
-        draws.append(torch.autograd.grad(loss, stream, retain_graph=r + 1 < num_draws))
-    return [torch.stack(list(by_draw)) for by_draw in zip(*draws, strict=True)]
-
-
 def token_costs(
     decoder: Decoder,
     tokens_BT: Tensor,
@@ -101,15 +86,16 @@ def token_costs(
     batch = Batch.padded(tokens_BT.to(decoder.device), spec)
     with torch.enable_grad():
         halves, h_ND = _pass(decoder, batch, spec)
-        gradients = _gradients(decoder, h_ND, [half.after_ND for half in halves.values()], num_draws, generator)
+        draws = fisher_gradients(decoder, h_ND, [half.after_ND for half in halves.values()], generator, num_draws)
     out = {}
     with torch.no_grad():
-        for (i, half), g_RND in zip(halves.items(), gradients, strict=True):
+        for (i, half), *gradients in zip(halves.items(), *draws, strict=True):
+            g_RND = torch.stack(gradients).float()
             full_ND = half.layer.feed_forward(half.read_ND, batch, [space.intermediate_sizes[-1]])
             costs = []
             for width in (0, *space.intermediate_sizes[:-1]):
                 change_ND = half.layer.feed_forward(half.read_ND, batch, [width]) - full_ND if width else full_ND.neg()
-                costs.append(0.5 * (g_RND.float() * change_ND.float()).sum(-1).square().mean(0))
+                costs.append(0.5 * (g_RND * change_ND.float()).sum(-1).square().mean(0))
             x_ND = half.layer.mlp_norm(half.read_ND)
             out[i] = TokenCosts(x_ND=x_ND.detach(), costs_NC=torch.stack(costs, -1))
     return out

@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flextron.errors import FlextronError
-from flextron.model.batch import Batch, Segment
+from flextron.model.batch import Batch
 from flextron.model.config import DecoderConfig
 from flextron.model.decoder import Decoder
 from flextron.model.losses import forward_kl
 from flextron.routing.latency import LatencyTable
+from flextron.routing.routers import gumbel_like
 from flextron.routing.token_router import TokenRouter
 from flextron.spec import SubnetSpec
 from flextron.training.blocks import TokenBlocks
@@ -57,9 +58,8 @@ class SampledRouter:
         router = self._router
         scores_NC = router.logits(layer, x_ND.detach(), self._target) - self._price * router.costs_C
         generator = torch.Generator().manual_seed(random.Random(f"{self._seed}/{layer}").getrandbits(63))
-        uniform_NC = torch.rand(scores_NC.shape, generator=generator).clamp_(1e-9, 1 - 1e-7)
-        gumbel_NC = -(-uniform_NC.log()).log().to(scores_NC.device)
-        soft_NC = torch.softmax((self._logit_scale * scores_NC + gumbel_NC) / self._tau, -1)
+        noise_NC = gumbel_like(scores_NC, generator)
+        soft_NC = torch.softmax((self._logit_scale * scores_NC + noise_NC) / self._tau, -1)
         chosen_N = soft_NC.argmax(-1)
         hard_NC = F.one_hot(chosen_N, soft_NC.shape[-1]) + (soft_NC - soft_NC.detach())
         self.spent[layer] = (hard_NC * router.costs_C).sum(-1).mean()
@@ -82,39 +82,31 @@ class JointStage:
     static_specs: Mapping[float, SubnetSpec]
     recipe: TokenRouterRecipe
 
-    def segments(self, tokens_BT: Tensor, step: int) -> tuple[tuple[Segment, ...], list[SampledRouter], list[float]]:
-        """The batch's sequences dealt to targets: segments, their routers, their targets."""
+    def routers(self, step: int, count: int) -> dict[float, SampledRouter]:
+        """Of a step, by target: as many targets as are asked for, but no more than there are."""
         recipe = self.recipe
         rng = random.Random(f"{recipe.seed}/{step}")
-        count = min(recipe.targets_per_batch, len(self.static_specs), len(tokens_BT))
-        targets = rng.sample(sorted(self.static_specs), count)
-        shares = [len(part) for part in torch.arange(len(tokens_BT)).tensor_split(count)]
+        targets = rng.sample(sorted(self.static_specs), min(count, len(self.static_specs)))
         progress = step / max(1, recipe.joint_steps - 1)
         tau = recipe.tau_start * (recipe.tau_end / recipe.tau_start) ** progress
         scale = recipe.logit_scale_start * (recipe.logit_scale_end / recipe.logit_scale_start) ** progress
-        routers = [
-            SampledRouter(
+        return {
+            t: SampledRouter(
                 self.router, t, self.router.price(t), tau=tau, logit_scale=scale, seed=f"{recipe.seed}/{step}/{t}"
             )
             for t in targets
-        ]
-        lengths = tokens_BT.shape[1]
-        segments = tuple(
-            Segment(self.static_specs[t], (lengths,) * n, router=r)
-            for t, n, r in zip(targets, shares, routers, strict=True)
-        )
-        return segments, routers, targets
+        }
 
     def losses(self, tokens_BT: Tensor, step: int) -> dict[str, Tensor]:
         """KL, latency loss, their sum, and the average cost over the targets'."""
         tokens_BT = tokens_BT.to(self.decoder.device)
-        segments, routers, targets = self.segments(tokens_BT, step)
-        plain = Batch.padded(tokens_BT, self.teacher.widths)
+        routers = self.routers(step, min(self.recipe.targets_per_batch, len(tokens_BT)))
+        specs = [self.static_specs[t] for t in routers]
         with torch.no_grad():
-            teacher_h_ND = self.teacher(plain)
-        h_ND = self.decoder(Batch(plain.tokens_N, plain.positions_N, segments))
+            teacher_h_ND = self.teacher(Batch.padded(tokens_BT, self.teacher.widths))
+        h_ND = self.decoder(Batch.dealt(tokens_BT, specs, routers=list(routers.values())))
         kl = forward_kl(h_ND, self.decoder.head_weight, teacher_h_ND, self.teacher.head_weight)
-        ratios = torch.stack([self._cost_ratio(r, self.static_specs[t]) for r, t in zip(routers, targets, strict=True)])
+        ratios = torch.stack([self._cost_ratio(r, s) for r, s in zip(routers.values(), specs, strict=True)])
         latency = F.relu((ratios - 1).abs() - self.recipe.dead_zone).mean()
         loss = kl + self.recipe.latency_weight * latency
         return {"loss": loss, "kl": kl, "latency": latency, "cost_ratio": ratios.mean()}

@@ -20,7 +20,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from flextron.errors import FlextronError
-from flextron.model.batch import Batch, Segment
+from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
 from flextron.routing.sensitivity import Sensitivity, measure_sensitivity
 from flextron.spec import SearchSpace, SubnetSpec
@@ -72,16 +72,6 @@ class RoutedDraw:
     """See `Segment.gates_L2`; None where the router had no part."""
     loss: Tensor
     """Added to the model's."""
-
-
-def deal(tokens_BT: Tensor, specs: list[SubnetSpec], gates: Sequence[Tensor | None] | None = None) -> Batch:
-    """A padded micro batch whose sequences are dealt to sub-networks, as evenly as it goes."""
-    batch_size, length = tokens_BT.shape
-    shares = [len(part) for part in torch.arange(batch_size).tensor_split(len(specs))]
-    whole = Batch.padded(tokens_BT, specs[0])
-    factors = gates or [None] * len(specs)
-    segments = tuple(Segment(s, (length,) * n, g) for s, n, g in zip(specs, shares, factors, strict=True) if n)
-    return Batch(whole.tokens_N, whole.positions_N, segments)
 
 
 def learning_rate(recipe: TrainRecipe, step: int, num_steps: int) -> float:
@@ -197,9 +187,9 @@ class Run:
             count = min(self.recipe.subnets_per_batch, len(micro_BT))
             routed = None if self.routing is None else self.routing.draw(step, m, count)
             if routed is None:
-                batch = deal(micro_BT, self.sampler.draw(step, m, count))
+                batch = Batch.dealt(micro_BT, self.sampler.draw(step, m, count))
             else:
-                batch = deal(micro_BT, routed.specs, routed.gates)
+                batch = Batch.dealt(micro_BT, routed.specs, routed.gates)
             with self._sync(last=m == len(micro_batches) - 1):
                 losses = self._losses(batch, micro_BT, self._rows(step, m, micro_BT.numel()))
                 if routed is not None:

@@ -9,7 +9,7 @@ from typing import Any
 from flextron.api import ElasticModel, Texts
 from flextron.errors import FlextronError
 from flextron.files import write_json
-from flextron.training.routers import RouterRecipe
+from flextron.training.router_recipe import RouterRecipe
 from flextron.workflows.elastify import Progress
 from flextron.workflows.figure import draw_kinds
 

@@ -20,7 +20,7 @@ from flextron.files import write_json
 from flextron.model.scoring import mean_loss
 from flextron.routing.compare import uniform_within
 from flextron.routing.token_calibration import score_routed
-from flextron.training.routers import RouterRecipe
+from flextron.training.router_recipe import RouterRecipe
 from flextron.training.token_recipe import TokenRouterRecipe
 from flextron.workflows.elastify import Progress
 from flextron.workflows.figure import draw_kinds
