@@ -19,7 +19,7 @@ from flextron.errors import FlextronError
 from flextron.model.config import DecoderConfig
 from flextron.spec import SubnetSpec
 
-__all__ = ["Attention", "CachedAttention", "CausalAttention", "sdpa"]
+__all__ = ["Attention", "CachedAttention", "CausalAttention", "sdpa", "window_mask"]
 
 
 class Attention(Protocol):
@@ -52,7 +52,7 @@ def _attend_last(q_BHd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q_BKrd, k_BKTd, v_BKTd).flatten(1, 2)
 
 
-def _window_mask(query: Tensor, key: Tensor, window: int | None) -> Tensor:
+def window_mask(query: Tensor, key: Tensor, window: int | None) -> Tensor:
     """Which key positions a query position sees: itself and the `window - 1` (or all) before it."""
     distance = query[..., :, None] - key[..., None, :]
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
@@ -79,7 +79,7 @@ class CausalAttention:
         length = q.shape[2]
         if self._window is not None and length > self._window:
             positions = torch.arange(length, device=q.device)
-            out = sdpa(q, k, v, mask=_window_mask(positions, positions, self._window))
+            out = sdpa(q, k, v, mask=window_mask(positions, positions, self._window))
         else:
             out = sdpa(q, k, v, causal=True)
         return out.transpose(1, 2).flatten(0, 1)
@@ -177,6 +177,6 @@ class CachedAttention:
         else:
             query = torch.arange(held, end, device=q.device)
             key = torch.arange(first, end, device=q.device)
-            mask = _window_mask(query, key, self._window)
+            mask = window_mask(query, key, self._window)
             out = sdpa(q, keys[:, :, first:end], values[:, :, first:end], mask=mask)
         return out.transpose(1, 2).flatten(0, 1)

@@ -1,0 +1,190 @@
+"""The engine: requests with sub-networks of their own, served by one set of weights in shared iterations.
+
+A step is: plan (`Scheduler`), run (`Runner`), draw, advance. Everything is a function of the requests, so a step's
+answers do not depend on what else was in the batch (up to floating-point rounding).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flextron.engine.pages import PagePool
+from flextron.engine.runner import Runner, make_network, unit_bytes
+from flextron.engine.scheduler import Scheduler
+from flextron.engine.sequence import FinishReason, Network, Sequence
+from flextron.errors import FlextronError
+from flextron.model.batch import TokenChoice
+from flextron.model.decoder import Decoder
+from flextron.model.generation import SamplingParams, sample
+from flextron.spec import SubnetSpec
+
+__all__ = ["EngineCore", "EngineSettings", "StepOutput"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineSettings:
+    """Sizes of the engine."""
+
+    max_num_seqs: int = 64
+    """Requests that run at once."""
+    max_num_batched_tokens: int = 256
+    """Tokens of an iteration: decode tokens of all running requests, the rest for prompts."""
+    kv_cache_gb: float = 1.0
+    """Memory of keys and values, 10^9 bytes."""
+    page_size: int = 16
+    """Tokens of a page."""
+    prefix_caching: bool = True
+    """Whether requests share the pages of equal beginnings."""
+    native: bool | None = None
+    """Whether to run the compiled CPU iteration; by default where it can."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.max_num_seqs < 1 or self.page_size < 1 or not self.kv_cache_gb > 0:
+            raise FlextronError("max_num_seqs, page_size and kv_cache_gb must be above 0")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise FlextronError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
+                f"({self.max_num_seqs}), so that every running request gets its token"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What a step did for one request."""
+
+    sequence: Sequence
+    token: int | None
+    """The new token; None if it was a stop token."""
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why the request ended with this step; None if it goes on."""
+        return self.sequence.finish_reason
+
+
+class EngineCore:
+    """Continuous batching over a paged KV cache, on token ids and sub-networks."""
+
+    def __init__(self, decoder: Decoder, settings: EngineSettings | None = None) -> None:
+        """Reserve the KV cache.
+
+        Args:
+            decoder: the full, frozen model; must not change while the engine runs.
+            settings: sizes.
+        """
+        self.settings = settings = settings or EngineSettings()
+        self.decoder = decoder
+        num_units = int(settings.kv_cache_gb * 1e9) // unit_bytes(decoder, settings.page_size)
+        self.pool = PagePool(num_units)
+        self.runner = Runner(decoder, num_units=num_units, page_size=settings.page_size, native=settings.native)
+        self.scheduler = Scheduler(
+            self.pool,
+            page_size=settings.page_size,
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            prefix_caching=settings.prefix_caching,
+        )
+        self._networks: dict[tuple[SubnetSpec, int], Network] = {}
+        self._generator = torch.Generator(decoder.device)
+        self._generator.seed()
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether any request waits or runs."""
+        return bool(self.scheduler.running or self.scheduler.waiting)
+
+    def network(self, spec: SubnetSpec, router: TokenChoice | None = None) -> Network:
+        """The engine's form of a sub-network; the same one for the same arguments.
+
+        Raises:
+            FlextronError: it is not nested in the model, or the router is another model's.
+        """
+        key = (spec, id(router))
+        if key not in self._networks:
+            if not spec.is_nested_in(self.decoder.widths):
+                raise FlextronError(f"the sub-network {spec.describe()} is not nested in the model")
+            if router is not None:
+                router.check(self.decoder.config, spec)
+            name = f"{len(self._networks)}"
+            self._networks[key] = make_network(self.decoder.config, spec, router, name)
+        return self._networks[key]
+
+    def add(self, request_id: str, prompt: Items[int], params: SamplingParams, network: Network) -> Sequence:
+        """Queue a request.
+
+        Args:
+            request_id: unique among the unfinished ones.
+            prompt: token ids.
+            params: how tokens are chosen, and when to stop.
+            network: of `network`.
+
+        Raises:
+            FlextronError: the prompt is empty, has unknown tokens, or is too long for the model or the KV cache.
+        """
+        config = self.decoder.config
+        if not prompt:
+            raise FlextronError("the prompt is empty; give at least one token")
+        if not all(0 <= token < config.vocab_size for token in prompt):
+            raise FlextronError(f"the prompt holds tokens outside the model's vocabulary of {config.vocab_size}")
+        total = len(prompt) + params.max_tokens
+        if total > config.max_position_embeddings:
+            raise FlextronError(
+                f"prompt and answer come to {total} tokens; the model has {config.max_position_embeddings} positions: "
+                "shorten the prompt or lower max_tokens"
+            )
+        needed = -(-total // self.settings.page_size) * network.num_units
+        if needed > self.pool.num_units:
+            raise FlextronError(
+                f"prompt and answer come to {total} tokens, more than the KV cache of "
+                f"{self.settings.kv_cache_gb:g} GB holds; raise kv_cache_gb or lower max_tokens"
+            )
+        generator = None
+        if params.seed is not None:
+            generator = torch.Generator(self.decoder.device).manual_seed(params.seed)
+        sequence = Sequence(request_id, list(prompt), len(prompt), network, params, generator or self._generator)
+        self.scheduler.add(sequence)
+        return sequence
+
+    def abort(self, sequence: Sequence) -> None:
+        """End a request now; its memory is free at once. Nothing happens if it has ended."""
+        if sequence.finish_reason is None:
+            sequence.finish_reason = FinishReason.ABORT
+            self.scheduler.remove(sequence)
+
+    def step(self) -> list[StepOutput]:
+        """One iteration; the outputs of all requests that got a token."""
+        # neighbours of one network share a segment
+        plan = sorted(self.scheduler.plan(), key=lambda item: id(item[0].network))
+        if not plan:
+            return []
+        logits_BV = self.runner.run(plan)
+        ready = [s for s, n in plan if n == s.num_new]
+        for sequence, num_new in plan:
+            self.scheduler.advance(sequence, num_new)
+        tokens = self._draw(logits_BV, ready)
+        return [self._append(s, token) for s, token in zip(ready, tokens, strict=True)]
+
+    def _draw(self, logits_BV: Tensor, ready: Items[Sequence]) -> list[int]:
+        """The next token of each sequence."""
+        greedy: list[int] = logits_BV.argmax(-1).tolist() if len(ready) else []
+        return [
+            greedy[i] if s.params.temperature == 0 else int(sample(logits_BV[i : i + 1], s.params, s.generator))
+            for i, s in enumerate(ready)
+        ]
+
+    def _append(self, sequence: Sequence, token: int) -> StepOutput:
+        """Add a token, and end the request if it was the last."""
+        if token in sequence.params.stop_token_ids:
+            sequence.finish_reason = FinishReason.STOP
+        else:
+            sequence.tokens.append(token)
+            if len(sequence.tokens) - sequence.num_prompt == sequence.params.max_tokens:
+                sequence.finish_reason = FinishReason.LENGTH
+        if sequence.finish_reason is not None:
+            self.scheduler.remove(sequence)
+        return StepOutput(sequence, None if sequence.finish_reason is FinishReason.STOP else token)

@@ -1,0 +1,225 @@
+"""The compiled iteration of `step.cpp`: built once for this processor with the machine's own C++ compiler, then kept.
+
+Where there is no compiler, or a model has a shape that the kernels do not take, the engine runs PyTorch's operators.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flextron.errors import FlextronError
+from flextron.model.decoder import Decoder
+from flextron.model.layers import rotary_tables
+
+__all__ = ["NativeLayers", "load_library", "why_not_native"]
+
+_LANES = 8
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffast-math", "-fopenmp", "-shared", "-fPIC")
+_ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_new": 2, "gelu_fast": 2, "gelu_pytorch_tanh": 2, "relu": 3}
+
+_Pointer = ctypes.c_void_p
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = (("weight", _Pointer), ("bias", _Pointer))
+
+
+class _LayerWeights(ctypes.Structure):
+    _fields_ = tuple(
+        (name, _Linear)
+        for name in ("attention_norm", "mlp_norm", "q", "k", "v", "o", "q_norm", "k_norm", "gate", "up", "down")
+    )
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("hidden_size", "head_dim", "num_layers", "rotated", "window")),
+        *((name, ctypes.c_int64) for name in ("page_size", "query_rows_per_group", "is_multi_query")),
+        *((name, ctypes.c_int64) for name in ("parallel_residual", "is_layer_norm", "activation")),
+        ("norm_eps", ctypes.c_float),
+    )
+
+
+class _Tokens(ctypes.Structure):
+    _fields_ = (
+        ("num_tokens", ctypes.c_int64),
+        *((name, _Pointer) for name in ("positions", "mlp_widths", "num_groups", "tables", "table_rows")),
+        *((name, _Pointer) for name in ("unit_offsets", "cos", "sin", "x", "cache")),
+    )
+
+
+def _cache_directory() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "flextron"
+
+
+def _compiler() -> str | None:
+    return os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+
+
+@cache
+def load_library() -> ctypes.CDLL | str:
+    """The compiled kernels, or in one sentence why there are none."""
+    compiler = _compiler()
+    if compiler is None:
+        return "no C++ compiler was found (install g++ for faster decoding)"
+    source = Path(__file__).with_name("step.cpp")
+    processor = Path("/proc/cpuinfo")
+    facts = [compiler, *_FLAGS, platform.machine(), source.read_text(encoding="utf-8")]
+    if processor.exists():  # the code is made for this processor; a shared home directory serves several
+        facts += [
+            line
+            for line in processor.read_text(encoding="utf-8").splitlines()
+            if line.startswith(("flags", "Features"))
+        ][:1]
+    digest = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
+    library = _cache_directory() / f"step-{digest}.so"
+    if not library.exists():
+        try:
+            library.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=library.parent) as directory:
+                made = Path(directory) / library.name
+                subprocess.run([compiler, *_FLAGS, str(source), "-o", str(made)], check=True, capture_output=True)
+                made.replace(library)
+        except (OSError, subprocess.CalledProcessError) as error:
+            said = getattr(error, "stderr", b"") or str(error).encode()
+            return f"the kernels did not compile ({said.decode(errors='replace').strip().splitlines()[-1]})"
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        return f"the compiled kernels did not load ({error})"
+
+
+def why_not_native(decoder: Decoder) -> str | None:
+    """Why a decoder cannot run in the compiled iteration, in one sentence; None if it can."""
+    config = decoder.config
+    if decoder.device.type != "cpu":
+        return f"the weights lie on {decoder.device.type}"
+    if decoder.dtype != torch.float32:
+        return f"the weights are {decoder.dtype}"
+    if config.hidden_size % _LANES or config.head_dim % _LANES:
+        return f"hidden size {config.hidden_size} or head size {config.head_dim} is no multiple of {_LANES}"
+    library = load_library()
+    return library if isinstance(library, str) else None
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+class NativeLayers:
+    """All layers of a decoder as one call. Weights stay where they are; the decoder must outlive this."""
+
+    def __init__(self, decoder: Decoder, page_size: int) -> None:
+        """Collect pointers.
+
+        Args:
+            decoder: in float32 on the CPU.
+            page_size: tokens of a page of the KV cache.
+
+        Raises:
+            FlextronError: `why_not_native` has a reason.
+        """
+        reason = why_not_native(decoder)
+        library = load_library()
+        if reason is not None or isinstance(library, str):
+            raise FlextronError(f"no compiled iteration: {reason}")
+        self._library, self._decoder = library, decoder
+        config = decoder.config
+        self._shape = _Shape(
+            hidden_size=config.hidden_size,
+            head_dim=config.head_dim,
+            num_layers=config.num_hidden_layers,
+            rotated=0 if config.rope is None else int(config.head_dim * config.rope.fraction),
+            window=config.sliding_window or 0,
+            page_size=page_size,
+            query_rows_per_group=config.query_rows_per_group,
+            is_multi_query=config.is_multi_query,
+            parallel_residual=config.parallel_residual,
+            is_layer_norm=config.norm == "layer",
+            activation=_ACTIVATIONS[config.activation],
+            norm_eps=config.norm_eps,
+        )
+        self._layers = (_LayerWeights * config.num_hidden_layers)()
+        for layer, weights in zip(decoder.layers, self._layers, strict=True):
+            for name, module in _parts(layer):
+                setattr(weights, name, _Linear(_address(module.weight), _address(getattr(module, "bias", None))))
+
+    def __call__(
+        self,
+        x_ND: Tensor,
+        positions_N: Tensor,
+        mlp_widths_LN: Tensor,
+        num_groups_LN: Tensor,
+        tables: Sequence[Tensor],
+        unit_offsets_LN: Tensor,
+        cache: Tensor,
+    ) -> None:
+        """Run all layers on `x_ND` in place.
+
+        Args:
+            x_ND: embeddings, float32, contiguous; afterwards what goes into the final norm.
+            positions_N: int64.
+            mlp_widths_LN: neurons of each token in each layer, int32; 0 skips.
+            num_groups_LN: attention groups, int32; 0 skips.
+            tables: page table of each token's sequence, (pages, units of a page), int32; tokens may share one.
+            unit_offsets_LN: first unit of each layer in a row of that table, int32.
+            cache: (units, 2, page size, head size), float32.
+        """
+        addresses = torch.tensor([t.data_ptr() for t in tables])
+        rows = torch.tensor([t.shape[1] for t in tables])
+        rope = rotary_tables(self._decoder.config, positions_N, torch.float32)
+        cos, sin = (None, None) if rope is None else (t.squeeze(1).contiguous() for t in rope)
+        tokens = _Tokens(
+            num_tokens=len(x_ND),
+            positions=_address(positions_N),
+            mlp_widths=_address(mlp_widths_LN),
+            num_groups=_address(num_groups_LN),
+            tables=_address(addresses),
+            table_rows=_address(rows),
+            unit_offsets=_address(unit_offsets_LN),
+            cos=_address(cos),
+            sin=_address(sin),
+            x=_address(x_ND),
+            cache=_address(cache),
+        )
+        self._library.flextron_layers(
+            ctypes.byref(self._shape), self._layers, ctypes.byref(tokens), torch.get_num_threads()
+        )
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """Scores over the vocabulary, (N, vocabulary), of final hidden states."""
+        weight = self._decoder.head_weight
+        out = torch.empty(len(hidden_ND), len(weight))
+        self._library.flextron_rows(
+            _Pointer(hidden_ND.data_ptr()),
+            _Pointer(weight.data_ptr()),
+            _Pointer(out.data_ptr()),
+            ctypes.c_long(len(hidden_ND)),
+            ctypes.c_long(weight.shape[1]),
+            ctypes.c_long(len(weight)),
+            torch.get_num_threads(),
+        )
+        return out
+
+
+def _parts(layer: nn.Module) -> list[tuple[str, Any]]:
+    """Weights of a layer by the kernels' names; absent ones are left out."""
+    attention, mlp = getattr(layer, "attention", None), getattr(layer, "mlp", None)
+    parts = [(name, getattr(layer, name, None)) for name in ("attention_norm", "mlp_norm")]
+    parts += [(name, getattr(attention, name, None)) for name in ("q", "k", "v", "o", "q_norm", "k_norm")]
+    parts += [(name, getattr(mlp, name, None)) for name in ("gate", "up", "down")]
+    return [(name, module) for name, module in parts if module is not None]

@@ -1,0 +1,84 @@
+"""A request inside the engine: its tokens, how far they are computed, and where its keys and values lie."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from flextron.engine.pages import Page
+from flextron.model.batch import TokenChoice
+from flextron.model.generation import SamplingParams
+from flextron.spec import SubnetSpec
+
+__all__ = ["FinishReason", "Network", "Sequence"]
+
+
+class FinishReason(str, Enum):
+    """Why a request ended; values as OpenAI has them, where it has them."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """A sub-network as the engine runs it, made once for all requests that use it."""
+
+    spec: SubnetSpec
+    router: TokenChoice | None
+    num_units: int
+    """Units of a page: KV heads of all layers."""
+    unit_offsets: tuple[int, ...]
+    """First unit of each layer."""
+    key: bytes
+    """Start of its pages' keys: pages of different networks are never shared."""
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One request."""
+
+    request_id: str
+    tokens: list[int]
+    """Prompt and answer."""
+    num_prompt: int
+    network: Network
+    params: SamplingParams
+    generator: torch.Generator | None = None
+    num_computed: int = 0
+    """Leading tokens whose keys and values are in the cache."""
+    pages: list[Page] = field(default_factory=list)
+    table: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int32))
+    """Units of the pages, (capacity in pages, units of a page)."""
+    keys: list[bytes] = field(default_factory=list)
+    """Of the leading full pages, as far as they were asked for."""
+    finish_reason: FinishReason | None = None
+    arrived: float = field(default_factory=time.monotonic)
+
+    @property
+    def num_new(self) -> int:
+        """Tokens still to compute; 1 while it decodes."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def answer(self) -> list[int]:
+        """Tokens after the prompt."""
+        return self.tokens[self.num_prompt :]
+
+    def add_page(self, page: Page) -> None:
+        """Append a page to the table."""
+        if len(self.pages) == len(self.table):
+            grown = torch.empty(max(4, 2 * len(self.table)), max(1, self.network.num_units), dtype=torch.int32)
+            grown[: len(self.table)] = self.table if len(self.table) else grown[:0]
+            self.table = grown
+        self.table[len(self.pages), : len(page.units)] = torch.tensor(page.units, dtype=torch.int32)
+        self.pages.append(page)
+
+
+Plan = Items[tuple[Sequence, int]]

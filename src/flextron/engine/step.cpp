@@ -1,0 +1,426 @@
+// One iteration of the decoder on a CPU: every layer, for a ragged batch of tokens, in a single parallel region.
+//
+// A decode step reads all weights for a handful of tokens, so it runs at the speed of memory if nothing else gets in
+// the way. Each weight row is read once and multiplied with the tokens that are at least that wide: tokens are ordered
+// by width in every layer, widest first, so that row f belongs to a prefix of them (nested sub-networks without masks).
+//
+// Every weight has its nested dimension first. `expand` takes dot products with rows, `contract` adds multiples of
+// rows. The MLP is one pass: neuron f reads its rows of gate, up and down, and leaves nothing in memory.
+//
+// Shapes: N tokens, D hidden size, F neurons, H query heads, K KV heads, d head size, P tokens of a page.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <numeric>
+#include <omp.h>
+#include <vector>
+
+namespace {
+
+constexpr int kLanes = 8;
+typedef float Vec __attribute__((vector_size(4 * kLanes), aligned(4)));
+
+inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
+inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
+inline float sum(Vec v) {
+    float s = 0;
+    for (int i = 0; i < kLanes; i++) s += v[i];
+    return s;
+}
+
+// out[t][r] = dot(row r, token t) for R rows of w and T tokens of x.
+template <int R, int T>
+inline void dots(const float* w, long ldw, const float* x, long ldx, long size, float* out, long ldo) {
+    Vec acc[R][T] = {};
+    for (long c = 0; c < size; c += kLanes) {
+        Vec rows[R];
+        for (int r = 0; r < R; r++) rows[r] = load(w + r * ldw + c);
+        for (int t = 0; t < T; t++) {
+            const Vec token = load(x + t * ldx + c);
+            for (int r = 0; r < R; r++) acc[r][t] += rows[r] * token;
+        }
+    }
+    for (int t = 0; t < T; t++)
+        for (int r = 0; r < R; r++) out[t * ldo + r] = sum(acc[r][t]);
+}
+
+template <int R>
+inline void dot_tokens(const float* w, long ldw, const float* x, long ldx, long n, long size, float* out, long ldo) {
+    long t = 0;
+    for (; t + 4 <= n; t += 4) dots<R, 4>(w, ldw, x + t * ldx, ldx, size, out + t * ldo, ldo);
+    x += t * ldx, out += t * ldo;
+    if (n - t == 3) dots<R, 3>(w, ldw, x, ldx, size, out, ldo);
+    if (n - t == 2) dots<R, 2>(w, ldw, x, ldx, size, out, ldo);
+    if (n - t == 1) dots<R, 1>(w, ldw, x, ldx, size, out, ldo);
+}
+
+// Dot products of `count` rows with n tokens; a single token takes more rows at once, to have as much in flight.
+inline void dot_rows(const float* w, long ldw, long count, const float* x, long ldx, long n, long size, float* out,
+                     long ldo) {
+    long r = 0;
+    if (n == 1)
+        for (; r + 4 <= count; r += 4) dots<4, 1>(w + r * ldw, ldw, x, ldx, size, out + r, ldo);
+    for (; r + 3 <= count; r += 3) dot_tokens<3>(w + r * ldw, ldw, x, ldx, n, size, out + r, ldo);
+    for (; r < count; r++) dot_tokens<1>(w + r * ldw, ldw, x, ldx, n, size, out + r, ldo);
+}
+
+// y[t] += sum over R rows of h[t][r] * row r, for T tokens.
+template <int R, int T>
+inline void adds(const float* w, long ldw, const float* h, long ldh, float* y, long ldy, long size) {
+    for (long c = 0; c < size; c += kLanes) {
+        Vec rows[R];
+        for (int r = 0; r < R; r++) rows[r] = load(w + r * ldw + c);
+        for (int t = 0; t < T; t++) {
+            Vec acc = load(y + t * ldy + c);
+            for (int r = 0; r < R; r++) acc += rows[r] * h[t * ldh + r];
+            store(y + t * ldy + c, acc);
+        }
+    }
+}
+
+inline void add_rows(const float* w, long ldw, long count, const float* h, long ldh, float* y, long ldy, long n,
+                     long size) {
+    long r = 0;
+    for (; r + 4 <= count; r += 4) {
+        long t = 0;
+        for (; t + 4 <= n; t += 4) adds<4, 4>(w + r * ldw, ldw, h + t * ldh + r, ldh, y + t * ldy, ldy, size);
+        for (; t < n; t++) adds<4, 1>(w + r * ldw, ldw, h + t * ldh + r, ldh, y + t * ldy, ldy, size);
+    }
+    for (; r < count; r++)
+        for (long t = 0; t < n; t++) adds<1, 1>(w + r * ldw, ldw, h + t * ldh + r, ldh, y + t * ldy, ldy, size);
+}
+
+}  // namespace
+
+extern "C" {
+
+struct Linear {
+    const float* weight;  // rows nested
+    const float* bias;    // or null
+};
+
+struct Norm {
+    const float* weight;  // null where the layer has no such norm
+    const float* bias;
+};
+
+struct LayerWeights {
+    Norm attention_norm, mlp_norm;
+    Linear q, k, v, o;
+    Norm q_norm, k_norm;
+    Linear gate, up, down;
+};
+
+struct Shape {
+    int64_t hidden_size, head_dim, num_layers, rotated, window, page_size;
+    int64_t query_rows_per_group, is_multi_query, parallel_residual, is_layer_norm, activation;
+    float norm_eps;
+};
+
+// Tokens of one iteration. Widths are (layers, N); a layer's units of a page are its KV heads.
+struct Tokens {
+    int64_t num_tokens;
+    const int64_t* positions;       // (N,)
+    const int32_t* mlp_widths;      // neurons, 0 skips
+    const int32_t* num_groups;      // attention groups, 0 skips
+    const int32_t* const* tables;   // (N,): page table of each token's sequence, (pages, row)
+    const int64_t* table_rows;      // (N,): entries of a page in that table
+    const int32_t* unit_offsets;    // (layers, N): first entry of a layer
+    const float* cos;               // (N, rotated)
+    const float* sin;               // signed
+    float* x;                       // (N, D), in place
+    float* cache;                   // (units, 2, P, d)
+};
+}
+
+namespace {
+
+enum Activation { kSilu, kGelu, kGeluTanh, kRelu };
+
+inline float activate(float z, int64_t kind) {
+    switch (kind) {
+        case kSilu: return z / (1.0f + std::exp(-z));
+        case kGelu: return 0.5f * z * (1.0f + std::erf(z * 0.70710678f));
+        case kGeluTanh: return 0.5f * z * (1.0f + std::tanh(0.79788456f * (z + 0.044715f * z * z * z)));
+        default: return std::max(z, 0.0f);
+    }
+}
+
+void normalize(const float* x, const Norm& norm, bool centred, float eps, long size, float* out) {
+    float mean = 0, square = 0;
+    if (centred) {
+        for (long i = 0; i < size; i++) mean += x[i];
+        mean /= size;
+    }
+    for (long i = 0; i < size; i++) square += (x[i] - mean) * (x[i] - mean);
+    const float factor = 1.0f / std::sqrt(square / size + eps);
+    for (long i = 0; i < size; i++) out[i] = (x[i] - mean) * factor * norm.weight[i];
+    if (norm.bias)
+        for (long i = 0; i < size; i++) out[i] += norm.bias[i];
+}
+
+// Tokens ordered by width, widest first, and how many of them use each row.
+struct Order {
+    std::vector<int> tokens;   // those of width above 0
+    std::vector<int> widths;   // of them, falling
+    void set(const int32_t* widths_N, long n) {
+        tokens.clear();
+        widths.clear();
+        for (long t = 0; t < n; t++)
+            if (widths_N[t] > 0) tokens.push_back(t);
+        std::stable_sort(tokens.begin(), tokens.end(), [&](int a, int b) { return widths_N[a] > widths_N[b]; });
+        for (int t : tokens) widths.push_back(widths_N[t]);
+    }
+    long size() const { return tokens.size(); }
+    long widest() const { return widths.empty() ? 0 : widths[0]; }
+    // The tokens that use row `row`, and the first row that fewer of them use.
+    long users(long row, long unit, long* until) const {
+        long n = size();
+        while (n > 0 && widths[n - 1] * unit <= row) n--;
+        *until = n ? widths[n - 1] * unit : row;
+        return n;
+    }
+};
+
+// Calls f(start, stop, users) on this thread's share of rows [0, widest): chunks of one number of users, dealt in turn.
+template <class F>
+inline void share_rows(const Order& order, long unit, long chunk, int thread, int threads, F f) {
+    const long end = order.widest() * unit;
+    long turn = 0;
+    for (long row = 0; row < end;) {
+        long until;
+        const long n = order.users(row, unit, &until);
+        // as many chunks as threads evenly fill
+        const long rows = until - row;
+        long per = std::min(chunk, (rows + threads - 1) / threads);
+        per = (per + 3) / 4 * 4;
+        for (long a = row; a < until; a += per, turn++)
+            if (turn % threads == thread) f(a, std::min(a + per, until), n);
+        row = until;
+    }
+}
+
+constexpr long kChunk = 64;
+
+struct Step {
+    const Shape& s;
+    const LayerWeights* layers;
+    const Tokens& b;
+    std::vector<Order> attention, mlp;
+    std::vector<float> xn, q, k, v, heads, partial;
+    long D, N, d, kv_max, q_max;
+
+    long kv_rows(long groups) const { return d * (s.is_multi_query ? std::min(groups, 1L) : groups); }
+
+    Step(const Shape& s, const LayerWeights* layers, const Tokens& b, int threads) : s(s), layers(layers), b(b) {
+        D = s.hidden_size, N = b.num_tokens, d = s.head_dim;
+        attention.resize(s.num_layers), mlp.resize(s.num_layers);
+        long groups = 0;
+        for (long l = 0; l < s.num_layers; l++) {
+            attention[l].set(b.num_groups + l * N, N);
+            mlp[l].set(b.mlp_widths + l * N, N);
+            groups = std::max(groups, attention[l].widest());
+        }
+        q_max = groups * s.query_rows_per_group, kv_max = kv_rows(groups);
+        xn.resize(2 * N * D), q.resize(N * q_max), k.resize(N * kv_max), v.resize(N * kv_max);
+        heads.resize(N * q_max), partial.resize((long)threads * N * D);
+    }
+
+    void norms(const Order& order, const Norm& norm, float* out, int id, int nt) const {
+        for (long i = id; i < order.size(); i += nt)
+            normalize(b.x + order.tokens[i] * D, norm, s.is_layer_norm, s.norm_eps, D, out + i * D);
+    }
+
+    void project(const Order& order, long unit, const Linear& linear, float* out, long ldo, int id, int nt) const {
+        share_rows(order, unit, kChunk, id, nt, [&](long a, long e, long n) {
+            dot_rows(linear.weight + a * D, D, e - a, xn.data(), D, n, D, out + a, ldo);
+            if (linear.bias)
+                for (long t = 0; t < n; t++)
+                    for (long r = a; r < e; r++) out[t * ldo + r] += linear.bias[r];
+        });
+    }
+
+    void rotate(float* head, long token) const {
+        const long R = s.rotated, half = R / 2;
+        const float *cos = b.cos + token * R, *sin = b.sin + token * R;
+        for (long i = 0; i < half; i++) {
+            const float lo = head[i], hi = head[i + half];
+            head[i] = lo * cos[i] + hi * sin[i];
+            head[i + half] = hi * cos[i + half] + lo * sin[i + half];
+        }
+    }
+
+    float* unit(long layer, long token, long page, long kv_head) const {
+        const int32_t* row = b.tables[token] + page * b.table_rows[token];
+        return b.cache + (long)row[b.unit_offsets[layer * N + token] + kv_head] * 2 * s.page_size * d;
+    }
+
+    // Normalises and rotates the heads of every token, and writes keys and values to their pages.
+    void place(long l, int id, int nt) {
+        const Order& order = attention[l];
+        const LayerWeights& w = layers[l];
+        for (long i = id; i < order.size(); i += nt) {
+            const long token = order.tokens[i], position = b.positions[token];
+            const long q_rows = order.widths[i] * s.query_rows_per_group, kv = kv_rows(order.widths[i]);
+            for (long r = 0; r < q_rows; r += d) {
+                float* head = &q[i * q_max + r];
+                if (w.q_norm.weight) normalize(head, w.q_norm, false, s.norm_eps, d, head);
+                if (s.rotated) rotate(head, token);
+            }
+            for (long r = 0; r < kv; r += d) {
+                float* head = &k[i * kv_max + r];
+                if (w.k_norm.weight) normalize(head, w.k_norm, false, s.norm_eps, d, head);
+                if (s.rotated) rotate(head, token);
+                float* keys = unit(l, token, position / s.page_size, r / d) + position % s.page_size * d;
+                std::memcpy(keys, head, d * sizeof(float));
+                std::memcpy(keys + s.page_size * d, &v[i * kv_max + r], d * sizeof(float));
+            }
+        }
+    }
+
+    // Heads of one token over one KV head.
+    void attend(long l, long i, long kv_head, std::vector<float>& scores) {
+        const Order& order = attention[l];
+        const long token = order.tokens[i], P = s.page_size, last = b.positions[token];
+        const long per_kv = s.is_multi_query ? order.widths[i] : s.query_rows_per_group / d;
+        const long first = s.window > 0 ? std::max(0L, last + 1 - s.window) : 0;
+        const long start = first / P * P, ld = (last / P + 1) * P - start;
+        float* own_q = &q[i * q_max + kv_head * per_kv * d];
+        float* out = &heads[i * q_max + kv_head * per_kv * d];
+        if ((long)scores.size() < per_kv * ld) scores.resize(per_kv * ld);
+        for (long p = start; p <= last; p += P)
+            dot_rows(unit(l, token, p / P, kv_head), d, P, own_q, d, per_kv, d, &scores[p - start], ld);
+        const float scale = 1.0f / std::sqrt((float)d);
+        for (long h = 0; h < per_kv; h++) {
+            float* row = &scores[h * ld];
+            float most = -INFINITY, total = 0;
+            const long a = first - start, e = last + 1 - start;
+            for (long j = a; j < e; j++) most = std::max(most, row[j]);
+            for (long j = a; j < e; j++) row[j] = std::exp((row[j] - most) * scale), total += row[j];
+            for (long j = a; j < e; j++) row[j] /= total;
+            std::fill(row, row + a, 0.0f);
+            std::fill(row + e, row + ld, 0.0f);
+        }
+        std::fill(out, out + per_kv * d, 0.0f);
+        for (long p = start; p <= last; p += P)
+            add_rows(unit(l, token, p / P, kv_head) + P * d, d, std::min(P, last + 1 - p), &scores[p - start], ld, out,
+                     d, per_kv, d);
+    }
+
+    // x += what all threads' partial sums say, and the bias.
+    void residual(const Order& order, const float* bias, int id, int nt) {
+        for (long i = id; i < order.size(); i += nt) {
+            float* x = b.x + order.tokens[i] * D;
+            for (int p = 0; p < nt; p++) {
+                const float* y = &partial[((long)p * N + i) * D];
+                for (long c = 0; c < D; c++) x[c] += y[c];
+            }
+            if (bias)
+                for (long c = 0; c < D; c++) x[c] += bias[c];
+        }
+    }
+
+    void feed_forward(long l, const float* in, float* own, int id, int nt) const {
+        const LayerWeights& w = layers[l];
+        std::vector<float> up(4 * N), gate(4 * N);
+        share_rows(mlp[l], 1, kChunk, id, nt, [&](long a, long e, long n) {
+            for (long f = a; f < e; f += 4) {
+                const long rows = std::min(4L, e - f);
+                dot_rows(w.up.weight + f * D, D, rows, in, D, n, D, up.data(), 4);
+                if (w.up.bias)
+                    for (long t = 0; t < n; t++)
+                        for (long r = 0; r < rows; r++) up[4 * t + r] += w.up.bias[f + r];
+                if (w.gate.weight) {
+                    dot_rows(w.gate.weight + f * D, D, rows, in, D, n, D, gate.data(), 4);
+                    if (w.gate.bias)
+                        for (long t = 0; t < n; t++)
+                            for (long r = 0; r < rows; r++) gate[4 * t + r] += w.gate.bias[f + r];
+                    for (long t = 0; t < 4 * n; t++) up[t] *= activate(gate[t], s.activation);
+                } else {
+                    for (long t = 0; t < 4 * n; t++) up[t] = activate(up[t], s.activation);
+                }
+                add_rows(w.down.weight + f * D, D, rows, up.data(), 4, own, D, n, D);
+            }
+        });
+    }
+
+    void run(int id, int nt) {
+        std::vector<float> scores;
+        float* own = &partial[(long)id * N * D];
+        float *xa = xn.data(), *xm = xn.data() + N * D;
+        for (long l = 0; l < s.num_layers; l++) {
+            const LayerWeights& w = layers[l];
+            const Order &heads_of = attention[l], &neurons_of = mlp[l];
+            if (heads_of.size()) {
+                norms(heads_of, w.attention_norm, xa, id, nt);
+                if (s.parallel_residual && neurons_of.size()) norms(neurons_of, w.mlp_norm, xm, id, nt);
+#pragma omp barrier
+                project(heads_of, s.query_rows_per_group, w.q, q.data(), q_max, id, nt);
+                project_kv(heads_of, w, id, nt);
+#pragma omp barrier
+                place(l, id, nt);
+#pragma omp barrier
+                long task = 0;
+                for (long i = 0; i < heads_of.size(); i++)
+                    for (long h = 0; h < kv_rows(heads_of.widths[i]) / d; h++, task++)
+                        if (task % nt == id) attend(l, i, h, scores);
+                std::fill(own, own + heads_of.size() * D, 0.0f);
+#pragma omp barrier
+                share_rows(heads_of, s.query_rows_per_group, kChunk, id, nt, [&](long a, long e, long n) {
+                    add_rows(w.o.weight + a * D, D, e - a, heads.data() + a, q_max, own, D, n, D);
+                });
+#pragma omp barrier
+                residual(heads_of, w.o.bias, id, nt);
+#pragma omp barrier
+            } else if (s.parallel_residual && neurons_of.size()) {
+                norms(neurons_of, w.mlp_norm, xm, id, nt);
+#pragma omp barrier
+            }
+            if (neurons_of.size()) {
+                if (!s.parallel_residual) norms(neurons_of, w.mlp_norm, xm, id, nt);
+                std::fill(own, own + neurons_of.size() * D, 0.0f);
+#pragma omp barrier
+                feed_forward(l, xm, own, id, nt);
+#pragma omp barrier
+                residual(neurons_of, w.down.bias, id, nt);
+#pragma omp barrier
+            }
+        }
+    }
+
+    void project_kv(const Order& order, const LayerWeights& w, int id, int nt) {
+        if (!s.is_multi_query) {
+            project(order, d, w.k, k.data(), kv_max, id, nt);
+            project(order, d, w.v, v.data(), kv_max, id, nt);
+            return;
+        }
+        Order one = order;  // all share one KV head
+        std::fill(one.widths.begin(), one.widths.end(), 1);
+        project(one, d, w.k, k.data(), kv_max, id, nt);
+        project(one, d, w.v, v.data(), kv_max, id, nt);
+    }
+};
+
+}  // namespace
+
+extern "C" {
+
+// All layers, on x in place; keys and values go to the cache's pages.
+void flextron_layers(const Shape* shape, const LayerWeights* layers, const Tokens* tokens, int threads) {
+    Step step(*shape, layers, *tokens, threads);
+#pragma omp parallel num_threads(threads)
+    step.run(omp_get_thread_num(), omp_get_num_threads());
+}
+
+// y (N, rows) = x (N, D) times the rows of w: logits.
+void flextron_rows(const float* x, const float* w, float* y, long n, long size, long rows, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        const int id = omp_get_thread_num(), nt = omp_get_num_threads();
+        for (long a = id * kChunk; a < rows; a += nt * kChunk)
+            dot_rows(w + a * size, size, std::min(kChunk, rows - a), x, size, n, size, y + a, rows);
+    }
+}
+}

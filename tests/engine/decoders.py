@@ -1,0 +1,36 @@
+"""Tiny decoders with random weights, and a reference for what the engine must answer."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+
+from flextron.model.config import DecoderConfig
+from flextron.model.decoder import Decoder
+from flextron.model.families import config_from_hf
+from flextron.spec import LayerSpec, SubnetSpec
+from tests.model.families_cases import CASES
+
+
+def random_decoder(name: str) -> Decoder:
+    """A frozen decoder of one of the family cases."""
+    torch.manual_seed(0)
+    decoder = Decoder(config_from_hf(CASES[name].to_dict())).eval().requires_grad_(False)
+    for p in decoder.parameters():
+        p.normal_(0, 0.3) if p.dim() > 1 else p.normal_(1, 0.3)
+    return decoder
+
+
+def ragged_specs(config: DecoderConfig, count: int) -> list[SubnetSpec]:
+    """Heterogeneous sub-networks that also skip halves of layers, and the full one."""
+    rng = random.Random(0)
+
+    def layer() -> LayerSpec:
+        return LayerSpec(
+            intermediate_size=rng.choice([0, 5, config.intermediate_size]),
+            num_groups=rng.choice([0, 1, config.num_groups]),
+        )
+
+    drawn = [SubnetSpec(layers=tuple(layer() for _ in range(config.num_hidden_layers))) for _ in range(count - 1)]
+    return [*drawn, config.full_spec]

@@ -1,0 +1,185 @@
+"""Requests of mixed sub-networks, in random order and number, against plain generation one by one."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flextron.engine import EngineCore, EngineSettings, FinishReason, Sequence
+from flextron.engine.native import load_library
+from flextron.engine.runner import unit_bytes
+from flextron.errors import FlextronError
+from flextron.model.decoder import Decoder
+from flextron.model.generation import SamplingParams, generate
+from flextron.spec import SubnetSpec
+from tests.engine.decoders import ragged_specs, random_decoder
+
+PAGE = 4
+PATHS = [False] if isinstance(load_library(), str) else [True, False]
+DECODER = random_decoder("llama")
+SPECS = ragged_specs(DECODER.config, 3)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a client asks."""
+
+    prompt: list[int]
+    spec: SubnetSpec
+    params: SamplingParams
+
+
+def engine(decoder: Decoder, *, num_pages: int, native: bool, **options: object) -> EngineCore:
+    """An engine whose cache holds so many pages of the full network."""
+    size, config = unit_bytes(decoder, PAGE), decoder.config
+    num_units = num_pages * config.num_hidden_layers * config.kv_rows(config.num_groups) // config.head_dim
+    values: dict[str, object] = {"max_num_seqs": 5, "max_num_batched_tokens": 11}
+    return EngineCore(
+        decoder,
+        EngineSettings(kv_cache_gb=(num_units + 0.5) * size / 1e9, page_size=PAGE, native=native, **values | options),  # type: ignore[arg-type]
+    )
+
+
+def requests(rng: random.Random, vocab_size: int, specs: list[SubnetSpec], count: int) -> list[Request]:
+    """Some of them begin alike."""
+    shared = [rng.randrange(vocab_size) for _ in range(9)]
+
+    def prompt() -> list[int]:
+        own = [rng.randrange(vocab_size) for _ in range(rng.randint(1, 20))]
+        return shared + own if rng.random() < 0.4 else own
+
+    return [Request(prompt(), rng.choice(specs), SamplingParams(max_tokens=rng.randint(1, 16))) for _ in range(count)]
+
+
+def serve(core: EngineCore, asked: list[Request], rng: random.Random, *, aborts: float = 0.0) -> list[Sequence]:
+    """Add requests while others run; check the cache after every step."""
+    sequences: list[Sequence] = []
+    waiting = list(asked)
+    while waiting or core.has_unfinished:
+        if waiting and rng.random() < 0.6:
+            r = waiting.pop(0)
+            sequences.append(core.add(str(len(sequences)), r.prompt, r.params, core.network(r.spec)))
+        if sequences and rng.random() < aborts:
+            core.abort(rng.choice(sequences))
+        core.step()
+        core.pool.check_integrity([page for s in core.scheduler for page in s.pages])
+    return sequences
+
+
+@pytest.mark.parametrize("native", PATHS)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "llama-mqa", "neox"])
+def test_answers_are_those_of_plain_generation(name: str, native: bool) -> None:
+    decoder, rng = random_decoder(name), random.Random(1)
+    asked = requests(rng, decoder.config.vocab_size, ragged_specs(decoder.config, 3), 14)
+    core = engine(decoder, num_pages=15, native=native)
+    sequences = serve(core, asked, rng)
+    wanted = [generate(decoder, [r.prompt], r.spec, r.params)[0] for r in asked]
+    assert [s.answer for s in sequences] == wanted
+    assert all(s.finish_reason is FinishReason.LENGTH for s in sequences)
+    assert core.pool.num_used == 0
+
+
+@pytest.mark.parametrize("native", PATHS)
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10**6), num_pages=st.integers(12, 30), budget=st.integers(5, 40))
+def test_any_traffic_ends_well(native: bool, seed: int, num_pages: int, budget: int) -> None:
+    """Preemption, cancelling, chunks of all sizes: nothing leaks, and whoever was not cancelled gets its answer."""
+    rng = random.Random(seed)
+    asked = requests(rng, DECODER.config.vocab_size, SPECS, 8)
+    core = engine(DECODER, num_pages=num_pages, native=native, max_num_batched_tokens=budget)
+    for r, s in zip(asked, serve(core, asked, rng, aborts=0.1), strict=True):
+        wanted = generate(DECODER, [r.prompt], r.spec, r.params)[0]
+        if s.finish_reason is FinishReason.ABORT:
+            assert s.answer == wanted[: len(s.answer)]
+        else:
+            assert s.answer == wanted
+    assert core.pool.num_used == 0
+
+
+def test_preempted_and_cached_requests_happen_in_these_tests() -> None:
+    rng = random.Random(1)
+    asked = requests(rng, DECODER.config.vocab_size, [DECODER.config.full_spec], 14)
+    core = engine(DECODER, num_pages=15, native=False)
+    serve(core, asked, rng)
+    assert core.scheduler.num_preemptions
+    assert core.scheduler.num_cached_tokens
+
+
+def test_memory_is_proportional_to_groups() -> None:
+    full = DECODER.config.full_spec
+    half = SubnetSpec.uniform(num_hidden_layers=3, intermediate_size=full.layers[0].intermediate_size, num_groups=1)
+    core = engine(DECODER, num_pages=15, native=False)
+    used = {}
+    for spec in (full, half):
+        sequence = core.add("a", [1] * 9, SamplingParams(max_tokens=4), core.network(spec))
+        core.step()
+        used[spec] = core.pool.num_used
+        core.abort(sequence)
+    assert used[half] * 2 == used[full]
+
+
+def test_a_seed_gives_the_same_draws_whatever_runs_beside() -> None:
+    params = SamplingParams(max_tokens=12, temperature=1.0, top_p=0.9, seed=3)
+    answers = []
+    for others in (0, 4):
+        core = engine(DECODER, num_pages=40, native=False)
+        network = core.network(DECODER.config.full_spec)
+        sequence = core.add("a", [1, 2, 3], params, network)
+        for i in range(others):
+            core.add(str(i), [5, i], SamplingParams(max_tokens=5, temperature=1.0), network)
+        while core.has_unfinished:
+            core.step()
+        answers.append(sequence.answer)
+    assert answers[0] == answers[1]
+
+
+def test_stop_tokens_end_a_request() -> None:
+    spec = DECODER.config.full_spec
+    free = generate(DECODER, [[1, 2]], spec, SamplingParams(max_tokens=8))[0]
+    core = engine(DECODER, num_pages=10, native=False)
+    params = SamplingParams(max_tokens=8, stop_token_ids=(free[3],))
+    sequence = core.add("a", [1, 2], params, core.network(spec))
+    while core.has_unfinished:
+        core.step()
+    assert sequence.answer == free[: free.index(free[3])]
+    assert sequence.finish_reason is FinishReason.STOP
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "said"),
+    [
+        ([], 4, "empty"),
+        ([10**6], 4, "vocabulary"),
+        ([1] * 60, 8, "shorten the prompt"),
+        ([1] * 40, 8, "raise kv_cache_gb"),
+    ],
+)
+def test_bad_requests_are_refused(prompt: list[int], max_tokens: int, said: str) -> None:
+    core = engine(DECODER, num_pages=7, native=False)
+    with pytest.raises(FlextronError, match=said):
+        core.add("a", prompt, SamplingParams(max_tokens=max_tokens), core.network(DECODER.config.full_spec))
+    assert not core.has_unfinished
+
+
+def test_bad_settings_are_refused() -> None:
+    with pytest.raises(FlextronError, match="at least max_num_seqs"):
+        EngineSettings(max_num_seqs=10, max_num_batched_tokens=5)
+    foreign = SubnetSpec.uniform(num_hidden_layers=3, intermediate_size=10**6, num_groups=1)
+    with pytest.raises(FlextronError, match="not nested"):
+        engine(DECODER, num_pages=7, native=False).network(foreign)
+
+
+def test_greedy_and_sampled_requests_share_a_batch() -> None:
+    torch.manual_seed(0)
+    core = engine(DECODER, num_pages=40, native=False)
+    network = core.network(DECODER.config.full_spec)
+    greedy = core.add("a", [1, 2, 3], SamplingParams(max_tokens=9), network)
+    core.add("b", [4], SamplingParams(max_tokens=9, temperature=2.0), network)
+    while core.has_unfinished:
+        core.step()
+    assert greedy.answer == generate(DECODER, [[1, 2, 3]], DECODER.config.full_spec, SamplingParams(max_tokens=9))[0]

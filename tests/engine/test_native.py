@@ -1,0 +1,102 @@
+"""The compiled iteration against the decoder's own forward pass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from flextron.engine.native import NativeLayers, load_library, why_not_native
+from flextron.errors import FlextronError
+from flextron.model.batch import Batch
+from flextron.model.decoder import Decoder
+from flextron.spec import SubnetSpec
+from tests.engine.decoders import ragged_specs, random_decoder
+from tests.model.families_cases import CASES
+
+PAGE = 4
+LENGTHS = (7, 1, 13, 9)
+# (sequence, first token, end) of every iteration: prompts in chunks beside single tokens
+ITERATIONS = (
+    ((0, 0, 3), (1, 0, 1), (2, 0, 5)),
+    ((2, 5, 12), (3, 0, 4), (0, 3, 4)),
+    ((3, 4, 9), (0, 4, 7), (2, 12, 13)),
+)
+
+compiled = pytest.mark.skipif(isinstance(load_library(), str), reason=f"no kernels: {load_library()}")
+
+
+class Pages:
+    """Page tables in random order over a cache that holds NaN where nothing was written."""
+
+    def __init__(self, decoder: Decoder, specs: list[SubnetSpec]) -> None:
+        """Reserve pages for all sequences."""
+        config = decoder.config
+        self.tables: list[Tensor] = []
+        self.offsets: list[list[int]] = []
+        num_units = 0
+        for spec, length in zip(specs, LENGTHS, strict=True):
+            heads = [config.kv_rows(layer.num_groups) // config.head_dim for layer in spec.layers]
+            self.offsets.append([sum(heads[:i]) for i in range(len(heads))])
+            shape = (-(-length // PAGE), max(1, sum(heads)))
+            order = torch.randperm(shape[0] * shape[1]) + num_units
+            self.tables.append(order.to(torch.int32).view(shape))
+            num_units += order.numel()
+        self.cache = torch.full((num_units, 2, PAGE, config.head_dim), float("nan"))
+
+
+def per_layer(values: list[list[int]]) -> Tensor:
+    """(tokens, layers) to (layers, tokens)."""
+    return torch.tensor(values, dtype=torch.int32).t().contiguous()
+
+
+@compiled
+@pytest.mark.parametrize("name", list(CASES))
+def test_iterations_agree_with_the_decoder(name: str) -> None:
+    decoder = random_decoder(name)
+    if why_not_native(decoder) is not None:
+        with pytest.raises(FlextronError, match="multiple of 8"):
+            NativeLayers(decoder, PAGE)
+        return
+    specs = ragged_specs(decoder.config, len(LENGTHS))
+    sequences = [torch.randint(decoder.config.vocab_size, (n,)) for n in LENGTHS]
+    wanted = decoder(Batch.ragged(sequences, specs))
+    native, pages = NativeLayers(decoder, PAGE), Pages(decoder, specs)
+    got: list[list[Tensor]] = [[] for _ in LENGTHS]
+    for parts in ITERATIONS:
+        owners = [i for i, first, end in parts for _ in range(first, end)]
+        tokens = torch.cat([sequences[i][first:end] for i, first, end in parts])
+        positions = torch.cat([torch.arange(first, end) for _, first, end in parts])
+        x = decoder.embed(Batch(tokens, positions, ())).contiguous()
+        native(
+            x,
+            positions,
+            per_layer([[layer.intermediate_size for layer in specs[i].layers] for i in owners]),
+            per_layer([[layer.num_groups for layer in specs[i].layers] for i in owners]),
+            [pages.tables[i] for i in owners],
+            per_layer([pages.offsets[i] for i in owners]),
+            pages.cache,
+        )
+        for i, row in zip(owners, decoder.final_norm(x), strict=True):
+            got[i].append(row)
+    ours = torch.stack([row for rows in got for row in rows])
+    torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+
+
+@compiled
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 5, 16])
+def test_logits(num_tokens: int) -> None:
+    decoder = random_decoder("llama")
+    hidden = torch.randn(num_tokens, decoder.config.hidden_size)
+    torch.testing.assert_close(NativeLayers(decoder, PAGE).logits(hidden), decoder.logits(hidden), rtol=1e-5, atol=1e-5)
+
+
+def test_without_a_compiler_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    load_library.cache_clear()
+    try:
+        said = load_library()
+        assert isinstance(said, str)
+        assert "no-such-compiler" in said
+    finally:
+        load_library.cache_clear()
