@@ -3,10 +3,13 @@
 All post-training starts from the same base, takes the same number of tokens in the same order, trains embeddings too,
 and uses the same rate and schedule. The peers follow their papers in what they train and with which loss:
 
-- MatFormer (Devvrit et al., 2023): one of four uniform widths of the feed-forward layers a step; next-token loss.
-- SortedNet (Valipour et al., 2023): random nested sub-networks; next-token loss.
+- MatFormer (Devvrit et al., 2023): all four uniform widths of the feed-forward layers in every step; next-token loss.
+- SortedNet (Valipour et al., 2023): four random nested sub-networks in every step; next-token loss.
 - Minitron (Muralidharan et al., 2024): pruned to one size by activations, then distilled with the forward KL; a run of
   all tokens for each size.
+
+The elastic methods run every sequence in four sub-networks, so a size gets as many tokens as a Minitron-type run of its
+own; results say both how much text a method took and how many tokens went through the student.
 """
 
 from __future__ import annotations
@@ -33,7 +36,18 @@ from flextron.training.routers import JointRouting, RouterRecipe
 from flextron.training.token_recipe import TokenRouterRecipe
 from flextron.training.token_routing import train_token_router
 
-__all__ = ["ABLATIONS", "ROUTER_ABLATIONS", "Run", "ablation", "base", "flextron", "matformer", "minitron", "sortednet"]
+__all__ = [
+    "ABLATIONS",
+    "ROUTER_ABLATIONS",
+    "Run",
+    "ablation",
+    "base",
+    "continued",
+    "flextron",
+    "matformer",
+    "minitron",
+    "sortednet",
+]
 
 Run = tuple[Decoder, dict[str, Any]]
 """A trained model and the facts that go into its result."""
@@ -42,13 +56,14 @@ _LANGUAGE_MODELLING = {"kl_weight": 0.0, "hidden_weight": 0.0, "lm_weight": 1.0}
 _ELASTIC = {
     "kl_weight": 1.0,
     "hidden_weight": 0.0,
-    "lm_weight": 1.0,
+    "lm_weight": 0.0,
     "subnets_per_batch": 4,
-    "full_probability": 0.1,
+    "sandwich": True,
+    "full_probability": 0.0,
     "anneal_fraction": 0.0,
     "random_probability": 0.1,
 }
-"""Flextron's: distilled from the frozen base, and the text; a step's sequences are dealt to four sub-networks."""
+"""Flextron's: distilled from the frozen base alone; every sequence runs in four sub-networks, one of them full."""
 _HANDOVER = 0.5
 """Rate at which the elastic stage ends and the joint one begins, over the peak: one schedule over both."""
 _SKIPPABLE = 2
@@ -70,6 +85,15 @@ def base(s: Setting, name: str, widths: SubnetSpec | None = None, size: float = 
     return decoder, _facts(work, s.points(decoder, {size: decoder.widths}), "base" if widths is None else "end to end")
 
 
+def continued(s: Setting, name: str) -> Run:
+    """The base alone, trained on with the post-training tokens: how much of a gain is that of more tokens."""
+    work = Work()
+    decoder = s.base()
+    recipe = s.recipe(s.scale.elastic_steps, subnets_per_batch=1, full_probability=1.0, **_LANGUAGE_MODELLING)
+    s.train(name, decoder, recipe, work)
+    return decoder, _facts(work, s.points(decoder, {1.0: decoder.widths}), "base, trained on")
+
+
 def _elastic(
     s: Setting,
     name: str,
@@ -84,7 +108,7 @@ def _elastic(
     ranked, inner = s.ranked_base("reconstruction")
     decoder = ranked if permuted else s.base()
     space = s.space(skip=inner[:_SKIPPABLE])
-    recipe = s.recipe(num_steps, **_ELASTIC | {"sizes": s.scale.sizes, "min_lr_ratio": handover} | changes)
+    recipe = s.recipe(num_steps, **_ELASTIC | {"sizes": (1.0, *s.scale.sizes), "min_lr_ratio": handover} | changes)
     s.train(name, decoder, recipe, work, stage="elastic", teacher=s.base(), space=space)
     return decoder, space
 
@@ -133,7 +157,7 @@ def flextron_elastic(s: Setting, name: str) -> Run:
 def flextron(s: Setting, name: str) -> Run:
     """All stages; goes on from `flextron-elastic`."""
     before = s.store.result("flextron-elastic") or {}
-    work = Work(**{key: before[key] for key in ("tokens", "teacher_tokens", "seconds")})
+    work = Work(**{key: before[key] for key in Work.FIELDS})
     decoder = s.store.decoder("flextron-elastic", s.config).to(s.device)
     space = SearchSpace.from_dict(before["space"])
     router = s.store.router("flextron-elastic", space).to(s.device)
@@ -145,7 +169,7 @@ def flextron(s: Setting, name: str) -> Run:
 def no_surrogate(s: Setting, name: str) -> Run:
     """The router learns by the model's gradients alone, in the joint stage, from random weights."""
     before = s.store.result("flextron-elastic") or {}
-    work = Work(**{key: before[key] for key in ("tokens", "teacher_tokens", "seconds")})
+    work = Work(**{key: before[key] for key in Work.FIELDS})
     decoder = s.store.decoder("flextron-elastic", s.config).to(s.device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(s.seed)
@@ -173,7 +197,7 @@ def token_router(s: Setting, name: str) -> Run:
         router = TokenRouter.for_table(space, s.config.hidden_size, table).to(s.device)
     started = time.monotonic()
     train_token_router(decoder, decoder, router, table, specs, blocks, recipe)
-    work = Work(**{key: before[key] for key in ("tokens", "teacher_tokens", "seconds")})
+    work = Work(**{key: before[key] for key in Work.FIELDS})
     work.teacher_tokens += recipe.warm_tokens * recipe.num_draws * len(specs)
     work.seconds += time.monotonic() - started
     points = s.points(decoder, {p["size"]: SubnetSpec.from_dict(p["spec"]) for p in before["points"] if p["size"] < 1})
@@ -192,7 +216,7 @@ def matformer(s: Setting, name: str) -> Run:
     decoder, _ = s.ranked_base("activation")
     space = s.space(attention=False)
     specs = {1.0: space.full, **choose_uniform(decoder, space, s.budgets)}
-    recipe = s.recipe(s.scale.elastic_steps, subnets_per_batch=1, **_LANGUAGE_MODELLING)
+    recipe = s.recipe(s.scale.elastic_steps, subnets_per_batch=4, sandwich=True, **_LANGUAGE_MODELLING)
     s.train(name, decoder, recipe, work, space=space, specs=tuple(specs.values()))
     return decoder, _facts(work, s.points(decoder, specs), "MatFormer-type")
 
@@ -208,6 +232,7 @@ def sortednet(s: Setting, name: str) -> Run:
         min_size=min(s.scale.sizes),
         anneal_fraction=0.0,
         subnets_per_batch=4,
+        sandwich=True,
         **_LANGUAGE_MODELLING,
     )
     s.train(name, decoder, recipe, work, space=space)

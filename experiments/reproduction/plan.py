@@ -27,23 +27,25 @@ class Job:
 
 
 def jobs(s: Setting) -> list[Job]:
-    """All runs, the base first; a run needs only runs before it."""
+    """All runs, the base first; a run needs only runs before it. Ablations are the first seed's alone."""
     sizes, post = s.scale.sizes, ELASTIC_FRACTION
+    sandwich = 3.5 * post
     joint = s.scale.joint_fraction
     return [
         Job("base", 1.0, methods.base),
-        Job("flextron-elastic", 1.3 * post * (1 - joint), methods.flextron_elastic),
-        Job("flextron", 1.3 * post * joint, methods.flextron),
-        Job("matformer", post, methods.matformer),
-        Job("sortednet", post, methods.sortednet),
+        Job("continued", post, methods.continued),
+        Job("flextron-elastic", sandwich * (1 - joint), methods.flextron_elastic),
+        Job("flextron", sandwich * joint, methods.flextron),
+        Job("matformer", sandwich, methods.matformer),
+        Job("sortednet", sandwich, methods.sortednet),
         *(Job(f"minitron-{size:g}", 1.1 * post, partial(_minitron, size=size)) for size in sizes),
         *(
             Job(f"minitron-shared-{size:g}", 0.4 * post, partial(_minitron, size=size, fraction=1 / len(sizes)))
             for size in sizes
         ),
         *(Job(f"variant-{size:g}", 0.3 + 0.7 * size, partial(_variant, size=size)) for size in sizes),
-        *(Job(f"ablation-{name}", 1.3 * post, methods.ablation) for name in ABLATIONS),
-        *(Job(f"ablation-{name}", 1.3 * post, run) for name, run in ROUTER_ABLATIONS.items()),
+        *(Job(f"ablation-{name}", sandwich, methods.ablation) for name in ABLATIONS if s.seed == 0),
+        *(Job(f"ablation-{name}", sandwich, run) for name, run in ROUTER_ABLATIONS.items() if s.seed == 0),
     ]
 
 

@@ -18,7 +18,7 @@ import torch
 from experiments.reproduction.figure import draw
 from experiments.reproduction.plan import jobs
 from experiments.reproduction.scales import ELASTIC_FRACTION
-from experiments.reproduction.setting import Setting
+from experiments.reproduction.setting import Setting, Work
 from flextron.cli.console import message
 from flextron.files import read_json, write_json
 from flextron.routing.latency import step_latencies_ms
@@ -37,7 +37,7 @@ def rows(settings: Sequence[Setting]) -> list[dict[str, Any]]:
         specs = list(dict.fromkeys(SubnetSpec.from_dict(p["spec"]) for r in results for p in r["points"]))
         latencies = _latencies(s, specs)
         for result in results:
-            facts = {key: result[key] for key in ("method", "name", "tokens", "teacher_tokens", "seconds")}
+            facts = {key: result[key] for key in ("method", "name", *Work.FIELDS)}
             for point in result["points"]:
                 ms = latencies[SubnetSpec.from_dict(point["spec"])]
                 out.append({"family": s.family, "seed": s.seed, **facts, **point, "latency_ms": ms})
@@ -82,7 +82,7 @@ def _summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for (family, size, method), group in sorted(groups.items(), key=lambda g: (g[0][0], -g[0][1])):
         mean = {
             key: statistics.fmean(r[key] for r in group)
-            for key in ("params", "block_params", "loss", "latency_ms", "tokens", "seconds")
+            for key in ("params", "block_params", "loss", "latency_ms", "tokens", "student_tokens", "seconds")
         }
         spread = max(r["loss"] for r in group) - min(r["loss"] for r in group)
         out.append({"family": family, "size": size, "method": method, "seeds": len(group), **mean, "spread": spread})
@@ -93,17 +93,17 @@ def _table(summary: Sequence[dict[str, Any]], checked: Sequence[dict[str, Any]])
     """The results as Markdown."""
     lines = [
         "Validation loss in nats a token, mean over the seeds; spread is the largest less the smallest. Block"
-        " parameters leave out embeddings. Tokens are those that go through the student in training; the base's do not"
-        " count to what starts from it. Seconds are of training, on this machine.",
+        " parameters leave out embeddings. Tokens are of text, each counted once; student tokens count each sub-network that"
+        " a token ran in; the base's do not count to what starts from it. Seconds are of training, on this machine.",
         "",
         "| family | size | method | loss | spread | seeds | block parameters | all parameters | ms a token | tokens |"
-        " seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        " student tokens | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {r['family']} | {r['size']:g} | {r['method']} | {r['loss']:.4f} | {r['spread']:.4f} | {r['seeds']} "
         f"| {r['block_params']:,.0f} | {r['params']:,.0f} | {r['latency_ms']:.2f} | {r['tokens']:,.0f} "
-        f"| {r['seconds']:.0f} |"
+        f"| {r['student_tokens']:,.0f} | {r['seconds']:.0f} |"
         for r in summary
     ]
     lines += ["", "Flextron against each, at equal or fewer parameters:", ""]

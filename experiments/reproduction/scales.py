@@ -103,12 +103,12 @@ def full_size_space(config: DecoderConfig, widths: SubnetSpec) -> SearchSpace:
 
 
 _SMOKE = Shape(hidden_size=32, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
-_CPU = Shape(hidden_size=48, intermediate_size=144, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4)
+_CPU = Shape(hidden_size=64, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4)
 _GPU = Shape(
     hidden_size=384, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=12, num_key_value_heads=6
 )
 _CPU_GPT = Shape(
-    hidden_size=48, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4
+    hidden_size=64, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4
 )
 _GPU_GPT = Shape(
     hidden_size=384, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=6, num_key_value_heads=6
@@ -139,17 +139,17 @@ SCALES: Mapping[str, Scale] = {
             name="cpu",
             shapes={"llama": _CPU, "gpt2": _CPU_GPT},
             seeds={"llama": 3, "gpt2": 1},
-            tokens=10_000_000,
+            tokens=4_000_000,
             vocab_size=512,
             context=128,
             num_search_tokens=8_192,
             num_validation_tokens=65_536,
             num_calibration_tokens=8_192,
             batch_size=16,
-            elastic_batch_size=4,
-            lr=8e-3,
+            elastic_batch_size=2,
+            lr=6e-3,
             elastic_lr=3e-3,
-            width_step=8,
+            width_step=16,
             num_candidates=16,
         ),
         Scale(

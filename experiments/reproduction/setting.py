@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -34,8 +34,12 @@ __all__ = ["Setting", "Work"]
 class Work:
     """What a method has spent so far."""
 
+    FIELDS: ClassVar = ("tokens", "student_tokens", "teacher_tokens", "seconds")
+
     tokens: int = 0
-    """Through the student in training."""
+    """Of text."""
+    student_tokens: int = 0
+    """Through the student, each as often as it ran in a sub-network."""
     teacher_tokens: int = 0
     """Through the frozen base, forward only."""
     seconds: float = 0.0
@@ -43,7 +47,7 @@ class Work:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
-        return {"tokens": self.tokens, "teacher_tokens": self.teacher_tokens, "seconds": round(self.seconds, 2)}
+        return {name: getattr(self, name) for name in self.FIELDS} | {"seconds": round(self.seconds, 2)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +138,7 @@ class Setting:
             "batch_size": batch_size,
             "micro_batch_size": batch_size,
             "lr": scale.lr if pretraining else scale.elastic_lr,
-            "min_lr_ratio": 0.01,
+            "min_lr_ratio": 0.1 if pretraining else 0.01,
             "kl_fraction": 1.0,
             "train_embeddings": True,
             "precision": scale.precision,
@@ -170,6 +174,7 @@ class Setting:
                 on_step=step,
             )
         work.tokens += result.num_tokens
+        work.student_tokens += result.num_tokens * (recipe.subnets_per_batch if recipe.sandwich else 1)
         work.teacher_tokens += result.num_tokens if recipe.needs_teacher else 0
         work.seconds += result.seconds
 

@@ -24,6 +24,9 @@ class TrainRecipe(BaseModel):
     """Sequences that run at once in one process."""
     subnets_per_batch: int = Field(2, gt=0)
     """Sub-networks among which the sequences of a micro batch are dealt; all run in one nested pass."""
+    sandwich: bool = False
+    """Whether each sequence runs in all sub-networks of its micro batch (the sandwich rule of slimmable networks)
+    instead of being dealt to one: as many times the work for the same text, and the teacher still runs once."""
     sampling: Literal["guided", "uniform", "random"] = "guided"
     """Kind of the drawn sub-networks: the best of their size by the original's sensitivities, the same widths in all
     layers, or any heterogeneous ones."""

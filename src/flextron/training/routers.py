@@ -259,7 +259,7 @@ class JointRouting:
         choices = straight_through(soft, self.router.one_hot(specs))
         gates: list[Tensor | None] = list(_gates(choices))
         for j in range(count):
-            if rng.random() < self.full_probability:
+            if asked[j] == 1 or rng.random() < self.full_probability:
                 specs[j], gates[j] = self.router.space.full, None
         wanted = targets * self.table.predict_ms(self.router.space.full)
         loss = latency_loss(latency_ms(soft, self.table), wanted, self.recipe.dead_zone)

@@ -147,6 +147,8 @@ class SubnetSampler:
     def _of_kind(self, size: float, rng: random.Random) -> SubnetSpec:
         """A sub-network of about `size`, or now and then the full one or a random one."""
         recipe = self.recipe
+        if size == 1:
+            return self.space.full
         kind = rng.random()
         if kind < recipe.full_probability:
             return self.space.full

@@ -43,7 +43,7 @@ class TrainResult:
 
     num_steps: int
     num_tokens: int
-    """Tokens that went through the student, resumed steps included."""
+    """Tokens of text, each counted once, resumed steps included."""
     seconds: float
     """Of this process; resumed steps not included."""
     tokens_per_second: float
@@ -184,14 +184,16 @@ class Run:
         micro_batches = tokens.to(self.accelerator.device).split(self.micro)
         sums: dict[str, Tensor] = {}
         for m, micro_BT in enumerate(micro_batches):
-            count = min(self.recipe.subnets_per_batch, len(micro_BT))
+            count = self.recipe.subnets_per_batch
+            rows_BT = micro_BT.repeat(count, 1) if self.recipe.sandwich else micro_BT
+            count = min(count, len(rows_BT))
             routed = None if self.routing is None else self.routing.draw(step, m, count)
             if routed is None:
-                batch = Batch.dealt(micro_BT, self.sampler.draw(step, m, count))
+                batch = Batch.dealt(rows_BT, self.sampler.draw(step, m, count))
             else:
-                batch = Batch.dealt(micro_BT, routed.specs, routed.gates)
+                batch = Batch.dealt(rows_BT, routed.specs, routed.gates)
             with self._sync(last=m == len(micro_batches) - 1):
-                losses = self._losses(batch, micro_BT, self._rows(step, m, micro_BT.numel()))
+                losses = self._losses(batch, micro_BT, self._rows(step, m, rows_BT.numel()))
                 if routed is not None:
                     losses |= {"latency": routed.loss, "loss": losses["loss"] + routed.loss}
                 self.accelerator.backward(losses["loss"] / len(micro_batches))
@@ -211,7 +213,9 @@ class Run:
         """Teacher, then student, in the recipe's precision (accelerate's own setting holds for a whole process)."""
         lowered = self.recipe.precision == "bf16"
         with torch.autocast(micro_BT.device.type, torch.bfloat16, enabled=lowered):
-            hidden_ND = None if self.teacher is None else self.teacher.hidden(micro_BT)
+            hidden_ND = None
+            if self.teacher is not None:
+                hidden_ND = self.teacher.hidden(micro_BT).repeat(len(batch.tokens_N) // micro_BT.numel(), 1)
             return self.objective(batch, self.teacher, hidden_ND, rows)  # type: ignore[no-any-return]
 
     def _sync(self, *, last: bool) -> AbstractContextManager[Any]:
