@@ -93,8 +93,8 @@ def _table(summary: Sequence[dict[str, Any]], checked: Sequence[dict[str, Any]])
     """The results as Markdown."""
     lines = [
         "Validation loss in nats a token, mean over the seeds; spread is the largest less the smallest. Block"
-        " parameters leave out embeddings. Tokens are of text, each counted once; student tokens count each sub-network that"
-        " a token ran in; the base's do not count to what starts from it. Seconds are of training, on this machine.",
+        " parameters leave out embeddings. Tokens are of text, each counted once; student tokens count each sub-network"
+        " that one ran in; the base's do not count to what starts from it. Seconds are of training, on this machine.",
         "",
         "| family | size | method | loss | spread | seeds | block parameters | all parameters | ms a token | tokens |"
         " student tokens | seconds |",

@@ -14,6 +14,7 @@ from flextron.engine import EngineCore, EngineSettings, FinishReason, Sequence
 from flextron.engine.native import load_library
 from flextron.engine.runner import unit_bytes
 from flextron.errors import FlextronError
+from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
 from flextron.model.generation import SamplingParams, generate
 from flextron.spec import SubnetSpec
@@ -183,3 +184,21 @@ def test_greedy_and_sampled_requests_share_a_batch() -> None:
     while core.has_unfinished:
         core.step()
     assert greedy.answer == generate(DECODER, [[1, 2, 3]], DECODER.config.full_spec, SamplingParams(max_tokens=9))[0]
+
+
+def test_logprobs_are_the_models_own() -> None:
+    spec = DECODER.config.full_spec
+    core = engine(DECODER, num_pages=10, native=False)
+    sequence = core.add("a", [1, 2, 3], SamplingParams(max_tokens=3, temperature=0.7, logprobs=4), core.network(spec))
+    outputs = []
+    while core.has_unfinished:
+        outputs += core.step()
+    hidden = DECODER(Batch.padded(torch.tensor([sequence.tokens]), spec))
+    wanted = DECODER.logits(hidden).log_softmax(-1)[2:]
+    for output, row in zip(outputs, wanted, strict=False):
+        assert output.logprobs is not None
+        assert output.token is not None
+        assert output.logprobs.chosen == pytest.approx(float(row[output.token]), abs=1e-4)
+        top = row.topk(4)
+        assert [token for token, _ in output.logprobs.top] == top.indices.tolist()
+        assert [value for _, value in output.logprobs.top] == pytest.approx(top.values.tolist(), abs=1e-4)

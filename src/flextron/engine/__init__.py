@@ -1,6 +1,6 @@
 """Serving: continuous batching of requests that each have their own sub-network, over a paged KV cache."""
 
-from flextron.engine.engine import EngineCore, EngineSettings, StepOutput
+from flextron.engine.engine import EngineCore, EngineSettings, Logprobs, StepOutput
 from flextron.engine.sequence import FinishReason, Network, Sequence
 
-__all__ = ["EngineCore", "EngineSettings", "FinishReason", "Network", "Sequence", "StepOutput"]
+__all__ = ["EngineCore", "EngineSettings", "FinishReason", "Logprobs", "Network", "Sequence", "StepOutput"]

@@ -22,7 +22,7 @@ from flextron.model.decoder import Decoder
 from flextron.model.generation import SamplingParams, sample
 from flextron.spec import SubnetSpec
 
-__all__ = ["EngineCore", "EngineSettings", "StepOutput"]
+__all__ = ["EngineCore", "EngineSettings", "Logprobs", "StepOutput"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,12 +54,23 @@ class EngineSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Natural logarithms of the model's probabilities at one position, before temperature and top-p."""
+
+    chosen: float
+    top: tuple[tuple[int, float], ...]
+    """The most likely tokens, as many as were asked for, the likeliest first."""
+
+
+@dataclass(frozen=True, slots=True)
 class StepOutput:
     """What a step did for one request."""
 
     sequence: Sequence
     token: int | None
     """The new token; None if it was a stop token."""
+    logprobs: Logprobs | None
+    """Where the request asked for them."""
 
     @property
     def finish_reason(self) -> FinishReason | None:
@@ -167,7 +178,10 @@ class EngineCore:
         for sequence, num_new in plan:
             self.scheduler.advance(sequence, num_new)
         tokens = self._draw(logits_BV, ready)
-        return [self._append(s, token) for s, token in zip(ready, tokens, strict=True)]
+        return [
+            self._append(s, token, _logprobs(logits_V, token, s.params.logprobs))
+            for s, token, logits_V in zip(ready, tokens, logits_BV, strict=True)
+        ]
 
     def _draw(self, logits_BV: Tensor, ready: Items[Sequence]) -> list[int]:
         """The next token of each sequence."""
@@ -177,7 +191,7 @@ class EngineCore:
             for i, s in enumerate(ready)
         ]
 
-    def _append(self, sequence: Sequence, token: int) -> StepOutput:
+    def _append(self, sequence: Sequence, token: int, logprobs: Logprobs | None) -> StepOutput:
         """Add a token, and end the request if it was the last."""
         if token in sequence.params.stop_token_ids:
             sequence.finish_reason = FinishReason.STOP
@@ -187,4 +201,13 @@ class EngineCore:
                 sequence.finish_reason = FinishReason.LENGTH
         if sequence.finish_reason is not None:
             self.scheduler.remove(sequence)
-        return StepOutput(sequence, None if sequence.finish_reason is FinishReason.STOP else token)
+        return StepOutput(sequence, None if sequence.finish_reason is FinishReason.STOP else token, logprobs)
+
+
+def _logprobs(logits_V: Tensor, token: int, count: int | None) -> Logprobs | None:
+    """Of one position; None if they were not asked for."""
+    if count is None:
+        return None
+    logprobs_V = logits_V.float().log_softmax(-1)
+    top = logprobs_V.topk(min(count, len(logprobs_V)))
+    return Logprobs(float(logprobs_V[token]), tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)))

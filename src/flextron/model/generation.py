@@ -31,6 +31,8 @@ class SamplingParams:
     """Of the draws; None for PyTorch's global generator."""
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end a sequence; they are not returned."""
+    logprobs: int | None = None
+    """How many of the most likely tokens the engine reports at each position, beside the chosen one; None for neither."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -38,6 +40,8 @@ class SamplingParams:
             raise FlextronError(f"max_tokens must be at least 1, not {self.max_tokens}")
         if not 0 <= self.temperature < float("inf"):
             raise FlextronError(f"temperature must be a number of at least 0, not {self.temperature}")
+        if self.logprobs is not None and self.logprobs < 0:
+            raise FlextronError(f"logprobs must be at least 0, not {self.logprobs}")
         if not 0 < self.top_p <= 1:
             raise FlextronError(f"top_p must lie in (0, 1], not {self.top_p}")
 
