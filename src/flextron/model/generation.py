@@ -32,7 +32,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end a sequence; they are not returned."""
     logprobs: int | None = None
-    """How many of the most likely tokens the engine reports at each position, beside the chosen one; None for neither."""
+    """Most likely tokens that the engine reports at each position, beside the chosen one; None for neither."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
