@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import typer
 
-from flextron.cli import convert, demo, elastify, evaluate, generate, info, profile, route, train
+from flextron.cli import bench, convert, demo, elastify, evaluate, generate, info, profile, route, train
 from flextron.cli.console import message
 from flextron.errors import FlextronError
 
@@ -66,6 +66,11 @@ _VERBS: dict[str, Callable[..., object]] = {
 }
 for _name, _verb in _VERBS.items():
     app.command(_name)(_guarded(_verb))
+
+_bench = typer.Typer(help="Measure servers.", no_args_is_help=True)
+_bench.callback()(lambda: None)  # keeps `serve` a verb of its own while it is the only one
+_bench.command("serve")(_guarded(bench.serve))
+app.add_typer(_bench, name="bench")
 
 
 def main() -> None:

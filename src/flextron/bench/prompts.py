@@ -1,0 +1,100 @@
+"""Prompts of a wanted length that no cache has seen: words drawn at random.
+
+The words are short and common, so that tokenizers of the usual kinds make one token of each. That is an approximation:
+with a tokenizer the length is exact, without one the server's `usage` tells what it really was.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Protocol
+
+from flextron.errors import FlextronError
+
+__all__ = ["Counter", "PromptMaker", "token_counter"]
+
+_COMMON = """
+time year people way day man thing woman life child world school state family student group country problem hand part
+place case week company system program question work government number night point home water room mother area money
+story fact month lot right study book eye job word business issue side kind head house service friend father power
+hour game line end member law car city community name president team minute idea body information back parent face
+others level office door health person art war history party result change morning reason research girl guy moment air
+teacher force education foot boy age policy music market sense nation plan college interest death course experience
+effect use class control field development role effort rate heart drug show leader light voice wife police mind price
+report decision son view town road form difference value action model season society tax director position player
+record paper space ground event official matter center couple site project activity star table need court oil
+situation cost industry figure street image phone data picture practice piece land product doctor wall
+"""
+_WORDS = tuple(_COMMON.split())
+
+_MAX_TRIES = 8
+
+
+class Counter(Protocol):
+    """Counts the tokens of a text as the server will."""
+
+    def __call__(self, text: str, /) -> int:
+        """The number of tokens."""
+        ...
+
+
+def token_counter(name: str) -> Counter:
+    """A counter from a `tokenizer.json`: a file, a directory that holds one, or an id on the Hugging Face hub.
+
+    Raises:
+        FlextronError: there is none, or it cannot be read.
+    """
+    from tokenizers import Tokenizer  # loads native code, for this option alone
+
+    path = Path(name)
+    file = path / "tokenizer.json" if path.is_dir() else path
+    try:
+        tokenizer = Tokenizer.from_file(str(file)) if file.exists() else Tokenizer.from_pretrained(name)
+    except Exception as error:  # the library raises plain Exception for all that goes wrong
+        raise FlextronError(f"{name} holds no tokenizer.json that can be read ({error})") from error
+
+    def count(text: str, /) -> int:
+        return len(tokenizer.encode(text).ids)
+
+    return count
+
+
+class PromptMaker:
+    """Makes prompts; number `k` depends on the seed, `k` and the length alone."""
+
+    def __init__(self, *, seed: int = 0, shared_prefix: int = 0, count: Counter | None = None) -> None:
+        """Draw the shared prefix.
+
+        Args:
+            seed: of all words.
+            shared_prefix: tokens that all prompts begin with, as far as their lengths allow.
+            count: counts tokens; without it a word counts as one.
+
+        Raises:
+            FlextronError: the prefix is negative.
+        """
+        if shared_prefix < 0:
+            raise FlextronError(f"the shared prefix must not be negative, not {shared_prefix}")
+        self._seed = seed
+        self._count = count
+        self._prefix = self._drawn("prefix", shared_prefix, []) if shared_prefix else []
+
+    def __call__(self, index: int | str, num_tokens: int) -> str:
+        """The prompt of request `index`, with `num_tokens` tokens, of which at least one word is its own."""
+        return " ".join(self._drawn(index, num_tokens, self._prefix[: num_tokens - 1]))
+
+    def _drawn(self, index: int | str, num_tokens: int, prefix: list[str]) -> list[str]:
+        """`prefix` and then random words, `num_tokens` tokens in all."""
+        draws = random.Random(f"prompt {self._seed} {index}")
+        words = prefix + draws.choices(_WORDS, k=max(1, num_tokens - len(prefix)))
+        if self._count is None:
+            return words
+        # A word may be several tokens, and the tokenizer may add its own: correct by the difference, a few times.
+        for _ in range(_MAX_TRIES):
+            excess = self._count(" ".join(words)) - num_tokens
+            if excess == 0:
+                break
+            kept = words[: max(len(prefix) + 1, len(words) - excess)]
+            words = kept + draws.choices(_WORDS, k=max(0, -excess))
+        return words

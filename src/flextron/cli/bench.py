@@ -1,0 +1,109 @@
+"""`flextron bench`: measurements of servers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flextron.bench.lengths import Limits
+from flextron.bench.metrics import Objectives
+from flextron.bench.plan import Arrivals, Load
+from flextron.cli.console import Json, message, progress, show
+from flextron.errors import FlextronError
+from flextron.files import write_json
+
+__all__ = ["serve"]
+
+
+def serve(
+    model: Annotated[str, typer.Option(help="Name under which the server knows the model.")],
+    url: Annotated[str, typer.Option(help="Of an OpenAI-compatible server.")] = "http://127.0.0.1:8000",
+    endpoint: Annotated[str, typer.Option(help="`completions` or `chat`.")] = "completions",
+    rate: Annotated[float | None, typer.Option(help="Requests per second, arriving at random.")] = None,
+    burstiness: Annotated[float, typer.Option(help="Shape of gamma gaps; 1 is Poisson, less is burstier.")] = 1.0,
+    trace: Annotated[Path | None, typer.Option(help="Arrivals and lengths of a CSV: Azure or BurstGPT.")] = None,
+    trace_start: Annotated[float, typer.Option(help="Seconds into the trace.")] = 0.0,
+    trace_seconds: Annotated[float | None, typer.Option(help="Of the trace's own time. Default: to its end.")] = None,
+    rescale: Annotated[float, typer.Option(help="Factor on the trace's rate.")] = 1.0,
+    num_requests: Annotated[int | None, typer.Option(help="Default: 100, or all of a trace's slice.")] = None,
+    prompt_tokens: Annotated[str, typer.Option(help="N, A-B, exponential:MEAN, lognormal:MEDIAN:SIGMA.")] = "256",
+    output_tokens: Annotated[str, typer.Option(help="Likewise.")] = "128",
+    dataset: Annotated[Path | None, typer.Option(help="Lengths (.csv) or texts (.jsonl).")] = None,
+    max_prompt_tokens: Annotated[int | None, typer.Option(help="Longer prompts are clipped.")] = None,
+    max_output_tokens: Annotated[int | None, typer.Option(help="Longer answers are clipped.")] = None,
+    max_total_tokens: Annotated[int | None, typer.Option(help="Of prompt and answer: the model's context.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Directory or hub id, for exact prompt lengths.")] = None,
+    shared_prefix: Annotated[int, typer.Option(help="Tokens that all prompts begin with.")] = 0,
+    target: Annotated[str | None, typer.Option(help="Mixed targets such as 1.0,0.6, sent as model@target.")] = None,
+    slo_ttft_ms: Annotated[float | None, typer.Option(help="Objective for the first token.")] = None,
+    slo_tpot_ms: Annotated[float | None, typer.Option(help="Objective for each further token.")] = None,
+    concurrency: Annotated[int | None, typer.Option(help="Requests at once; without a rate 1 by default.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Full lengths (vLLM, llama.cpp).")] = False,
+    timeout: Annotated[float, typer.Option(help="Seconds for a request.")] = 600.0,
+    warmup: Annotated[int, typer.Option(help="Requests beforehand that count for nothing.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of arrivals, lengths, targets and prompts.")] = 0,
+    api_key: Annotated[str | None, typer.Option(envvar="FLEXTRON_API_KEY", help="Sent as bearer token.")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file for all figures and every request.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Put a load on any OpenAI-compatible server, and report latencies, throughput and goodput as clients see them."""
+    try:
+        import httpx  # noqa: F401
+    except ImportError as error:
+        raise FlextronError("measuring servers needs httpx; install flextron[bench]") from error
+    from flextron.bench.client import Server
+    from flextron.bench.serve import bench_serve
+
+    if output is not None and not output.parent.is_dir():
+        raise FlextronError(f"{output.parent} is no directory; make it first")
+    load = Load(
+        arrivals=Arrivals(
+            rate=rate,
+            burstiness=burstiness,
+            trace=trace,
+            trace_start=trace_start,
+            trace_seconds=trace_seconds,
+            rescale=rescale,
+        ),
+        num_requests=num_requests,
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        dataset=dataset,
+        targets=tuple(part.strip() for part in target.split(",")) if target else (),
+        limits=Limits(prompt=max_prompt_tokens, output=max_output_tokens, total=max_total_tokens),
+        shared_prefix=shared_prefix,
+        tokenizer=tokenizer,
+        seed=seed,
+    )
+    server = Server(
+        url=url,
+        model=model,
+        endpoint=endpoint,
+        api_key=api_key,
+        temperature=temperature,
+        ignore_eos=ignore_eos,
+        timeout_s=timeout,
+    )
+    with progress("requests") as step:
+        report = bench_serve(
+            server,
+            load,
+            objectives=Objectives(ttft_ms=slo_ttft_ms, tpot_ms=slo_tpot_ms),
+            concurrency=concurrency,
+            warmup=warmup,
+            on_done=step,
+        )
+    if output is not None:
+        write_json(output, report.to_dict())
+    show([report.facts()], title=f"{model} at {url}", as_json=as_json, result=report.to_dict(requests=False))
+    if not as_json:
+        show(report.latencies(), title="latencies in milliseconds", as_json=False)
+        if report.by_target:
+            show(report.targets(), title="by target", as_json=False)
+    for warning in report.warnings():
+        message(f"note: {warning}")
+    if report.run.interrupted:
+        raise typer.Exit(130)
