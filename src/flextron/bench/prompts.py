@@ -1,11 +1,12 @@
 """Prompts of a wanted length that no cache has seen: words drawn at random.
 
 The words are short and common, so that tokenizers of the usual kinds make one token of each. That is an approximation:
-with a tokenizer the length is exact, without one the server's `usage` tells what it really was.
+with a tokenizer the length is exact (where words of several tokens allow it), without one the server's `usage` tells what it really was.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
 from typing import Protocol
@@ -28,7 +29,7 @@ situation cost industry figure street image phone data picture practice piece la
 """
 _WORDS = tuple(_COMMON.split())
 
-_MAX_TRIES = 8
+_MAX_TRIES = 32
 
 
 class Counter(Protocol):
@@ -90,11 +91,20 @@ class PromptMaker:
         words = prefix + draws.choices(_WORDS, k=max(1, num_tokens - len(prefix)))
         if self._count is None:
             return words
-        # A word may be several tokens, and the tokenizer may add its own: correct by the difference, a few times.
+        # A word may be several tokens, and the tokenizer may add its own: take words away and draw others, until it
+        # fits. Taking some more than needed keeps the search from going in circles.
+        best = words
+        nearest: float = math.inf
         for _ in range(_MAX_TRIES):
-            excess = self._count(" ".join(words)) - num_tokens
-            if excess == 0:
+            found = self._count(" ".join(words))
+            distance = abs(found - num_tokens)
+            if distance < nearest:
+                nearest, best = distance, words
+            if distance == 0:
                 break
-            kept = words[: max(len(prefix) + 1, len(words) - excess)]
-            words = kept + draws.choices(_WORDS, k=max(0, -excess))
-        return words
+            step = distance * len(words) // max(1, found)
+            if found > num_tokens:
+                words = words[: max(len(prefix) + 1, len(words) - step - draws.randint(1, 3))]
+            else:
+                words = words + draws.choices(_WORDS, k=max(1, step))
+        return best

@@ -73,7 +73,9 @@ def _show_one(row: dict[str, Any], title: str) -> None:
 def _cell(value: Any) -> str:
     if value is None:
         return ""
-    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else escape(str(value))
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else escape(str(value))
 
 
 def show(rows: list[dict[str, Any]], *, title: str, as_json: bool, result: Any = None) -> None:
