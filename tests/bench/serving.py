@@ -34,7 +34,9 @@ class Exchange:
         await self.writer.drain()
 
     async def event(self, data: Any) -> None:
-        await self.write(b"data: " + (data if isinstance(data, bytes) else json.dumps(data).encode()) + b"\n\n")
+        await self.write(
+            b"data: " + (data if isinstance(data, bytes) else json.dumps(data, ensure_ascii=False).encode()) + b"\n\n"
+        )
 
     def chunk(self, text: str, finish_reason: str | None = None) -> dict[str, Any]:
         chat = "chat" in self.path

@@ -103,6 +103,13 @@ def test_help_and_a_wrong_flag(capfd: pytest.CaptureFixture[str], monkeypatch: p
     assert "--rates" in err
 
 
+def test_without_httpx_the_extra_is_named(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "httpx", None)
+    code, _, err = run(capfd, monkeypatch, "serve", "--model", "m")
+    assert code == 2
+    assert "install flextron[bench]" in err
+
+
 def test_ctrl_c_reports_what_was_finished(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,19 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-import time
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from flextron.bench.client import Client, Server
-from flextron.bench.plan import Arrivals, Load, Request
+from flextron.bench.client import Server
+from flextron.bench.plan import Arrivals, Load, Request, make_plan
+from flextron.bench.prompts import PromptMaker
 from flextron.bench.report import Report
 from flextron.bench.runner import drive
 from flextron.bench.serve import bench_serve
-from flextron.bench.sse import EventStream
 from flextron.bench.timeline import Timeline
 from flextron.errors import FlextronError
 from tests.bench.serving import HEAD, Behaviour, Exchange, answering, serving
@@ -135,8 +133,9 @@ async def silent(exchange: Exchange) -> None:
 
 
 async def breaking(exchange: Exchange) -> None:
-    await exchange.write(HEAD)
-    await exchange.event(exchange.chunk("some"))
+    await exchange.write(HEAD.replace(b"Connection: close", b"Transfer-Encoding: chunked"))
+    piece = b"data: " + json.dumps(exchange.chunk("some")).encode() + b"\n\n"
+    await exchange.write(b"%x\r\n%s\r\n" % (len(piece), piece))
     await asyncio.sleep(0.05)
     exchange.writer.transport.abort()
 
@@ -229,32 +228,17 @@ def test_urls_of_no_server_are_refused(url: str) -> None:
         Server(url=url, model="m")
 
 
-@pytest.mark.parametrize("size", [1, 2, 7, 1000])
-def test_events_are_whole_however_the_network_cuts_them(size: int) -> None:
-    data = ': ping\r\n\r\ndata: {"a": "\u2028x"}\r\n\r\nevent: x\ndata:1\ndata: 2\n\ndata: [DONE]\n\ndata: cut'.encode()
-    stream = EventStream()
-    events = [event for i in range(0, len(data), size) for event in stream.feed(data[i : i + size])]
-    assert events == ['{"a": "\u2028x"}'.encode(), b"1\n2", b"[DONE]"]
-
-
 def test_a_bug_in_sending_is_no_failed_request() -> None:
     class Sender:
         async def __call__(self, request: Request, start: float, scheduled_s: float) -> Timeline:
             raise RuntimeError("a bug")
 
-    with serving(answering()) as served:
-        Client(Server(url=served.url, model="m"))
-        from flextron.bench.plan import make_plan
-        from flextron.bench.prompts import PromptMaker
-
-        plan = make_plan(load(), PromptMaker())
-        with pytest.raises(RuntimeError, match="a bug"):
-            asyncio.run(drive(Sender(), plan.requests, concurrency=2))
+    plan = make_plan(load(), PromptMaker())
+    with pytest.raises(RuntimeError, match="a bug"):
+        asyncio.run(drive(Sender(), plan.requests, concurrency=2))
 
 
-def test_progress_counts_to_the_end(tmp_path: Path) -> None:
+def test_progress_counts_to_the_end() -> None:
     seen: list[tuple[int, int]] = []
-    began = time.perf_counter()
     measure(answering(), on_done=lambda done, total: seen.append((done, total)))
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    assert time.perf_counter() - began < 30

@@ -1,7 +1,8 @@
 """Prompts of a wanted length that no cache has seen: words drawn at random.
 
-The words are short and common, so that tokenizers of the usual kinds make one token of each. That is an approximation:
-with a tokenizer the length is exact (where words of several tokens allow it), without one the server's `usage` tells what it really was.
+The words are short and common, so that tokenizers of the usual kinds make one token of each. That is an approximation;
+the server's `usage` tells what it really was. With a tokenizer at hand the length is exact, or, where it cuts these
+words in several tokens, as near as some tries get.
 """
 
 from __future__ import annotations
