@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flextron.engine.native import Weights
 from flextron.engine.pages import PagePool
 from flextron.engine.runner import Runner, make_network, unit_bytes
 from flextron.engine.scheduler import Scheduler
@@ -21,6 +20,7 @@ from flextron.errors import FlextronError
 from flextron.model.batch import TokenChoice
 from flextron.model.decoder import Decoder
 from flextron.model.generation import SamplingParams, sample
+from flextron.model.native import Weights
 from flextron.spec import SubnetSpec
 
 __all__ = ["EngineCore", "EngineSettings", "Logprobs", "StepOutput"]

@@ -8,12 +8,13 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from flextron.engine.native import NativeLayers, Weights, why_not_native
 from flextron.engine.sequence import Network, Plan, Sequence
 from flextron.model.attention import sdpa, window_mask
 from flextron.model.batch import Batch, TokenChoice
 from flextron.model.config import DecoderConfig
 from flextron.model.decoder import Decoder
+from flextron.model.decoding import unit_offsets
+from flextron.model.native import NativeLayers, Weights, why_not_native
 from flextron.spec import SubnetSpec
 
 __all__ = ["PagedAttention", "Runner", "make_network", "unit_bytes"]
@@ -33,9 +34,8 @@ def make_network(config: DecoderConfig, spec: SubnetSpec, router: TokenChoice | 
         router: of its tokens' MLP widths, if any.
         name: differs for networks whose keys and values differ.
     """
-    heads = [config.kv_rows(layer.num_groups) // config.head_dim for layer in spec.layers]
-    offsets = tuple(accumulate(heads, initial=0))
-    return Network(spec, router, num_units=offsets[-1], unit_offsets=offsets[:-1], key=name.encode())
+    *offsets, num_units = unit_offsets(config, spec)
+    return Network(spec, router, num_units=num_units, unit_offsets=tuple(offsets), key=name.encode())
 
 
 class PagedAttention:

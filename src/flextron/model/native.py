@@ -80,6 +80,8 @@ def _compiler() -> str | None:
 @cache
 def load_library() -> ctypes.CDLL | str:
     """The compiled kernels, or in one sentence why there are none."""
+    if os.environ.get("FLEXTRON_NATIVE") == "0":
+        return "FLEXTRON_NATIVE is 0"
     compiler = _compiler()
     if compiler is None:
         return "no C++ compiler was found (install g++ for faster decoding)"

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from flextron.engine.native import NativeLayers, load_library, quantize_rows, why_not_native
 from flextron.errors import FlextronError
 from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
+from flextron.model.native import NativeLayers, load_library, quantize_rows, why_not_native
 from flextron.spec import SubnetSpec
-from tests.engine.decoders import ragged_specs, random_decoder
 from tests.model.families_cases import CASES
+from tests.random_decoders import ragged_specs, random_decoder
 
 PAGE = 4
 LENGTHS = (7, 1, 13, 9)
