@@ -124,3 +124,10 @@ def test_without_a_compiler_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None
         assert "no-such-compiler" in said
     finally:
         load_library.cache_clear()
+
+
+@compiled
+def test_loading_leaves_denormal_numbers_alone() -> None:
+    load_library()
+    assert 5e-324 > 0
+    assert float(torch.tensor(1e-40) * 1) > 0

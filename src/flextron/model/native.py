@@ -27,7 +27,9 @@ from flextron.model.layers import rotary_tables
 __all__ = ["NativeLayers", "Weights", "load_library", "quantize_rows", "why_not_native"]
 
 _LANES = 8
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffast-math", "-fopenmp", "-shared", "-fPIC")
+_COMPILE = ("-std=c++17", "-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC", "-c")
+# without -ffast-math: linked with it, a library turns denormal numbers off for the whole process
+_LINK = ("-fopenmp", "-shared")
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_new": 2, "gelu_fast": 2, "gelu_pytorch_tanh": 2, "relu": 3}
 
 _Pointer = ctypes.c_void_p
@@ -87,7 +89,7 @@ def load_library() -> ctypes.CDLL | str:
         return "no C++ compiler was found (install g++ for faster decoding)"
     source = Path(__file__).with_name("step.cpp")
     processor = Path("/proc/cpuinfo")
-    facts = [compiler, *_FLAGS, platform.machine(), source.read_text(encoding="utf-8")]
+    facts = [compiler, *_COMPILE, *_LINK, platform.machine(), source.read_text(encoding="utf-8")]
     if processor.exists():  # the code is made for this processor; a shared home directory serves several
         facts += [
             line
@@ -101,7 +103,8 @@ def load_library() -> ctypes.CDLL | str:
             library.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=library.parent) as directory:
                 made = Path(directory) / library.name
-                subprocess.run([compiler, *_FLAGS, str(source), "-o", str(made)], check=True, capture_output=True)
+                for command in ((*_COMPILE, str(source), "-o", f"{made}.o"), (*_LINK, f"{made}.o", "-o", str(made))):
+                    subprocess.run([compiler, *command], check=True, capture_output=True)
                 made.replace(library)
         except (OSError, subprocess.CalledProcessError) as error:
             said = getattr(error, "stderr", b"") or str(error).encode()
