@@ -64,8 +64,6 @@ def serve(
     sock = listen(host, port)
     if model.frontier is None:
         message("the model has no frontier, so requests cannot name targets; run flextron profile first")
-    address = f"[{host}]" if ":" in host else host
-    message(
-        f"serving {settings.name} at http://{address}:{sock.getsockname()[1]}/v1 (Ctrl-C ends it)".replace("[", r"\[")
-    )
+    address = f"\\[{host}]" if ":" in host else host
+    message(f"serving {settings.name} at http://{address}:{sock.getsockname()[1]}/v1 (Ctrl-C ends it)")
     run(app, sock)

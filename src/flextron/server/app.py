@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from importlib.metadata import version
 from typing import Any, cast
 
 from fastapi import FastAPI
@@ -12,7 +13,6 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-import flextron
 from flextron.engine import EngineSettings
 from flextron.errors import FlextronError
 from flextron.server.bodies import ChatBody, CompletionBody
@@ -49,7 +49,7 @@ def create_app(model: Served, settings: ServerSettings | None = None, engine: En
 
     app = FastAPI(
         title="flextron",
-        version=flextron.__version__,
+        version=version("flextron"),
         lifespan=lifespan,
         # the pages would load their scripts from elsewhere; /openapi.json is enough
         docs_url=None,

@@ -119,7 +119,7 @@ class Service:
                 raise bad_request(
                     f"the prompt has {len(written)} characters, more than the model has positions for; shorten it"
                 )
-            return self.tokenizer.encode(written, add_special_tokens=False)
+            return list(self.tokenizer.encode(written, add_special_tokens=False))
 
         return await asyncio.get_running_loop().run_in_executor(self._encoder, run)
 
