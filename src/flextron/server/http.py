@@ -121,7 +121,11 @@ def _parse(body: bytes) -> Any:
         raise ValueError(f"{name} is no JSON")
 
     try:
-        return json.loads(body.decode(), parse_constant=refuse)
+        data = json.loads(body.decode(), parse_constant=refuse)
+        if b"\\u" in body:
+            # halves of surrogate pairs, which no text may hold, come in by escapes only
+            json.dumps(data, ensure_ascii=False).encode()
+        return data
     except (ValueError, RecursionError) as error:
         # of the message only the reason: it may quote the body
         reason = error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__
