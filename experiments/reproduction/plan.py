@@ -27,9 +27,9 @@ class Job:
 
 
 def jobs(s: Setting) -> list[Job]:
-    """All runs, the base first; a run needs only runs before it. Ablations are the first seed's alone."""
+    """All runs, the base first; a run needs only runs before it. Ablations are of the first Llama-type base alone."""
     sizes, post = s.scale.sizes, ELASTIC_FRACTION
-    sandwich = 3.5 * post
+    sandwich, ablated = 3.5 * post, s.family == "llama" and s.seed == 0
     joint = s.scale.joint_fraction
     return [
         Job("base", 1.0, methods.base),
@@ -44,8 +44,8 @@ def jobs(s: Setting) -> list[Job]:
             for size in sizes
         ),
         *(Job(f"variant-{size:g}", 0.3 + 0.7 * size, partial(_variant, size=size)) for size in sizes),
-        *(Job(f"ablation-{name}", sandwich, methods.ablation) for name in ABLATIONS if s.seed == 0),
-        *(Job(f"ablation-{name}", sandwich, run) for name, run in ROUTER_ABLATIONS.items() if s.seed == 0),
+        *(Job(f"ablation-{name}", sandwich, methods.ablation) for name in ABLATIONS if ablated),
+        *(Job(f"ablation-{name}", sandwich, run) for name, run in ROUTER_ABLATIONS.items() if ablated),
     ]
 
 

@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flextron.engine import EngineCore, EngineSettings, FinishReason, Sequence
-from flextron.engine.native import load_library
 from flextron.engine.runner import unit_bytes
 from flextron.errors import FlextronError
 from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
 from flextron.model.generation import SamplingParams, generate
+from flextron.model.native import load_library
 from flextron.spec import SubnetSpec
-from tests.engine.decoders import ragged_specs, random_decoder
+from tests.random_decoders import ragged_specs, random_decoder
 
 PAGE = 4
 PATHS = [False] if isinstance(load_library(), str) else [True, False]

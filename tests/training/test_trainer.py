@@ -286,6 +286,27 @@ def test_only_the_given_sub_networks_train() -> None:
         train(toy_decoder(), toy_decoder(4), SPACE, toy_blocks(), toy_recipe(), specs=[SPACE.uniform(48, 1)])
 
 
+@pytest.mark.parametrize("sandwich", [False, True])
+def test_in_a_sandwich_every_sequence_runs_in_all_sub_networks(sandwich: bool) -> None:
+    specs = (SPACE.full, SPACE.uniform(24, 1), SPACE.smallest)
+    recipe = toy_recipe(steps=1, subnets_per_batch=3, sandwich=sandwich, kl_fraction=1.0, hidden_weight=0.0)
+    _, result = run(recipe, student=4, specs=specs)
+    tokens = toy_blocks().batch(0, recipe.batch_size)
+    teacher = F.log_softmax(segment_logits(toy_decoder(3), tokens, SPACE.full).flatten(0, 1), -1)
+    divergences = [
+        F.kl_div(
+            F.log_softmax(segment_logits(toy_decoder(4), tokens, spec).flatten(0, 1), -1),
+            teacher,
+            log_target=True,
+            reduction="batchmean",
+        )
+        for spec in specs
+    ]
+    everywhere = torch.stack(divergences).mean().item()
+    assert (result.history[0]["kl"] == pytest.approx(everywhere, rel=1e-4)) == sandwich
+    assert result.num_tokens == recipe.batch_size * CONTEXT
+
+
 def test_a_resumed_run_must_train_the_same_sub_networks(tmp_path: Path) -> None:
     interrupt(tmp_path)
     with pytest.raises(FlextronError, match=r"differs in specs"):

@@ -20,6 +20,7 @@ from flextron.errors import FlextronError
 from flextron.model.batch import TokenChoice
 from flextron.model.decoder import Decoder
 from flextron.model.generation import SamplingParams, sample
+from flextron.model.native import Weights
 from flextron.spec import SubnetSpec
 
 __all__ = ["EngineCore", "EngineSettings", "Logprobs", "StepOutput"]
@@ -41,6 +42,9 @@ class EngineSettings:
     """Whether requests share the pages of equal beginnings."""
     native: bool | None = None
     """Whether to run the compiled CPU iteration; by default where it can."""
+    weights: Weights = "float32"
+    """Precision of the matrices; `int8` keeps a copy of eight bits and reads a quarter of the bytes. Runs in the
+    compiled CPU iteration only."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -92,7 +96,9 @@ class EngineCore:
         self.decoder = decoder
         num_units = int(settings.kv_cache_gb * 1e9) // unit_bytes(decoder, settings.page_size)
         self.pool = PagePool(num_units)
-        self.runner = Runner(decoder, num_units=num_units, page_size=settings.page_size, native=settings.native)
+        self.runner = Runner(
+            decoder, num_units=num_units, page_size=settings.page_size, native=settings.native, weights=settings.weights
+        )
         self.scheduler = Scheduler(
             self.pool,
             page_size=settings.page_size,

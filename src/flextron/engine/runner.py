@@ -8,12 +8,13 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from flextron.engine.native import NativeLayers, why_not_native
 from flextron.engine.sequence import Network, Plan, Sequence
 from flextron.model.attention import sdpa, window_mask
 from flextron.model.batch import Batch, TokenChoice
 from flextron.model.config import DecoderConfig
 from flextron.model.decoder import Decoder
+from flextron.model.decoding import unit_offsets
+from flextron.model.native import NativeLayers, Weights, why_not_native
 from flextron.spec import SubnetSpec
 
 __all__ = ["PagedAttention", "Runner", "make_network", "unit_bytes"]
@@ -33,9 +34,8 @@ def make_network(config: DecoderConfig, spec: SubnetSpec, router: TokenChoice | 
         router: of its tokens' MLP widths, if any.
         name: differs for networks whose keys and values differ.
     """
-    heads = [config.kv_rows(layer.num_groups) // config.head_dim for layer in spec.layers]
-    offsets = tuple(accumulate(heads, initial=0))
-    return Network(spec, router, num_units=offsets[-1], unit_offsets=offsets[:-1], key=name.encode())
+    *offsets, num_units = unit_offsets(config, spec)
+    return Network(spec, router, num_units=num_units, unit_offsets=tuple(offsets), key=name.encode())
 
 
 class PagedAttention:
@@ -74,7 +74,15 @@ class PagedAttention:
 class Runner:
     """Holds the cache; computes tokens."""
 
-    def __init__(self, decoder: Decoder, *, num_units: int, page_size: int, native: bool | None = None) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        num_units: int,
+        page_size: int,
+        native: bool | None = None,
+        weights: Weights = "float32",
+    ) -> None:
         """Reserve the cache.
 
         Args:
@@ -82,9 +90,10 @@ class Runner:
             num_units: of the cache.
             page_size: tokens of a page.
             native: whether to run the compiled iteration; where it can by default.
+            weights: precision of the matrices; `int8` runs in the compiled iteration only.
 
         Raises:
-            FlextronError: `native` is asked for and not possible.
+            FlextronError: `native` or `int8` is asked for and not possible.
         """
         config = decoder.config
         self.decoder = decoder
@@ -94,8 +103,8 @@ class Runner:
         self.reason = why_not_native(decoder) if native is None else None
         """Why the compiled iteration is not used; None if it is, or was not wanted."""
         self._native: NativeLayers | None = None
-        if native or (native is None and self.reason is None):
-            self._native = NativeLayers(decoder, page_size)
+        if native or weights == "int8" or (native is None and self.reason is None):
+            self._native = NativeLayers(decoder, page_size, weights)
         self._columns: dict[tuple[tuple[Network, int], ...], tuple[Tensor, Tensor, Tensor]] = {}
 
     @property

@@ -125,6 +125,12 @@ class CachedAttention:
         """Bytes reserved for keys and values."""
         return sum(t.numel() * t.element_size() for pair in self._store.values() for t in pair)
 
+    def hold(self, lengths: Sequence[Sequence[int]]) -> None:
+        """State how many tokens each sequence holds, per segment; what lies beyond is forgotten."""
+        for j, held in enumerate(lengths):
+            self._lengths[j] = torch.tensor(held, device=self._device)
+            self._uniform_length[j] = held[0] if len(set(held)) == 1 else None
+
     def advance(self, lengths: Sequence[Sequence[int]]) -> None:
         """Count a batch's tokens as held, once all layers have seen them; `lengths` per segment and sequence."""
         for j, new in enumerate(lengths):

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from flextron.errors import FlextronError
-from flextron.model.attention import CachedAttention
-from flextron.model.batch import Batch, TokenChoice
+from flextron.model.batch import TokenChoice
 from flextron.model.decoder import Decoder
+from flextron.model.decoding import Steps
 from flextron.spec import SubnetSpec
 
 __all__ = ["SamplingParams", "generate"]
@@ -99,16 +99,12 @@ def stream(
         )
     device = decoder.device
     generator = None if params.seed is None else torch.Generator(device).manual_seed(params.seed)
-    cache = CachedAttention(decoder.config, [(spec, len(prompts))], longest, dtype=decoder.dtype, device=device)
+    steps = Steps(decoder, spec, len(prompts), longest, router)
     new = [torch.tensor(p, device=device) for p in prompts]
     starts = [0] * len(prompts)
     for _ in range(params.max_tokens):
-        batch = Batch.ragged(new, [spec] * len(new), starts, [router] * len(new))
-        hidden = decoder(batch, cache)
-        cache.advance([s.lengths for s in batch.segments])
+        tokens = sample(steps.run(new, starts), params, generator)
         starts = [a + len(t) for a, t in zip(starts, new, strict=True)]
-        ends = torch.tensor([len(t) for t in new], device=device).cumsum(0) - 1
-        tokens = sample(decoder.logits(hidden[ends]), params, generator)
         new = list(tokens.unsqueeze(1))
         yield tokens.tolist()
 

@@ -17,11 +17,10 @@ from typing import Any, Literal
 import torch
 
 from flextron.errors import FlextronError
-from flextron.model.attention import CachedAttention
-from flextron.model.batch import Batch, Segment
 from flextron.model.config import DecoderConfig
 from flextron.model.cost import block_parameters, layer_parameters
 from flextron.model.decoder import Decoder
+from flextron.model.decoding import Steps
 from flextron.routing.device import device_fingerprint
 from flextron.spec import LayerSpec, SearchSpace, SubnetSpec
 
@@ -120,24 +119,17 @@ class _Probe:
 
     def __init__(self, decoder: Decoder, spec: SubnetSpec, batch_size: int, context: int, phase: Phase) -> None:
         self._decoder = decoder
-        self._last = torch.arange(1, batch_size + 1, device=decoder.device) * (1 if phase == "decode" else context) - 1
-        if phase == "prefill":
-            tokens_BT = torch.zeros(batch_size, context, dtype=torch.long, device=decoder.device)
-            self._cache, self._batch = None, Batch.padded(tokens_BT, spec)
-            return
-        self._cache = CachedAttention(
-            decoder.config, [(spec, batch_size)], context + 1, dtype=decoder.dtype, device=decoder.device
-        )
-        self._cache.advance([(context,) * batch_size])
-        tokens = torch.zeros(batch_size, dtype=torch.long, device=decoder.device)
-        self._batch = Batch(tokens, torch.full_like(tokens, context), (Segment(spec, (1,) * batch_size),))
+        length, start = (context, 0) if phase == "prefill" else (1, context)
+        self._steps = Steps(decoder, spec, batch_size, start + length)
+        self._new = [torch.zeros(length, dtype=torch.long, device=decoder.device)] * batch_size
+        self._starts = [start] * batch_size
 
     @torch.inference_mode()
     def run_ms(self) -> float:
         """Milliseconds of one step."""
         self._finish()
         start = time.perf_counter()
-        self._decoder.logits(self._decoder(self._batch, self._cache)[self._last]).argmax(-1)
+        self._steps.run(self._new, self._starts).argmax(-1)
         self._finish()
         return (time.perf_counter() - start) * 1e3
 

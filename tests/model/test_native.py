@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from flextron.engine.native import NativeLayers, load_library, why_not_native
 from flextron.errors import FlextronError
 from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
+from flextron.model.native import NativeLayers, load_library, quantize_rows, why_not_native
 from flextron.spec import SubnetSpec
-from tests.engine.decoders import ragged_specs, random_decoder
 from tests.model.families_cases import CASES
+from tests.random_decoders import ragged_specs, random_decoder
 
 PAGE = 4
 LENGTHS = (7, 1, 13, 9)
@@ -58,10 +58,34 @@ def test_iterations_agree_with_the_decoder(name: str) -> None:
         with pytest.raises(FlextronError, match="multiple of 8"):
             NativeLayers(decoder, PAGE)
         return
+    assert_iterations_agree(NativeLayers(decoder, PAGE), decoder, decoder)
+
+
+@compiled
+@pytest.mark.parametrize("name", ["llama", "gpt2", "neox"])
+def test_int8_iterations_agree_with_the_rounded_weights(name: str) -> None:
+    decoder, rounded = random_decoder(name), random_decoder(name)
+    for matrix in rounded.parameters():
+        if matrix.dim() == 2:
+            rows, scales = quantize_rows(matrix)
+            assert (rows * scales[:, None] - matrix).abs().max() <= scales.max() / 2 + 1e-6
+            matrix.copy_(rows * scales[:, None])
+    # embeddings are looked up as they are
+    rounded.embedding.weight.copy_(decoder.embedding.weight)
+    if decoder.config.rope is None:
+        rounded.positions.weight.copy_(decoder.positions.weight)
+    native = NativeLayers(decoder, PAGE, "int8")
+    assert_iterations_agree(native, decoder, rounded)
+    hidden, (rows, scales) = torch.randn(5, decoder.config.hidden_size), quantize_rows(decoder.head_weight)
+    torch.testing.assert_close(native.logits(hidden), hidden @ (rows * scales[:, None]).t(), rtol=1e-5, atol=1e-5)
+
+
+def assert_iterations_agree(native: NativeLayers, decoder: Decoder, reference: Decoder) -> None:
+    """Prompts in chunks and single tokens of ragged sub-networks give what whole sequences give."""
     specs = ragged_specs(decoder.config, len(LENGTHS))
     sequences = [torch.randint(decoder.config.vocab_size, (n,)) for n in LENGTHS]
-    wanted = decoder(Batch.ragged(sequences, specs))
-    native, pages = NativeLayers(decoder, PAGE), Pages(decoder, specs)
+    wanted = reference(Batch.ragged(sequences, specs))
+    pages = Pages(decoder, specs)
     got: list[list[Tensor]] = [[] for _ in LENGTHS]
     for parts in ITERATIONS:
         owners = [i for i, first, end in parts for _ in range(first, end)]
@@ -100,3 +124,10 @@ def test_without_a_compiler_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None
         assert "no-such-compiler" in said
     finally:
         load_library.cache_clear()
+
+
+@compiled
+def test_loading_leaves_denormal_numbers_alone() -> None:
+    load_library()
+    assert 5e-324 > 0
+    assert float(torch.tensor(1e-40) * 1) > 0

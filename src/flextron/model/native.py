@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,23 +24,32 @@ from flextron.errors import FlextronError
 from flextron.model.decoder import Decoder
 from flextron.model.layers import rotary_tables
 
-__all__ = ["NativeLayers", "load_library", "why_not_native"]
+__all__ = ["NativeLayers", "Weights", "load_library", "quantize_rows", "why_not_native"]
 
 _LANES = 8
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffast-math", "-fopenmp", "-shared", "-fPIC")
+_COMPILE = ("-std=c++17", "-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC", "-c")
+# without -ffast-math: linked with it, a library turns denormal numbers off for the whole process
+_LINK = ("-fopenmp", "-shared")
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_new": 2, "gelu_fast": 2, "gelu_pytorch_tanh": 2, "relu": 3}
 
 _Pointer = ctypes.c_void_p
+Weights = Literal["float32", "int8"]
 
 
-class _Linear(ctypes.Structure):
+class _Norm(ctypes.Structure):
     _fields_ = (("weight", _Pointer), ("bias", _Pointer))
 
 
+class _Linear(ctypes.Structure):
+    _fields_ = (("weight", _Pointer), ("bias", _Pointer), ("scales", _Pointer))
+
+
 class _LayerWeights(ctypes.Structure):
-    _fields_ = tuple(
-        (name, _Linear)
-        for name in ("attention_norm", "mlp_norm", "q", "k", "v", "o", "q_norm", "k_norm", "gate", "up", "down")
+    _fields_ = (
+        *((name, _Norm) for name in ("attention_norm", "mlp_norm")),
+        *((name, _Linear) for name in ("q", "k", "v", "o")),
+        *((name, _Norm) for name in ("q_norm", "k_norm")),
+        *((name, _Linear) for name in ("gate", "up", "down")),
     )
 
 
@@ -48,7 +57,7 @@ class _Shape(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("hidden_size", "head_dim", "num_layers", "rotated", "window")),
         *((name, ctypes.c_int64) for name in ("page_size", "query_rows_per_group", "is_multi_query")),
-        *((name, ctypes.c_int64) for name in ("parallel_residual", "is_layer_norm", "activation")),
+        *((name, ctypes.c_int64) for name in ("parallel_residual", "is_layer_norm", "activation", "is_int8")),
         ("norm_eps", ctypes.c_float),
     )
 
@@ -73,12 +82,14 @@ def _compiler() -> str | None:
 @cache
 def load_library() -> ctypes.CDLL | str:
     """The compiled kernels, or in one sentence why there are none."""
+    if os.environ.get("FLEXTRON_NATIVE") == "0":
+        return "FLEXTRON_NATIVE is 0"
     compiler = _compiler()
     if compiler is None:
         return "no C++ compiler was found (install g++ for faster decoding)"
     source = Path(__file__).with_name("step.cpp")
     processor = Path("/proc/cpuinfo")
-    facts = [compiler, *_FLAGS, platform.machine(), source.read_text(encoding="utf-8")]
+    facts = [compiler, *_COMPILE, *_LINK, platform.machine(), source.read_text(encoding="utf-8")]
     if processor.exists():  # the code is made for this processor; a shared home directory serves several
         facts += [
             line
@@ -92,7 +103,8 @@ def load_library() -> ctypes.CDLL | str:
             library.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=library.parent) as directory:
                 made = Path(directory) / library.name
-                subprocess.run([compiler, *_FLAGS, str(source), "-o", str(made)], check=True, capture_output=True)
+                for command in ((*_COMPILE, str(source), "-o", f"{made}.o"), (*_LINK, f"{made}.o", "-o", str(made))):
+                    subprocess.run([compiler, *command], check=True, capture_output=True)
                 made.replace(library)
         except (OSError, subprocess.CalledProcessError) as error:
             said = getattr(error, "stderr", b"") or str(error).encode()
@@ -116,6 +128,18 @@ def why_not_native(decoder: Decoder) -> str | None:
     return library if isinstance(library, str) else None
 
 
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 by rows: the nearest of 255 multiples of each row's scale.
+
+    Rows are the nested dimension, so that a sub-network's prefix has the same numbers as the whole.
+
+    Returns:
+        (rows, columns) int8, and (rows,) float32 scales.
+    """
+    scales = weight.detach().float().abs().amax(1).clamp_min(1e-12) / 127
+    return (weight.detach() / scales[:, None]).round().to(torch.int8), scales
+
+
 def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
@@ -123,12 +147,13 @@ def _address(tensor: Tensor | None) -> int | None:
 class NativeLayers:
     """All layers of a decoder as one call. Weights stay where they are; the decoder must outlive this."""
 
-    def __init__(self, decoder: Decoder, page_size: int) -> None:
-        """Collect pointers.
+    def __init__(self, decoder: Decoder, page_size: int, weights: Weights = "float32") -> None:
+        """Collect pointers; with `int8`, quantize a copy.
 
         Args:
             decoder: in float32 on the CPU.
             page_size: tokens of a page of the KV cache.
+            weights: `int8` reads an eight-bit copy of all matrices, a scale a row (norms and biases stay as they are).
 
         Raises:
             FlextronError: `why_not_native` has a reason.
@@ -151,12 +176,27 @@ class NativeLayers:
             parallel_residual=config.parallel_residual,
             is_layer_norm=config.norm == "layer",
             activation=_ACTIVATIONS[config.activation],
+            is_int8=weights == "int8",
             norm_eps=config.norm_eps,
         )
         self._layers = (_LayerWeights * config.num_hidden_layers)()
-        for layer, weights in zip(decoder.layers, self._layers, strict=True):
+        self._quantized: list[Tensor] = []
+        """Kept alive for the pointers."""
+        for layer, native in zip(decoder.layers, self._layers, strict=True):
             for name, module in _parts(layer):
-                setattr(weights, name, _Linear(_address(module.weight), _address(getattr(module, "bias", None))))
+                bias = _address(getattr(module, "bias", None))
+                if name.endswith("norm"):
+                    setattr(native, name, _Norm(_address(module.weight), bias))
+                else:
+                    setattr(native, name, self._linear(module.weight, bias, weights))
+        self._head = self._linear(decoder.head_weight, None, weights)
+
+    def _linear(self, weight: Tensor, bias: int | None, weights: Weights) -> _Linear:
+        if weights == "float32":
+            return _Linear(_address(weight), bias, None)
+        rows, scales = quantize_rows(weight)
+        self._quantized += [rows, scales]
+        return _Linear(_address(rows), bias, _address(scales))
 
     def __call__(
         self,
@@ -202,15 +242,15 @@ class NativeLayers:
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Scores over the vocabulary, (N, vocabulary), of final hidden states."""
-        weight = self._decoder.head_weight
-        out = torch.empty(len(hidden_ND), len(weight))
+        num_rows, size = self._decoder.head_weight.shape
+        out = torch.empty(len(hidden_ND), num_rows)
         self._library.flextron_rows(
             _Pointer(hidden_ND.data_ptr()),
-            _Pointer(weight.data_ptr()),
+            ctypes.byref(self._head),
             _Pointer(out.data_ptr()),
             ctypes.c_long(len(hidden_ND)),
-            ctypes.c_long(weight.shape[1]),
-            ctypes.c_long(len(weight)),
+            ctypes.c_long(size),
+            ctypes.c_long(num_rows),
             torch.get_num_threads(),
         )
         return out

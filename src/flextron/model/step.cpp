@@ -22,74 +22,158 @@ namespace {
 constexpr int kLanes = 8;
 typedef float Vec __attribute__((vector_size(4 * kLanes), aligned(4)));
 
+typedef int8_t Bytes __attribute__((vector_size(kLanes), aligned(1)));
+
 inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
+inline Vec load(const int8_t* p) { return __builtin_convertvector(*reinterpret_cast<const Bytes*>(p), Vec); }
 inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
 inline float sum(Vec v) {
-    float s = 0;
-    for (int i = 0; i < kLanes; i++) s += v[i];
-    return s;
+    v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
+    v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5);
+    v += __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6);
+    return v[0];
+}
+// Keeps a value in a register: compilers would rather load it again at every use.
+inline void keep(Vec& v) {
+#ifdef __x86_64__
+    asm("" : "+x"(v));
+#endif
 }
 
-// out[t][r] = dot(row r, token t) for R rows of w and T tokens of x.
-template <int R, int T>
-inline void dots(const float* w, long ldw, const float* x, long ldx, long size, float* out, long ldo) {
-    Vec acc[R][T] = {};
+// Rows of a chunk, and tokens of a tile: a chunk of weights and a tile of tokens lie in the second-level cache together.
+constexpr long kChunk = 48;
+constexpr long kTile = 64;
+constexpr long kLine = 64;  // bytes of a cache line
+
+// out[t][r] = dot(row r, token t) for R rows of w and T tokens of x; R * T sums are in flight.
+template <int R, int T, class W>
+inline void dots(const W* w, long ldw, const float* x, long ldx, long size, float* out, long ldo) {
+    Vec acc[R][T];
+#pragma GCC unroll 16
+    for (int i = 0; i < R * T; i++) acc[i / T][i % T] = Vec{};
     for (long c = 0; c < size; c += kLanes) {
         Vec rows[R];
-        for (int r = 0; r < R; r++) rows[r] = load(w + r * ldw + c);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++) {
+            rows[r] = load(w + r * ldw + c);
+            keep(rows[r]);
+        }
+#pragma GCC unroll 16
         for (int t = 0; t < T; t++) {
-            const Vec token = load(x + t * ldx + c);
+            Vec token = load(x + t * ldx + c);
+            keep(token);
+#pragma GCC unroll 16
             for (int r = 0; r < R; r++) acc[r][t] += rows[r] * token;
         }
     }
-    for (int t = 0; t < T; t++)
-        for (int r = 0; r < R; r++) out[t * ldo + r] = sum(acc[r][t]);
+#pragma GCC unroll 16
+    for (int i = 0; i < R * T; i++) out[i % T * ldo + i / T] = sum(acc[i / T][i % T]);
 }
 
-template <int R>
-inline void dot_tokens(const float* w, long ldw, const float* x, long ldx, long n, long size, float* out, long ldo) {
-    long t = 0;
-    for (; t + 4 <= n; t += 4) dots<R, 4>(w, ldw, x + t * ldx, ldx, size, out + t * ldo, ldo);
-    x += t * ldx, out += t * ldo;
-    if (n - t == 3) dots<R, 3>(w, ldw, x, ldx, size, out, ldo);
-    if (n - t == 2) dots<R, 2>(w, ldw, x, ldx, size, out, ldo);
-    if (n - t == 1) dots<R, 1>(w, ldw, x, ldx, size, out, ldo);
-}
-
-// Dot products of `count` rows with n tokens; a single token takes more rows at once, to have as much in flight.
-inline void dot_rows(const float* w, long ldw, long count, const float* x, long ldx, long n, long size, float* out,
-                     long ldo) {
+template <int R, int T, class W>
+inline void dots_all_rows(const W* w, long ldw, long count, const float* x, long ldx, long size, float* out, long ldo) {
     long r = 0;
-    if (n == 1)
-        for (; r + 4 <= count; r += 4) dots<4, 1>(w + r * ldw, ldw, x, ldx, size, out + r, ldo);
-    for (; r + 3 <= count; r += 3) dot_tokens<3>(w + r * ldw, ldw, x, ldx, n, size, out + r, ldo);
-    for (; r < count; r++) dot_tokens<1>(w + r * ldw, ldw, x, ldx, n, size, out + r, ldo);
+    for (; r + R <= count; r += R) dots<R, T>(w + r * ldw, ldw, x, ldx, size, out + r, ldo);
+    for (; r < count; r++) dots<1, T>(w + r * ldw, ldw, x, ldx, size, out + r, ldo);
 }
 
-// y[t] += sum over R rows of h[t][r] * row r, for T tokens.
-template <int R, int T>
-inline void adds(const float* w, long ldw, const float* h, long ldh, float* y, long ldy, long size) {
+// Dot products of `count` rows with n tokens. With up to three tokens each row is read once, from memory; with more,
+// three rows go to the first-level cache and meet the tokens four by four.
+template <class W>
+inline void dot_rows(const W* w, long ldw, long count, const float* x, long ldx, long n, long size, float* out,
+                     long ldo) {
+    if (n == 1) return dots_all_rows<4, 1>(w, ldw, count, x, ldx, size, out, ldo);
+    if (n == 2) return dots_all_rows<4, 2>(w, ldw, count, x, ldx, size, out, ldo);
+    if (n == 3) return dots_all_rows<4, 3>(w, ldw, count, x, ldx, size, out, ldo);
+    for (long tile = 0; tile < n; tile += kTile) {
+        const long end = std::min(tile + kTile, n);
+        const long ahead = tile ? 0 : (3 * size * 4 + n - 1) / n;  // numbers of the rows after these, per four tokens
+        long r = 0;
+        for (; r + 3 <= count; r += 3) {
+            long t = tile;
+            const W* next = w + (r + 3) * ldw;
+            for (; t + 4 <= end; t += 4, next += ahead) {
+                for (long c = 0; c < ahead; c += kLine / sizeof(W)) __builtin_prefetch(next + c, 0, 2);
+                dots<3, 4>(w + r * ldw, ldw, x + t * ldx, ldx, size, out + t * ldo + r, ldo);
+            }
+            for (; t < end; t++) dots<3, 1>(w + r * ldw, ldw, x + t * ldx, ldx, size, out + t * ldo + r, ldo);
+        }
+        for (; r < count; r++)
+            for (long t = tile; t < end; t++) dots<1, 1>(w + r * ldw, ldw, x + t * ldx, ldx, size, out + t * ldo + r, ldo);
+    }
+}
+
+// y[t] += sum over R rows of h[t][r] * row r, for T tokens: a stream over the rows.
+template <int R, int T, class W>
+inline void adds(const W* w, long ldw, const float* h, long ldh, float* y, long ldy, long size) {
+    Vec factors[R][T];
+    for (int r = 0; r < R; r++)
+        for (int t = 0; t < T; t++) factors[r][t] = Vec{} + h[t * ldh + r];
     for (long c = 0; c < size; c += kLanes) {
         Vec rows[R];
         for (int r = 0; r < R; r++) rows[r] = load(w + r * ldw + c);
         for (int t = 0; t < T; t++) {
             Vec acc = load(y + t * ldy + c);
-            for (int r = 0; r < R; r++) acc += rows[r] * h[t * ldh + r];
+            for (int r = 0; r < R; r++) acc += rows[r] * factors[r][t];
             store(y + t * ldy + c, acc);
         }
     }
 }
 
-inline void add_rows(const float* w, long ldw, long count, const float* h, long ldh, float* y, long ldy, long n,
-                     long size) {
-    long r = 0;
-    for (; r + 4 <= count; r += 4) {
-        long t = 0;
-        for (; t + 4 <= n; t += 4) adds<4, 4>(w + r * ldw, ldw, h + t * ldh + r, ldh, y + t * ldy, ldy, size);
-        for (; t < n; t++) adds<4, 1>(w + r * ldw, ldw, h + t * ldh + r, ldh, y + t * ldy, ldy, size);
+// The same for `count` rows, V vectors of columns from `w` and `y` on: sums stay in registers over all rows.
+template <int V, int T, class W>
+inline void adds_columns(const W* w, long ldw, long count, const float* h, long ldh, float* y, long ldy) {
+    Vec acc[V][T];
+#pragma GCC unroll 16
+    for (int i = 0; i < V * T; i++) acc[i / T][i % T] = load(y + i % T * ldy + i / T * kLanes);
+    for (long r = 0; r < count; r++) {
+        Vec rows[V];
+#pragma GCC unroll 16
+        for (int v = 0; v < V; v++) {
+            rows[v] = load(w + r * ldw + v * kLanes);
+            keep(rows[v]);
+        }
+#pragma GCC unroll 16
+        for (int t = 0; t < T; t++) {
+            Vec factor = Vec{} + h[t * ldh + r];
+            keep(factor);
+#pragma GCC unroll 16
+            for (int v = 0; v < V; v++) acc[v][t] += rows[v] * factor;
+        }
     }
-    for (; r < count; r++)
-        for (long t = 0; t < n; t++) adds<1, 1>(w + r * ldw, ldw, h + t * ldh + r, ldh, y + t * ldy, ldy, size);
+#pragma GCC unroll 16
+    for (int i = 0; i < V * T; i++) store(y + i % T * ldy + i / T * kLanes, acc[i / T][i % T]);
+}
+
+template <int V, class W>
+inline void adds_tokens(const W* w, long ldw, long count, const float* h, long ldh, float* y, long ldy, long n) {
+    long t = 0;
+    for (; t + 4 <= n; t += 4) adds_columns<V, 4>(w, ldw, count, h + t * ldh, ldh, y + t * ldy, ldy);
+    for (; t < n; t++) adds_columns<V, 1>(w, ldw, count, h + t * ldh, ldh, y + t * ldy, ldy);
+}
+
+template <class W>
+inline void add_rows(const W* w, long ldw, long count, const float* h, long ldh, float* y, long ldy, long n,
+                     long size) {
+    if (n <= 2) {
+        long r = 0;
+        for (; r + 4 <= count; r += 4) {
+            if (n == 2) adds<4, 2>(w + r * ldw, ldw, h + r, ldh, y, ldy, size);
+            if (n == 1) adds<4, 1>(w + r * ldw, ldw, h + r, ldh, y, ldy, size);
+        }
+        for (; r < count; r++)
+            for (long t = 0; t < n; t++) adds<1, 1>(w + r * ldw, ldw, h + t * ldh + r, ldh, y + t * ldy, ldy, size);
+        return;
+    }
+    // columns are walked below, across the rows: bring the rows in as memory likes it first
+    for (long r = 0; r < count; r++)
+        for (long c = 0; c < size; c += kLine / sizeof(W)) __builtin_prefetch(w + r * ldw + c, 0, 2);
+    for (long tile = 0; tile < n; tile += kTile, h += kTile * ldh, y += kTile * ldy) {
+        const long tokens = std::min(kTile, n - tile);
+        long c = 0;
+        for (; c + 3 * kLanes <= size; c += 3 * kLanes) adds_tokens<3>(w + c, ldw, count, h, ldh, y + c, ldy, tokens);
+        for (; c < size; c += kLanes) adds_tokens<1>(w + c, ldw, count, h, ldh, y + c, ldy, tokens);
+    }
 }
 
 }  // namespace
@@ -97,8 +181,9 @@ inline void add_rows(const float* w, long ldw, long count, const float* h, long 
 extern "C" {
 
 struct Linear {
-    const float* weight;  // rows nested
-    const float* bias;    // or null
+    const void* weight;  // rows nested; float, or int8 with scales
+    const float* bias;   // of the outputs, or null
+    const float* scales; // of the rows, or null
 };
 
 struct Norm {
@@ -115,7 +200,7 @@ struct LayerWeights {
 
 struct Shape {
     int64_t hidden_size, head_dim, num_layers, rotated, window, page_size;
-    int64_t query_rows_per_group, is_multi_query, parallel_residual, is_layer_norm, activation;
+    int64_t query_rows_per_group, is_multi_query, parallel_residual, is_layer_norm, activation, is_int8;
     float norm_eps;
 };
 
@@ -139,12 +224,21 @@ namespace {
 
 enum Activation { kSilu, kGelu, kGeluTanh, kRelu };
 
-inline float activate(float z, int64_t kind) {
+// The activation of n numbers in place.
+void activate(float* z, long n, int64_t kind) {
     switch (kind) {
-        case kSilu: return z / (1.0f + std::exp(-z));
-        case kGelu: return 0.5f * z * (1.0f + std::erf(z * 0.70710678f));
-        case kGeluTanh: return 0.5f * z * (1.0f + std::tanh(0.79788456f * (z + 0.044715f * z * z * z)));
-        default: return std::max(z, 0.0f);
+        case kSilu:
+            for (long i = 0; i < n; i++) z[i] = z[i] / (1.0f + std::exp(-z[i]));
+            return;
+        case kGelu:
+            for (long i = 0; i < n; i++) z[i] = 0.5f * z[i] * (1.0f + std::erf(z[i] * 0.70710678f));
+            return;
+        case kGeluTanh:
+            for (long i = 0; i < n; i++)
+                z[i] = 0.5f * z[i] * (1.0f + std::tanh(0.79788456f * (z[i] + 0.044715f * z[i] * z[i] * z[i])));
+            return;
+        default:
+            for (long i = 0; i < n; i++) z[i] = std::max(z[i], 0.0f);
     }
 }
 
@@ -184,26 +278,32 @@ struct Order {
     }
 };
 
-// Calls f(start, stop, users) on this thread's share of rows [0, widest): chunks of one number of users, dealt in turn.
+// Calls f(start, stop, users) on this thread's share of rows [0, widest), chunk by chunk. Rows of one number of users
+// are cut into one stretch a thread, which memory reads best.
 template <class F>
-inline void share_rows(const Order& order, long unit, long chunk, int thread, int threads, F f) {
+inline void share_rows(const Order& order, long unit, int thread, int threads, F f) {
     const long end = order.widest() * unit;
-    long turn = 0;
     for (long row = 0; row < end;) {
         long until;
-        const long n = order.users(row, unit, &until);
-        // as many chunks as threads evenly fill
-        const long rows = until - row;
-        long per = std::min(chunk, (rows + threads - 1) / threads);
-        per = (per + 3) / 4 * 4;
-        for (long a = row; a < until; a += per, turn++)
-            if (turn % threads == thread) f(a, std::min(a + per, until), n);
+        const long n = order.users(row, unit, &until), units = (until - row + 11) / 12;
+        const long a = row + std::min(until - row, units * thread / threads * 12);
+        const long e = row + std::min(until - row, units * (thread + 1) / threads * 12);
+        for (long chunk = a; chunk < e; chunk += kChunk) f(chunk, std::min(chunk + kChunk, e), n);
         row = until;
     }
 }
 
-constexpr long kChunk = 64;
+// Multiplies what rows first to first + rows gave by their scales and adds their biases; out is (n, ldo).
+inline void finish(const Linear& linear, long first, long rows, long n, float* out, long ldo) {
+    if (linear.scales)
+        for (long t = 0; t < n; t++)
+            for (long r = 0; r < rows; r++) out[t * ldo + r] *= linear.scales[first + r];
+    if (linear.bias)
+        for (long t = 0; t < n; t++)
+            for (long r = 0; r < rows; r++) out[t * ldo + r] += linear.bias[first + r];
+}
 
+template <class W>
 struct Step {
     const Shape& s;
     const LayerWeights* layers;
@@ -234,11 +334,9 @@ struct Step {
     }
 
     void project(const Order& order, long unit, const Linear& linear, float* out, long ldo, int id, int nt) const {
-        share_rows(order, unit, kChunk, id, nt, [&](long a, long e, long n) {
-            dot_rows(linear.weight + a * D, D, e - a, xn.data(), D, n, D, out + a, ldo);
-            if (linear.bias)
-                for (long t = 0; t < n; t++)
-                    for (long r = a; r < e; r++) out[t * ldo + r] += linear.bias[r];
+        share_rows(order, unit, id, nt, [&](long a, long e, long n) {
+            dot_rows(static_cast<const W*>(linear.weight) + a * D, D, e - a, xn.data(), D, n, D, out + a, ldo);
+            finish(linear, a, e - a, n, out + a, ldo);
         });
     }
 
@@ -322,27 +420,33 @@ struct Step {
         }
     }
 
+    // Neurons f to f + rows of n tokens, with their biases; (n, kChunk).
+    void neurons(const Linear& linear, long f, long rows, const float* in, long n, float* out) const {
+        dot_rows(static_cast<const W*>(linear.weight) + f * D, D, rows, in, D, n, D, out, kChunk);
+        finish(linear, f, rows, n, out, kChunk);
+    }
+
+    // own += h times rows first to first + rows; h, (n, ldh), is used up.
+    void contract(const Linear& linear, long first, long rows, float* h, long ldh, float* own, long n) const {
+        if (linear.scales)
+            for (long t = 0; t < n; t++)
+                for (long r = 0; r < rows; r++) h[t * ldh + r] *= linear.scales[first + r];
+        add_rows(static_cast<const W*>(linear.weight) + first * D, D, rows, h, ldh, own, D, n, D);
+    }
+
     void feed_forward(long l, const float* in, float* own, int id, int nt) const {
         const LayerWeights& w = layers[l];
-        std::vector<float> up(4 * N), gate(4 * N);
-        share_rows(mlp[l], 1, kChunk, id, nt, [&](long a, long e, long n) {
-            for (long f = a; f < e; f += 4) {
-                const long rows = std::min(4L, e - f);
-                dot_rows(w.up.weight + f * D, D, rows, in, D, n, D, up.data(), 4);
-                if (w.up.bias)
-                    for (long t = 0; t < n; t++)
-                        for (long r = 0; r < rows; r++) up[4 * t + r] += w.up.bias[f + r];
-                if (w.gate.weight) {
-                    dot_rows(w.gate.weight + f * D, D, rows, in, D, n, D, gate.data(), 4);
-                    if (w.gate.bias)
-                        for (long t = 0; t < n; t++)
-                            for (long r = 0; r < rows; r++) gate[4 * t + r] += w.gate.bias[f + r];
-                    for (long t = 0; t < 4 * n; t++) up[t] *= activate(gate[t], s.activation);
-                } else {
-                    for (long t = 0; t < 4 * n; t++) up[t] = activate(up[t], s.activation);
-                }
-                add_rows(w.down.weight + f * D, D, rows, up.data(), 4, own, D, n, D);
+        std::vector<float> up(kChunk * N), gate(w.gate.weight ? kChunk * N : 0);
+        share_rows(mlp[l], 1, id, nt, [&](long a, long e, long n) {
+            neurons(w.up, a, e - a, in, n, up.data());
+            if (w.gate.weight) {
+                neurons(w.gate, a, e - a, in, n, gate.data());
+                activate(gate.data(), kChunk * n, s.activation);
+                for (long i = 0; i < kChunk * n; i++) up[i] *= gate[i];
+            } else {
+                activate(up.data(), kChunk * n, s.activation);
             }
+            contract(w.down, a, e - a, up.data(), kChunk, own, n);
         });
     }
 
@@ -368,8 +472,8 @@ struct Step {
                         if (task % nt == id) attend(l, i, h, scores);
                 std::fill(own, own + heads_of.size() * D, 0.0f);
 #pragma omp barrier
-                share_rows(heads_of, s.query_rows_per_group, kChunk, id, nt, [&](long a, long e, long n) {
-                    add_rows(w.o.weight + a * D, D, e - a, heads.data() + a, q_max, own, D, n, D);
+                share_rows(heads_of, s.query_rows_per_group, id, nt, [&](long a, long e, long n) {
+                    contract(w.o, a, e - a, heads.data() + a, q_max, own, n);
                 });
 #pragma omp barrier
                 residual(heads_of, w.o.bias, id, nt);
@@ -403,24 +507,40 @@ struct Step {
     }
 };
 
+template <class W>
+void run_layers(const Shape& shape, const LayerWeights* layers, const Tokens& tokens, int threads) {
+    Step<W> step(shape, layers, tokens, threads);
+#pragma omp parallel num_threads(threads)
+    step.run(omp_get_thread_num(), omp_get_num_threads());
+}
+
+template <class W>
+void all_rows(const float* x, const Linear& linear, float* y, long n, long size, long rows, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        const int id = omp_get_thread_num(), nt = omp_get_num_threads();
+        const long first = rows * id / nt, end = rows * (id + 1) / nt;
+        for (long a = first; a < end; a += kChunk) {
+            const long count = std::min(kChunk, end - a);
+            dot_rows(static_cast<const W*>(linear.weight) + a * size, size, count, x, size, n, size, y + a, rows);
+            finish(linear, a, count, n, y + a, rows);
+        }
+    }
+}
+
 }  // namespace
 
 extern "C" {
 
 // All layers, on x in place; keys and values go to the cache's pages.
 void flextron_layers(const Shape* shape, const LayerWeights* layers, const Tokens* tokens, int threads) {
-    Step step(*shape, layers, *tokens, threads);
-#pragma omp parallel num_threads(threads)
-    step.run(omp_get_thread_num(), omp_get_num_threads());
+    if (shape->is_int8) return run_layers<int8_t>(*shape, layers, *tokens, threads);
+    run_layers<float>(*shape, layers, *tokens, threads);
 }
 
-// y (N, rows) = x (N, D) times the rows of w: logits.
-void flextron_rows(const float* x, const float* w, float* y, long n, long size, long rows, int threads) {
-#pragma omp parallel num_threads(threads)
-    {
-        const int id = omp_get_thread_num(), nt = omp_get_num_threads();
-        for (long a = id * kChunk; a < rows; a += nt * kChunk)
-            dot_rows(w + a * size, size, std::min(kChunk, rows - a), x, size, n, size, y + a, rows);
-    }
+// y (N, rows) = x (N, size) times the rows of a linear: logits.
+void flextron_rows(const float* x, const Linear* linear, float* y, long n, long size, long rows, int threads) {
+    if (linear->scales) return all_rows<int8_t>(x, *linear, y, n, size, rows, threads);
+    all_rows<float>(x, *linear, y, n, size, rows, threads);
 }
 }
