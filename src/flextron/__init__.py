@@ -9,7 +9,7 @@ from flextron.errors import FlextronError, UnsupportedModelError
 from flextron.spec import LayerSpec, SearchSpace, SubnetSpec, Target
 
 if TYPE_CHECKING:
-    from flextron.api import DenseModel, ElasticModel, convert, load
+    from flextron.api import Completion, DenseModel, ElasticModel, Engine, convert, load
     from flextron.model.generation import SamplingParams
     from flextron.routing import SearchSettings
     from flextron.training.recipe import TrainRecipe
@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from flextron.training.token_recipe import TokenRouterRecipe
 
 __all__ = [
+    "Completion",
     "DenseModel",
     "ElasticModel",
+    "Engine",
     "FlextronError",
     "LayerSpec",
     "RouterRecipe",
@@ -36,8 +38,10 @@ __all__ = [
 
 # torch and transformers take seconds to import; specs and errors need neither
 _LAZY = {
+    "Completion": "flextron.api",
     "DenseModel": "flextron.api",
     "ElasticModel": "flextron.api",
+    "Engine": "flextron.api",
     "convert": "flextron.api",
     "load": "flextron.api",
     "SamplingParams": "flextron.model.generation",

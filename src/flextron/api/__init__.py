@@ -2,7 +2,18 @@
 
 from flextron.api.convert import convert, load
 from flextron.api.dense import DenseModel
+from flextron.api.engine import Completion, Engine
 from flextron.api.model import ElasticModel
 from flextron.api.texts import Texts, evaluation_text, training_text
 
-__all__ = ["DenseModel", "ElasticModel", "Texts", "convert", "evaluation_text", "load", "training_text"]
+__all__ = [
+    "Completion",
+    "DenseModel",
+    "ElasticModel",
+    "Engine",
+    "Texts",
+    "convert",
+    "evaluation_text",
+    "load",
+    "training_text",
+]

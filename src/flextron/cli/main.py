@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import typer
 
-from flextron.cli import bench, convert, demo, elastify, evaluate, generate, info, profile, route, train
+from flextron.cli import bench, convert, demo, elastify, evaluate, generate, info, profile, route, serve, train
 from flextron.cli.console import message
 from flextron.errors import FlextronError
 
@@ -63,6 +63,7 @@ _VERBS: dict[str, Callable[..., object]] = {
     "info": info.info,
     "generate": generate.generate,
     "eval": evaluate.evaluate,
+    "serve": serve.serve,
 }
 for _name, _verb in _VERBS.items():
     app.command(_name)(_guarded(_verb))

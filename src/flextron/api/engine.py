@@ -1,0 +1,153 @@
+"""Generation for many prompts at once, each in the sub-network for its own target, without a server."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from flextron.api.convert import load
+from flextron.api.model import ElasticModel
+from flextron.api.texts import needed
+from flextron.engine import EngineCore, EngineSettings, FinishReason, Logprobs, Network
+from flextron.engine import Sequence as Running
+from flextron.errors import FlextronError
+from flextron.model.generation import SamplingParams
+from flextron.routing.token_router import PricedRouter
+from flextron.server.answer import Answer, stop_tokens
+from flextron.spec import SubnetSpec, Target
+
+__all__ = ["Completion", "Engine"]
+
+T = TypeVar("T")
+Asked = Target | SubnetSpec | None
+"""What a prompt runs in: the best sub-network for a target, a given one, or the full one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
+    """What a prompt was continued with."""
+
+    text: str
+    """Without special tokens, and cut before a stop string."""
+    token_ids: tuple[int, ...]
+    """All that were generated, those of a stop string included, a stop token not."""
+    finish_reason: Literal["stop", "length"]
+    spec: SubnetSpec
+    """The sub-network that ran."""
+    num_prompt_tokens: int
+    logprobs: tuple[Logprobs, ...] | None
+    """One entry a token, where they were asked for."""
+
+
+class Engine:
+    """Continuous batching: prompts of different targets share the iterations of one set of weights."""
+
+    def __init__(self, model: ElasticModel | str | Path, **settings: Any) -> None:
+        """Reserve the KV cache.
+
+        Args:
+            model: an elastic model that stays as it is while the engine lives, or where to load one.
+            settings: fields of `EngineSettings`: `max_num_seqs`, `max_num_batched_tokens`, `kv_cache_gb` and others.
+
+        Raises:
+            FlextronError: the model cannot be loaded or has no tokenizer, or a setting is unknown or out of range.
+        """
+        if unknown := settings.keys() - {f.name for f in fields(EngineSettings)}:
+            known = ", ".join(f.name for f in fields(EngineSettings))
+            raise FlextronError(f"the engine has no setting {sorted(unknown)[0]!r}; there are {known}")
+        self.model = model if isinstance(model, ElasticModel) else load(model)
+        self._tokenizer = needed(self.model.tokenizer)
+        self._core = EngineCore(self.model.decoder, EngineSettings(**settings))
+        self._stop_tokens = stop_tokens(self._tokenizer, self.model.hf_config.get("eos_token_id"))
+        # one object a target, because the engine tells routers apart by identity
+        self._routed: dict[Target, tuple[SubnetSpec, PricedRouter]] = {}
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        target: Asked | Sequence[Asked] = None,
+        router: Literal["token"] | None = None,
+        stop: str | Sequence[str] = (),
+    ) -> list[Completion]:
+        """Continue prompts, all in one batch.
+
+        Args:
+            prompts: a text, texts, or lists of token ids.
+            params: how tokens are chosen, for all prompts or one entry each.
+            target: a `Target`, a sub-network, or None for the full one; for all prompts or one entry each.
+            router: `token` routes each token by itself, so that they cost a `latency` target on average.
+            stop: strings that end a text.
+
+        Returns:
+            Completions in the order of the prompts.
+
+        Raises:
+            FlextronError: numbers of prompts, params and targets differ, nothing is within a target, or a prompt is
+                empty or too long.
+        """
+        tokens = self._encode(prompts)
+        each_params = _one_each(params or SamplingParams(), len(tokens), SamplingParams, "params")
+        asked = _one_each(target, len(tokens), Target | SubnetSpec | None, "target")
+        networks = [self._network(t, router) for t in asked]
+        stops = [stop] if isinstance(stop, str) else list(stop)
+        answers: dict[Running, Answer] = {}
+        try:
+            for ids, p, network in zip(tokens, each_params, networks, strict=True):
+                chosen = p if p.stop_token_ids else replace(p, stop_token_ids=self._stop_tokens)
+                answer = Answer(self._tokenizer, stops)
+                answers[self._core.add(str(len(answers)), ids, chosen, network)] = answer
+            self._run(answers)
+        finally:
+            for sequence in answers:
+                self._core.abort(sequence)
+        return [_completion(sequence, answer) for sequence, answer in answers.items()]
+
+    def _run(self, answers: dict[Running, Answer]) -> None:
+        while self._core.has_unfinished:
+            for output in self._core.step():
+                if answers[output.sequence].take(output).finish_reason is not None:
+                    self._core.abort(output.sequence)
+
+    def _encode(self, prompts: str | Sequence[str] | Sequence[Sequence[int]]) -> list[list[int]]:
+        given = [prompts] if isinstance(prompts, str) else prompts
+        if any(isinstance(p, int) for p in given):
+            raise FlextronError("prompts are texts or lists of token ids; put a single list of ids into a list")
+        encode = self._tokenizer.encode
+        return [encode(p, add_special_tokens=False) if isinstance(p, str) else list(p) for p in given]
+
+    def _network(self, asked: Asked, router: str | None) -> Network:
+        if router is None:
+            if isinstance(asked, Target):
+                asked = self.model.select(**asdict(asked))
+            return self._core.network(asked or self.model.space.full)
+        if router != "token" or not isinstance(asked, Target):
+            raise FlextronError("router is None or 'token', and 'token' needs a target by latency for every prompt")
+        if asked not in self._routed:
+            self._routed[asked] = self.model.routed(asked)
+        return self._core.network(*self._routed[asked])
+
+
+def _one_each(given: T | Sequence[T], count: int, kind: Any, name: str) -> list[T]:
+    """One entry for each prompt."""
+    if isinstance(given, kind):
+        return [given] * count
+    entries = list(given)  # type: ignore[arg-type]
+    if len(entries) != count:
+        raise FlextronError(f"{len(entries)} entries of {name} for {count} prompts; give one, or one for each")
+    return entries
+
+
+def _completion(sequence: Running, answer: Answer) -> Completion:
+    assert answer.finish_reason is not None
+    return Completion(
+        text=answer.text,
+        token_ids=tuple(answer.token_ids),
+        finish_reason="stop" if answer.finish_reason is FinishReason.STOP else "length",
+        spec=sequence.network.spec,
+        num_prompt_tokens=sequence.num_prompt,
+        logprobs=None if sequence.params.logprobs is None else tuple(answer.logprobs),
+    )

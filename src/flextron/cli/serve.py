@@ -1,0 +1,69 @@
+"""`flextron serve`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flextron import api
+from flextron.cli.console import message
+from flextron.engine import EngineSettings
+from flextron.errors import FlextronError
+
+__all__ = ["serve"]
+
+_EXTRA = ("fastapi", "prometheus_client", "starlette", "uvicorn")
+
+
+def serve(
+    directory: Annotated[Path, typer.Argument(help="Elastic checkpoint.")],
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="Of the model. Default: the directory's.")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="FLEXTRON_API_KEY", help="That clients must send.", show_envvar=True)
+    ] = None,
+    max_queue: Annotated[int, typer.Option(help="Answers that may wait beside those that run.")] = 128,
+    max_body_mb: Annotated[float, typer.Option(help="Of a request.")] = 8.0,
+    max_tokens_limit: Annotated[int | None, typer.Option(help="Most tokens of an answer.")] = None,
+    max_num_seqs: Annotated[int, typer.Option(help="Answers that run at once.")] = 64,
+    max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens of an iteration.")] = 256,
+    kv_cache_gb: Annotated[float, typer.Option(help="Memory of keys and values.")] = 1.0,
+    no_prefix_caching: Annotated[bool, typer.Option("--no-prefix-caching", help="Share no beginnings.")] = False,
+    drain_seconds: Annotated[float, typer.Option(help="For running answers to end after a signal.")] = 30.0,
+) -> None:
+    """Serve a model over HTTP as OpenAI does; the sub-network is chosen request by request."""
+    try:
+        from flextron.server.app import create_app
+        from flextron.server.run import listen
+        from flextron.server.run import serve as run
+        from flextron.server.service import ServerSettings
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in _EXTRA:
+            raise
+        raise FlextronError(f"serving needs {error.name}; install it with: pip install 'flextron[serve]'") from error
+    settings = ServerSettings(
+        name=name or directory.expanduser().resolve().name,
+        api_key=api_key,
+        max_queue=max_queue,
+        max_body_mb=max_body_mb,
+        max_tokens_limit=max_tokens_limit,
+        drain_seconds=drain_seconds,
+    )
+    engine = EngineSettings(
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        kv_cache_gb=kv_cache_gb,
+        prefix_caching=not no_prefix_caching,
+    )
+    message(f"loading {directory}")
+    model = api.load(directory)
+    app = create_app(model, settings, engine)
+    sock = listen(host, port)
+    if model.frontier is None:
+        message("the model has no frontier, so requests cannot name targets; run flextron profile first")
+    address = f"\\[{host}]" if ":" in host else host
+    message(f"serving {settings.name} at http://{address}:{sock.getsockname()[1]}/v1 (Ctrl-C ends it)")
+    run(app, sock)

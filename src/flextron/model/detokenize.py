@@ -1,0 +1,133 @@
+"""Text out of token ids as they come: no character in halves, nothing that a stop string may still take back.
+
+A token may hold any bytes, so a character may span up to four of them. Text is given out at places where no character
+is under way; each token is decoded in company of a few others only, so the work is linear in the answer's length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from flextron.errors import FlextronError
+
+__all__ = ["Detokenizer", "StopStrings", "special_ids"]
+
+_BROKEN = "\N{REPLACEMENT CHARACTER}"
+_MOST_TOKENS = 4
+"""Tokens of one character: UTF-8 has at most four bytes."""
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens that are no text."""
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset(added.union(tokenizer.all_special_ids))
+
+
+class Detokenizer:
+    """The text of one growing list of tokens; special tokens have none.
+
+    The pieces make up `tokenizer.decode` of all tokens (without `clean_up_tokenization_spaces`, which would change text
+    that is already out). Where a tokenizer spells characters as byte tokens (`<0xE2>`) and a run of those is not UTF-8,
+    its decoder breaks the whole run, this one not what is already out.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Start with no tokens."""
+        self._tokenizer = tokenizer
+        self._special = special_ids(tokenizer)
+        # what stands before the pending tokens, because decoders treat the beginning of a text in their own way
+        self._before: list[int] = []
+        self._num_before = 0
+        self._pending: list[int] = []
+
+    def push(self, token: int) -> str:
+        """Add a token; the text that is certain now."""
+        if token in self._special:
+            return ""
+        self._pending.append(token)
+        text = self._text(self._pending)
+        if text.endswith(_BROKEN):
+            return self._cut(text) if len(self._pending) > _MOST_TOKENS else ""
+        if text:
+            self._forget(len(self._pending))
+        return text
+
+    def finish(self) -> str:
+        """The rest, with a replacement character for what has stayed incomplete."""
+        text = self._text(self._pending) if self._pending else ""
+        self._pending.clear()
+        return text
+
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
+
+    def _text(self, tokens: list[int]) -> str:
+        """Of tokens that follow those before."""
+        return self._decode([*self._before, *tokens])[self._num_before :]
+
+    def _cut(self, text: str) -> str:
+        """Give out what lies before the last place where no character is under way."""
+        for i in range(len(self._pending) - 1, 0, -1):
+            head = self._text(self._pending[:i])
+            if head + self._text(self._pending[i:]) == text:
+                self._forget(i)
+                return head
+        return ""
+
+    def _forget(self, count: int) -> None:
+        """Drop the first pending tokens, whose text is out; remember what can stand before the others."""
+        done = self._pending[:count]
+        del self._pending[:count]
+        for tokens in (done[-1:], done):
+            text = self._decode(tokens)
+            # an incomplete character would join with what follows
+            if text and not text.endswith(_BROKEN):
+                self._before, self._num_before = tokens, len(text)
+            if self._before:
+                return
+
+
+class StopStrings:
+    """Ends a text at the first string that comes to an end in it; holds back what may become one."""
+
+    def __init__(self, stop: Sequence[str] = ()) -> None:
+        """Take the strings.
+
+        Raises:
+            FlextronError: one is empty.
+        """
+        if not all(stop):
+            raise FlextronError("a stop string is empty; give at least one character")
+        self._stop = tuple(stop)
+        self._held = ""
+        self.found = False
+        """Whether one was met; nothing is given out afterwards."""
+
+    def push(self, text: str) -> str:
+        """Add text; what is certain not to belong to a stop string."""
+        if self.found:
+            return ""
+        if not self._stop:
+            return text
+        text = self._held + text
+        ends = [(i + len(s), i) for s in self._stop if (i := text.find(s)) >= 0]
+        if ends:
+            # of those that end at the same place the longest counts
+            self.found, self._held = True, ""
+            return text[: min(ends)[1]]
+        keep = max(self._begun(text, s) for s in self._stop)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def finish(self) -> str:
+        """What was held back, now that nothing follows."""
+        text, self._held = self._held, ""
+        return text
+
+    @staticmethod
+    def _begun(text: str, stop: str) -> int:
+        """Characters at the end of the text with which a stop string begins."""
+        longest = min(len(text), len(stop) - 1)
+        return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,72 @@
+"""One request's answer while it grows: from the engine's tokens to text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedTokenizerBase
+
+from flextron.engine import FinishReason, Logprobs, StepOutput
+from flextron.model.detokenize import Detokenizer, StopStrings
+
+__all__ = ["Answer", "Delta", "stop_tokens"]
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What a step of the engine added to an answer."""
+
+    text: str
+    """May lag behind the tokens: characters in halves and beginnings of stop strings wait."""
+    token: int | None
+    logprobs: Logprobs | None
+    finish_reason: FinishReason | None
+
+
+@dataclass(slots=True)
+class Answer:
+    """Text, tokens and log-probabilities so far."""
+
+    tokenizer: PreTrainedTokenizerBase
+    stop: Sequence[str] = ()
+    pieces: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[Logprobs] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    _detokenizer: Detokenizer = field(init=False)
+    _stops: StopStrings = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Start with no text."""
+        self._detokenizer = Detokenizer(self.tokenizer)
+        self._stops = StopStrings(self.stop)
+
+    @property
+    def text(self) -> str:
+        """All of it, without a stop string."""
+        return "".join(self.pieces)
+
+    def take(self, output: StepOutput) -> Delta:
+        """Add what a step did. The answer may be at its end before the engine's request is."""
+        text = "" if output.token is None else self._stops.push(self._detokenizer.push(output.token))
+        self.finish_reason = output.finish_reason
+        if self.finish_reason is not None:
+            text += self._stops.push(self._detokenizer.finish()) + self._stops.finish()
+        if self._stops.found:
+            self.finish_reason = FinishReason.STOP
+        if text:
+            self.pieces.append(text)
+        logprobs = None
+        if output.token is not None:
+            self.token_ids.append(output.token)
+            if output.logprobs is not None:
+                self.logprobs.append(logprobs := output.logprobs)
+        return Delta(text, output.token, logprobs, self.finish_reason)
+
+
+def stop_tokens(tokenizer: PreTrainedTokenizerBase, configured: int | Sequence[int] | None) -> tuple[int, ...]:
+    """What ends an answer: the tokenizer's end of sequence, and those that the checkpoint's config names."""
+    named = [configured] if isinstance(configured, int) else list(configured or ())
+    found = {i for i in (tokenizer.eos_token_id, *named) if i is not None}
+    return tuple(sorted(found))

@@ -1,0 +1,158 @@
+"""The web application: which path does what."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import Any, cast
+
+from fastapi import FastAPI
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+from flextron.engine import EngineSettings
+from flextron.errors import FlextronError
+from flextron.server.bodies import ChatBody, CompletionBody
+from flextron.server.chat import chat
+from flextron.server.completions import completions
+from flextron.server.errors import ApiError, bad_request, not_found
+from flextron.server.http import Front, answer_error, read_body
+from flextron.server.openapi import describe, error_responses
+from flextron.server.service import ServerSettings, Service
+from flextron.server.targets import Served
+
+__all__ = ["create_app"]
+
+
+def create_app(model: Served, settings: ServerSettings | None = None, engine: EngineSettings | None = None) -> FastAPI:
+    """An ASGI application that serves a model; `app.state.service` is what runs behind it.
+
+    Args:
+        model: an elastic model, which must not change while it is served.
+        settings: limits of the server.
+        engine: sizes of the engine.
+
+    Raises:
+        FlextronError: the model has no tokenizer, or its name does not fit.
+    """
+    settings = settings or ServerSettings()
+    service = Service(model, settings, engine or EngineSettings())
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        yield
+        await service.stop()
+
+    app = FastAPI(
+        title="flextron",
+        version=version("flextron"),
+        lifespan=lifespan,
+        # the pages would load their scripts from elsewhere; /openapi.json is enough
+        docs_url=None,
+        redoc_url=None,
+        exception_handlers=_HANDLERS,
+    )
+    app.state.service = service
+    app.add_middleware(Front, api_key=settings.api_key)
+    _add_models(app, service)
+    _add_endpoint(app, service, "/v1/completions", CompletionBody, completions)
+    _add_endpoint(app, service, "/v1/chat/completions", ChatBody, chat)
+    _add_health(app, service)
+    describe(app, CompletionBody, ChatBody)
+    return app
+
+
+def _add_models(app: FastAPI, service: Service) -> None:
+    """`/v1/models`: the name, and names of sub-networks."""
+
+    def card(model_id: str) -> dict[str, Any]:
+        choice = service.catalog.choose(model_id)
+        name = service.catalog.name
+        return {
+            "id": model_id,
+            "object": "model",
+            "created": service.started_at,
+            "owned_by": "flextron",
+            "parent": None if model_id == name else name,
+            "max_model_len": service.core.decoder.config.max_position_embeddings,
+            "flextron": choice.report(),
+        }
+
+    @app.get("/v1/models", responses=error_responses(401))
+    async def list_models() -> JSONResponse:
+        return JSONResponse({"object": "list", "data": [card(i) for i in service.catalog.ids()]})
+
+    @app.get("/v1/models/{model_id:path}", responses=error_responses(401, 404))
+    async def get_model(model_id: str) -> JSONResponse:
+        try:
+            return JSONResponse(card(model_id))
+        except ApiError as error:
+            raise not_found(model_id, error.message) from error
+
+
+def _add_endpoint(
+    app: FastAPI,
+    service: Service,
+    path: str,
+    kind: type[BaseModel],
+    answer: Callable[[Request, Service, Any], Awaitable[Response]],
+) -> None:
+    """A path that takes a JSON body; FastAPI's own reading would answer in its own shape."""
+    max_bytes = int(service.settings.max_body_mb * 1e6)
+    schema = {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}
+    body = {"requestBody": {"required": True, "content": {"application/json": schema}}}
+
+    async def endpoint(request: Request) -> Response:
+        return await answer(request, service, await read_body(request, kind, max_bytes))
+
+    app.post(
+        path,
+        name=answer.__name__,
+        summary=(answer.__doc__ or "").splitlines()[0],
+        response_class=Response,
+        responses=error_responses(400, 401, 404, 413, 429, 500, 503),
+        openapi_extra=body,
+    )(endpoint)
+
+
+def _add_health(app: FastAPI, service: Service) -> None:
+    """What operators read; never asks for a key."""
+
+    @app.get("/health", responses=error_responses(503))
+    async def health() -> JSONResponse:
+        if not service.is_healthy:
+            message = "the server is shutting down" if service.is_draining else "the engine has stopped"
+            raise ApiError(503, message, kind="server_error")
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _from_api(request: Request, error: Exception) -> Response:
+    return answer_error(cast(ApiError, error))
+
+
+def _from_input(request: Request, error: Exception) -> Response:
+    """What the model, the engine or a check below says about input."""
+    return answer_error(bad_request(str(error)))
+
+
+def _from_http(request: Request, error: Exception) -> Response:
+    """No such path, or no such method there."""
+    refused = cast(HTTPException, error)
+    told = {404: f"there is no {request.url.path[:200]!r}", 405: f"{request.method} is not possible here"}
+    message = told.get(refused.status_code, str(refused.detail))
+    return answer_error(ApiError(refused.status_code, message, headers=refused.headers))
+
+
+_HANDLERS: dict[int | type[Exception], Any] = {
+    ApiError: _from_api,
+    FlextronError: _from_input,
+    HTTPException: _from_http,
+}

@@ -1,0 +1,93 @@
+"""`/v1/chat/completions`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jinja2 import TemplateError
+from starlette.requests import Request
+from starlette.responses import Response
+
+from flextron.server.bodies import ChatBody
+from flextron.server.errors import bad_request
+from flextron.server.generation import Piece, respond
+from flextron.server.service import Service
+from flextron.server.tokens import TokenNames
+
+__all__ = ["chat"]
+
+_LEAST_LOGPROB = -9999.0
+
+
+async def chat(request: Request, service: Service, body: ChatBody) -> Response:
+    """Continue a conversation.
+
+    Raises:
+        ApiError: the request cannot be answered.
+    """
+    choice = service.catalog.choose(body.model, body.flextron)
+    asked = body.max_completion_tokens or body.max_tokens
+    service.check(body.num_choices, asked)
+    prompt = await service.encode(lambda: _render(service, body))
+    most = asked or service.room(len(prompt), choice)
+    form = _ChatForm(service.names, has_logprobs=bool(body.logprobs))
+    return await respond(request, service, body, choice, [prompt], [most], form)
+
+
+def _render(service: Service, body: ChatBody) -> str:
+    """The conversation as the model was trained to read it."""
+    tokenizer = service.tokenizer
+    if not tokenizer.chat_template:
+        raise bad_request("the model has no chat template; use /v1/completions", "messages")
+    messages = [message.to_template() for message in body.messages]
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except (TemplateError, TypeError, ValueError) as error:
+        raise bad_request(f"the model's chat template does not take these messages: {error}", "messages") from error
+
+
+class _ChatForm:
+    """OpenAI's words for messages."""
+
+    prefix, whole_object, piece_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, names: TokenNames, *, has_logprobs: bool) -> None:
+        """Take the names of tokens."""
+        self._names, self._has_logprobs = names, has_logprobs
+
+    def whole(self, index: int, piece: Piece) -> dict[str, Any]:
+        """A message."""
+        assert piece.finish_reason is not None
+        message = {"role": "assistant", "content": piece.text, "refusal": None}
+        logprobs = self._logprobs(piece)
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": piece.finish_reason.value}
+
+    def opening(self, index: int) -> dict[str, Any]:
+        """Who speaks."""
+        return self._part(index, {"role": "assistant", "content": ""}, Piece(), None)
+
+    def part(self, index: int, piece: Piece) -> list[dict[str, Any]]:
+        """Text, and at the end an entry with the reason alone, as OpenAI has it."""
+        parts = []
+        if piece.text or piece.tokens:
+            parts.append(self._part(index, {"content": piece.text}, piece, None))
+        if piece.finish_reason is not None:
+            parts.append(self._part(index, {}, Piece(), piece.finish_reason.value))
+        return parts
+
+    def _part(self, index: int, delta: dict[str, str], piece: Piece, reason: str | None) -> dict[str, Any]:
+        logprobs = self._logprobs(piece) if piece.tokens else None
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+    def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
+        if not self._has_logprobs:
+            return None
+        entries = [
+            self._entry(token, p.chosen) | {"top_logprobs": [self._entry(t, value) for t, value in p.top]}
+            for token, p in zip(piece.tokens, piece.logprobs, strict=True)
+        ]
+        return {"content": entries, "refusal": None}
+
+    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+        raw = self._names.raw(token)
+        return {"token": self._names.key(token), "logprob": max(logprob, _LEAST_LOGPROB), "bytes": list(raw)}

@@ -1,0 +1,80 @@
+"""`/v1/completions`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from flextron.server.bodies import CompletionBody
+from flextron.server.generation import Piece, respond
+from flextron.server.service import Service
+from flextron.server.tokens import TokenNames
+
+__all__ = ["completions"]
+
+_LEAST_LOGPROB = -9999.0
+_DEFAULT_TOKENS = 16
+
+
+async def completions(request: Request, service: Service, body: CompletionBody) -> Response:
+    """Continue prompts.
+
+    Raises:
+        ApiError: the request cannot be answered.
+    """
+    choice = service.catalog.choose(body.model, body.flextron)
+    service.check(len(body.prompts) * body.num_choices, body.max_tokens)
+    prompts = [await service.encode(p) if isinstance(p, str) else p for p in body.prompts]
+    most = [body.max_tokens or min(_DEFAULT_TOKENS, service.room(len(p), choice)) for p in prompts]
+    texts: list[str] = []
+    if body.echo:
+        service.check_tokens(prompts)
+        texts = [p if isinstance(p, str) else str(service.tokenizer.decode(p)) for p in body.prompts]
+    form = _CompletionForm(service.names, texts, body)
+    return await respond(request, service, body, choice, prompts, most, form)
+
+
+class _CompletionForm:
+    """OpenAI's words for continued texts."""
+
+    prefix, whole_object, piece_object = "cmpl", "text_completion", "text_completion"
+
+    def __init__(self, names: TokenNames, echoed: list[str], body: CompletionBody) -> None:
+        """Take the prompts' texts, if answers begin with them."""
+        self._names, self._echoed, self._body = names, echoed, body
+        self._offsets: dict[int, int] = {}
+
+    def whole(self, index: int, piece: Piece) -> dict[str, Any]:
+        """With the prompt, if it is echoed."""
+        return self._choice(index, self._echo(index) + piece.text, piece)
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """The prompt, if it is echoed."""
+        return self._choice(index, self._echo(index), Piece()) if self._echoed else None
+
+    def part(self, index: int, piece: Piece) -> list[dict[str, Any]]:
+        """One entry."""
+        return [self._choice(index, piece.text, piece)]
+
+    def _echo(self, index: int) -> str:
+        return self._echoed[index // self._body.num_choices] if self._echoed else ""
+
+    def _choice(self, index: int, text: str, piece: Piece) -> dict[str, Any]:
+        reason = None if piece.finish_reason is None else piece.finish_reason.value
+        logprobs = None if self._body.logprobs is None else self._logprobs(index, piece)
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+    def _logprobs(self, index: int, piece: Piece) -> dict[str, Any]:
+        offsets = []
+        for token in piece.tokens:
+            offsets.append(offset := self._offsets.get(index, 0))
+            self._offsets[index] = offset + len(self._names.text(token))
+        key = self._names.key
+        return {
+            "tokens": [key(token) for token in piece.tokens],
+            "token_logprobs": [max(p.chosen, _LEAST_LOGPROB) for p in piece.logprobs],
+            "top_logprobs": [{key(t): max(value, _LEAST_LOGPROB) for t, value in p.top} for p in piece.logprobs],
+            "text_offset": offsets,
+        }

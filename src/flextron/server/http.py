@@ -1,0 +1,132 @@
+"""Around every request: its id, the access log, the key, unexpected errors; and reading a body safely."""
+
+from __future__ import annotations
+
+import hmac
+import json
+import logging
+import re
+import time
+import uuid
+from typing import Any, NoReturn, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from flextron.server.errors import ApiError, bad_request, invalid_body
+
+__all__ = ["Front", "answer_error", "read_body"]
+
+_log = logging.getLogger("flextron.server")
+_GOOD_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_PATIENCE = 8
+"""Multiples of the allowed size that are read and dropped, so that the client gets to read the answer."""
+
+B = TypeVar("B", bound=BaseModel)
+
+
+def answer_error(error: ApiError) -> JSONResponse:
+    """A refusal over HTTP."""
+    return JSONResponse(error.body(), error.status, error.headers)
+
+
+class Front:
+    """ASGI middleware, the outermost one."""
+
+    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
+        """Wrap an app; a key is asked for below `/v1`."""
+        self._app, self._key = app, None if api_key is None else api_key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers, arrived, status = Headers(scope=scope), time.monotonic(), 0
+        given = headers.get("x-request-id", "")
+        request_id = given if _GOOD_ID.fullmatch(given) else uuid.uuid4().hex
+
+        async def tagged(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        try:
+            app = self._app if self._may_enter(scope["path"], headers) else answer_error(_no_key())
+            await app(scope, receive, tagged)
+        except Exception:
+            _log.exception("request %s failed", request_id)
+            if not status:
+                failure = ApiError(500, "an unexpected error; the server's log says more", kind="server_error")
+                await answer_error(failure)(scope, receive, tagged)
+        finally:
+            seconds = time.monotonic() - arrived
+            # repr: a path may hold line breaks
+            _log.info("%s %s %r %d %.3f s", request_id, scope["method"], scope["path"], status, seconds)
+
+    def _may_enter(self, path: str, headers: Headers) -> bool:
+        if self._key is None or not path.startswith("/v1"):
+            return True
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        return hmac.compare_digest(key.strip().encode(), self._key) and scheme.lower() == "bearer"
+
+
+def _no_key() -> ApiError:
+    message = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
+    headers = {"www-authenticate": "Bearer"}
+    return ApiError(401, message, kind="authentication_error", code="invalid_api_key", headers=headers)
+
+
+async def read_body(request: Request, kind: type[B], max_bytes: int) -> B:
+    """The body of a request as a `kind`.
+
+    Raises:
+        ApiError: it is too large, no JSON, or not what `kind` says.
+    """
+    data = _parse(await _read(request, max_bytes))
+    if not isinstance(data, dict):
+        raise bad_request("the body must be a JSON object")
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise invalid_body(error) from error
+
+
+async def _read(request: Request, max_bytes: int) -> bytes:
+    declared = request.headers.get("content-length", "")
+    kept, total = bytearray(), int(declared) if declared.isdecimal() else 0
+    if total <= _PATIENCE * max_bytes:
+        total = 0
+        try:
+            async for chunk in request.stream():
+                total += len(chunk)
+                if total <= max_bytes:
+                    kept += chunk
+                if total > _PATIENCE * max_bytes:
+                    break
+        except ClientDisconnect as error:
+            raise bad_request("the client left before the body was complete") from error
+    if total > max_bytes:
+        raise ApiError(413, f"the body is larger than {max_bytes} bytes", code="request_too_large")
+    return bytes(kept)
+
+
+def _parse(body: bytes) -> Any:
+    def refuse(name: str) -> NoReturn:
+        raise ValueError(f"{name} is no JSON")
+
+    try:
+        data = json.loads(body.decode(), parse_constant=refuse)
+        if b"\\u" in body:
+            # halves of surrogate pairs, which no text may hold, come in by escapes only
+            json.dumps(data, ensure_ascii=False).encode()
+        return data
+    except (ValueError, RecursionError) as error:
+        # of the message only the reason: it may quote the body
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__
+        raise bad_request(f"the body is no valid JSON in UTF-8 ({reason})") from error

@@ -1,0 +1,287 @@
+"""The server without HTTP: admits jobs, hands them to the worker, and knows how to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from flextron.engine import EngineCore, EngineSettings
+from flextron.engine.runner import make_network
+from flextron.errors import FlextronError
+from flextron.server.answer import Delta, stop_tokens
+from flextron.server.errors import ApiError, bad_request, engine_died, shutting_down
+from flextron.server.metrics import Metrics
+from flextron.server.targets import Catalog, Choice, Served
+from flextron.server.tokens import TokenNames
+from flextron.server.worker import Event, Job, Sign, Worker
+
+__all__ = ["ServerSettings", "Service", "Session"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerSettings:
+    """What the server allows."""
+
+    name: str = "flextron"
+    """Of the model."""
+    api_key: str | None = None
+    """That clients must send; None lets everyone in."""
+    max_queue: int = 128
+    """Answers that may wait beside those that run."""
+    max_body_mb: float = 8.0
+    """Of a request, 10^6 bytes."""
+    max_tokens_limit: int | None = None
+    """Most tokens of an answer; by default as many as the model has positions for."""
+    drain_seconds: float = 30.0
+    """For running answers to end after a signal."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.api_key is not None and (not self.api_key.isascii() or not self.api_key.strip()):
+            raise FlextronError("the API key must be a word in ASCII letters; leave it out to let everyone in")
+        if self.max_queue < 0 or not 0 < self.max_body_mb < float("inf"):
+            raise FlextronError("max_queue must be at least 0, and max_body_mb above 0")
+        if self.max_tokens_limit is not None and self.max_tokens_limit < 1:
+            raise FlextronError(f"max_tokens_limit must be at least 1, not {self.max_tokens_limit}")
+        if not 0 <= self.drain_seconds < float("inf"):
+            raise FlextronError(f"drain_seconds must be a number of at least 0, not {self.drain_seconds}")
+
+
+class Service:
+    """One model behind one engine; its methods belong to the event loop."""
+
+    def __init__(self, model: Served, settings: ServerSettings, engine: EngineSettings) -> None:
+        """Reserve the KV cache.
+
+        Raises:
+            FlextronError: the model has no tokenizer, or its name does not fit.
+        """
+        if model.tokenizer is None:
+            raise FlextronError("the checkpoint has no tokenizer; put the original's tokenizer.json into its directory")
+        self.settings, self.tokenizer = settings, model.tokenizer
+        self.catalog = Catalog(model, settings.name)
+        self.names = TokenNames(self.tokenizer)
+        self.stop_tokens = stop_tokens(self.tokenizer, model.hf_config.get("eos_token_id"))
+        self.core = EngineCore(model.decoder, engine)
+        self.worker = Worker(self.core, self.tokenizer, self._post)
+        self.metrics = Metrics(settings.name, lambda: self.worker.load)
+        self.started_at = int(time.time())
+        self._most_jobs = engine.max_num_seqs + settings.max_queue
+        self.is_draining = False
+        self._sessions: set[Session] = set()
+        self._is_idle = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        # one thread: a tokenizer's settings are not safe to use from several
+        self._encoder = ThreadPoolExecutor(1, "flextron-tokenizer")
+        # twice the longest token, in case that the tokenizer drops characters
+        longest = max(map(len, self.tokenizer.get_vocab()))
+        self._most_chars = 2 * longest * model.decoder.config.max_position_embeddings
+
+    def start(self) -> None:
+        """Start the engine's thread; to be called in the event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._is_idle.set()
+        self.worker.start()
+
+    async def stop(self) -> None:
+        """End the engine's thread."""
+        self.worker.shut_down()
+        await asyncio.to_thread(self.worker.join)
+        self._encoder.shutdown()
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether requests can be answered."""
+        return self.worker.is_alive() and not self.is_draining
+
+    async def drain(self) -> None:
+        """Take nothing new; wait for what runs, as long as the settings say, then break it off."""
+        self.is_draining = True
+        try:
+            await asyncio.wait_for(self._is_idle.wait(), self.settings.drain_seconds)
+        except (TimeoutError, asyncio.TimeoutError):
+            for session in self._sessions:
+                session.fail(shutting_down())
+
+    async def encode(self, text: str | Callable[[], str]) -> list[int]:
+        """Token ids of a text, or of what a function makes of its own accord (a chat template).
+
+        Raises:
+            ApiError: the text cannot fit into the model, whatever its tokens are.
+        """
+
+        def run() -> list[int]:
+            written = text if isinstance(text, str) else text()
+            if len(written) > self._most_chars:
+                raise bad_request(
+                    f"the prompt has {len(written)} characters, more than the model has positions for; shorten it"
+                )
+            return list(self.tokenizer.encode(written, add_special_tokens=False))
+
+        return await asyncio.get_running_loop().run_in_executor(self._encoder, run)
+
+    def room(self, num_prompt: int, choice: Choice) -> int:
+        """Tokens that an answer can have at most; at least 1, so that the engine says what does not fit."""
+        config, settings = self.core.decoder.config, self.core.settings
+        # not `core.network`: the engine is the worker's
+        num_units = make_network(config, choice.spec, choice.router, "").num_units
+        held = self.core.pool.num_units // max(1, num_units) * settings.page_size
+        limit = self.settings.max_tokens_limit or config.max_position_embeddings
+        return max(1, min(config.max_position_embeddings - num_prompt, held - num_prompt, limit))
+
+    def check(self, num_jobs: int, max_tokens: int | None) -> None:
+        """Refuse what is more than the operator allows, at any time.
+
+        Raises:
+            ApiError: it is.
+        """
+        if num_jobs > self._most_jobs:
+            raise bad_request(f"{num_jobs} answers at once are more than this server's {self._most_jobs}")
+        limit = self.settings.max_tokens_limit
+        if limit is not None and max_tokens is not None and max_tokens > limit:
+            raise bad_request(f"max_tokens is {max_tokens}; this server allows at most {limit}", "max_tokens")
+
+    def check_tokens(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Refuse token ids that the model does not have.
+
+        Raises:
+            ApiError: there are some.
+        """
+        size = self.core.decoder.config.vocab_size
+        if not all(0 <= token < size for prompt in prompts for token in prompt):
+            raise bad_request(f"the prompt holds tokens outside the model's vocabulary of {size}", "prompt")
+
+    async def open(self, jobs: Sequence[Job], choice: Choice) -> Session:
+        """Queue jobs, all or none of them.
+
+        Raises:
+            ApiError: the server is full, stops, or cannot run one of them.
+        """
+        if self.is_draining:
+            raise shutting_down()
+        if sum(s.num_open for s in self._sessions) + len(jobs) > self._most_jobs:
+            headers = {"retry-after": "1"}
+            raise ApiError(429, "the queue is full; ask again later", kind="rate_limit_error", headers=headers)
+        session = Session(jobs, choice, self)
+        self._sessions.add(session)
+        self._is_idle.clear()
+        try:
+            await session.accepted()
+        except BaseException:
+            session.close()
+            raise
+        return session
+
+    def forget(self, session: Session) -> None:
+        """A session has closed."""
+        self._sessions.discard(session)
+        if not self._sessions:
+            self._is_idle.set()
+
+    def _post(self, events: list[tuple[Job, Event]]) -> None:
+        """Pass on what the worker says; runs in its thread."""
+
+        def deliver() -> None:
+            for job, event in events:
+                job.listener(job, event)
+
+        assert self._loop is not None
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(deliver)
+
+
+class Session:
+    """The jobs of one HTTP request, as the event loop sees them."""
+
+    def __init__(self, jobs: Sequence[Job], choice: Choice, service: Service) -> None:
+        """Nothing is queued yet."""
+        self.choice = choice
+        self._jobs, self._service = jobs, service
+        self._events: asyncio.Queue[tuple[int, Event | ApiError]] = asyncio.Queue()
+        self._arrived = time.monotonic()
+        self._last = dict.fromkeys(range(len(jobs)), self._arrived)
+        self._begun: set[int] = set()
+        self._open = {job.index: job for job in jobs}
+        self._has_closed = False
+        for job in jobs:
+            job.listener = self._hear
+
+    @property
+    def num_open(self) -> int:
+        """Jobs that have not ended."""
+        return len(self._open)
+
+    @property
+    def num_prompt_tokens(self) -> list[int]:
+        """Of each job."""
+        return [len(job.prompt) for job in self._jobs]
+
+    async def accepted(self) -> None:
+        """Queue the jobs; returns when the engine has taken them.
+
+        Raises:
+            ApiError: it has not.
+        """
+        self._service.worker.submit(self._jobs)
+        for _ in self._jobs:
+            _, event = await self._events.get()
+            _raise_if_bad(event)
+
+    async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
+        """What is added to answers, each with its job's index, until all have ended.
+
+        Raises:
+            ApiError: the engine died, or the server stops.
+        """
+        left = len(self._jobs)
+        while left:
+            index, event = await self._events.get()
+            _raise_if_bad(event)
+            if isinstance(event, Delta):
+                left -= event.finish_reason is not None
+                yield index, event
+
+    def fail(self, error: ApiError) -> None:
+        """Break off."""
+        self._events.put_nowait((0, error))
+
+    def close(self) -> None:
+        """Free what the jobs hold; nothing happens the second time."""
+        if self._has_closed:
+            return
+        self._has_closed = True
+        if self._open:
+            self._service.worker.abort(list(self._open.values()))
+            for _ in self._begun & self._open.keys():
+                self._service.metrics.ended("abort", time.monotonic() - self._arrived)
+        self._open.clear()
+        self._service.forget(self)
+
+    def _hear(self, job: Job, event: Event) -> None:
+        if self._has_closed:
+            return
+        metrics, now = self._service.metrics, time.monotonic()
+        if event is Sign.ACCEPTED:
+            self._begun.add(job.index)
+            metrics.started(self.choice.label, len(job.prompt))
+        if isinstance(event, Delta):
+            if event.token is not None:
+                last = self._last[job.index]
+                metrics.token(self.choice.label, now - last, is_first=last == self._arrived)
+                self._last[job.index] = now
+            if event.finish_reason is not None:
+                del self._open[job.index]
+                metrics.ended(event.finish_reason.value, now - self._arrived)
+        self._events.put_nowait((job.index, event))
+
+
+def _raise_if_bad(event: Event | ApiError) -> None:
+    if isinstance(event, ApiError):
+        raise event
+    if isinstance(event, FlextronError):
+        raise bad_request(str(event))
+    if event is Sign.DIED:
+        raise engine_died()

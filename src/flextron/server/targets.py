@@ -1,0 +1,161 @@
+"""Which sub-network a request runs in: by the model's name (`name@0.6`), or by the key `flextron` of the body."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from flextron.errors import FlextronError
+from flextron.model.decoder import Decoder
+from flextron.routing import Frontier
+from flextron.routing.token_router import PricedRouter
+from flextron.server.bodies import TargetBody
+from flextron.server.errors import bad_request, not_found
+from flextron.spec import SearchSpace, SubnetSpec, Target
+
+__all__ = ["Catalog", "Choice", "Served"]
+
+_FRACTION = re.compile(r"\d{1,3}(\.\d{0,17})?|\.\d{1,17}")
+_MOST_LISTED = 8
+
+
+class Served(Protocol):
+    """What the server needs of an elastic model."""
+
+    @property
+    def decoder(self) -> Decoder:
+        """The full model."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """Its tokenizer."""
+
+    @property
+    def hf_config(self) -> Mapping[str, Any]:
+        """The checkpoint's `config.json`."""
+
+    @property
+    def frontier(self) -> Frontier | None:
+        """Measured sub-networks."""
+
+    @property
+    def space(self) -> SearchSpace:
+        """All sub-networks."""
+
+    def select(self, **target: Any) -> SubnetSpec:
+        """The best sub-network for a target."""
+
+    def routed(self, target: Target) -> tuple[SubnetSpec, PricedRouter]:
+        """The token router for a target."""
+
+    def num_parameters(self, spec: SubnetSpec | None = None) -> int:
+        """Of a sub-network."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """The sub-network of a request."""
+
+    model_id: str
+    """As the client named it."""
+    spec: SubnetSpec
+    router: PricedRouter | None
+    target: Target | None
+    params: int
+
+    @property
+    def label(self) -> str:
+        """Of the target in metrics. Few values in all: clients must not be able to make up series."""
+        if self.target is None:
+            return "full"
+        value = f"={self.target.value:.2f}" if self.target.axis == "latency" else ""
+        return f"{self.target.axis}{value}" + ("+token" if self.router else "")
+
+    def report(self) -> dict[str, Any]:
+        """What an answer says about it."""
+        target = None if self.target is None else {self.target.axis: getattr(self.target, self.target.axis)}
+        if target is not None and self.router is not None:
+            target["router"] = "token"
+        return {"spec": self.spec.to_dict(), "params": self.params, "target": target}
+
+
+class Catalog:
+    """Names of models and what they stand for."""
+
+    def __init__(self, model: Served, name: str) -> None:
+        """Take the model and its name.
+
+        Raises:
+            FlextronError: the name cannot stand before a target.
+        """
+        if not name or "@" in name or not name.isprintable() or any(c.isspace() for c in name):
+            raise FlextronError(f"the name {name!r} must be a word without @; choose one with --name")
+        self._model, self.name = model, name
+        # one object a target, because the engine tells routers apart by identity
+        self._routed: dict[float, tuple[SubnetSpec, PricedRouter]] = {}
+
+    def choose(self, model_id: str, asked: TargetBody | None = None) -> Choice:
+        """What a request runs in.
+
+        Raises:
+            ApiError: the model is unknown, both places name different targets, or nothing is within the target.
+        """
+        suffix = self._suffix(model_id)
+        try:
+            target = _target(asked)
+            if suffix is not None:
+                named = Target(latency=suffix)
+                if target is not None and target != named:
+                    raise bad_request(f"{model_id!r} and the key flextron name different targets; give one", "flextron")
+                target = named
+            spec, router = self._sub_network(target, asked is not None and asked.router is not None)
+        except FlextronError as error:
+            raise bad_request(str(error), "model" if asked is None else "flextron") from error
+        params = self._model.num_parameters(spec)
+        return Choice(model_id=model_id, spec=spec, router=router, target=target, params=params)
+
+    def _sub_network(self, target: Target | None, is_routed: bool) -> tuple[SubnetSpec, PricedRouter | None]:
+        if is_routed:
+            if target is None or target.latency is None:
+                raise FlextronError("a token router answers latency targets only; give latency")
+            if target.latency not in self._routed:
+                self._routed[target.latency] = self._model.routed(target)
+            return self._routed[target.latency]
+        return (self._model.space.full if target is None else self._model.select(**asdict(target))), None
+
+    def _suffix(self, model_id: str) -> float | None:
+        """The latency fraction that a model's name ends with."""
+        name, at, fraction = model_id.rpartition("@")
+        if model_id == self.name:
+            return None
+        if not at or name != self.name or not _FRACTION.fullmatch(fraction):
+            raise not_found(model_id)
+        return float(fraction)
+
+    def ids(self) -> list[str]:
+        """The name, and some with suffixes that can be reached here."""
+        return [self.name, *(f"{self.name}@{fraction:g}" for fraction in self._fractions())]
+
+    def _fractions(self) -> list[float]:
+        """Latencies of the frontier's points, rounded up, so that each reaches its point; few, spread evenly."""
+        if self._model.frontier is None:
+            return []
+        try:
+            self._model.select(latency=1.0)
+        except FlextronError:  # measured on another device
+            return []
+        found = {math.ceil(p.latency * 100 - 1e-6) / 100 for p in self._model.frontier.best() if p.latency <= 1}
+        ordered = sorted(found, reverse=True)
+        last, most = len(ordered) - 1, _MOST_LISTED - 1
+        return ordered if last <= most else [ordered[round(i * last / most)] for i in range(_MOST_LISTED)]
+
+
+def _target(asked: TargetBody | None) -> Target | None:
+    """The body's target; None if it names none."""
+    limits = {} if asked is None else asked.model_dump(exclude={"router"}, exclude_none=True)
+    return Target(**limits) if limits.keys() - {"context"} else None

@@ -1,0 +1,93 @@
+"""A real server on a free port, in a thread of the test."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import uvicorn
+from openai import AsyncOpenAI, OpenAI
+
+from flextron import ElasticModel
+from flextron.engine import EngineSettings
+from flextron.server.app import create_app
+from flextron.server.service import ServerSettings, Service
+
+__all__ = ["Running", "events", "running", "wait_until"]
+
+KEY = "a-key"
+
+
+@dataclass(frozen=True)
+class Running:
+    """Where it listens, and what runs behind it."""
+
+    url: str
+    service: Service
+    clients: list[OpenAI] = field(default_factory=list)
+
+    def client(self, **options: Any) -> OpenAI:
+        """OpenAI's own client; it is closed with the server."""
+        client = OpenAI(**{"base_url": f"{self.url}/v1", "api_key": KEY, "max_retries": 0, **options})
+        self.clients.append(client)
+        return client
+
+    def async_client(self) -> AsyncOpenAI:
+        """The same for asyncio; to be closed by its user."""
+        return AsyncOpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0)
+
+    def slow_down(self, seconds: float) -> None:
+        """Let every step of the engine take so much longer."""
+        step = self.service.core.step
+
+        def slowed() -> Any:
+            time.sleep(seconds)
+            return step()
+
+        self.service.core.step = slowed  # type: ignore[method-assign]
+
+    def wait_until_idle(self) -> None:
+        """Until nothing runs and nothing is held; fails if that does not come."""
+        core = self.service.core
+        wait_until(lambda: not core.has_unfinished and core.pool.num_used == 0)
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = 20) -> None:
+    """Wait; fail if it takes too long."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+
+
+@contextmanager
+def running(model: ElasticModel, engine: dict[str, Any] | None = None, **settings: Any) -> Iterator[Running]:
+    """Serve a model under the name `tiny`."""
+    sizes = {"kv_cache_gb": 0.005, "max_num_seqs": 8, "max_num_batched_tokens": 64} | (engine or {})
+    app = create_app(model, ServerSettings(**{"name": "tiny", **settings}), EngineSettings(**sizes))
+    sock = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=2)
+    )
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
+    thread.start()
+    wait_until(lambda: server.started)
+    made = Running(f"http://127.0.0.1:{sock.getsockname()[1]}", app.state.service)
+    try:
+        yield made
+    finally:
+        for client in made.clients:
+            client.close()
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def events(text: str) -> list[str]:
+    """The data of server-sent events."""
+    return [line.removeprefix("data: ") for line in text.split("\n") if line.startswith("data: ")]

@@ -1,0 +1,230 @@
+"""`/v1/completions` through OpenAI's own client, against generation without a server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import shutil
+import subprocess
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai import OpenAI
+
+from flextron import ElasticModel, Engine, SamplingParams, Target
+from tests.server.running import Running, events
+
+PROMPTS = ["The city was", "In 1998", "Once upon a time there", "a"]
+
+
+@pytest.fixture(scope="module")
+def client(server: Running) -> OpenAI:
+    return server.client()
+
+
+def complete(client: OpenAI, prompt: Any = "The city was", model: str = "tiny", **options: Any) -> Any:
+    values = {"max_tokens": 24, "temperature": 0, **options}
+    return client.completions.create(model=model, prompt=prompt, **values)
+
+
+def test_models_are_listed_with_their_sub_networks(client: OpenAI) -> None:
+    models = {m.id: m for m in client.models.list()}
+    assert list(models) == ["tiny", "tiny@1", "tiny@0.8", "tiny@0.6", "tiny@0.5"]
+    assert [m.parent for m in models.values()] == [None, *["tiny"] * 4]  # type: ignore[attr-defined]
+    for name in models:
+        one: Any = client.models.retrieve(name)
+        assert one == models[name]
+        assert complete(client, model=name, max_tokens=1).flextron["spec"] == one.flextron["spec"]
+    assert client.models.retrieve("tiny@0.71").id == "tiny@0.71"
+    for unknown in ("other", "tiny@", "tiny@x", "tiny@0.1", "tiny@nan", "tiny@0.6@0.6"):
+        with pytest.raises(openai.NotFoundError) as refused:
+            client.models.retrieve(unknown)
+        assert refused.value.code == "model_not_found"
+
+
+@pytest.mark.parametrize("latency", [None, 0.8, 0.5])
+def test_answers_are_those_without_a_server(client: OpenAI, model: ElasticModel, latency: float | None) -> None:
+    spec = model.space.full if latency is None else model.select(latency=latency)
+    named = complete(client, model="tiny" if latency is None else f"tiny@{latency}")
+    body = {} if latency is None else {"flextron": {"latency": latency}}
+    asked = complete(client, extra_body=body)
+    wanted = model.generate("The city was", spec=spec, max_tokens=24)
+    assert named.choices[0].text == asked.choices[0].text == wanted
+    assert named.flextron == asked.flextron
+    assert named.flextron["spec"] == spec.to_dict()
+    assert named.flextron["params"] == model.num_parameters(spec)
+    assert named.flextron["target"] == (None if latency is None else {"latency": latency})
+    assert named.model == ("tiny" if latency is None else f"tiny@{latency}")
+    assert named.choices[0].finish_reason == "length"
+    assert (named.usage.prompt_tokens, named.usage.completion_tokens, named.usage.total_tokens) == (4, 24, 28)
+
+
+def test_every_kind_of_target(client: OpenAI, model: ElasticModel) -> None:
+    for target in ({"latency_ms": 8}, {"params": 90_000}, {"memory_gb": 0.0004}, {"max_loss_increase": 0.02}):
+        answer = complete(client, extra_body={"flextron": target}, max_tokens=2)
+        assert answer.flextron["spec"] == model.select(**target).to_dict()
+        assert answer.flextron["target"] == target
+
+
+def test_routed_tokens(client: OpenAI, model: ElasticModel) -> None:
+    assert model.token_router is not None
+    latency = next(iter(model.token_router.specs))
+    wanted = model.generate("The city was", latency=latency, router="token", max_tokens=24)
+    answer = complete(client, extra_body={"flextron": {"latency": latency, "router": "token"}})
+    assert answer.choices[0].text == wanted
+    assert answer.flextron["target"] == {"latency": latency, "router": "token"}
+    named = complete(client, model=f"tiny@{latency}", extra_body={"flextron": {"router": "token"}})
+    assert named.choices[0].text == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "said"),
+    [
+        ("tiny@0.6", {"latency": 0.8}, "different targets"),
+        ("tiny@0.6", {"params": 90_000}, "different targets"),
+        ("tiny@0.1", None, "spans 0.5 to 1"),
+        ("tiny", {"latency": 0.1}, "spans 0.5 to 1"),
+        ("tiny@7", None, r"in \(0, 1\]"),
+        ("tiny", {"latency": 0.6, "params": 90_000}, "exactly one of"),
+        ("tiny", {"speed": 1}, "speed"),
+        ("tiny", {"router": "token"}, "give latency"),
+        ("tiny", {"latency": 0.123, "router": "token"}, "calibrated for the targets"),
+        ("tiny", {"router": "best"}, "token"),
+    ],
+)
+def test_targets_that_cannot_be_met(client: OpenAI, name: str, target: dict[str, Any] | None, said: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=said):
+        complete(client, model=name, extra_body=None if target is None else {"flextron": target})
+
+
+def test_the_same_target_in_both_places(client: OpenAI) -> None:
+    assert complete(client, model="tiny@0.60", extra_body={"flextron": {"latency": 0.6}}).flextron["params"] == 84336
+
+
+def test_targets_share_iterations_and_keep_their_answers(server: Running, model: ElasticModel) -> None:
+    targets = [1.0, 0.5, 0.8, 0.6] * 3
+    prompts = [PROMPTS[i % 3] for i in range(len(targets))]
+
+    async def one(client: openai.AsyncOpenAI, prompt: str, target: float) -> str:
+        stream = await client.completions.create(
+            model=f"tiny@{target}", prompt=prompt, max_tokens=30, temperature=0, stream=True
+        )
+        return "".join([chunk.choices[0].text async for chunk in stream])
+
+    async def all_of_them() -> list[str]:
+        async with server.async_client() as client:
+            return await asyncio.gather(*(one(client, p, t) for p, t in zip(prompts, targets, strict=True)))
+
+    wanted = Engine(model, kv_cache_gb=0.005).generate(
+        prompts, SamplingParams(max_tokens=30), target=[Target(latency=t) for t in targets]
+    )
+    assert asyncio.run(all_of_them()) == [c.text for c in wanted]
+    server.wait_until_idle()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_stream_makes_up_the_whole(client: OpenAI, seed: int) -> None:
+    options: dict[str, Any] = {"seed": seed, "temperature": 1.5, "top_p": 0.95, "n": 2, "logprobs": 2, "stop": ["th", " o"]}
+    whole = complete(client, **options)
+    texts, tokens, reasons = ["", ""], [[], []], [None, None]
+    stream = complete(client, stream=True, stream_options={"include_usage": True}, **options)
+    *chunks, last = list(stream)
+    for chunk in chunks:
+        assert chunk.usage is None
+        (choice,) = chunk.choices
+        texts[choice.index] += choice.text
+        tokens[choice.index] += choice.logprobs.tokens
+        reasons[choice.index] = choice.finish_reason
+    assert last.choices == []
+    assert last.usage == whole.usage
+    assert texts == [c.text for c in whole.choices]
+    assert tokens == [c.logprobs.tokens for c in whole.choices]
+    assert reasons == [c.finish_reason for c in whole.choices]
+    assert chunks[0].flextron == whole.flextron
+    assert {chunk.id for chunk in chunks} == {last.id}
+
+
+def test_seeds_make_answers_repeatable_and_choices_different(client: OpenAI) -> None:
+    first, second = (complete(client, seed=5, temperature=1, n=3) for _ in range(2))
+    texts = [c.text for c in first.choices]
+    assert texts == [c.text for c in second.choices]
+    assert len(set(texts)) == 3
+    assert complete(client, seed=2**63 - 1, temperature=1, n=2).choices[1].text
+
+
+def test_prompts_of_all_forms(client: OpenAI, server: Running) -> None:
+    ids = [server.service.tokenizer.encode(p) for p in PROMPTS]
+    texts = [c.text for c in complete(client, PROMPTS).choices]
+    assert texts == [complete(client, p).choices[0].text for p in PROMPTS]
+    assert texts == [c.text for c in complete(client, ids).choices]
+    assert texts[0] == complete(client, ids[0]).choices[0].text
+    usage = complete(client, PROMPTS, n=2, temperature=1).usage
+    assert usage.prompt_tokens == sum(map(len, ids))
+    assert usage.completion_tokens == 2 * 24 * len(PROMPTS)
+
+
+def test_echo(client: OpenAI) -> None:
+    plain, echoed = complete(client, PROMPTS), complete(client, PROMPTS, echo=True)
+    wanted = [p + c.text for p, c in zip(PROMPTS, plain.choices, strict=True)]
+    assert [c.text for c in echoed.choices] == wanted
+    texts = [""] * len(PROMPTS)
+    for chunk in complete(client, PROMPTS, echo=True, stream=True):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+    assert texts == wanted
+
+
+def test_stop_strings_and_defaults(client: OpenAI) -> None:
+    text = complete(client).choices[0].text
+    word = text.split()[3]
+    (stopped,) = complete(client, stop=word).choices
+    assert stopped.text == text[: text.index(word)]
+    assert stopped.finish_reason == "stop"
+    assert complete(client, max_tokens=None).usage.completion_tokens == 16
+    assert complete(client, max_tokens=None, temperature=None, top_p=None, n=None, stop=None).choices
+    assert complete(client, temperature=1e-30).choices[0].text == text
+    assert complete(client, temperature=1, top_p=0).choices[0].text == text
+
+
+def test_logprobs_are_those_of_the_engine(client: OpenAI, model: ElasticModel) -> None:
+    engine = Engine(model, kv_cache_gb=0.005)
+    (wanted,) = engine.generate("The city was", SamplingParams(max_tokens=8, logprobs=3))
+    assert wanted.logprobs is not None
+    found = complete(client, max_tokens=8, logprobs=3).choices[0].logprobs
+    assert found.token_logprobs == pytest.approx([p.chosen for p in wanted.logprobs], abs=1e-4)
+    assert "".join(found.tokens) == wanted.text
+    assert [len(top) for top in found.top_logprobs] == [3] * 8
+    assert all(sum(map(math.exp, top.values())) <= 1 for top in found.top_logprobs)
+    assert found.text_offset == [len("".join(found.tokens[:i])) for i in range(8)]
+
+
+def test_bytes_of_incomplete_characters_have_names(server: Running) -> None:
+    names, tokenizer = server.service.names, server.service.tokenizer
+    tokens = tokenizer.encode("🙂 and é")
+    assert b"".join(map(names.raw, tokens)).decode() == "🙂 and é"
+    keys = [names.key(t) for t in range(len(tokenizer))]
+    assert len(set(keys)) == len(keys)
+    assert names.key(tokens[0]) == "bytes:\\xf0"
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")
+def test_curl(server: Running) -> None:
+    body = json.dumps({"model": "tiny@0.8", "prompt": "In", "max_tokens": 3, "stream": True, "user": "me", "new": [1]})
+    command = ["curl", "-sNi", f"{server.url}/v1/completions", "-d", body, "-H", "x-request-id: mine"]
+    out = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+    head, _, text = out.partition("\n\n")
+    assert " 200 " in head
+    assert "text/event-stream" in head
+    assert "x-request-id: mine" in head
+    assert events(text)[-1] == "[DONE]"
+
+
+def test_ids_of_requests(server: Running) -> None:
+    with httpx.Client(base_url=server.url) as client:
+        ids = [client.get("/health", headers=h).headers["x-request-id"] for h in ({}, {}, {"x-request-id": "a\tb"})]
+        assert client.get("/health", headers={"x-request-id": "run-7"}).headers["x-request-id"] == "run-7"
+    assert len(set(ids)) == 3
+    assert all(len(i) == 32 for i in ids)

@@ -1,0 +1,90 @@
+"""The engine's text face against generation one by one."""
+
+from __future__ import annotations
+
+import pytest
+
+from flextron import ElasticModel, Engine, FlextronError, SamplingParams, Target
+from flextron.spec import SubnetSpec
+from tests.trained import trained_model
+
+PROMPTS = ["The city was", "In 1998", "Once upon a time there", "a"]
+
+
+@pytest.fixture(scope="module")
+def model() -> ElasticModel:
+    return trained_model()
+
+
+@pytest.fixture(scope="module")
+def engine(model: ElasticModel) -> Engine:
+    return Engine(model, kv_cache_gb=0.01, max_num_seqs=3, max_num_batched_tokens=16)
+
+
+def test_mixed_targets_in_one_batch(engine: Engine, model: ElasticModel) -> None:
+    specs = [model.select(latency=0.8), model.space.full, model.select(latency=0.5), model.select(params=90_000)]
+    targets: list[Target | SubnetSpec | None] = [Target(latency=0.8), None, specs[2], Target(params=90_000)]
+    found = engine.generate(PROMPTS, SamplingParams(max_tokens=24), target=targets)
+    for prompt, spec, completion in zip(PROMPTS, specs, found, strict=True):
+        assert completion.text == model.generate(prompt, spec=spec, max_tokens=24)
+        assert completion.spec == spec
+        assert completion.finish_reason == "length"
+        assert model.tokenizer is not None
+        assert completion.num_prompt_tokens == len(model.tokenizer.encode(prompt))
+        assert len(completion.token_ids) == 24
+        assert completion.logprobs is None
+
+
+def test_routed_tokens(engine: Engine, model: ElasticModel) -> None:
+    assert model.token_router is not None
+    target = next(iter(model.token_router.specs))
+    asked = Target(latency=target)
+    found = engine.generate(PROMPTS, SamplingParams(max_tokens=8), target=asked, router="token")
+    wanted = [model.generate(p, latency=target, router="token", max_tokens=8) for p in PROMPTS]
+    assert [c.text for c in found] == wanted
+    with pytest.raises(FlextronError, match="needs a target by latency"):
+        engine.generate("a", router="token")
+
+
+def test_one_text_or_token_ids(engine: Engine, model: ElasticModel) -> None:
+    assert model.tokenizer is not None
+    (one,) = engine.generate("The city was", SamplingParams(max_tokens=6, logprobs=2))
+    (same,) = engine.generate([model.tokenizer.encode("The city was")], [SamplingParams(max_tokens=6)])
+    assert one.text == same.text
+    assert one.logprobs is not None
+    assert [p.top[0][0] for p in one.logprobs] == list(one.token_ids)
+    assert [len(p.top) for p in one.logprobs] == [2] * 6
+
+
+def test_stop_strings(engine: Engine) -> None:
+    (free,) = engine.generate("The city was", SamplingParams(max_tokens=40))
+    word = free.text.split()[4]
+    (stopped,) = engine.generate("The city was", SamplingParams(max_tokens=40), stop=word)
+    assert stopped.text == free.text[: free.text.index(word)]
+    assert stopped.finish_reason == "stop"
+    assert len(stopped.token_ids) < 40
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"prompts": ["a", "b"], "params": [SamplingParams()]}, "1 entries of params for 2 prompts"),
+        ({"prompts": ["a"], "target": [None, None]}, "2 entries of target for 1 prompts"),
+        ({"prompts": [1, 2]}, "put a single list of ids into a list"),
+        ({"prompts": ["a", ""]}, "prompt is empty"),
+        ({"prompts": ["a"], "target": Target(latency=0.01)}, "spans 0.5 to 1"),
+        ({"prompts": ["a"], "params": SamplingParams(max_tokens=1000)}, "128 positions"),
+        ({"prompts": ["a"], "stop": ["", "b"]}, "stop string is empty"),
+    ],
+)
+def test_bad_requests_leave_nothing_behind(engine: Engine, arguments: dict[str, object], said: str) -> None:
+    with pytest.raises(FlextronError, match=said):
+        engine.generate(**arguments)  # type: ignore[arg-type]
+    assert engine.generate("a", SamplingParams(max_tokens=1))[0].num_prompt_tokens == 1
+
+
+def test_settings_and_models_are_checked(model: ElasticModel) -> None:
+    with pytest.raises(FlextronError, match="no setting 'speed'"):
+        Engine(model, speed=2)
+    with pytest.raises(FlextronError, match="no directory"):
+        Engine("nowhere")
