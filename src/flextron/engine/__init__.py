@@ -2,5 +2,15 @@
 
 from flextron.engine.engine import EngineCore, EngineSettings, Logprobs, StepOutput
 from flextron.engine.sequence import FinishReason, Network, Sequence
+from flextron.engine.speculation import Speculation
 
-__all__ = ["EngineCore", "EngineSettings", "FinishReason", "Logprobs", "Network", "Sequence", "StepOutput"]
+__all__ = [
+    "EngineCore",
+    "EngineSettings",
+    "FinishReason",
+    "Logprobs",
+    "Network",
+    "Sequence",
+    "Speculation",
+    "StepOutput",
+]

@@ -1,13 +1,15 @@
 """The engine: requests with sub-networks of their own, served by one set of weights in shared iterations.
 
-A step is: plan (`Scheduler`), run (`Runner`), draw, advance. Everything is a function of the requests, so a step's
-answers do not depend on what else was in the batch (up to floating-point rounding).
+A step is: plan (`Scheduler`), maybe draft (`Speculator`), run (`Runner`), draw, advance.
+Everything is a function of the requests, so answers do not depend on what else was in the batch (up to floating-point
+rounding; what speculation draws is the same in distribution only).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -15,7 +17,8 @@ from torch import Tensor
 from flextron.engine.pages import PagePool
 from flextron.engine.runner import Runner, make_network, unit_bytes
 from flextron.engine.scheduler import Scheduler
-from flextron.engine.sequence import FinishReason, Network, Sequence
+from flextron.engine.sequence import Chunk, FinishReason, Network, Sequence
+from flextron.engine.speculation import Speculation, Speculator, verified
 from flextron.errors import FlextronError
 from flextron.model.batch import TokenChoice
 from flextron.model.decoder import Decoder
@@ -45,6 +48,8 @@ class EngineSettings:
     weights: Weights = "float32"
     """Precision of the matrices; `int8` keeps a copy of eight bits and reads a quarter of the bytes. Runs in the
     compiled CPU iteration only."""
+    speculation: Speculation | None = None
+    """Whether narrow sub-networks draft tokens that wider ones check."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -68,18 +73,15 @@ class Logprobs:
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What a step did for one request."""
+    """One token that a step made for a request."""
 
     sequence: Sequence
     token: int | None
-    """The new token; None if it was a stop token."""
+    """None if it was a stop token."""
     logprobs: Logprobs | None
     """Where the request asked for them."""
-
-    @property
-    def finish_reason(self) -> FinishReason | None:
-        """Why the request ended with this step; None if it goes on."""
-        return self.sequence.finish_reason
+    finish_reason: FinishReason | None
+    """Why the request ended with this token; None if it goes on."""
 
 
 class EngineCore:
@@ -91,13 +93,21 @@ class EngineCore:
         Args:
             decoder: the full, frozen model; must not change while the engine runs.
             settings: sizes.
+
+        Raises:
+            FlextronError: the model cannot run as the settings ask.
         """
         self.settings = settings = settings or EngineSettings()
         self.decoder = decoder
         num_units = int(settings.kv_cache_gb * 1e9) // unit_bytes(decoder, settings.page_size)
         self.pool = PagePool(num_units)
         self.runner = Runner(
-            decoder, num_units=num_units, page_size=settings.page_size, native=settings.native, weights=settings.weights
+            decoder,
+            num_units=num_units,
+            page_size=settings.page_size,
+            native=settings.native,
+            weights=settings.weights,
+            draft_weights=None if settings.speculation is None else settings.speculation.weights,
         )
         self.scheduler = Scheduler(
             self.pool,
@@ -106,6 +116,11 @@ class EngineCore:
             max_num_batched_tokens=settings.max_num_batched_tokens,
             prefix_caching=settings.prefix_caching,
         )
+        self.speculator: Speculator | None = None
+        if settings.speculation is not None:
+            if not all(spec.is_nested_in(decoder.widths) for spec in settings.speculation.drafts):
+                raise FlextronError("a sub-network that is to draft is not nested in the model")
+            self.speculator = Speculator(settings.speculation, self.runner, self.scheduler)
         self._networks: dict[tuple[SubnetSpec, int], Network] = {}
         self._generator = torch.Generator(decoder.device)
         self._generator.seed()
@@ -173,41 +188,63 @@ class EngineCore:
             sequence.finish_reason = FinishReason.ABORT
             self.scheduler.remove(sequence)
 
+    @torch.inference_mode()
     def step(self) -> list[StepOutput]:
-        """One iteration; the outputs of all requests that got a token."""
+        """One iteration; the tokens of all requests that got some, those of one request in order."""
         # neighbours of one network share a segment
         plan = sorted(self.scheduler.plan(), key=lambda item: id(item[0].network))
         if not plan:
             return []
-        logits_BV = self.runner.run(plan)
-        ready = [s for s, n in plan if n == s.num_new]
-        for sequence, num_new in plan:
-            self.scheduler.advance(sequence, num_new)
-        tokens = self._draw(logits_BV, ready)
-        return [
-            self._append(s, token, _logprobs(logits_V, token, s.params.logprobs))
-            for s, token, logits_V in zip(ready, tokens, logits_BV, strict=True)
-        ]
+        drafts = {} if self.speculator is None else self.speculator.draft(plan)
+        chunks = [_chunk(s, n, drafts[s].tokens if s in drafts else []) for s, n in plan]
+        began = perf_counter()
+        scores = iter(self.runner.run(chunks).split([c.num_scores for c in chunks]))
+        seconds = perf_counter() - began
+        outputs: list[StepOutput] = []
+        kept = []
+        for (sequence, num_new), chunk, logits_TV in zip(plan, chunks, scores, strict=True):
+            if not chunk.num_scores:
+                self.scheduler.advance(sequence, num_new)
+                continue
+            if sequence in drafts:
+                tokens = verified(drafts[sequence], logits_TV, sequence.params, sequence.generator)
+                kept.append((len(tokens) - 1, len(drafts[sequence].tokens)))
+            else:
+                tokens = sample(logits_TV, sequence.params, sequence.generator).tolist()
+            outputs += self._append(sequence, num_new, tokens, logits_TV)
+        if self.speculator is not None and all(s.network is plan[0][0].network for s, _ in plan):
+            self.speculator.learn(plan[0][0].network, sum(len(c.tokens) for c in chunks), seconds, kept)
+        return outputs
 
-    def _draw(self, logits_BV: Tensor, ready: Items[Sequence]) -> list[int]:
-        """The next token of each sequence."""
-        greedy: list[int] = logits_BV.argmax(-1).tolist() if len(ready) else []
-        return [
-            greedy[i] if s.params.temperature == 0 else int(sample(logits_BV[i : i + 1], s.params, s.generator))
-            for i, s in enumerate(ready)
-        ]
-
-    def _append(self, sequence: Sequence, token: int, logprobs: Logprobs | None) -> StepOutput:
-        """Add a token, and end the request if it was the last."""
-        if token in sequence.params.stop_token_ids:
-            sequence.finish_reason = FinishReason.STOP
-        else:
-            sequence.tokens.append(token)
-            if len(sequence.tokens) - sequence.num_prompt == sequence.params.max_tokens:
-                sequence.finish_reason = FinishReason.LENGTH
+    def _append(self, sequence: Sequence, num_new: int, tokens: Items[int], logits_TV: Tensor) -> list[StepOutput]:
+        """Add what follows the planned tokens, up to the end of the request."""
+        outputs = []
+        for token, logits_V in zip(tokens, logits_TV, strict=False):
+            logprobs = _logprobs(logits_V, token, sequence.params.logprobs)
+            if token in sequence.params.stop_token_ids:
+                sequence.finish_reason = FinishReason.STOP
+            else:
+                sequence.tokens.append(token)
+                if len(sequence.tokens) - sequence.num_prompt == sequence.params.max_tokens:
+                    sequence.finish_reason = FinishReason.LENGTH
+            shown = None if sequence.finish_reason is FinishReason.STOP else token
+            outputs.append(StepOutput(sequence, shown, logprobs, sequence.finish_reason))
+            if sequence.finish_reason is not None:
+                break
+        # of the tokens that were added, only the last is not computed yet
+        num_computed = min(sequence.num_computed + num_new + len(outputs) - 1, len(sequence.tokens))
+        self.scheduler.advance(sequence, num_computed - sequence.num_computed)
         if sequence.finish_reason is not None:
             self.scheduler.remove(sequence)
-        return StepOutput(sequence, None if sequence.finish_reason is FinishReason.STOP else token, logprobs)
+        return outputs
+
+
+def _chunk(sequence: Sequence, num_new: int, drafted: list[int]) -> Chunk:
+    """The planned tokens of a request, and those that were drafted."""
+    start = sequence.num_computed
+    tokens = sequence.tokens[start : start + num_new] + drafted
+    num_scores = 1 + len(drafted) if num_new == sequence.num_new else 0
+    return Chunk(sequence, start, tokens, sequence.network, num_scores)
 
 
 def _logprobs(logits_V: Tensor, token: int, count: int | None) -> Logprobs | None:

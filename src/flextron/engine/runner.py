@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
+from dataclasses import replace
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from flextron.engine.sequence import Network, Plan, Sequence
+from flextron.engine.sequence import Chunk, Network
 from flextron.model.attention import sdpa, window_mask
 from flextron.model.batch import Batch, TokenChoice
 from flextron.model.config import DecoderConfig
@@ -17,7 +18,7 @@ from flextron.model.decoding import unit_offsets
 from flextron.model.native import NativeLayers, Weights, why_not_native
 from flextron.spec import SubnetSpec
 
-__all__ = ["PagedAttention", "Runner", "make_network", "unit_bytes"]
+__all__ = ["PagedAttention", "Runner", "make_network", "nested_network", "unit_bytes"]
 
 
 def unit_bytes(decoder: Decoder, page_size: int) -> int:
@@ -38,11 +39,16 @@ def make_network(config: DecoderConfig, spec: SubnetSpec, router: TokenChoice | 
     return Network(spec, router, num_units=num_units, unit_offsets=tuple(offsets), key=name.encode())
 
 
+def nested_network(own: Network, spec: SubnetSpec) -> Network:
+    """A sub-network of `own`, at most as wide as `spec`, that reads and writes the pages of `own`'s sequences."""
+    return replace(own, spec=own.spec.narrowed_to(spec))
+
+
 class PagedAttention:
     """Backend over pages for PyTorch's operators; see `flextron.model.attention.Attention`."""
 
-    def __init__(self, config: DecoderConfig, cache: Tensor, segments: Items[Items[Sequence]]) -> None:
-        """Take the sequences of each segment of the batch that will run."""
+    def __init__(self, config: DecoderConfig, cache: Tensor, segments: Items[Items[Chunk]]) -> None:
+        """Take the chunks of each segment of the batch that will run."""
         self._window, self._cache, self._segments = config.sliding_window, cache, segments
         self._page_size = cache.shape[2]
 
@@ -51,16 +57,16 @@ class PagedAttention:
     ) -> Tensor:
         """Write the new keys and values to their pages, and attend over all that each sequence holds."""
         parts = zip(*(t.split(list(lengths)) for t in (q_NHd, k_NKd, v_NKd)), strict=True)
-        sequences = self._segments[segment]
-        return torch.cat([self._one(layer, s, q, k, v) for s, (q, k, v) in zip(sequences, parts, strict=True)])
+        chunks = self._segments[segment]
+        return torch.cat([self._one(layer, c, q, k, v) for c, (q, k, v) in zip(chunks, parts, strict=True)])
 
-    def _one(self, layer: int, sequence: Sequence, q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor) -> Tensor:
+    def _one(self, layer: int, chunk: Chunk, q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor) -> Tensor:
         size, device = self._page_size, q_NHd.device
-        start, end = sequence.num_computed, sequence.num_computed + len(q_NHd)
-        first = sequence.network.unit_offsets[layer]
+        start, end = chunk.start, chunk.start + len(q_NHd)
+        first = chunk.network.unit_offsets[layer]
         num_heads = k_NKd.shape[1]
         # (pages, KV heads)
-        units = sequence.table[: -(-end // size), first : first + num_heads].long().to(device)
+        units = chunk.sequence.table[: -(-end // size), first : first + num_heads].long().to(device)
         positions = torch.arange(start, end, device=device)
         own, within = units[positions // size], (positions % size)[:, None].expand(-1, num_heads)
         self._cache[own, 0, within], self._cache[own, 1, within] = k_NKd, v_NKd
@@ -82,6 +88,7 @@ class Runner:
         page_size: int,
         native: bool | None = None,
         weights: Weights = "float32",
+        draft_weights: Weights | None = None,
     ) -> None:
         """Reserve the cache.
 
@@ -91,6 +98,7 @@ class Runner:
             page_size: tokens of a page.
             native: whether to run the compiled iteration; where it can by default.
             weights: precision of the matrices; `int8` runs in the compiled iteration only.
+            draft_weights: another precision that `run` may be asked for.
 
         Raises:
             FlextronError: `native` or `int8` is asked for and not possible.
@@ -102,57 +110,61 @@ class Runner:
         self.cache = torch.zeros(shape, dtype=decoder.dtype, device=decoder.device)
         self.reason = why_not_native(decoder) if native is None else None
         """Why the compiled iteration is not used; None if it is, or was not wanted."""
-        self._native: NativeLayers | None = None
-        if native or weights == "int8" or (native is None and self.reason is None):
-            self._native = NativeLayers(decoder, page_size, weights)
+        self._weights = weights
+        wanted = {weights, *([] if draft_weights is None else [draft_weights])}
+        if not native and (native is False or self.reason is not None):
+            wanted -= {"float32"}  # PyTorch's operators run these
+        self._native = {w: NativeLayers(decoder, page_size, w) for w in sorted(wanted)}
         self._columns: dict[tuple[tuple[Network, int], ...], tuple[Tensor, Tensor, Tensor]] = {}
 
     @property
     def is_native(self) -> bool:
         """Whether static sub-networks run in the compiled iteration."""
-        return self._native is not None
+        return self._weights in self._native
 
     @torch.inference_mode()
-    def run(self, plan: Plan) -> Tensor:
-        """Compute the planned tokens.
+    def run(self, chunks: Items[Chunk], weights: Weights | None = None) -> Tensor:
+        """Compute tokens of different sequences.
+
+        Args:
+            chunks: what to compute; pages must be there.
+            weights: precision; the engine's by default.
 
         Returns:
-            Scores over the vocabulary after the last token of each sequence whose tokens are all computed then,
-            (such sequences, vocabulary), in the plan's order.
+            Scores over the vocabulary where the chunks want them, (positions, vocabulary), in their order.
         """
         device = self.decoder.device
-        tokens = [t for s, n in plan for t in s.tokens[s.num_computed : s.num_computed + n]]
-        positions = [p for s, n in plan for p in range(s.num_computed, s.num_computed + n)]
-        ends = list(accumulate(n for _, n in plan))
-        rows = [end - 1 for end, (s, n) in zip(ends, plan, strict=True) if n == s.num_new]
-        tokens_N, positions_N = torch.tensor(tokens, device=device), torch.tensor(positions, device=device)
-        native = self._native
-        if native is None or any(s.network.router is not None for s, _ in plan):
-            hidden_ND = self._with_operators(tokens_N, positions_N, plan)
+        tokens_N = torch.tensor([t for c in chunks for t in c.tokens], device=device)
+        positions_N = torch.tensor([p for c in chunks for p in range(c.start, c.start + len(c.tokens))], device=device)
+        ends = accumulate(len(c.tokens) for c in chunks)
+        rows = [row for end, c in zip(ends, chunks, strict=True) for row in range(end - c.num_scores, end)]
+        native = self._native.get(weights or self._weights)
+        if native is None or any(c.network.router is not None for c in chunks):
+            hidden_ND = self._with_operators(tokens_N, positions_N, chunks)
             return self.decoder.logits(hidden_ND[torch.tensor(rows, device=device, dtype=torch.long)])
         x_ND = self.decoder.embed(Batch(tokens_N, positions_N, ())).contiguous()
-        tables = [s.table for s, n in plan for _ in range(n)]
-        widths_LN, groups_LN, offsets_LN = self._layout(plan)
+        tables = [c.sequence.table for c in chunks for _ in c.tokens]
+        widths_LN, groups_LN, offsets_LN = self._layout(chunks)
         native(x_ND, positions_N, widths_LN, groups_LN, tables, offsets_LN, self.cache)
-        last_ND = x_ND if len(rows) == len(tokens) else x_ND[rows]
+        last_ND = x_ND if len(rows) == len(x_ND) else x_ND[rows]
         return native.logits(self.decoder.final_norm(last_ND))
 
-    def _with_operators(self, tokens_N: Tensor, positions_N: Tensor, plan: Plan) -> Tensor:
+    def _with_operators(self, tokens_N: Tensor, positions_N: Tensor, chunks: Items[Chunk]) -> Tensor:
         """Final hidden states by PyTorch's operators; (N, D)."""
         batch = Batch.ragged(
-            list(tokens_N.split([n for _, n in plan])),
-            [s.network.spec for s, _ in plan],
-            [s.num_computed for s, _ in plan],
-            [s.network.router for s, _ in plan],
+            list(tokens_N.split([len(c.tokens) for c in chunks])),
+            [c.network.spec for c in chunks],
+            [c.start for c in chunks],
+            [c.network.router for c in chunks],
         )
-        sequences = iter([s for s, _ in plan])
-        segments = [[next(sequences) for _ in segment.lengths] for segment in batch.segments]
+        left = iter(chunks)
+        segments = [[next(left) for _ in segment.lengths] for segment in batch.segments]
         hidden: Tensor = self.decoder(batch, PagedAttention(self.decoder.config, self.cache, segments))
         return hidden
 
-    def _layout(self, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    def _layout(self, chunks: Items[Chunk]) -> tuple[Tensor, Tensor, Tensor]:
         """Neurons, groups and first units of every token in every layer, (layers, N); kept for the next iteration."""
-        key = tuple((s.network, n) for s, n in plan)
+        key = tuple((c.network, len(c.tokens)) for c in chunks)
         found = self._columns.get(key)
         if found is None:
             if len(self._columns) > 256:

@@ -66,7 +66,7 @@ class Scheduler:
         while queue and budget:
             sequence = queue.pop(0)
             num_new = min(sequence.num_new, budget)
-            while not self._reserve(sequence, sequence.num_computed + num_new):
+            while not self.reserve(sequence, sequence.num_computed + num_new):
                 victim = next((s for s in reversed(self.running) if id(s) not in planned), sequence)
                 self._preempt(victim)
                 if victim is sequence:
@@ -85,6 +85,15 @@ class Scheduler:
             plan.append((sequence, num_new))
             budget -= num_new
         return plan
+
+    def reserve(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Get pages for so many tokens in all; False if there is no room (what was got is kept)."""
+        while len(sequence.pages) < self._pages_for(num_tokens):
+            page = self.pool.allocate(sequence.network.num_units)
+            if page is None:
+                return False
+            sequence.add_page(page)
+        return True
 
     def advance(self, sequence: Sequence, num_new: int) -> None:
         """Count tokens as computed, and let others share the pages that are full now."""
@@ -106,15 +115,6 @@ class Scheduler:
     def _pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._page_size)
 
-    def _reserve(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Pages for so many tokens in all; False if there is no room (what was got is kept)."""
-        while len(sequence.pages) < self._pages_for(num_tokens):
-            page = self.pool.allocate(sequence.network.num_units)
-            if page is None:
-                return False
-            sequence.add_page(page)
-        return True
-
     def _admit(self, sequence: Sequence) -> bool:
         """Find what the cache has of a waiting request, and reserve pages for all its tokens; False if it must wait."""
         if self._prefix_caching:
@@ -127,7 +127,7 @@ class Scheduler:
                     break
                 sequence.add_page(page)
         found = len(sequence.pages) * self._page_size
-        if not self._reserve(sequence, len(sequence.tokens)):
+        if not self.reserve(sequence, len(sequence.tokens)):
             self._release(sequence)
             return False
         sequence.num_computed = found

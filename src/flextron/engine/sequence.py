@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -15,7 +14,7 @@ from flextron.model.batch import TokenChoice
 from flextron.model.generation import SamplingParams
 from flextron.spec import SubnetSpec
 
-__all__ = ["FinishReason", "Network", "Sequence"]
+__all__ = ["Chunk", "FinishReason", "Network", "Sequence"]
 
 
 class FinishReason(str, Enum):
@@ -81,4 +80,15 @@ class Sequence:
         self.pages.append(page)
 
 
-Plan = Items[tuple[Sequence, int]]
+@dataclass(frozen=True, eq=False, slots=True)
+class Chunk:
+    """Consecutive tokens of a sequence that one iteration computes."""
+
+    sequence: Sequence
+    start: int
+    """Position of the first; all before it are in the cache."""
+    tokens: list[int]
+    network: Network
+    """What they run in: the sequence's own, or one nested in it that uses the same pages."""
+    num_scores: int
+    """After how many of the tokens, counted from the last, the scores over the vocabulary are wanted."""

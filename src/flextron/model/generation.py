@@ -46,17 +46,29 @@ class SamplingParams:
             raise FlextronError(f"top_p must lie in (0, 1], not {self.top_p}")
 
 
-def sample(logits_BV: Tensor, params: SamplingParams, generator: torch.Generator | None) -> Tensor:
-    """Next token ids, (B,)."""
-    if params.temperature == 0:
-        return logits_BV.argmax(-1)
+def probabilities(logits_BV: Tensor, params: SamplingParams) -> Tensor:
+    """What tokens are drawn from, (B, V), at a temperature above 0; not quite normalised where `top_p` cuts."""
     p = torch.softmax(logits_BV.float() / params.temperature, -1)
     if params.top_p < 1:
         ordered, order = p.sort(-1, descending=True)
         # a token stays while the tokens before it hold less than top_p
         ordered[ordered.cumsum(-1) - ordered >= params.top_p] = 0
         p = torch.zeros_like(p).scatter_(-1, order, ordered)
-    return torch.multinomial(p, 1, generator=generator).squeeze(-1)
+    return p
+
+
+def most_likely(logits_BV: Tensor) -> Tensor:
+    """Token ids, (B,). NumPy finds the largest of many numbers in a small part of PyTorch's time on a CPU."""
+    if logits_BV.device.type == "cpu" and logits_BV.dtype == torch.float32:
+        return torch.from_numpy(logits_BV.numpy().argmax(-1))
+    return logits_BV.argmax(-1)
+
+
+def sample(logits_BV: Tensor, params: SamplingParams, generator: torch.Generator | None) -> Tensor:
+    """Next token ids, (B,)."""
+    if params.temperature == 0:
+        return most_likely(logits_BV)
+    return torch.multinomial(probabilities(logits_BV, params), 1, generator=generator).squeeze(-1)
 
 
 @torch.inference_mode()

@@ -16,6 +16,9 @@
 #include <numeric>
 #include <omp.h>
 #include <vector>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -25,7 +28,13 @@ typedef float Vec __attribute__((vector_size(4 * kLanes), aligned(4)));
 typedef int8_t Bytes __attribute__((vector_size(kLanes), aligned(1)));
 
 inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
+#ifdef __AVX2__  // what compilers make of the general form is several times slower
+inline Vec load(const int8_t* p) {
+    return (Vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+#else
 inline Vec load(const int8_t* p) { return __builtin_convertvector(*reinterpret_cast<const Bytes*>(p), Vec); }
+#endif
 inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
 inline float sum(Vec v) {
     v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
@@ -45,6 +54,13 @@ constexpr long kChunk = 48;
 constexpr long kTile = 64;
 constexpr long kLine = 64;  // bytes of a cache line
 
+// Asks memory for the part of the next four rows that is as long as what one step of a stream over four rows uses.
+template <int R, class W>
+inline void ask_for(const W* p) {
+    if (R != 4) return;
+    for (unsigned i = 0; i < R * kLanes; i += kLine / sizeof(W)) __builtin_prefetch(p + i, 0, 3);
+}
+
 // out[t][r] = dot(row r, token t) for R rows of w and T tokens of x; R * T sums are in flight.
 template <int R, int T, class W>
 inline void dots(const W* w, long ldw, const float* x, long ldx, long size, float* out, long ldo) {
@@ -52,6 +68,7 @@ inline void dots(const W* w, long ldw, const float* x, long ldx, long size, floa
 #pragma GCC unroll 16
     for (int i = 0; i < R * T; i++) acc[i / T][i % T] = Vec{};
     for (long c = 0; c < size; c += kLanes) {
+        ask_for<R>(w + R * ldw + R * c);
         Vec rows[R];
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++) {
@@ -110,6 +127,7 @@ inline void adds(const W* w, long ldw, const float* h, long ldh, float* y, long 
     for (int r = 0; r < R; r++)
         for (int t = 0; t < T; t++) factors[r][t] = Vec{} + h[t * ldh + r];
     for (long c = 0; c < size; c += kLanes) {
+        ask_for<R>(w + R * ldw + R * c);
         Vec rows[R];
         for (int r = 0; r < R; r++) rows[r] = load(w + r * ldw + c);
         for (int t = 0; t < T; t++) {

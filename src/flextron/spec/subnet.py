@@ -103,6 +103,12 @@ class SubnetSpec:
             for a, b in zip(self.layers, other.layers, strict=True)
         )
 
+    def narrowed_to(self, other: SubnetSpec) -> SubnetSpec:
+        """The widest sub-network that is nested in both; the two are of one model."""
+        return SubnetSpec.of(
+            map(min, self.intermediate_sizes, other.intermediate_sizes), map(min, self.num_groups, other.num_groups)
+        )
+
     def to_dict(self) -> dict[str, list[int]]:
         """The JSON form: two lists of widths."""
         return {"intermediate_size": list(self.intermediate_sizes), "num_groups": list(self.num_groups)}
