@@ -94,6 +94,9 @@ inline void dots_all_rows(const W* w, long ldw, long count, const float* x, long
     for (; r < count; r++) dots<1, T>(w + r * ldw, ldw, x, ldx, size, out + r, ldo);
 }
 
+// How many numbers of the next three rows to ask for, each time that four of n tokens are done.
+inline long ahead_of_three(long size, long n) { return (3 * size * 4 + n - 1) / n; }
+
 // Dot products of `count` rows with n tokens. With up to three tokens each row is read once, from memory; with more,
 // three rows go to the first-level cache and meet the tokens four by four.
 template <class W>
@@ -104,7 +107,7 @@ inline void dot_rows(const W* w, long ldw, long count, const float* x, long ldx,
     if (n == 3) return dots_all_rows<4, 3>(w, ldw, count, x, ldx, size, out, ldo);
     for (long tile = 0; tile < n; tile += kTile) {
         const long end = std::min(tile + kTile, n);
-        const long ahead = tile ? 0 : (3 * size * 4 + n - 1) / n;  // numbers of the rows after these, per four tokens
+        const long ahead = tile ? 0 : ahead_of_three(size, n);
         long r = 0;
         for (; r + 3 <= count; r += 3) {
             long t = tile;
@@ -138,59 +141,35 @@ inline void adds(const W* w, long ldw, const float* h, long ldh, float* y, long 
     }
 }
 
-// The same for `count` rows, V vectors of columns from `w` and `y` on: sums stay in registers over all rows.
-template <int V, int T, class W>
-inline void adds_columns(const W* w, long ldw, long count, const float* h, long ldh, float* y, long ldy) {
-    Vec acc[V][T];
-#pragma GCC unroll 16
-    for (int i = 0; i < V * T; i++) acc[i / T][i % T] = load(y + i % T * ldy + i / T * kLanes);
-    for (long r = 0; r < count; r++) {
-        Vec rows[V];
-#pragma GCC unroll 16
-        for (int v = 0; v < V; v++) {
-            rows[v] = load(w + r * ldw + v * kLanes);
-            keep(rows[v]);
-        }
-#pragma GCC unroll 16
-        for (int t = 0; t < T; t++) {
-            Vec factor = Vec{} + h[t * ldh + r];
-            keep(factor);
-#pragma GCC unroll 16
-            for (int v = 0; v < V; v++) acc[v][t] += rows[v] * factor;
-        }
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < V * T; i++) store(y + i % T * ldy + i / T * kLanes, acc[i / T][i % T]);
+template <int R, int T, class W>
+inline void adds_all_rows(const W* w, long ldw, long count, const float* h, long ldh, float* y, long ldy, long size) {
+    long r = 0;
+    for (; r + R <= count; r += R) adds<R, T>(w + r * ldw, ldw, h + r, ldh, y, ldy, size);
+    for (; r < count; r++) adds<1, T>(w + r * ldw, ldw, h + r, ldh, y, ldy, size);
 }
 
-template <int V, class W>
-inline void adds_tokens(const W* w, long ldw, long count, const float* h, long ldh, float* y, long ldy, long n) {
-    long t = 0;
-    for (; t + 4 <= n; t += 4) adds_columns<V, 4>(w, ldw, count, h + t * ldh, ldh, y + t * ldy, ldy);
-    for (; t < n; t++) adds_columns<V, 1>(w, ldw, count, h + t * ldh, ldh, y + t * ldy, ldy);
-}
-
+// The same for `count` rows and n tokens.
 template <class W>
 inline void add_rows(const W* w, long ldw, long count, const float* h, long ldh, float* y, long ldy, long n,
                      long size) {
-    if (n <= 2) {
+    if (n == 1) return adds_all_rows<4, 1>(w, ldw, count, h, ldh, y, ldy, size);
+    if (n == 2) return adds_all_rows<4, 2>(w, ldw, count, h, ldh, y, ldy, size);
+    if (n == 3) return adds_all_rows<4, 3>(w, ldw, count, h, ldh, y, ldy, size);
+    for (long tile = 0; tile < n; tile += kTile) {
+        const long end = std::min(tile + kTile, n);
+        const long ahead = tile ? 0 : ahead_of_three(size, n);
         long r = 0;
-        for (; r + 4 <= count; r += 4) {
-            if (n == 2) adds<4, 2>(w + r * ldw, ldw, h + r, ldh, y, ldy, size);
-            if (n == 1) adds<4, 1>(w + r * ldw, ldw, h + r, ldh, y, ldy, size);
+        for (; r + 3 <= count; r += 3) {
+            long t = tile;
+            const W* next = w + (r + 3) * ldw;
+            for (; t + 4 <= end; t += 4, next += ahead) {
+                for (long c = 0; c < ahead; c += kLine / sizeof(W)) __builtin_prefetch(next + c, 0, 2);
+                adds<3, 4>(w + r * ldw, ldw, h + t * ldh + r, ldh, y + t * ldy, ldy, size);
+            }
+            for (; t < end; t++) adds<3, 1>(w + r * ldw, ldw, h + t * ldh + r, ldh, y + t * ldy, ldy, size);
         }
         for (; r < count; r++)
-            for (long t = 0; t < n; t++) adds<1, 1>(w + r * ldw, ldw, h + t * ldh + r, ldh, y + t * ldy, ldy, size);
-        return;
-    }
-    // columns are walked below, across the rows: bring the rows in as memory likes it first
-    for (long r = 0; r < count; r++)
-        for (long c = 0; c < size; c += kLine / sizeof(W)) __builtin_prefetch(w + r * ldw + c, 0, 2);
-    for (long tile = 0; tile < n; tile += kTile, h += kTile * ldh, y += kTile * ldy) {
-        const long tokens = std::min(kTile, n - tile);
-        long c = 0;
-        for (; c + 3 * kLanes <= size; c += 3 * kLanes) adds_tokens<3>(w + c, ldw, count, h, ldh, y + c, ldy, tokens);
-        for (; c < size; c += kLanes) adds_tokens<1>(w + c, ldw, count, h, ldh, y + c, ldy, tokens);
+            for (long t = tile; t < end; t++) adds<1, 1>(w + r * ldw, ldw, h + t * ldh + r, ldh, y + t * ldy, ldy, size);
     }
 }
 
