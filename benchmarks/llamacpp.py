@@ -56,7 +56,14 @@ class LlamaCpp:
         Raises:
             LeftOutError: llama.cpp is not here.
         """
-        command = [_interpreter(), str(_SCRIPT), "serve", str(_gguf(kind)), str(torch.get_num_threads()), str(num_slots)]
+        command = [
+            _interpreter(),
+            str(_SCRIPT),
+            "serve",
+            str(_gguf(kind)),
+            str(torch.get_num_threads()),
+            str(num_slots),
+        ]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
