@@ -188,7 +188,7 @@ def _throughput(name: str, serve: Any, bar: float, note: str) -> Figure:
         seconds, answers["peer"] = serve(asked)
         return seconds
 
-    times = interleaved({"ours": ours, "peer": theirs}, 2, _PAUSE)
+    times = interleaved({"ours": ours, "peer": theirs}, 3, _PAUSE)
     if [len(a) for a in answers["peer"]] != [r.num_tokens for r in asked]:
         raise RuntimeError(f"{name} did not generate the tokens that were asked for")
     spread = median(ratios(times, "peer", "ours"))

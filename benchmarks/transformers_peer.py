@@ -31,10 +31,13 @@ def dense(checkpoint: Path, decoder: Decoder, spec: SubnetSpec) -> PreTrainedMod
     for layer, ours, widths in zip(theirs.model.layers, extract(decoder, spec).layers, spec.layers, strict=True):
         if widths.is_skipped:
             continue
-        for name in ("q", "k", "v", "o"):
+        for name in ("q", "k", "v"):
             getattr(layer.self_attn, f"{name}_proj").weight = getattr(ours.attention, name).weight
-        for name in ("gate", "up", "down"):
+        for name in ("gate", "up"):
             getattr(layer.mlp, f"{name}_proj").weight = getattr(ours.mlp, name).weight
+        # ours holds these two by rows of what they read
+        layer.self_attn.o_proj.weight = nn.Parameter(ours.attention.o.weight.t().contiguous())
+        layer.mlp.down_proj.weight = nn.Parameter(ours.mlp.down.weight.t().contiguous())
         layer.self_attn.layer_idx = len(kept)
         kept.append(layer)
     theirs.model.layers, theirs.config.num_hidden_layers = kept, len(kept)
