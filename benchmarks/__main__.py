@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import core, routing
+from benchmarks import core, routing, serving
 
-SUITES = {"core": core.run, "routing": routing.run}
+SUITES = {"core": core.run, "routing": routing.run, "serving": serving.run}
 
 
 def main() -> int:

@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -18,10 +19,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["Figure", "interleaved_seconds", "median", "run_suite"]
+__all__ = ["Figure", "LeftOutError", "interleaved", "interleaved_seconds", "median", "ratios", "run_suite"]
 
 RESULTS = Path(__file__).parent / "results"
 _COMPARE: dict[str, Callable[[float, float], bool]] = {"<=": operator.le, ">=": operator.ge, "==": operator.eq}
+
+
+class LeftOutError(Exception):
+    """A figure cannot be measured here; says why, and what to install."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,16 +56,38 @@ def median(values: Sequence[float]) -> tuple[float, float, float]:
     return ordered[0], ordered[len(ordered) // 2], ordered[-1]
 
 
-def interleaved_seconds(jobs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Time jobs in turn, after one warm-up each, so that drift of the machine hits all alike."""
-    times: dict[str, list[float]] = {name: [] for name in jobs}
+def interleaved(jobs: dict[str, Callable[[], float]], repeats: int, pause: float = 0.0) -> dict[str, list[float]]:
+    """What jobs return, run in turn after one warm-up each, so that drift of the machine hits all alike.
+
+    Args:
+        jobs: each measures itself.
+        repeats: of each job, the warm-up not counted.
+        pause: seconds between jobs, in which the threads of the one before come to rest.
+    """
+    values: dict[str, list[float]] = {name: [] for name in jobs}
     for r in range(repeats + 1):
         for name, job in jobs.items():
-            start = time.perf_counter()
-            job()
+            time.sleep(pause)
+            value = job()
             if r:
-                times[name].append(time.perf_counter() - start)
-    return times
+                values[name].append(value)
+    return values
+
+
+def interleaved_seconds(jobs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Time whole jobs in turn, as `interleaved`."""
+    return interleaved({name: partial(_seconds, job) for name, job in jobs.items()}, repeats)
+
+
+def _seconds(job: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    job()
+    return time.perf_counter() - start
+
+
+def ratios(values: dict[str, list[float]], over: str, under: str) -> list[float]:
+    """One of two interleaved jobs over the other, round by round."""
+    return [a / b for a, b in zip(values[over], values[under], strict=True)]
 
 
 def _cpu() -> str:
@@ -78,11 +105,16 @@ def _commit() -> str:
 def run_suite(suite: str, measures: Sequence[Callable[[], Figure]]) -> bool:
     """Measure every figure, print the table, write the JSON; whether all hold."""
     gpu = torch.cuda.is_available()
-    figures = []
+    figures, left_out = [], {}
     console = Console(width=140)
     for measure in measures:
-        console.print(f"measuring: {(measure.__doc__ or measure.__name__).splitlines()[0]}")
-        figures.append(measure())
+        title = (measure.__doc__ or measure.__name__).splitlines()[0].rstrip(".")
+        console.print(f"measuring: {title}")
+        try:
+            figures.append(measure())
+        except LeftOutError as reason:
+            console.print(f"left out: {reason}")
+            left_out[title] = str(reason)
     table = Table(title=f"{suite}: figures and bars", title_justify="left")
     for column in ("figure", "value", "bar", "holds", "peer", "note"):
         table.add_column(column)
@@ -103,6 +135,7 @@ def run_suite(suite: str, measures: Sequence[Callable[[], Figure]]) -> bool:
         },
         "versions": {name: version(name) for name in ("flextron", "torch", "transformers")},
         "figures": [asdict(f) | {"holds": f.holds} for f in figures],
+        "left_out": left_out,
     }
     path = RESULTS / f"{suite}{'-gpu' if gpu else ''}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

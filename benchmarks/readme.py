@@ -105,6 +105,8 @@ def full(results: Results) -> str:
         lines += _header("figure", "value", "bar", "smallest / median / largest", "peer", "note")
         lines += [_cells(f["name"], _value(f), _bar(f), _spread(f), _peer(f), f["note"]) for f in result["figures"]]
         lines.append("")
+        for title, reason in result.get("left_out", {}).items():
+            lines += [f"Left out: {title}. {reason}", ""]
     return "\n".join(lines)
 
 

@@ -92,6 +92,12 @@ def test_documentation_has_spread_note_and_origin_of_every_suite(root: Path) -> 
     assert page.index("### core-gpu\n") < page.index("peak memory")
 
 
+def test_documentation_says_what_was_left_out(root: Path) -> None:
+    write(root, "core", result(SPEED) | {"left_out": {"Against a peer": "It is not here: install it."}})
+    assert main([], root) == 0
+    assert "\nLeft out: Against a peer. It is not here: install it.\n" in read(root, "docs/benchmarks.md")
+
+
 def test_check_tells_stale_from_fresh_and_writes_nothing(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(root, "core", result(SPEED))
     assert main(["--check"], root) == 1
