@@ -170,7 +170,7 @@ class Setting:
                 specs=specs,
                 routing=routing,
                 run_directory=self.store.state(name, stage),
-                identity=self.store.identity,
+                identity=self.store.dependencies(name),
                 on_step=step,
             )
         work.tokens += result.num_tokens
