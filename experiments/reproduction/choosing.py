@@ -11,6 +11,7 @@ from flextron.model.cost import block_parameters, layer_parameters
 from flextron.model.decoder import Decoder
 from flextron.model.scoring import mean_loss
 from flextron.routing.allocate import Allocator
+from flextron.routing.compare import mix_n_match
 from flextron.routing.latency import LatencyTable
 from flextron.routing.routers import StaticRouter
 from flextron.routing.sensitivity import Sensitivity, measure_sensitivity
@@ -18,7 +19,7 @@ from flextron.spec import LayerSpec, SearchSpace, SubnetSpec
 from flextron.training.routers import RouterRecipe, train_static_router
 from flextron.training.sampling import uniform_subnet
 
-__all__ = ["choose", "choose_uniform", "routed_specs", "search_specs", "train_router"]
+__all__ = ["choose", "choose_mixed", "choose_uniform", "routed_specs", "search_specs", "train_router"]
 
 _SENSITIVITY_WINDOWS = 8
 
@@ -87,6 +88,13 @@ def choose_uniform(decoder: Decoder, space: SearchSpace, budgets: Mapping[float,
     """The largest sub-network of equal layers within each budget."""
     full = block_parameters(decoder.config, space.full)
     return {size: uniform_subnet(decoder.config, space, budget / full) for size, budget in budgets.items()}
+
+
+def choose_mixed(decoder: Decoder, space: SearchSpace, budgets: Mapping[float, int]) -> dict[float, SubnetSpec]:
+    """MatFormer's mix'n'match: the largest mixture of two neighbouring MLP widths within each budget."""
+    table = LatencyTable.of_parameters(decoder.config, space)
+    found = {size: mix_n_match(space, table, budget / table.full_ms) for size, budget in budgets.items()}
+    return {size: space.smallest if spec is None else spec for size, spec in found.items()}
 
 
 def _proposal(

@@ -3,7 +3,7 @@
 All post-training starts from the same base, takes the same number of tokens in the same order, trains embeddings too,
 and uses the same rate and schedule. The peers follow their papers in what they train and with which loss:
 
-- MatFormer (Devvrit et al., 2023): all four uniform widths of the feed-forward layers in every step; next-token loss.
+- MatFormer (Devvrit et al., 2023): four widths of the feed-forward layers in every step; next-token loss.
 - SortedNet (Valipour et al., 2023): four random nested sub-networks in every step; next-token loss.
 - Minitron (Muralidharan et al., 2024): pruned to one size by activations, then distilled with the forward KL; a run of
   all tokens for each size.
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from experiments.reproduction.choosing import choose_uniform, routed_specs, search_specs, train_router
+from experiments.reproduction.choosing import choose_mixed, choose_uniform, routed_specs, search_specs, train_router
 from experiments.reproduction.scales import uniform_widths
 from experiments.reproduction.setting import Setting, Work
 from experiments.reproduction.store import ROUTER
@@ -211,11 +211,14 @@ def token_router(s: Setting, name: str) -> Run:
 
 
 def matformer(s: Setting, name: str) -> Run:
-    """Uniform prefixes of the feed-forward layers, one width a step; attention stays whole."""
+    """Prefixes of the feed-forward layers, all four sizes in every step; attention stays whole.
+
+    Widths are equal in all layers but where that leaves a part of the budget unused: there two neighbouring ones mix.
+    """
     work = Work()
     decoder, _ = s.ranked_base("activation")
     space = s.space(attention=False)
-    specs = {1.0: space.full, **choose_uniform(decoder, space, s.budgets)}
+    specs = {1.0: space.full, **choose_mixed(decoder, space, s.budgets)}
     recipe = s.recipe(s.scale.elastic_steps, subnets_per_batch=4, sandwich=True, **_LANGUAGE_MODELLING)
     s.train(name, decoder, recipe, work, space=space, specs=tuple(specs.values()))
     return decoder, _facts(work, s.points(decoder, specs), "MatFormer-type")
