@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from experiments.reproduction.scales import SCALES, Scale
@@ -71,14 +71,25 @@ def _change(scale: Scale, change: str) -> tuple[str, Any]:
         raise FlextronError(f"a scale has no setting {name!r} to change; there are {', '.join(_changeable(scale))}")
     now = getattr(scale, name)
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        raise FlextronError(f"{change!r} is not name=value with a value in JSON") from None
-    value = tuple(value) if isinstance(value, list) else value
-    value = float(value) if isinstance(now, float) and type(value) is int else value
+        return name, _alike(now, json.loads(text))
+    except (TypeError, json.JSONDecodeError):
+        raise FlextronError(f"{name} cannot be {text!r}; it is {json.dumps(now)} now, so give JSON like that") from None
+
+
+def _alike(now: Any, value: Any) -> Any:
+    """A value of the same type; of a setting by family, the named families' alone may be given, or one for all."""
+    if isinstance(now, Mapping):
+        given = value if isinstance(value, dict) else dict.fromkeys(now, value)
+        if not given.keys() <= now.keys():
+            raise TypeError
+        return {family: _alike(old, given.get(family, old)) for family, old in now.items()}
+    if isinstance(now, tuple) and isinstance(value, list):
+        return tuple(_alike(now[0], item) for item in value)
+    if isinstance(now, float) and type(value) is int:
+        return float(value)
     if type(value) is not type(now):
-        raise FlextronError(f"{name} cannot be {text}; it is a value such as {now}")
-    return name, value
+        raise TypeError
+    return value
 
 
 def run_command(action: Callable[[], object]) -> int:

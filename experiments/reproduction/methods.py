@@ -129,7 +129,7 @@ def _joint(
     **changes: Any,
 ) -> None:
     """Flextron's last stage: model and router finetuned together, at the compared sizes and the full one."""
-    rate = _HANDOVER * s.scale.elastic_lr
+    rate = _HANDOVER * s.scale.elastic_lr[s.family]
     values = _ELASTIC | {"lr": rate, "router_lr": router_lr, "warmup_fraction": 0.0} | changes
     table = LatencyTable.of_parameters(s.config, router.space)
     routing = JointRouting(
@@ -281,7 +281,7 @@ def _variation(
     if uniform:
         # a uniform model has nothing to route; its sizes are finetuned as they are
         specs = choose_uniform(decoder, space, s.budgets)
-        rate = _HANDOVER * s.scale.elastic_lr
+        rate = _HANDOVER * s.scale.elastic_lr[s.family]
         recipe = s.recipe(s.scale.joint_steps, **_ELASTIC | {"lr": rate, "warmup_fraction": 0.0})
         trained = (space.full, *specs.values())
         s.train(name, decoder, recipe, work, stage="joint", teacher=s.base(), space=space, specs=trained)

@@ -222,16 +222,22 @@ def finish(s: Setting, *names: str) -> None:
 def test_runs_of_other_pretraining_settings_are_refused(tmp_path: Path) -> None:
     s = tiny_setting(tmp_path)
     finish(s, "base", "flextron")
-    other = Setting.of(dataclasses.replace(TINY, lr=1e-3), "llama", 0, s.data, tmp_path)
+    other = Setting.of(dataclasses.replace(TINY, lr={"llama": 1e-3}), "llama", 0, s.data, tmp_path)
     for name in ("base", "flextron"):
-        with pytest.raises(FlextronError, match=rf"{name} ran with lr {TINY.lr} instead of 0.001"):
+        with pytest.raises(FlextronError, match=rf"{name} ran with lr {TINY.lr['llama']} instead of 0.001"):
             other.store.result(name)
 
 
 def test_pretraining_outlives_a_change_of_post_training_settings(tmp_path: Path) -> None:
     s = tiny_setting(tmp_path)
     finish(s, "base", "variant-0.6", "continued")
-    changes = {"elastic_lr": 1e-3, "elastic_batch_size": 4, "joint_fraction": 0.5, "num_candidates": 3, "name": "x"}
+    changes = {
+        "elastic_lr": {"llama": 1e-3},
+        "elastic_batch_size": 4,
+        "joint_fraction": 0.5,
+        "num_candidates": 3,
+        "name": "x",
+    }
     other = Setting.of(dataclasses.replace(TINY, **changes), "llama", 0, s.data, tmp_path)
     assert other.store.result("base") == s.store.result("base") is not None
     assert other.store.result("variant-0.6") == s.store.result("variant-0.6") is not None
@@ -245,15 +251,29 @@ def test_pretraining_outlives_a_change_of_post_training_settings(tmp_path: Path)
     assert Setting.of(widened, "llama", 0, s.data, tmp_path).store.result("base") is not None
 
 
+PART = 'elastic_lr={"gpt2": 5e-4}'
+
+
 def test_settings_can_be_changed_on_the_command_line() -> None:
     def parsed(*options: str) -> Scale:
         return scale_of(command_parser("x", None, scale="smoke").parse_args(options))
 
-    scale = parsed("--scale", "cpu", "--set", "elastic_batch_size=4", "--set", "lr=1", "--set", "sizes=[0.5]")
-    assert scale == dataclasses.replace(SCALES["cpu"], elastic_batch_size=4, lr=1.0, sizes=(0.5,))
+    scale = parsed("--scale", "cpu", "--set=num_candidates=4", "--set=lr=1e-3", "--set=sizes=[0.5]", "--set", PART)
+    rates = {"llama": SCALES["cpu"].elastic_lr["llama"], "gpt2": 5e-4}
+    by_family = {"lr": {"llama": 1e-3, "gpt2": 1e-3}, "elastic_lr": rates}
+    assert scale == dataclasses.replace(SCALES["cpu"], num_candidates=4, sizes=(0.5,), **by_family)
     assert parsed(*command_options(scale)) == scale
     assert parsed() == SCALES["smoke"]
-    for change in ("color=1", "lr", "lr=fast", "elastic_batch_size=1.5", "name=1", "sizes=0.5"):
+    for change in (
+        "color=1",
+        "lr",
+        "lr=fast",
+        "lr=true",
+        'lr={"mamba": 1}',
+        "elastic_batch_size=1.5",
+        "name=1",
+        "sizes=0.5",
+    ):
         with pytest.raises(FlextronError, match=change.partition("=")[0]):
             parsed("--set", change)
 
