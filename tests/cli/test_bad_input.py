@@ -144,7 +144,7 @@ def test_a_checkpoint_with_another_models_search_space(
         lambda table: table.update(attention_ms={"77": 0.1}),
         lambda table: table.pop("base_ms"),
         lambda table: table.update(mlp_ms=None),
-        lambda table: table.update(device=7),
+        lambda table: table.update(base_ms="fast"),
     ],
 )
 def test_a_latency_table_of_another_model(

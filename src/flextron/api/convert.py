@@ -106,9 +106,18 @@ def load(directory: str | Path) -> ElasticModel:
     info = read_elastic(path)
     pretrained = open_pretrained(path)
     decoder = load_decoder(pretrained).eval().requires_grad_(False).to(_default_device())
+    if info.space.full != decoder.config.full_spec:
+        raise FlextronError(
+            f"the search space in {path / 'elastic.json'} is of another model: its full network is "
+            f"({info.space.full.describe()}), the model ({decoder.config.full_spec.describe()}); make it anew with convert"
+        )
     tables = {f.stem: LatencyTable.from_dict(read_json(f)) for f in sorted((path / "latency").glob("*.json"))}
+    for table in tables.values():
+        table.check(info.space)
     frontier = path / "frontier.json"
     measured = Frontier.from_dict(read_json(frontier)) if frontier.exists() else None
+    if measured is not None and not all(p.spec.is_nested_in(info.space.full) for p in measured.points):
+        raise FlextronError(f"{frontier} is of another model; delete it and measure again with profile")
     model = ElasticModel(decoder, pretrained.tokenizer, pretrained.hf_config, info, tables, measured)
     if (path / ROUTERS_FILE).exists():
         stored = read_tensors(path / ROUTERS_FILE)

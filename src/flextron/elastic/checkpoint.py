@@ -67,7 +67,7 @@ def read_elastic(directory: Path) -> ElasticInfo:
     if not (directory / "elastic.json").exists():
         raise FlextronError(f"{directory} is not an elastic checkpoint (no elastic.json); make one with convert")
     data = read_json(directory / "elastic.json")
-    found = data.get("format_version")
+    found = data.get("format_version") if isinstance(data, dict) else None
     if found != FORMAT_VERSION:
         raise FlextronError(f"{directory} has format {found}, this version reads {FORMAT_VERSION}; update flextron")
     try:
