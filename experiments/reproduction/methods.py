@@ -20,7 +20,14 @@ from typing import Any
 
 import torch
 
-from experiments.reproduction.choosing import choose_mixed, choose_uniform, routed_specs, search_specs, train_router
+from experiments.reproduction.choosing import (
+    better_router,
+    choose_mixed,
+    choose_uniform,
+    routed_specs,
+    search_specs,
+    train_router,
+)
 from experiments.reproduction.scales import uniform_widths
 from experiments.reproduction.setting import Setting, Work
 from experiments.reproduction.store import ROUTER
@@ -144,6 +151,16 @@ def _joint(
     router.eval().requires_grad_(False)
 
 
+def _routed_again(s: Setting, decoder: Decoder, router: StaticRouter) -> tuple[StaticRouter, dict[str, float]]:
+    """The better of two routers on held-back search windows: the one finetuned along, and one of the finished model.
+
+    The first one's answers were found when the model was young; the second takes no training tokens either.
+    """
+    again, quality = _router(s, decoder, router.space)
+    routers = (router, again.to(s.device))
+    return better_router(decoder, routers, s.data.search_BT.to(s.device), s.budgets), quality
+
+
 def flextron_elastic(s: Setting, name: str) -> Run:
     """The elastic stage and the router of the frozen model; what the last stage starts from."""
     work = Work()
@@ -162,8 +179,10 @@ def flextron(s: Setting, name: str) -> Run:
     space = SearchSpace.from_dict(before["space"])
     router = s.store.router("flextron-elastic", space).to(s.device)
     _joint(s, name, decoder, router, work)
-    points = s.points(decoder, {1.0: space.full, **routed_specs(decoder, router, s.budgets)})
-    return decoder, _facts(work, points, "Flextron") | {"space": space.to_dict(), ROUTER: router.state_dict()}
+    kept, quality = _routed_again(s, decoder, router)
+    points = s.points(decoder, {1.0: space.full, **routed_specs(decoder, kept, s.budgets)})
+    facts = {"space": space.to_dict(), "surrogate": quality, "routed_again": kept is not router}
+    return decoder, _facts(work, points, "Flextron") | facts | {ROUTER: kept.state_dict()}
 
 
 def no_surrogate(s: Setting, name: str) -> Run:
@@ -290,6 +309,7 @@ def _variation(
     if joint:
         losses = {key: value for key, value in changes.items() if key.endswith("_weight")}
         _joint(s, name, decoder, router, work, **losses)
+        router, _ = _routed_again(s, decoder, router)
     return decoder, routed_specs(decoder, router, s.budgets), work
 
 

@@ -108,8 +108,8 @@ def load(directory: str | Path) -> ElasticModel:
     decoder = load_decoder(pretrained).eval().requires_grad_(False).to(_default_device())
     if info.space.full != decoder.config.full_spec:
         raise FlextronError(
-            f"the search space in {path / 'elastic.json'} is of another model: its full network is "
-            f"({info.space.full.describe()}), the model ({decoder.config.full_spec.describe()}); make it anew with convert"
+            f"the search space in {path / 'elastic.json'} is of another model ({info.space.full.describe()}, here "
+            f"{decoder.config.full_spec.describe()}); make the checkpoint again with convert"
         )
     tables = {f.stem: LatencyTable.from_dict(read_json(f)) for f in sorted((path / "latency").glob("*.json"))}
     for table in tables.values():
