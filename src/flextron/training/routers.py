@@ -78,7 +78,7 @@ class _Meter:
                 self._known = kept["losses"]
 
     def __call__(self, specs: list[SubnetSpec]) -> Tensor:
-        new = [s for s in specs if _key(s) not in self._known]
+        new = [s for s in dict.fromkeys(specs) if _key(s) not in self._known]
         for spec in new:
             self._known[_key(spec)] = mean_loss(self._decoder, self._tokens_BT, spec)
         if new and self._path is not None:
