@@ -6,6 +6,7 @@ import ctypes
 import errno
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -18,6 +19,8 @@ from flextron.errors import FlextronError
 
 __all__ = ["new_directory", "new_file", "read_json", "write_json"]
 
+_FULL_DISK = re.compile(r"No space left on device|^\d+ requested and \d+ written$")
+"""What safetensors and NumPy say of it, without an error number."""
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -27,7 +30,7 @@ def _naming_a_full_disk(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if getattr(error, "errno", None) != errno.ENOSPC and "No space left on device" not in str(error):
+        if getattr(error, "errno", None) != errno.ENOSPC and not _FULL_DISK.search(str(error)):
             raise
         raise FlextronError(f"no space is left to write {path}; free some, then run the same command again") from error
 
@@ -39,7 +42,7 @@ def new_file(path: Path) -> Iterator[Path]:
     Raises:
         FlextronError: the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with _naming_a_full_disk(path):
             yield temporary
