@@ -37,7 +37,7 @@ def noise(num_bytes: int = 4096) -> bytes:
 SOURCES: dict[str, Callable[[Path], Path]] = {}
 
 
-def source(make: Callable[[Path], None], name: str) -> None:
+def source(make: Callable[[Path], object], name: str) -> None:
     def write(directory: Path) -> Path:
         path = directory / name
         make(path)

@@ -91,7 +91,7 @@ def _identity(decoder: Decoder, tokens_BT: Tensor) -> str:
     """A digest of weights and text."""
     digest = hashlib.sha256(tokens_BT.cpu().numpy().tobytes())
     for parameter in decoder.parameters():
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 
