@@ -1,12 +1,19 @@
-"""The routing suite: the latency table, the surrogate, and the routers, on the demo's trained SmolLM2."""
+"""The routing suite: the latency table, the surrogate and the routers, and the claim that they serve.
+
+Latencies, surrogate and static router are measured on the demo's trained SmolLM2, the token router on the small model
+that the package holds. Comparisons with end-to-end training and other elastic networks take hours: those figures are
+read from the committed results of `experiments/reproduction`, and say so.
+"""
 
 from __future__ import annotations
 
+import json
 import random
 import statistics
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,13 +25,20 @@ from flextron.api.texts import windows
 from flextron.model.scoring import mean_loss
 from flextron.routing.compare import uniform_within
 from flextron.routing.latency import LatencyTable, measure_table, step_latencies_ms
+from flextron.routing.token_calibration import calibrate, score_routed
 from flextron.spec import SubnetSpec
 from flextron.training.routers import RouterRecipe, RouterResult, train_static_router
+from flextron.workflows.tiny import tiny_model
 
 __all__ = ["run"]
 
 _TARGETS = tuple(0.4 + 0.6 * j / 19 for j in range(20))
 _COMPARED = (0.95, 0.85, 0.75, 0.65, 0.55)
+_TOKEN_TARGETS = (0.7, 0.64, 0.57, 0.5, 0.43)
+"""Within those that the packaged token router was trained for, which its price and its embedding span."""
+_EQUAL_COST = 1.01
+"""Of the static router's: prices are set on other text."""
+_REPRODUCTION = Path(__file__).parents[1] / "experiments" / "reproduction" / "results" / "cpu.json"
 
 
 @cache
@@ -131,7 +145,98 @@ def surrogate_rank() -> Figure:
     )
 
 
+def token_router() -> Figure:
+    """Token router against the static router at equal average cost."""
+    model = load(tiny_model())
+    assert model.router is not None
+    assert model.token_router is not None
+    table = LatencyTable.of_parameters(model.decoder.config, model.space)
+    specs = {target: model.router.spec(target, table) for target in _TOKEN_TARGETS}
+    topics = evaluation_text()
+    calibration, test = (
+        windows(part, model.tokenizer, num_tokens=8192, context=128) for part in (topics[::2], topics[1::2])
+    )
+    calibrate(model.token_router, model.decoder, calibration, specs, table)
+    wins, notes = 0, []
+    for target, spec in specs.items():
+        static = mean_loss(model.decoder, test, spec)
+        routed = score_routed(model.decoder, test, spec, model.token_router.at(target), table)
+        ratio = routed.cost.fraction / table.predict(spec)
+        wins += routed.loss < static and ratio <= _EQUAL_COST
+        notes.append(f"{target:g}: {routed.loss:.3f} against {static:.3f} at {ratio:.3f} of its cost")
+    return Figure(
+        name="token router against the static router at equal average cost: targets with the lower loss",
+        value=wins,
+        unit=f"of {len(_TOKEN_TARGETS)}",
+        op=">=",
+        bar=3,
+        note="the packaged model, on topics that prices were not set on, cost in block parameters; " + "; ".join(notes),
+    )
+
+
+@cache
+def _reproduction() -> tuple[list[dict[str, Any]], str]:
+    """Comparisons of the committed reproduction, and where they come from."""
+    results = json.loads(_REPRODUCTION.read_text(encoding="utf-8"))
+    source = f"experiments/reproduction/results/{_REPRODUCTION.name}, {results['date']}, commit {results['commit']}"
+    return results["claims"], source
+
+
+def _against(method: str, name: str) -> Figure:
+    """Comparisons of every family, seed and size in which Flextron's loss is no higher."""
+    claims, source = _reproduction()
+    chosen = [claim for claim in claims if claim["against"] == method]
+    sizes = sorted({claim["size"] for claim in chosen}, reverse=True)
+    margins = {s: statistics.fmean(c["margin"] for c in chosen if c["size"] == s) for s in sizes}
+    listed = "; ".join(f"{size:g}: {margin:+.3f}" for size, margin in margins.items())
+    return Figure(
+        name=f"Flextron against {name}: comparisons with no higher loss",
+        value=sum(claim["holds"] for claim in chosen),
+        unit=f"of {len(chosen)}",
+        op=">=",
+        bar=len(chosen),
+        note=f"nats that it is ahead, mean over families and seeds, by size: {listed} ({source})",
+    )
+
+
+def against_variants() -> Figure:
+    """Flextron against each variant trained end to end."""
+    return _against("end to end", "each variant trained end to end")
+
+
+def against_matformer() -> Figure:
+    """Flextron against MatFormer-type training at equal tokens."""
+    return _against("MatFormer-type", "MatFormer-type training at equal tokens")
+
+
+def against_sortednet() -> Figure:
+    """Flextron against SortedNet-type training at equal tokens."""
+    return _against("SortedNet-type", "SortedNet-type training at equal tokens")
+
+
+def against_minitron() -> Figure:
+    """Flextron against Minitron-type pruning, all sizes together at equal tokens."""
+    return _against("Minitron-type, shared tokens", "Minitron-type pruning at equal tokens")
+
+
+def full_network() -> Figure:
+    """The full network after elastic training against the base."""
+    claims, source = _reproduction()
+    rises = [-claim["margin"] for claim in claims if claim["against"] == "base"]
+    return Figure(
+        name="full network after elastic training against the base: rise of the loss, worst of all bases",
+        value=max(rises),
+        unit="nats",
+        op="<=",
+        bar=0.0,
+        spread=median(rises),
+        note=source,
+    )
+
+
 def run() -> bool:
     """All figures of the suite."""
     torch.manual_seed(0)
-    return run_suite("routing", [table_error, achieved_latency, against_uniform, surrogate_rank])
+    measured = [table_error, achieved_latency, against_uniform, surrogate_rank, token_router]
+    claimed = [against_variants, against_matformer, against_sortednet, against_minitron, full_network]
+    return run_suite("routing", [*measured, *claimed])

@@ -1,11 +1,11 @@
 """`python -m experiments.reproduction --scale smoke|cpu|gpu --data PATH --output DIRECTORY`.
 
-Runs that have finished are not repeated: a killed experiment goes on with the same command.
+Runs that have finished are not repeated: a killed experiment goes on with the same command. Where settings have
+changed, `--again` repeats the runs that depend on them, and no others.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 
+from experiments.reproduction.command import command_options, command_parser, run_command, scale_of
 from experiments.reproduction.data import Data, prepare
-from experiments.reproduction.plan import execute
+from experiments.reproduction.plan import execute, jobs
 from experiments.reproduction.report import write_report
-from experiments.reproduction.scales import SCALES, Scale
+from experiments.reproduction.scales import Scale
 from experiments.reproduction.setting import Setting
 from flextron.cli.console import message
 from flextron.errors import FlextronError
@@ -43,7 +44,9 @@ def settings(scale: Scale, data: Data, output: Path) -> list[Setting]:
     return [Setting.of(scale, family, seed, data, output) for family, n in scale.seeds.items() for seed in range(n)]
 
 
-def reproduce(scale: Scale, source: str, output: Path, *, only: str | None = None, num_jobs: int = 1) -> None:
+def reproduce(
+    scale: Scale, source: str, output: Path, *, only: str | None = None, again: bool = False, num_jobs: int = 1
+) -> None:
     """Do all runs that are not done yet, then write the report.
 
     Args:
@@ -51,18 +54,24 @@ def reproduce(scale: Scale, source: str, output: Path, *, only: str | None = Non
         source: text: file, directory, glob or `datasets` id.
         output: directory of everything.
         only: a family and seed such as `llama-0`; no report is written then.
+        again: delete runs that were done with other settings, instead of refusing.
         num_jobs: families and seeds that run at once, in processes of their own.
 
     Raises:
-        FlextronError: the text is too short, or the directory holds another experiment.
+        FlextronError: the text is too short, or a run was done with other settings.
     """
     message(f"text and tokenizer: {output / 'data'}")
     everything = settings(scale, _data(scale, source, output), output)
     chosen = [s for s in everything if only in (None, s.store.path.name)]
     if not chosen:
         raise FlextronError(f"no family and seed {only!r}; there are {[s.store.path.name for s in everything]}")
+    for setting in chosen:
+        for job in jobs(setting):
+            if again:
+                setting.store.discard_outdated(job.name)
+            setting.store.result(job.name)  # refuses those done with other settings before anything runs
     if num_jobs > 1 and len(chosen) > 1:
-        _in_processes(chosen, scale, source, output, num_jobs)
+        _in_processes(chosen, source, output, num_jobs)
     else:
         for setting in chosen:
             execute(setting)
@@ -70,14 +79,14 @@ def reproduce(scale: Scale, source: str, output: Path, *, only: str | None = Non
         write_report(chosen, output)
 
 
-def _in_processes(chosen: Sequence[Setting], scale: Scale, source: str, output: Path, num_jobs: int) -> None:
+def _in_processes(chosen: Sequence[Setting], source: str, output: Path, num_jobs: int) -> None:
     """One process a family and seed; the cores are shared out."""
     threads = max(1, (os.cpu_count() or 1) // num_jobs)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
 
     def run(setting: Setting) -> int:
-        command = [sys.executable, "-m", "experiments.reproduction", "--scale", scale.name, "--data", source]
-        command += ["--output", str(output), "--only", setting.store.path.name]
+        command = [sys.executable, "-m", "experiments.reproduction", *command_options(setting.scale)]
+        command += ["--data", source, "--output", str(output), "--only", setting.store.path.name]
         return subprocess.run(command, env=environment, check=False).returncode
 
     with ThreadPoolExecutor(num_jobs) as pool:
@@ -87,22 +96,22 @@ def _in_processes(chosen: Sequence[Setting], scale: Scale, source: str, output: 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 1 where something is wrong with the input."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.reproduction", description=__doc__)
-    parser.add_argument("--scale", choices=sorted(SCALES), default="smoke", help="how large")
+    """Exit code 2 where something is wrong with the input."""
+    parser = command_parser("experiments.reproduction", __doc__, scale="smoke")
     parser.add_argument("--data", required=True, help="text: file, directory, glob or datasets id")
     parser.add_argument("--output", type=Path, default=Path("out/reproduction"), help="directory of everything")
     parser.add_argument("--only", help="one family and seed, such as llama-0; writes no report")
+    parser.add_argument("--again", action="store_true", help="repeat runs that were done with other settings")
     parser.add_argument("--jobs", type=int, default=1, help="families and seeds that run at once")
     parsed = parser.parse_args(arguments)
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")
-    try:
-        reproduce(SCALES[parsed.scale], parsed.data, parsed.output, only=parsed.only, num_jobs=parsed.jobs)
-    except FlextronError as error:
-        message(f"error: {error}")
-        return 1
-    return 0
+
+    def act() -> None:
+        scale = scale_of(parsed)
+        reproduce(scale, parsed.data, parsed.output, only=parsed.only, again=parsed.again, num_jobs=parsed.jobs)
+
+    return run_command(act)
 
 
 if __name__ == "__main__":

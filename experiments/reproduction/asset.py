@@ -7,7 +7,6 @@ rounded; the card gives the losses of the rounded ones, measured anew.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +14,9 @@ from typing import Any
 
 import torch
 
+from experiments.reproduction.command import command_parser, run_command, scale_of
 from experiments.reproduction.data import load_data
-from experiments.reproduction.scales import ELASTIC_FRACTION, SCALES, Scale
+from experiments.reproduction.scales import ELASTIC_FRACTION, Scale
 from experiments.reproduction.setting import Setting
 from flextron.api.model import ElasticModel
 from flextron.cli.console import message
@@ -122,21 +122,18 @@ def _card(setting: Setting, record: dict[str, Any], measured: Sequence[dict[str,
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 1 where something is wrong with the input."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.reproduction.asset", description=__doc__)
-    parser.add_argument("--scale", choices=sorted(SCALES), default="cpu", help="that the experiment ran at")
+    """Exit code 2 where something is wrong with the input."""
+    parser = command_parser("experiments.reproduction.asset", __doc__, scale="cpu")
     parser.add_argument("--from", dest="source", type=Path, default=Path("out/reproduction"))
     parser.add_argument("--to", dest="target", type=Path, default=Path("src/flextron/assets"))
     parser.add_argument("--text", required=True, help="what the card says of the training text, with its licence")
     parser.add_argument("--overwrite", action="store_true")
     parsed = parser.parse_args(arguments)
-    scale: Scale = SCALES[parsed.scale]
-    try:
-        write_asset(scale, parsed.source, parsed.target, text=parsed.text, overwrite=parsed.overwrite)
-    except FlextronError as error:
-        message(f"error: {error}")
-        return 1
-    return 0
+
+    def act() -> None:
+        write_asset(scale_of(parsed), parsed.source, parsed.target, text=parsed.text, overwrite=parsed.overwrite)
+
+    return run_command(act)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -11,6 +11,7 @@ from flextron.model.cost import block_parameters, layer_parameters
 from flextron.model.decoder import Decoder
 from flextron.model.scoring import mean_loss
 from flextron.routing.allocate import Allocator
+from flextron.routing.compare import mix_n_match
 from flextron.routing.latency import LatencyTable
 from flextron.routing.routers import StaticRouter
 from flextron.routing.sensitivity import Sensitivity, measure_sensitivity
@@ -18,7 +19,7 @@ from flextron.spec import LayerSpec, SearchSpace, SubnetSpec
 from flextron.training.routers import RouterRecipe, train_static_router
 from flextron.training.sampling import uniform_subnet
 
-__all__ = ["choose", "choose_uniform", "routed_specs", "search_specs", "train_router"]
+__all__ = ["better_router", "choose", "choose_mixed", "choose_uniform", "routed_specs", "search_specs", "train_router"]
 
 _SENSITIVITY_WINDOWS = 8
 
@@ -43,6 +44,18 @@ def routed_specs(decoder: Decoder, router: StaticRouter, budgets: Mapping[float,
     """What a router answers to each size's budget of block parameters."""
     table = LatencyTable.of_parameters(decoder.config, router.space)
     return {size: router.spec(budget / table.full_ms, table) for size, budget in budgets.items()}
+
+
+def better_router(
+    decoder: Decoder, routers: Sequence[StaticRouter], search_BT: Tensor, budgets: Mapping[float, int]
+) -> StaticRouter:
+    """The router whose answers have the lower mean loss on the search windows that none was trained on."""
+    windows_BT = search_BT[max(1, len(search_BT) // 2) :] if len(search_BT) > 1 else search_BT
+
+    def loss(router: StaticRouter) -> float:
+        return sum(mean_loss(decoder, windows_BT, spec) for spec in routed_specs(decoder, router, budgets).values())
+
+    return min(routers, key=loss)
 
 
 def search_specs(
@@ -87,6 +100,13 @@ def choose_uniform(decoder: Decoder, space: SearchSpace, budgets: Mapping[float,
     """The largest sub-network of equal layers within each budget."""
     full = block_parameters(decoder.config, space.full)
     return {size: uniform_subnet(decoder.config, space, budget / full) for size, budget in budgets.items()}
+
+
+def choose_mixed(decoder: Decoder, space: SearchSpace, budgets: Mapping[float, int]) -> dict[float, SubnetSpec]:
+    """MatFormer's mix'n'match: the largest mixture of two neighbouring MLP widths within each budget."""
+    table = LatencyTable.of_parameters(decoder.config, space)
+    found = {size: mix_n_match(space, table, budget / table.full_ms) for size, budget in budgets.items()}
+    return {size: space.smallest if spec is None else spec for size, spec in found.items()}
 
 
 def _proposal(

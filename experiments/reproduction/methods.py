@@ -3,7 +3,7 @@
 All post-training starts from the same base, takes the same number of tokens in the same order, trains embeddings too,
 and uses the same rate and schedule. The peers follow their papers in what they train and with which loss:
 
-- MatFormer (Devvrit et al., 2023): all four uniform widths of the feed-forward layers in every step; next-token loss.
+- MatFormer (Devvrit et al., 2023): four widths of the feed-forward layers in every step; next-token loss.
 - SortedNet (Valipour et al., 2023): four random nested sub-networks in every step; next-token loss.
 - Minitron (Muralidharan et al., 2024): pruned to one size by activations, then distilled with the forward KL; a run of
   all tokens for each size.
@@ -20,7 +20,14 @@ from typing import Any
 
 import torch
 
-from experiments.reproduction.choosing import choose_uniform, routed_specs, search_specs, train_router
+from experiments.reproduction.choosing import (
+    better_router,
+    choose_mixed,
+    choose_uniform,
+    routed_specs,
+    search_specs,
+    train_router,
+)
 from experiments.reproduction.scales import uniform_widths
 from experiments.reproduction.setting import Setting, Work
 from experiments.reproduction.store import ROUTER
@@ -129,7 +136,7 @@ def _joint(
     **changes: Any,
 ) -> None:
     """Flextron's last stage: model and router finetuned together, at the compared sizes and the full one."""
-    rate = _HANDOVER * s.scale.elastic_lr
+    rate = _HANDOVER * s.scale.elastic_lr[s.family]
     values = _ELASTIC | {"lr": rate, "router_lr": router_lr, "warmup_fraction": 0.0} | changes
     table = LatencyTable.of_parameters(s.config, router.space)
     routing = JointRouting(
@@ -142,6 +149,16 @@ def _joint(
     recipe = s.recipe(s.scale.joint_steps, **values)
     s.train(name, decoder, recipe, work, stage="joint", teacher=s.base(), space=router.space, routing=routing)
     router.eval().requires_grad_(False)
+
+
+def _routed_again(s: Setting, decoder: Decoder, router: StaticRouter) -> tuple[StaticRouter, dict[str, float]]:
+    """The better of two routers on held-back search windows: the one finetuned along, and one of the finished model.
+
+    The first one's answers were found when the model was young; the second takes no training tokens either.
+    """
+    again, quality = _router(s, decoder, router.space)
+    routers = (router, again.to(s.device))
+    return better_router(decoder, routers, s.data.search_BT.to(s.device), s.budgets), quality
 
 
 def flextron_elastic(s: Setting, name: str) -> Run:
@@ -162,8 +179,10 @@ def flextron(s: Setting, name: str) -> Run:
     space = SearchSpace.from_dict(before["space"])
     router = s.store.router("flextron-elastic", space).to(s.device)
     _joint(s, name, decoder, router, work)
-    points = s.points(decoder, {1.0: space.full, **routed_specs(decoder, router, s.budgets)})
-    return decoder, _facts(work, points, "Flextron") | {"space": space.to_dict(), ROUTER: router.state_dict()}
+    kept, quality = _routed_again(s, decoder, router)
+    points = s.points(decoder, {1.0: space.full, **routed_specs(decoder, kept, s.budgets)})
+    facts = {"space": space.to_dict(), "surrogate": quality, "routed_again": kept is not router}
+    return decoder, _facts(work, points, "Flextron") | facts | {ROUTER: kept.state_dict()}
 
 
 def no_surrogate(s: Setting, name: str) -> Run:
@@ -211,11 +230,14 @@ def token_router(s: Setting, name: str) -> Run:
 
 
 def matformer(s: Setting, name: str) -> Run:
-    """Uniform prefixes of the feed-forward layers, one width a step; attention stays whole."""
+    """Prefixes of the feed-forward layers, all four sizes in every step; attention stays whole.
+
+    Widths are equal in all layers but where that leaves a part of the budget unused: there two neighbouring ones mix.
+    """
     work = Work()
     decoder, _ = s.ranked_base("activation")
     space = s.space(attention=False)
-    specs = {1.0: space.full, **choose_uniform(decoder, space, s.budgets)}
+    specs = {1.0: space.full, **choose_mixed(decoder, space, s.budgets)}
     recipe = s.recipe(s.scale.elastic_steps, subnets_per_batch=4, sandwich=True, **_LANGUAGE_MODELLING)
     s.train(name, decoder, recipe, work, space=space, specs=tuple(specs.values()))
     return decoder, _facts(work, s.points(decoder, specs), "MatFormer-type")
@@ -278,7 +300,7 @@ def _variation(
     if uniform:
         # a uniform model has nothing to route; its sizes are finetuned as they are
         specs = choose_uniform(decoder, space, s.budgets)
-        rate = _HANDOVER * s.scale.elastic_lr
+        rate = _HANDOVER * s.scale.elastic_lr[s.family]
         recipe = s.recipe(s.scale.joint_steps, **_ELASTIC | {"lr": rate, "warmup_fraction": 0.0})
         trained = (space.full, *specs.values())
         s.train(name, decoder, recipe, work, stage="joint", teacher=s.base(), space=space, specs=trained)
@@ -287,6 +309,7 @@ def _variation(
     if joint:
         losses = {key: value for key, value in changes.items() if key.endswith("_weight")}
         _joint(s, name, decoder, router, work, **losses)
+        router, _ = _routed_again(s, decoder, router)
     return decoder, routed_specs(decoder, router, s.budgets), work
 
 

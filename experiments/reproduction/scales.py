@@ -40,9 +40,9 @@ class Scale:
     """Sequences of a pretraining step."""
     elastic_batch_size: int
     """Sequences of a post-training step, of all methods."""
-    lr: float
+    lr: Mapping[FamilyName, float]
     """Peak rate of pretraining."""
-    elastic_lr: float
+    elastic_lr: Mapping[FamilyName, float]
     """Peak rate of post-training, of all methods."""
     width_step: int
     """MLP widths are multiples of this."""
@@ -129,8 +129,8 @@ SCALES: Mapping[str, Scale] = {
             num_calibration_tokens=512,
             batch_size=8,
             elastic_batch_size=8,
-            lr=8e-3,
-            elastic_lr=2e-3,
+            lr={"llama": 8e-3, "gpt2": 8e-3},
+            elastic_lr={"llama": 2e-3, "gpt2": 2e-3},
             width_step=8,
             num_candidates=2,
             latency_repeats=1,
@@ -147,8 +147,8 @@ SCALES: Mapping[str, Scale] = {
             num_calibration_tokens=8_192,
             batch_size=16,
             elastic_batch_size=2,
-            lr=6e-3,
-            elastic_lr=3e-3,
+            lr={"llama": 6e-3, "gpt2": 6e-3},
+            elastic_lr={"llama": 3e-3, "gpt2": 3e-3},
             width_step=16,
             num_candidates=16,
         ),
@@ -164,8 +164,8 @@ SCALES: Mapping[str, Scale] = {
             num_calibration_tokens=16_384,
             batch_size=128,
             elastic_batch_size=32,
-            lr=2e-3,
-            elastic_lr=6e-4,
+            lr={"llama": 2e-3, "gpt2": 2e-3},
+            elastic_lr={"llama": 6e-4, "gpt2": 6e-4},
             width_step=64,
             num_candidates=24,
             precision="bf16",

@@ -137,7 +137,7 @@ class Setting:
             "context": scale.context,
             "batch_size": batch_size,
             "micro_batch_size": batch_size,
-            "lr": scale.lr if pretraining else scale.elastic_lr,
+            "lr": (scale.lr if pretraining else scale.elastic_lr)[self.family],
             "min_lr_ratio": 0.1 if pretraining else 0.01,
             "kl_fraction": 1.0,
             "train_embeddings": True,
@@ -170,7 +170,7 @@ class Setting:
                 specs=specs,
                 routing=routing,
                 run_directory=self.store.state(name, stage),
-                identity=self.store.identity,
+                identity=self.store.dependencies(name),
                 on_step=step,
             )
         work.tokens += result.num_tokens

@@ -1,9 +1,13 @@
-"""Finished runs on disk: a directory each, with its result and its weights, that appears in one move."""
+"""Finished runs on disk: a directory each, with its result and its weights, that appears in one move.
+
+A run's result holds all settings of its experiment, but only those that the run depends on must agree for it to count:
+pretraining outlives a change of the post-training settings.
+"""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +23,31 @@ from flextron.routing.routers import StaticRouter
 from flextron.routing.token_router import TokenRouter
 from flextron.spec import SearchSpace, SubnetSpec
 
-__all__ = ["ROUTER", "Store"]
+__all__ = ["ROUTER", "Store", "dependencies"]
 
 ROUTER = "router"
 """Fact of a run that holds its router's tensors."""
+_PRETRAINING = ("shapes", "tokens", "vocab_size", "context", "batch_size", "lr", "width_step", "precision")
+_POST_TRAINING = (
+    "elastic_batch_size",
+    "elastic_lr",
+    "num_calibration_tokens",
+    "num_search_tokens",
+    "num_candidates",
+    "sizes",
+    "ablation_size",
+    "joint_fraction",
+)
+"""Settings of a scale; of those that are by family, only the run's own family counts."""
+
+
+def dependencies(name: str, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of an experiment's settings that one run depends on: no post-training for what is trained end to end."""
+    family, scale = identity["family"], identity["scale"]
+    end_to_end = name == "base" or name.startswith("variant-")
+    chosen = {field: scale.get(field) for field in (_PRETRAINING if end_to_end else _PRETRAINING + _POST_TRAINING)}
+    by_family = {field: v[family] if isinstance(v, Mapping) else v for field, v in chosen.items()}
+    return {"family": family, "seed": identity["seed"], "data": identity["data"]} | by_family
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +56,11 @@ class Store:
 
     path: Path
     identity: dict[str, Any]
-    """What all of them have in common: scale, data, family, seed. Runs of another experiment are refused."""
+    """All settings: scale, data, family, seed."""
+
+    def dependencies(self, name: str) -> dict[str, Any]:
+        """Those that a run depends on."""
+        return dependencies(name, self.identity)
 
     def state(self, name: str, stage: str = "train") -> Path:
         """Where the unfinished training of a run keeps its resumable state."""
@@ -41,14 +70,25 @@ class Store:
         """The result of a finished run; None if it has not finished.
 
         Raises:
-            FlextronError: it is of another experiment.
+            FlextronError: it ran with other settings than it would now.
         """
         if not (self.path / name).exists():
             return None
         record: dict[str, Any] = read_json(self.path / name / "result.json")
-        if record["identity"] != self.identity:
-            raise FlextronError(f"{self.path / name} is of another experiment; choose another output directory")
+        then, now = dependencies(name, record["identity"]), self.dependencies(name)
+        changed = [f"{key} {then[key]} instead of {value}" for key, value in now.items() if then[key] != value]
+        if changed:
+            raise FlextronError(
+                f"{self.path / name} ran with {', '.join(changed)}; move it away (or pass --again, which deletes it)"
+            )
         return record
+
+    def discard_outdated(self, name: str) -> None:
+        """Delete a finished run that ran with other settings than it would now."""
+        try:
+            self.result(name)
+        except FlextronError:
+            shutil.rmtree(self.path / name)
 
     def once(self, name: str, run: Callable[[], tuple[Decoder, dict[str, Any]]]) -> dict[str, Any]:
         """The result of a run, which runs only if it has not finished before."""

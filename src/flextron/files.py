@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -15,9 +17,38 @@ from typing import Any
 
 from flextron.errors import FlextronError
 
-__all__ = ["new_directory", "read_json", "write_json"]
+__all__ = ["new_directory", "new_file", "read_json", "write_json"]
 
+_FULL_DISK = re.compile(r"No space left on device|^\d+ requested and \d+ written$")
+"""What safetensors and NumPy say of it, without an error number."""
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+@contextmanager
+def _naming_a_full_disk(path: Path) -> Iterator[None]:
+    """Whichever library meets a full disk, say so in the user's terms."""
+    try:
+        yield
+    except Exception as error:
+        if getattr(error, "errno", None) != errno.ENOSPC and not _FULL_DISK.search(str(error)):
+            raise
+        raise FlextronError(f"no space is left to write {path}; free some, then run the same command again") from error
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A temporary neighbour that becomes `path` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        FlextronError: the disk is full.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with _naming_a_full_disk(path):
+            yield temporary
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -25,19 +56,21 @@ def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary directory that becomes `path` when the block ends well, and vanishes when it does not.
 
     Raises:
-        FlextronError: `path` exists and is not to be overwritten.
+        FlextronError: `path` exists and is not to be overwritten, or the disk is full.
     """
     if path.exists() and not overwrite:
         raise FlextronError(f"{path} exists already; choose another directory or pass overwrite (--overwrite)")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    with _naming_a_full_disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     temporary.chmod(0o755)
     try:
-        yield temporary
-        if path.exists():
-            _swap(path, temporary)
-        else:
-            os.replace(temporary, path)
+        with _naming_a_full_disk(path):
+            yield temporary
+            if path.exists():
+                _swap(path, temporary)
+            else:
+                os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -69,10 +102,13 @@ def _swap(path: Path, new: Path) -> None:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write JSON through a temporary neighbour."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    """Write JSON in one move.
+
+    Raises:
+        FlextronError: the disk is full.
+    """
+    with new_file(path) as temporary:
+        temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:

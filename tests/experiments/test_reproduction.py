@@ -19,6 +19,7 @@ from experiments.reproduction import methods, plan
 from experiments.reproduction.__main__ import main, reproduce, settings
 from experiments.reproduction.asset import write_asset
 from experiments.reproduction.choosing import choose
+from experiments.reproduction.command import command_options, command_parser, scale_of
 from experiments.reproduction.data import prepare, split_of
 from experiments.reproduction.models import Shape, fresh_decoder, hf_config
 from experiments.reproduction.report import claims
@@ -113,7 +114,7 @@ def test_other_text_in_the_same_directory_is_refused(tmp_path: Path) -> None:
 
 def test_text_without_held_out_documents_is_refused(tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text(prose())
-    assert main(["--data", str(tmp_path / "one.txt"), "--output", str(tmp_path / "out")]) == 1
+    assert main(["--data", str(tmp_path / "one.txt"), "--output", str(tmp_path / "out")]) == 2
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -154,13 +155,13 @@ def row(method: str, size: float, loss: float, num: int = 10) -> dict[str, Any]:
     return {"family": "llama", "seed": 0, "method": method, "size": size, "loss": loss, "block_params": num}
 
 
-def test_a_claim_holds_only_with_less_loss_at_no_more_parameters() -> None:
-    ours = [row("Flextron", 1.0, 2.0), row("Flextron", 0.5, 2.5)]
+def test_a_claim_holds_only_with_less_loss_within_the_same_budget() -> None:
+    ours = [row("Flextron", 1.0, 2.0, num=20), row("Flextron", 0.5, 2.5)]
     others = [
-        row("base", 1.0, 2.1),
+        row("base", 1.0, 2.1, num=20),
         row("end to end", 0.5, 2.6),
         row("MatFormer-type", 0.5, 2.4),
-        row("SortedNet-type", 0.5, 2.7, num=9),
+        row("SortedNet-type", 0.5, 2.7, num=9),  # which might have had 10
         row("Flextron, uniform", 0.5, 9.0),
     ]
     checked = {claim["against"]: claim for claim in claims(ours + others)}
@@ -168,8 +169,10 @@ def test_a_claim_holds_only_with_less_loss_at_no_more_parameters() -> None:
         "base": True,
         "end to end": True,
         "MatFormer-type": False,
-        "SortedNet-type": False,
+        "SortedNet-type": True,
     }
+    larger = claims([row("Flextron", 0.5, 2.5, num=11), row("end to end", 0.5, 2.6), row("SortedNet-type", 0.5, 2.7)])
+    assert not any(claim["holds"] for claim in larger)
     assert checked["MatFormer-type"]["margin"] == pytest.approx(-0.1)
 
 
@@ -211,12 +214,68 @@ def test_a_finished_run_is_never_repeated_and_a_failed_one_leaves_nothing(
     assert not list(s.store.path.glob("*.run"))
 
 
-def test_results_of_another_experiment_are_refused(tmp_path: Path) -> None:
+def finish(s: Setting, *names: str) -> None:
+    for name in names:
+        s.store.once(name, lambda: (s.scratch(s.config.full_spec), {"points": []}))
+
+
+def test_runs_of_other_pretraining_settings_are_refused(tmp_path: Path) -> None:
     s = tiny_setting(tmp_path)
-    s.store.once("base", lambda: (s.scratch(s.config.full_spec), {"points": []}))
-    other = Setting.of(dataclasses.replace(TINY, lr=1e-3), "llama", 0, s.data, tmp_path)
-    with pytest.raises(FlextronError, match="another experiment"):
-        other.store.result("base")
+    finish(s, "base", "flextron")
+    other = Setting.of(dataclasses.replace(TINY, lr={"llama": 1e-3}), "llama", 0, s.data, tmp_path)
+    for name in ("base", "flextron"):
+        with pytest.raises(FlextronError, match=rf"{name} ran with lr {TINY.lr['llama']} instead of 0.001"):
+            other.store.result(name)
+
+
+def test_pretraining_outlives_a_change_of_post_training_settings(tmp_path: Path) -> None:
+    s = tiny_setting(tmp_path)
+    finish(s, "base", "variant-0.6", "continued")
+    changes = {
+        "elastic_lr": {"llama": 1e-3},
+        "elastic_batch_size": 4,
+        "joint_fraction": 0.5,
+        "num_candidates": 3,
+        "name": "x",
+    }
+    other = Setting.of(dataclasses.replace(TINY, **changes), "llama", 0, s.data, tmp_path)
+    assert other.store.result("base") == s.store.result("base") is not None
+    assert other.store.result("variant-0.6") == s.store.result("variant-0.6") is not None
+    with pytest.raises(FlextronError, match=r"elastic_lr.*--again"):
+        other.store.result("continued")
+    for name in ("base", "variant-0.6", "continued", "flextron"):
+        other.store.discard_outdated(name)
+    assert sorted(p.name for p in s.store.path.iterdir()) == ["base", "variant-0.6"]
+    # nor does what a run is not about: other families, other seeds, and how the report is made
+    widened = dataclasses.replace(TINY, seeds={"llama": 3, "gpt2": 1}, latency_repeats=9)
+    assert Setting.of(widened, "llama", 0, s.data, tmp_path).store.result("base") is not None
+
+
+PART = 'elastic_lr={"gpt2": 5e-4}'
+
+
+def test_settings_can_be_changed_on_the_command_line() -> None:
+    def parsed(*options: str) -> Scale:
+        return scale_of(command_parser("x", None, scale="smoke").parse_args(options))
+
+    scale = parsed("--scale", "cpu", "--set=num_candidates=4", "--set=lr=1e-3", "--set=sizes=[0.5]", "--set", PART)
+    rates = {"llama": SCALES["cpu"].elastic_lr["llama"], "gpt2": 5e-4}
+    by_family = {"lr": {"llama": 1e-3, "gpt2": 1e-3}, "elastic_lr": rates}
+    assert scale == dataclasses.replace(SCALES["cpu"], num_candidates=4, sizes=(0.5,), **by_family)
+    assert parsed(*command_options(scale)) == scale
+    assert parsed() == SCALES["smoke"]
+    for change in (
+        "color=1",
+        "lr",
+        "lr=fast",
+        "lr=true",
+        'lr={"mamba": 1}',
+        "elastic_batch_size=1.5",
+        "name=1",
+        "sizes=0.5",
+    ):
+        with pytest.raises(FlextronError, match=change.partition("=")[0]):
+            parsed("--set", change)
 
 
 def test_every_method_takes_the_same_tokens_from_the_same_base(tmp_path: Path) -> None:

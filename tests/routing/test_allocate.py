@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from itertools import product
 
@@ -117,6 +118,27 @@ def test_no_budget_is_exceeded(
     corners = [corner for corner in hull(points) if corner[0] <= budget]
     if corners:
         assert loss <= corners[-1][1] + 1e-9
+
+
+@given(problems(), st.floats(0, 1.2), st.booleans())
+def test_a_budget_is_spent_until_nothing_wider_fits(
+    problem: tuple[Allocator, dict[SubnetSpec, tuple[float, float]]], fraction: float, indifferent: bool
+) -> None:
+    allocator, points = problem
+    if indifferent:  # the narrowest is as good as anything, or better
+        falling = {0: 0.0, 3: 1.0, 5: 2.0, 9: 3.0, 1: 1.0, 2: 2.0}
+        layers = allocator.space.num_hidden_layers
+        allocator = dataclasses.replace(
+            allocator, sensitivity=Sensitivity(mlp=(falling,) * layers, attention=(falling,) * layers)
+        )
+    budget = fraction * cost_of(allocator.space.full)
+    found = allocator.close_to(budget)
+    assert found in points
+    if points[found][0] > budget + SLACK:
+        assert found == allocator.space.smallest
+        return
+    wider = [cost for spec, (cost, _) in points.items() if found.is_nested_in(spec) and spec != found]
+    assert all(cost > budget - SLACK for cost in wider)
 
 
 def test_a_budget_for_everything_gives_everything() -> None:

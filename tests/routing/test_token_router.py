@@ -156,8 +156,9 @@ def test_damaged_routers_are_refused(damage: Callable[[dict[str, Any], dict[str,
     router = opinionated_router()
     data, tensors = router.to_dict(), router.state_dict()
     damage(data, tensors)
-    with pytest.raises(FlextronError, match=r"(?s)not a token router \(.*\); train it again"):
+    with pytest.raises(FlextronError, match=r"token router.*; train it again") as raised:
         TokenRouter.from_dict(data, tensors)
+    assert "\n" not in str(raised.value)
 
 
 class Watching:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -102,7 +103,7 @@ def test_a_killed_run_goes_on_without_measuring_again(tmp_path: Path, monkeypatc
 
     with pytest.raises(KeyboardInterrupt):
         train_static_router(DECODER, SPACE, TABLE, CALIBRATION, recipe, run_directory=tmp_path, on_round=stop_at_two)
-    measured: list[object] = []
+    measured: list[Any] = []
 
     def counted(*args: object) -> float:
         measured.append(args)
@@ -116,6 +117,11 @@ def test_a_killed_run_goes_on_without_measuring_again(tmp_path: Path, monkeypatc
     assert resumed.history == whole.history
     for name, tensor in whole.router.state_dict().items():
         assert torch.equal(tensor, resumed.router.state_dict()[name])
+    # what was measured on another text, or before the model changed, does not count
+    measured.clear()
+    train_static_router(DECODER, SPACE, TABLE, CALIBRATION[:4], recipe, run_directory=tmp_path)
+    assert len(measured) == len({str(args[2]) for args in measured}) > again
+    assert all(len(args[1]) == 4 for args in measured)
 
 
 def test_the_latency_loss_by_hand() -> None:

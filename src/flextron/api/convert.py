@@ -58,6 +58,7 @@ def convert(
     pretrained = open_pretrained(source)
     decoder = load_decoder(pretrained).eval().requires_grad_(False)
     config = decoder.config
+    skipped = _max_skipped(config.num_hidden_layers, max_skipped_layers)
     calibration_BT = windows(
         documents(calibration, lambda: training_text(max_chars=10 * num_calibration_tokens)),
         pretrained.tokenizer,
@@ -67,7 +68,6 @@ def convert(
     decoder.to(_default_device())
     importance = rank(decoder, calibration_BT, method)
     permute(decoder, importance)
-    skipped = config.num_hidden_layers // 3 if max_skipped_layers is None else max_skipped_layers
     # the first and the last layer are never idle: they read and write the vocabulary
     skippable = [i for i in importance.layers_by_importance if 0 < i < config.num_hidden_layers - 1]
     space = SearchSpace.from_ratios(
@@ -75,9 +75,9 @@ def convert(
         intermediate_size=config.intermediate_size,
         num_groups=config.num_groups,
         ratios=ratios,
-        multiple_of=multiple_of or _default_multiple(config.intermediate_size),
+        multiple_of=_default_multiple(config.intermediate_size) if multiple_of is None else multiple_of,
         skippable_layers=skippable[: 3 * skipped // 2],
-        max_skipped_layers=min(skipped, len(skippable)),
+        max_skipped_layers=skipped,
     )
     info = ElasticInfo(
         space=space,
@@ -85,6 +85,18 @@ def convert(
         provenance=provenance(pretrained.name, importance=method, calibration_tokens=importance.num_tokens),
     )
     return ElasticModel(decoder, pretrained.tokenizer, pretrained.hf_config, info, {})
+
+
+def _max_skipped(num_hidden_layers: int, wanted: int | None) -> int:
+    """How many layers may be skipped at once: a third by default, never the first or the last."""
+    inner = max(0, num_hidden_layers - 2)
+    if wanted is None:
+        return min(num_hidden_layers // 3, inner)
+    if not 0 <= wanted <= inner:
+        raise FlextronError(
+            f"max_skipped_layers must lie between 0 and {inner}, not {wanted}: the first and the last layer always run"
+        )
+    return wanted
 
 
 def _default_multiple(intermediate_size: int) -> int:
@@ -106,9 +118,18 @@ def load(directory: str | Path) -> ElasticModel:
     info = read_elastic(path)
     pretrained = open_pretrained(path)
     decoder = load_decoder(pretrained).eval().requires_grad_(False).to(_default_device())
+    if info.space.full != decoder.config.full_spec:
+        raise FlextronError(
+            f"the search space in {path / 'elastic.json'} is of another model ({info.space.full.describe()}, here "
+            f"{decoder.config.full_spec.describe()}); make the checkpoint again with convert"
+        )
     tables = {f.stem: LatencyTable.from_dict(read_json(f)) for f in sorted((path / "latency").glob("*.json"))}
+    for table in tables.values():
+        table.check(info.space)
     frontier = path / "frontier.json"
     measured = Frontier.from_dict(read_json(frontier)) if frontier.exists() else None
+    if measured is not None and not all(p.spec.is_nested_in(info.space.full) for p in measured.points):
+        raise FlextronError(f"{frontier} is of another model; delete it and measure again with profile")
     model = ElasticModel(decoder, pretrained.tokenizer, pretrained.hf_config, info, tables, measured)
     if (path / ROUTERS_FILE).exists():
         stored = read_tensors(path / ROUTERS_FILE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from flextron.api.training import train_model
 from flextron.elastic import extract, write_elastic
 from flextron.elastic.checkpoint import write_tensors
 from flextron.errors import FlextronError
-from flextron.files import write_json
+from flextron.files import new_file, write_json
 from flextron.model.generation import SamplingParams
 from flextron.routing import StaticRouter
 from flextron.routing.token_router import PricedRouter, TokenRouter
@@ -74,9 +75,11 @@ class ElasticModel(MeasuredModel):
     def save_routers(self, directory: str | Path) -> None:
         """Write only the routers, into an existing elastic checkpoint."""
         path = Path(directory)
-        write_tensors(path / ROUTERS_FILE, self._router_tensors())
-        if self.token_router is not None:
-            write_json(path / TOKEN_ROUTER_FILE, self.token_router.to_dict())
+        # both are on disk before either takes its place: they belong together
+        with ExitStack() as stack:
+            if self.token_router is not None:
+                write_json(stack.enter_context(new_file(path / TOKEN_ROUTER_FILE)), self.token_router.to_dict())
+            write_tensors(stack.enter_context(new_file(path / ROUTERS_FILE)), self._router_tensors())
 
     def _router_tensors(self) -> dict[str, Tensor]:
         """What `routers.safetensors` holds."""

@@ -5,7 +5,6 @@ Stock `transformers` loads the directory as the full model and ignores the rest.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from flextron.errors import FlextronError
-from flextron.files import new_directory, read_json, write_json
+from flextron.files import new_directory, new_file, read_json, write_json
 from flextron.model.checkpoint import write_checkpoint
 from flextron.model.decoder import Decoder
 from flextron.spec import SearchSpace
@@ -68,7 +67,7 @@ def read_elastic(directory: Path) -> ElasticInfo:
     if not (directory / "elastic.json").exists():
         raise FlextronError(f"{directory} is not an elastic checkpoint (no elastic.json); make one with convert")
     data = read_json(directory / "elastic.json")
-    found = data.get("format_version")
+    found = data.get("format_version") if isinstance(data, dict) else None
     if found != FORMAT_VERSION:
         raise FlextronError(f"{directory} has format {found}, this version reads {FORMAT_VERSION}; update flextron")
     try:
@@ -83,10 +82,13 @@ def read_elastic(directory: Path) -> ElasticInfo:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file through a temporary neighbour."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file(dict(tensors), temporary)
-    os.replace(temporary, path)
+    """Write a safetensors file in one move.
+
+    Raises:
+        FlextronError: the disk is full.
+    """
+    with new_file(path) as temporary:
+        save_file(dict(tensors), temporary)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

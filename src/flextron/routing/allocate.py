@@ -19,6 +19,11 @@ _SKIP = LayerSpec(intermediate_size=0, num_groups=0)
 _BISECTIONS = 40
 
 
+def _is_nested(a: LayerSpec, b: LayerSpec) -> bool:
+    """Whether `b` has all that `a` has."""
+    return a.intermediate_size <= b.intermediate_size and a.num_groups <= b.num_groups
+
+
 @dataclass(frozen=True)
 class Allocator:
     """Finds the best sub-network for a budget, according to the loss model."""
@@ -88,7 +93,7 @@ class Allocator:
         """As `within`, but spends the budget even where the loss model sees no gain: cost itself is rewarded."""
         best, cost = self._cheapest(0.0)
         if cost > budget:
-            return self.within(budget)
+            return self._spent(self.within(budget), budget)
         low, high = 1e-12, 1e12
         for _ in range(_BISECTIONS):
             reward = (low * high) ** 0.5
@@ -97,7 +102,7 @@ class Allocator:
                 best, low = spec, reward
             else:
                 high = reward
-        return best
+        return self._spent(best, budget)
 
     def _filled(self, spec: SubnetSpec, budget: float) -> SubnetSpec:
         """Spend what the Lagrangian left over: widen single layers, the largest gain first, while the budget allows."""
@@ -114,3 +119,20 @@ class Allocator:
             if gain <= 0:
                 return SubnetSpec(layers=tuple(layers))
             layers[i], room = layer, room - extra
+
+    def _spent(self, spec: SubnetSpec, budget: float) -> SubnetSpec:
+        """Widen single layers until none fits the budget, even at a loss: the most gain for the cost first."""
+        layers = list(spec.layers)
+        while True:
+            costs = [self.layer_cost(layer) for layer in layers]
+            room = budget - sum(costs)
+            steps = [
+                ((self.loss(i, layers[i]) - loss) / (cost - costs[i]), i, layer)
+                for i, options in enumerate(self._options)
+                for layer, loss, cost in options
+                if 0 < cost - costs[i] <= room and _is_nested(layers[i], layer)
+            ]
+            if not steps:
+                return SubnetSpec(layers=tuple(layers))
+            _, i, layer = max(steps, key=lambda step: step[0])
+            layers[i] = layer

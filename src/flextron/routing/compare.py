@@ -51,8 +51,7 @@ def mix_n_match(space: SearchSpace, table: LatencyTable, target: float) -> Subne
 def random_within(space: SearchSpace, table: LatencyTable, target: float, rng: random.Random) -> SubnetSpec | None:
     """A random sub-network that costs about the target; None if none was drawn."""
     for _ in range(_TRIES):
-        skipped = rng.sample(space.skippable_layers, rng.randint(0, space.max_skipped_layers))
-        spec = space.scattered(rng.random(), 0.3, skipped, rng)
+        spec = space.heterogeneous(rng.random(), rng)
         if target - _CLOSE <= table.predict(spec) <= target:
             return spec
     return None

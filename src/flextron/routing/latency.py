@@ -96,6 +96,19 @@ class LatencyTable:
         )
         return self.predict_ms(spec) / self.predict_ms(full)
 
+    def check(self, space: SearchSpace) -> None:
+        """Raise unless the table has the costs of exactly a search space's choices.
+
+        Raises:
+            FlextronError: it is of another one.
+        """
+        own = sorted(self.mlp_ms), sorted(self.attention_ms)
+        if own != (list(space.intermediate_sizes), list(space.num_groups)):
+            raise FlextronError(
+                f"the latency table of {self.name} is of another model or search space (MLP widths and groups {own}); "
+                "delete it and measure it again with profile"
+            )
+
     def to_dict(self) -> dict[str, Any]:
         """The JSON form; the widths become string keys."""
         return asdict(self)
@@ -109,7 +122,8 @@ class LatencyTable:
         """
         try:
             tables = {key: {int(k): float(v) for k, v in data[key].items()} for key in ("mlp_ms", "attention_ms")}
-            return cls(**{**data, **tables})
+            numbers = {key: float(data[key]) for key in ("base_ms", "full_ms", "median_error", "max_error")}
+            return cls(**{**data, **tables, **numbers})
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FlextronError(f"not a latency table ({error}); measure it again with profile") from error
 

@@ -73,14 +73,22 @@ def fisher_gradients(
         generator: of the draws, on the CPU.
         num_draws: each takes one backward pass.
     """
-    with torch.no_grad():
-        p = [torch.softmax(decoder.logits(h).float(), -1).cpu() for h in h_ND.split(_CHUNK)]
+    targets_RN = _own_targets(decoder, h_ND, generator, num_draws)
     draws = []
-    for r in range(num_draws):
-        targets = torch.cat([torch.multinomial(q, 1, generator=generator) for q in p]).squeeze(1).to(h_ND.device)
-        loss = cross_entropy(h_ND, decoder.head_weight.detach(), targets) * len(h_ND)
+    for r, targets_N in enumerate(targets_RN):
+        loss = cross_entropy(h_ND, decoder.head_weight.detach(), targets_N) * len(h_ND)
         draws.append(torch.autograd.grad(loss, stream, retain_graph=r + 1 < num_draws))
     return draws
+
+
+@torch.no_grad()
+def _own_targets(decoder: Decoder, h_ND: Tensor, generator: torch.Generator, num_draws: int) -> Tensor:
+    """Next tokens drawn from the model itself; only a chunk's probabilities are held at a time."""
+    drawn = []
+    for h in h_ND.split(_CHUNK):
+        p = torch.softmax(decoder.logits(h).float(), -1).cpu()
+        drawn.append(torch.multinomial(p, num_draws, replacement=True, generator=generator))
+    return torch.cat(drawn).T.to(h_ND.device)
 
 
 def measure_sensitivity(decoder: Decoder, tokens_BT: Tensor, space: SearchSpace, *, seed: int = 0) -> Sensitivity:

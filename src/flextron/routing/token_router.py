@@ -209,9 +209,14 @@ class TokenRouter(nn.Module):
             space = SearchSpace.from_dict(values.pop("space"))
             costs = {int(w): float(cost) for w, cost in values.pop("mlp_costs").items()}
             router = cls(space, values.pop("hidden_size"), costs, **values)
-            router.load_state_dict(dict(tensors))
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise FlextronError(f"not a token router ({error}); train it again") from error
+        try:
+            router.load_state_dict(dict(tensors))
+        except RuntimeError as error:
+            raise FlextronError(
+                "the token router's tensors are of another model or search space; train it again with route --token"
+            ) from error
         router.prices, router.specs = prices, specs
         return router.eval()
 

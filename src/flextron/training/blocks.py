@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from flextron.errors import FlextronError
+from flextron.files import new_file
 
 __all__ = ["TokenBlocks", "pack_tokens"]
 
@@ -161,17 +162,15 @@ class TokenBlocks:
         return torch.from_numpy(rows.astype(np.int64))
 
     def save(self, path: str | Path) -> None:
-        """Write the tokens (not the seed) to a `.npy` file, all of it or nothing."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                np.save(file, self.tokens, allow_pickle=False)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        """Write the tokens (not the seed) to a `.npy` file, all of it or nothing.
+
+        Raises:
+            FlextronError: the disk is full.
+        """
+        with new_file(Path(path)) as temporary, temporary.open("wb") as file:
+            np.save(file, self.tokens, allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
 
     @classmethod
     def load(cls, path: str | Path, *, seed: int = 0) -> TokenBlocks:

@@ -11,6 +11,7 @@ by distillation as in elastic training; the router by straight-through gates on 
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -62,20 +63,36 @@ def latency_loss(milliseconds_B: Tensor, wanted_B: Tensor, dead_zone: float) -> 
 
 
 class _Meter:
-    """Measures losses once each; kept on disk, a killed run repeats its steps without measuring again."""
+    """Measures losses once each; kept on disk, a killed run repeats its steps without measuring again.
+
+    What was measured on another text or of other weights is dropped.
+    """
 
     def __init__(self, decoder: Decoder, tokens_BT: Tensor, path: Path | None) -> None:
         self._decoder, self._tokens_BT, self._path = decoder, tokens_BT, path
-        self._known: dict[str, float] = read_json(path) if path is not None and path.exists() else {}
+        self._known: dict[str, float] = {}
+        if path is not None:
+            self._identity = _identity(decoder, tokens_BT)
+            kept = read_json(path) if path.exists() else {}
+            if kept.get("identity") == self._identity:
+                self._known = kept["losses"]
 
     def __call__(self, specs: list[SubnetSpec]) -> Tensor:
-        new = [s for s in specs if _key(s) not in self._known]
+        new = [s for s in dict.fromkeys(specs) if _key(s) not in self._known]
         for spec in new:
             self._known[_key(spec)] = mean_loss(self._decoder, self._tokens_BT, spec)
         if new and self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self._path, self._known)
+            write_json(self._path, {"identity": self._identity, "losses": self._known})
         return torch.tensor([self._known[_key(s)] for s in specs], dtype=torch.float64)
+
+
+def _identity(decoder: Decoder, tokens_BT: Tensor) -> str:
+    """A digest of weights and text."""
+    digest = hashlib.sha256(tokens_BT.cpu().numpy().tobytes())
+    for parameter in decoder.parameters():
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def _key(spec: SubnetSpec) -> str:
