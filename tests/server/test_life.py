@@ -159,21 +159,28 @@ def test_a_signal_lets_running_answers_end(checkpoint: Path) -> None:
         assert child.wait(15) == 0
 
 
-def test_the_time_for_that_is_limited_and_a_second_signal_ends_it(checkpoint: Path) -> None:
-    with process(checkpoint, "--drain-seconds", "0.3") as (child, url), httpx.Client(base_url=url, timeout=30) as client:
-        with client.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as stream:
-            lines = stream.iter_lines()
-            next(lines)
-            child.send_signal(signal.SIGTERM)
-            told = events("\n".join(lines))
+def test_the_time_for_that_is_limited(checkpoint: Path) -> None:
+    with (
+        process(checkpoint, "--drain-seconds", "0.3") as (child, url),
+        httpx.stream("POST", f"{url}/v1/completions", json=LONG | {"stream": True}, timeout=30) as stream,
+    ):
+        lines = stream.iter_lines()
+        next(lines)
+        child.send_signal(signal.SIGTERM)
+        told = events("\n".join(lines))
         assert json.loads(told[-1])["error"]["code"] == "shutting_down"
         assert child.wait(15) == 0
-    with process(checkpoint) as (child, url), httpx.Client(base_url=url, timeout=30) as client:
-        with client.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as stream:
-            next(stream.iter_lines())
-            child.send_signal(signal.SIGINT)
-            wait_until(lambda: httpx.get(f"{url}/health").status_code == 503)
-            asked = time.monotonic()
-            child.send_signal(signal.SIGINT)
-            assert child.wait(10) == 128 + signal.SIGINT
-            assert time.monotonic() - asked < 1
+
+
+def test_a_second_signal_ends_it_at_once(checkpoint: Path) -> None:
+    with (
+        process(checkpoint) as (child, url),
+        httpx.stream("POST", f"{url}/v1/completions", json=LONG | {"stream": True}, timeout=30) as stream,
+    ):
+        next(stream.iter_lines())
+        child.send_signal(signal.SIGINT)
+        wait_until(lambda: httpx.get(f"{url}/health").status_code == 503)
+        asked = time.monotonic()
+        child.send_signal(signal.SIGINT)
+        assert child.wait(10) == 128 + signal.SIGINT
+        assert time.monotonic() - asked < 1

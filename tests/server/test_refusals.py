@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -15,8 +16,10 @@ from flextron import ElasticModel, FlextronError
 from flextron.engine import EngineSettings
 from flextron.server.app import create_app
 from flextron.server.service import ServerSettings
+from tests.server.conftest import TEMPLATE
 from tests.server.malformed import bodies
 from tests.server.running import KEY, Running, running, wait_until
+from tests.trained import trained_model
 
 GOOD = {"model": "tiny", "prompt": "a", "max_tokens": 2}
 PATHS = ["/v1/completions", "/v1/chat/completions"]
@@ -32,15 +35,48 @@ def assert_refused(answer: httpx.Response, status: int, said: str = "") -> dict[
     return error
 
 
-@pytest.mark.parametrize("path", PATHS)
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(body=bodies)
-def test_no_body_is_too_strange(server: Running, chat_server: Running, path: str, body: bytes) -> None:
-    url = (chat_server if "chat" in path else server).url
-    answer = httpx.post(url + path, content=body, headers={"content-type": "application/json"}, timeout=30)
+def check_strange(url: str, body: bytes) -> None:
+    """Any answer but a failure."""
+    answer = httpx.post(url, content=body, headers={"content-type": "application/json"}, timeout=30)
     assert answer.status_code in (200, 400, 404)
     if answer.status_code != 200:
         assert_refused(answer, answer.status_code)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(body=bodies)
+def test_no_body_is_too_strange(server: Running, chat_server: Running, path: str, body: bytes) -> None:
+    check_strange((chat_server if "chat" in path else server).url + path, body)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("path", PATHS)
+def test_memory_returns_to_its_level_after_5000_strange_bodies(path: str) -> None:
+    chat_model = trained_model()
+    assert chat_model.tokenizer is not None
+    chat_model.tokenizer.chat_template = TEMPLATE
+    with running(chat_model) as made:
+
+        @settings(max_examples=5000, deadline=None, database=None)
+        @given(body=bodies)
+        def send(body: bytes) -> None:
+            check_strange(made.url + path, body)
+
+        @settings(max_examples=500, deadline=None, database=None)
+        @given(body=bodies)
+        def warm_up(body: bytes) -> None:
+            check_strange(made.url + path, body)
+
+        warm_up()
+        before = psutil.Process().memory_info().rss
+        send()
+        made.wait_until_idle()
+        made.service.core.pool.check_integrity([])
+        assert not made.service._sessions
+        assert psutil.Process().memory_info().rss - before < 64e6
+        assert made.client().completions.create(**GOOD).choices  # type: ignore[call-overload]
 
 
 def test_the_server_is_well_after_all_that(server: Running, chat_server: Running) -> None:
@@ -138,9 +174,7 @@ def test_a_full_queue(model: ElasticModel) -> None:
         next(stream)
         answers: list[str] = []
         options: Any = GOOD | {"prompt": "In 1998", "temperature": 0}
-        waiting = threading.Thread(
-            target=lambda: answers.append(client.completions.create(**options).choices[0].text)
-        )
+        waiting = threading.Thread(target=lambda: answers.append(client.completions.create(**options).choices[0].text))
         waiting.start()
         wait_until(lambda: made.service.worker.load.num_waiting == 1)
         with pytest.raises(openai.RateLimitError, match="queue is full") as refused:
@@ -185,7 +219,7 @@ def test_bad_settings(model: ElasticModel, values: dict[str, Any], said: str) ->
 
 
 @given(st.text(max_size=12))
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_name_of_a_model(server: Running, name: str) -> None:
     with httpx.Client(base_url=server.url) as client:
         answer = client.get("/v1/models/" + "".join(f"%{b:02X}" for b in name.encode()))

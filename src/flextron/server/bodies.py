@@ -37,7 +37,7 @@ class _Strict(BaseModel):
 
 
 class TargetBody(_Strict):
-    """What is asked of the sub-network, under the key `flextron`; the fields are those of `flextron.Target`."""
+    """What is asked of the sub-network, under the key `flextron`: the fields of `flextron.Target`, and two more."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
 
@@ -48,6 +48,8 @@ class TargetBody(_Strict):
     max_loss_increase: float | None = None
     context: int | None = None
     router: Literal["token"] | None = None
+    min_latency_target: Annotated[float, Field(gt=0, le=1)] | None = None
+    """How narrow the sub-network may become while the server is busy; 1 allows nothing."""
 
 
 class StreamOptions(_Strict):

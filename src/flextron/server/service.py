@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from flextron.engine import EngineCore, EngineSettings
 from flextron.engine.runner import make_network
 from flextron.errors import FlextronError
+from flextron.server.adaptive import WINDOW_SECONDS, Adaptive, Objective
 from flextron.server.answer import Delta, stop_tokens
+from flextron.server.bodies import GenerationBody
 from flextron.server.errors import ApiError, bad_request, engine_died, shutting_down
 from flextron.server.metrics import Metrics
 from flextron.server.targets import Catalog, Choice, Served
@@ -37,6 +39,14 @@ class ServerSettings:
     """Most tokens of an answer; by default as many as the model has positions for."""
     drain_seconds: float = 30.0
     """For running answers to end after a signal."""
+    client_seconds: float = 60.0
+    """For a client to send a request's headers, its body, and to take what waits for it."""
+    slo_tpot_ms: float | None = None
+    """Time between two tokens of an answer that `adaptive` holds."""
+    slo_ttft_ms: float | None = None
+    """Time to an answer's first token that `adaptive` holds."""
+    min_latency_target: float | None = None
+    """How narrow requests may become for that, as a fraction of the full model's latency, where they do not say."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -46,6 +56,13 @@ class ServerSettings:
             raise FlextronError("max_queue must be at least 0, and max_body_mb above 0")
         if self.max_tokens_limit is not None and self.max_tokens_limit < 1:
             raise FlextronError(f"max_tokens_limit must be at least 1, not {self.max_tokens_limit}")
+        if not 0 < self.client_seconds < float("inf"):
+            raise FlextronError(f"client_seconds must be a number above 0, not {self.client_seconds}")
+        if self.min_latency_target is not None:
+            if not 0 < self.min_latency_target <= 1:
+                raise FlextronError(f"min_latency_target must be in (0, 1], not {self.min_latency_target}")
+            if self.slo_tpot_ms is None and self.slo_ttft_ms is None:
+                raise FlextronError("min_latency_target needs an objective; give slo_tpot_ms or slo_ttft_ms")
         if not 0 <= self.drain_seconds < float("inf"):
             raise FlextronError(f"drain_seconds must be a number of at least 0, not {self.drain_seconds}")
 
@@ -62,18 +79,25 @@ class Service:
         if model.tokenizer is None:
             raise FlextronError("the checkpoint has no tokenizer; put the original's tokenizer.json into its directory")
         self.settings, self.tokenizer = settings, model.tokenizer
-        self.catalog = Catalog(model, settings.name)
+        self.catalog = Catalog(model, settings.name, settings.min_latency_target)
+        self.adaptive: Adaptive | None = None
+        if settings.slo_tpot_ms is not None or settings.slo_ttft_ms is not None:
+            objective = Objective(tpot_ms=settings.slo_tpot_ms, ttft_ms=settings.slo_ttft_ms)
+            # says why there are no narrower sub-networks to turn to
+            model.select(latency=1.0)
+            self.adaptive = Adaptive(objective, self.catalog.rungs)
         self.names = TokenNames(self.tokenizer)
         self.stop_tokens = stop_tokens(self.tokenizer, model.hf_config.get("eos_token_id"))
         self.core = EngineCore(model.decoder, engine)
         self.worker = Worker(self.core, self.tokenizer, self._post)
-        self.metrics = Metrics(settings.name, lambda: self.worker.load)
+        self.metrics = Metrics(settings.name, lambda: self.worker.load, lambda: self.cap)
         self.started_at = int(time.time())
         self._most_jobs = engine.max_num_seqs + settings.max_queue
         self.is_draining = False
         self._sessions: set[Session] = set()
         self._is_idle = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._adapting: asyncio.Task[None] | None = None
         # one thread: a tokenizer's settings are not safe to use from several
         self._encoder = ThreadPoolExecutor(1, "flextron-tokenizer")
         # twice the longest token, in case that the tokenizer drops characters
@@ -85,9 +109,13 @@ class Service:
         self._loop = asyncio.get_running_loop()
         self._is_idle.set()
         self.worker.start()
+        if self.adaptive is not None:
+            self._adapting = asyncio.create_task(self._adapt(self.adaptive))
 
     async def stop(self) -> None:
         """End the engine's thread."""
+        if self._adapting is not None:
+            self._adapting.cancel()
         self.worker.shut_down()
         await asyncio.to_thread(self.worker.join)
         self._encoder.shutdown()
@@ -96,6 +124,30 @@ class Service:
     def is_healthy(self) -> bool:
         """Whether requests can be answered."""
         return self.worker.is_alive() and not self.is_draining
+
+    @property
+    def cap(self) -> float:
+        """The widest latency target of requests that allow a narrower one; 1: all run as they ask."""
+        return 1.0 if self.adaptive is None else self.adaptive.cap
+
+    def choose(self, body: GenerationBody) -> Choice:
+        """The sub-network of a request that arrives now.
+
+        Raises:
+            ApiError: as for `Catalog.choose`.
+        """
+        return self.catalog.choose(body.model, body.flextron, self.cap)
+
+    async def _adapt(self, adaptive: Adaptive) -> None:
+        """Tell the policy what clients see, window by window."""
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        while True:
+            await asyncio.sleep(WINDOW_SECONDS)
+            now, load = loop.time(), self.worker.load
+            oldest = max((s.unanswered_for for s in self._sessions), default=0.0)
+            adaptive.end_window(now - begun, num_running=load.num_running, num_waiting=load.num_waiting, oldest=oldest)
+            begun = now
 
     async def drain(self) -> None:
         """Take nothing new; wait for what runs, as long as the settings say, then break it off."""
@@ -219,6 +271,12 @@ class Session:
         """Of each job."""
         return [len(job.prompt) for job in self._jobs]
 
+    @property
+    def unanswered_for(self) -> float:
+        """Seconds since the arrival of a job that has no token yet; 0 if there is none."""
+        waits = any(self._last[index] == self._arrived for index in self._open)
+        return time.monotonic() - self._arrived if waits else 0.0
+
     async def accepted(self) -> None:
         """Queue the jobs; returns when the engine has taken them.
 
@@ -266,11 +324,14 @@ class Session:
         metrics, now = self._service.metrics, time.monotonic()
         if event is Sign.ACCEPTED:
             self._begun.add(job.index)
-            metrics.started(self.choice.label, len(job.prompt))
+            metrics.started(self.choice.label, len(job.prompt), was_narrowed=self.choice.was_narrowed)
         if isinstance(event, Delta):
             if event.token is not None:
                 last = self._last[job.index]
-                metrics.token(self.choice.label, now - last, is_first=last == self._arrived)
+                is_first = last == self._arrived
+                metrics.token(self.choice.label, now - last, is_first=is_first)
+                if self._service.adaptive is not None:
+                    self._service.adaptive.token(now - last, is_first=is_first)
                 self._last[job.index] = now
             if event.finish_reason is not None:
                 del self._open[job.index]
