@@ -17,7 +17,8 @@ from flextron import ElasticModel
 from flextron.engine import EngineSettings
 from flextron.server.app import create_app
 from flextron.server.run import server_config
-from flextron.server.service import ServerSettings, Service
+from flextron.server.service import Service
+from flextron.server.settings import ServerSettings
 
 __all__ = ["Running", "events", "running", "wait_until"]
 

@@ -16,7 +16,7 @@ from flextron import ElasticModel, FlextronError
 from flextron.engine import EngineSettings
 from flextron.server.adaptive import Adaptive, Cap, Objective
 from flextron.server.app import create_app
-from flextron.server.service import ServerSettings
+from flextron.server.settings import ServerSettings
 from tests.server.running import Running, events, running, wait_until
 from tests.server.test_metrics import samples
 

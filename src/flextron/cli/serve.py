@@ -48,7 +48,7 @@ def serve(
         from flextron.server.app import create_app
         from flextron.server.run import listen
         from flextron.server.run import serve as run
-        from flextron.server.service import ServerSettings
+        from flextron.server.settings import ServerSettings
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in _EXTRA:
             raise

@@ -21,7 +21,8 @@ from flextron.server.completions import completions
 from flextron.server.errors import ApiError, bad_request, not_found
 from flextron.server.http import Front, answer_error, read_body
 from flextron.server.openapi import describe, error_responses
-from flextron.server.service import ServerSettings, Service
+from flextron.server.service import Service
+from flextron.server.settings import ServerSettings
 from flextron.server.targets import Served
 
 __all__ = ["create_app"]

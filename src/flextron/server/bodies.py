@@ -79,6 +79,8 @@ class GenerationBody(_Strict):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     stop: _Stop | Annotated[list[_Stop], Field(max_length=16)] | None = None
+    ignore_eos: bool | None = None
+    """Of vLLM: write on where the model would end."""
     flextron: TargetBody | None = None
 
     @model_validator(mode="before")
@@ -127,7 +129,7 @@ class GenerationBody(_Strict):
             temperature=0.0 if is_greedy else temperature,
             top_p=1.0 if is_greedy else top_p,
             seed=None if self.seed is None else (self.seed + choice) % 2**63,
-            stop_token_ids=stop_token_ids,
+            stop_token_ids=() if self.ignore_eos else stop_token_ids,
             logprobs=self.num_logprobs,
         )
 

@@ -125,9 +125,7 @@ async def _read(request: Request, max_bytes: int) -> bytes:
         except ClientDisconnect as error:
             raise bad_request("the client left before the body was complete") from error
     if total > max_bytes:
-        headers = {"connection": "close"} if total > _PATIENCE * max_bytes else {}
-        message = f"the body is larger than {max_bytes} bytes"
-        raise ApiError(413, message, code="request_too_large", headers=headers)
+        raise ApiError(413, f"the body is larger than {max_bytes} bytes", code="request_too_large")
     return bytes(kept)
 
 

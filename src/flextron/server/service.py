@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 from flextron.engine import EngineCore, EngineSettings
 from flextron.engine.runner import make_network
@@ -16,55 +15,12 @@ from flextron.server.answer import Delta, stop_tokens
 from flextron.server.bodies import GenerationBody
 from flextron.server.errors import ApiError, bad_request, engine_died, shutting_down
 from flextron.server.metrics import Metrics
+from flextron.server.settings import ServerSettings
 from flextron.server.targets import Catalog, Choice, Served
 from flextron.server.tokens import TokenNames
 from flextron.server.worker import Event, Job, Sign, Worker
 
-__all__ = ["ServerSettings", "Service", "Session"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ServerSettings:
-    """What the server allows."""
-
-    name: str = "flextron"
-    """Of the model."""
-    api_key: str | None = None
-    """That clients must send; None lets everyone in."""
-    max_queue: int = 128
-    """Answers that may wait beside those that run."""
-    max_body_mb: float = 8.0
-    """Of a request, 10^6 bytes."""
-    max_tokens_limit: int | None = None
-    """Most tokens of an answer; by default as many as the model has positions for."""
-    drain_seconds: float = 30.0
-    """For running answers to end after a signal."""
-    client_seconds: float = 60.0
-    """For a client to send a request's headers, its body, and to take what waits for it."""
-    slo_tpot_ms: float | None = None
-    """Time between two tokens of an answer that `adaptive` holds."""
-    slo_ttft_ms: float | None = None
-    """Time to an answer's first token that `adaptive` holds."""
-    min_latency_target: float | None = None
-    """How narrow requests may become for that, as a fraction of the full model's latency, where they do not say."""
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        if self.api_key is not None and (not self.api_key.isascii() or not self.api_key.strip()):
-            raise FlextronError("the API key must be a word in ASCII letters; leave it out to let everyone in")
-        if self.max_queue < 0 or not 0 < self.max_body_mb < float("inf"):
-            raise FlextronError("max_queue must be at least 0, and max_body_mb above 0")
-        if self.max_tokens_limit is not None and self.max_tokens_limit < 1:
-            raise FlextronError(f"max_tokens_limit must be at least 1, not {self.max_tokens_limit}")
-        if not 0 < self.client_seconds < float("inf"):
-            raise FlextronError(f"client_seconds must be a number above 0, not {self.client_seconds}")
-        if self.min_latency_target is not None:
-            if not 0 < self.min_latency_target <= 1:
-                raise FlextronError(f"min_latency_target must be in (0, 1], not {self.min_latency_target}")
-            if self.slo_tpot_ms is None and self.slo_ttft_ms is None:
-                raise FlextronError("min_latency_target needs an objective; give slo_tpot_ms or slo_ttft_ms")
-        if not 0 <= self.drain_seconds < float("inf"):
-            raise FlextronError(f"drain_seconds must be a number of at least 0, not {self.drain_seconds}")
+__all__ = ["Service", "Session"]
 
 
 class Service:
@@ -227,6 +183,12 @@ class Service:
             raise
         return session
 
+    def saw_token(self, choice: Choice, seconds: float, *, is_first: bool) -> None:
+        """A token came, so long after the one before it, or after its request's arrival."""
+        self.metrics.token(choice.label, seconds, is_first=is_first)
+        if self.adaptive is not None:
+            self.adaptive.token(seconds, is_first=is_first)
+
     def forget(self, session: Session) -> None:
         """A session has closed."""
         self._sessions.discard(session)
@@ -254,7 +216,8 @@ class Session:
         self._jobs, self._service = jobs, service
         self._events: asyncio.Queue[tuple[int, Event | ApiError]] = asyncio.Queue()
         self._arrived = time.monotonic()
-        self._last = dict.fromkeys(range(len(jobs)), self._arrived)
+        self._last: dict[int, float] = {}
+        """When the last token of each job came."""
         self._begun: set[int] = set()
         self._open = {job.index: job for job in jobs}
         self._has_closed = False
@@ -274,7 +237,7 @@ class Session:
     @property
     def unanswered_for(self) -> float:
         """Seconds since the arrival of a job that has no token yet; 0 if there is none."""
-        waits = any(self._last[index] == self._arrived for index in self._open)
+        waits = self._open.keys() - self._last.keys()
         return time.monotonic() - self._arrived if waits else 0.0
 
     async def accepted(self) -> None:
@@ -327,11 +290,8 @@ class Session:
             metrics.started(self.choice.label, len(job.prompt), was_narrowed=self.choice.was_narrowed)
         if isinstance(event, Delta):
             if event.token is not None:
-                last = self._last[job.index]
-                is_first = last == self._arrived
-                metrics.token(self.choice.label, now - last, is_first=is_first)
-                if self._service.adaptive is not None:
-                    self._service.adaptive.token(now - last, is_first=is_first)
+                is_first = job.index not in self._last
+                self._service.saw_token(self.choice, now - self._last.get(job.index, self._arrived), is_first=is_first)
                 self._last[job.index] = now
             if event.finish_reason is not None:
                 del self._open[job.index]
