@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from flextron.engine import EngineCore, EngineSettings
 from flextron.engine.runner import make_network
 from flextron.errors import FlextronError
 from flextron.server.adaptive import WINDOW_SECONDS, Adaptive, Objective
-from flextron.server.answer import Delta, stop_tokens
+from flextron.server.answer import stop_tokens
 from flextron.server.bodies import GenerationBody
-from flextron.server.errors import ApiError, bad_request, engine_died, shutting_down
+from flextron.server.errors import ApiError, bad_request, shutting_down
 from flextron.server.metrics import Metrics
+from flextron.server.session import Session
 from flextron.server.settings import ServerSettings
 from flextron.server.targets import Catalog, Choice, Served
 from flextron.server.tokens import TokenNames
-from flextron.server.worker import Event, Job, Sign, Worker
+from flextron.server.worker import Event, Job, Worker
 
-__all__ = ["Service", "Session"]
+__all__ = ["Service"]
 
 
 class Service:
@@ -30,7 +31,7 @@ class Service:
         """Reserve the KV cache.
 
         Raises:
-            FlextronError: the model has no tokenizer, or its name does not fit.
+            FlextronError: the model has no tokenizer, its name does not fit, or there is an objective and no frontier.
         """
         if model.tokenizer is None:
             raise FlextronError("the checkpoint has no tokenizer; put the original's tokenizer.json into its directory")
@@ -173,7 +174,9 @@ class Service:
         if sum(s.num_open for s in self._sessions) + len(jobs) > self._most_jobs:
             headers = {"retry-after": "1"}
             raise ApiError(429, "the queue is full; ask again later", kind="rate_limit_error", headers=headers)
-        session = Session(jobs, choice, self)
+        session = Session(
+            jobs, choice, worker=self.worker, metrics=self.metrics, adaptive=self.adaptive, on_close=self._forget
+        )
         self._sessions.add(session)
         self._is_idle.clear()
         try:
@@ -183,14 +186,7 @@ class Service:
             raise
         return session
 
-    def saw_token(self, choice: Choice, seconds: float, *, is_first: bool) -> None:
-        """A token came, so long after the one before it, or after its request's arrival."""
-        self.metrics.token(choice.label, seconds, is_first=is_first)
-        if self.adaptive is not None:
-            self.adaptive.token(seconds, is_first=is_first)
-
-    def forget(self, session: Session) -> None:
-        """A session has closed."""
+    def _forget(self, session: Session) -> None:
         self._sessions.discard(session)
         if not self._sessions:
             self._is_idle.set()
@@ -205,104 +201,3 @@ class Service:
         assert self._loop is not None
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(deliver)
-
-
-class Session:
-    """The jobs of one HTTP request, as the event loop sees them."""
-
-    def __init__(self, jobs: Sequence[Job], choice: Choice, service: Service) -> None:
-        """Nothing is queued yet."""
-        self.choice = choice
-        self._jobs, self._service = jobs, service
-        self._events: asyncio.Queue[tuple[int, Event | ApiError]] = asyncio.Queue()
-        self._arrived = time.monotonic()
-        self._last: dict[int, float] = {}
-        """When the last token of each job came."""
-        self._begun: set[int] = set()
-        self._open = {job.index: job for job in jobs}
-        self._has_closed = False
-        for job in jobs:
-            job.listener = self._hear
-
-    @property
-    def num_open(self) -> int:
-        """Jobs that have not ended."""
-        return len(self._open)
-
-    @property
-    def num_prompt_tokens(self) -> list[int]:
-        """Of each job."""
-        return [len(job.prompt) for job in self._jobs]
-
-    @property
-    def unanswered_for(self) -> float:
-        """Seconds since the arrival of a job that has no token yet; 0 if there is none."""
-        waits = self._open.keys() - self._last.keys()
-        return time.monotonic() - self._arrived if waits else 0.0
-
-    async def accepted(self) -> None:
-        """Queue the jobs; returns when the engine has taken them.
-
-        Raises:
-            ApiError: it has not.
-        """
-        self._service.worker.submit(self._jobs)
-        for _ in self._jobs:
-            _, event = await self._events.get()
-            _raise_if_bad(event)
-
-    async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
-        """What is added to answers, each with its job's index, until all have ended.
-
-        Raises:
-            ApiError: the engine died, or the server stops.
-        """
-        left = len(self._jobs)
-        while left:
-            index, event = await self._events.get()
-            _raise_if_bad(event)
-            if isinstance(event, Delta):
-                left -= event.finish_reason is not None
-                yield index, event
-
-    def fail(self, error: ApiError) -> None:
-        """Break off."""
-        self._events.put_nowait((0, error))
-
-    def close(self) -> None:
-        """Free what the jobs hold; nothing happens the second time."""
-        if self._has_closed:
-            return
-        self._has_closed = True
-        if self._open:
-            self._service.worker.abort(list(self._open.values()))
-            for _ in self._begun & self._open.keys():
-                self._service.metrics.ended("abort", time.monotonic() - self._arrived)
-        self._open.clear()
-        self._service.forget(self)
-
-    def _hear(self, job: Job, event: Event) -> None:
-        if self._has_closed:
-            return
-        metrics, now = self._service.metrics, time.monotonic()
-        if event is Sign.ACCEPTED:
-            self._begun.add(job.index)
-            metrics.started(self.choice.label, len(job.prompt), was_narrowed=self.choice.was_narrowed)
-        if isinstance(event, Delta):
-            if event.token is not None:
-                is_first = job.index not in self._last
-                self._service.saw_token(self.choice, now - self._last.get(job.index, self._arrived), is_first=is_first)
-                self._last[job.index] = now
-            if event.finish_reason is not None:
-                del self._open[job.index]
-                metrics.ended(event.finish_reason.value, now - self._arrived)
-        self._events.put_nowait((job.index, event))
-
-
-def _raise_if_bad(event: Event | ApiError) -> None:
-    if isinstance(event, ApiError):
-        raise event
-    if isinstance(event, FlextronError):
-        raise bad_request(str(event))
-    if event is Sign.DIED:
-        raise engine_died()
