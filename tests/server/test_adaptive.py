@@ -137,11 +137,12 @@ def ask(server: Running, name: str = "tiny", **target: Any) -> dict[str, Any]:
 
 @pytest.mark.usefixtures("fast_windows")
 def test_a_burst_gets_narrower_sub_networks(model: ElasticModel) -> None:
-    with running(model, slo_tpot_ms=5, min_latency_target=0.6) as made:
-        assert ask(made)["flextron"]["target"] is None
-        made.slow_down(0.02)
-        stream = made.client().completions.create(model="tiny", prompt="a", max_tokens=127, stream=True, temperature=0)
+    with running(model, slo_tpot_ms=15, min_latency_target=0.6) as made:
+        wide = {"flextron": {"min_latency_target": 1}}
+        options: dict[str, Any] = {"max_tokens": 127, "temperature": 0, "stream": True, "extra_body": wide}
+        stream = made.client().completions.create(model="tiny", prompt="a", **options)
         assert next(stream).flextron["target"] is None
+        made.slow_down(0.03)
         # the policy lowers by one rung after the other, and requests that the flag speaks for stop at 0.6
         wait_until(lambda: made.service.cap == 0.5)
         narrow = ask(made)
@@ -162,7 +163,8 @@ def test_a_burst_gets_narrower_sub_networks(model: ElasticModel) -> None:
         assert ask(made, "tiny@0.8", min_latency_target=0.9)["flextron"]["target"] == {"latency": 0.8}
         # there is no narrower target of these kinds
         assert ask(made, params=90_000)["flextron"]["target"] == {"params": 90_000}
-        routed = {"latency": 0.8, "router": "token"}
+        assert model.token_router is not None
+        routed = {"latency": max(model.token_router.specs), "router": "token"}
         assert ask(made, **routed)["flextron"]["target"] == routed
         assert samples(made)["flextron:latency_cap", ""] == 0.5
         assert samples(made)["flextron:narrowed_requests_total", ""] == 5

@@ -123,19 +123,14 @@ def test_a_chunk_that_is_none(impatient: Running) -> None:
         assert_answer(rest(sock), 400, None)
 
 
-def test_an_answer_that_nobody_reads(model: ElasticModel) -> None:
-    body = json.dumps({"model": "tiny", "prompt": "a", "max_tokens": 100, "n": 8, "logprobs": 20, "stream": True})
-    head = LINE + b"Content-Length: %d\r\n\r\n" % len(body)
-    with running(model, client_seconds=SECONDS) as made, connect(made) as sock:
+def test_answers_that_nobody_reads(impatient: Running) -> None:
+    with connect(impatient) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        # more than the system keeps for a client that does not read
-        for _ in range(12):
-            sock.sendall(head + body.encode())
-        drip(sock, b" " * 200)
+        # far more in answers than the system keeps for a client that does not read
+        sock.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: a\r\n\r\n" * 1000)
+        drip(sock, b" " * 300)
         with pytest.raises(OSError, match=r"reset|Broken pipe"):
             sock.sendall(b" ")
-        made.wait_until_idle()
-        assert made.client().completions.create(model="tiny", prompt="a", max_tokens=2).choices
 
 
 def test_many_who_only_connect(impatient: Running) -> None:

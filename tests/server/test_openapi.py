@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
@@ -18,29 +18,32 @@ from schemathesis.specs.openapi.checks import (
 from tests.server.running import Running
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
-PLAIN = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
 
 
-@pytest.fixture(scope="module")
-def document(chat_server: Running) -> Any:
-    return schemathesis.openapi.from_dict(httpx.get(f"{chat_server.url}/openapi.json").json())
+def check_document(server: Running, max_examples: int) -> None:
+    """Each operation so many times."""
+    schema = schemathesis.openapi.from_dict(httpx.get(f"{server.url}/openapi.json").json())
+    operations = [found.ok() for found in schema.get_all_operations()]
+    assert len(operations) == 6
+    for operation in operations:
+
+        @settings(max_examples=max_examples, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+        @given(case=operation.as_strategy())
+        def check(case: Any) -> None:
+            case.call_and_validate(base_url=server.url, checks=CHECKS, timeout=30)
+
+        check()
 
 
-schema = schemathesis.pytest.from_fixture("document")
-
-
-@schema.parametrize()
-@settings(max_examples=20, **PLAIN)
-def test_the_document_holds(case: Any, chat_server: Running) -> None:
-    case.call_and_validate(base_url=chat_server.url, checks=CHECKS, timeout=30)
+def test_the_document_holds(chat_server: Running) -> None:
+    check_document(chat_server, 10)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@schema.parametrize()
-@settings(max_examples=1000, **PLAIN)
-def test_the_document_holds_for_long(case: Any, chat_server: Running) -> None:
-    case.call_and_validate(base_url=chat_server.url, checks=CHECKS, timeout=30)
+def test_the_document_holds_for_long(chat_server: Running) -> None:
+    check_document(chat_server, 1000)
+    chat_server.wait_until_idle()
 
 
 def test_bodies_and_refusals_are_described(chat_server: Running) -> None:

@@ -22,19 +22,18 @@ from tests.server.running import Running, running
 
 SECONDS = float(os.environ.get("FLEXTRON_SOAK_SECONDS", "60"))
 NUM_CLIENTS = 16
-LENGTHS = (1, 5, 17, 40)
 TARGETS = (None, 0.8, 0.6, 0.5)
 WORDS = ("The city was", "In 1998", "Once upon a time there", "a", "She said that", "It is not", "They were", "New")
 
 Case = tuple[str, float | None, int]
 
 
-def answers(model: ElasticModel) -> dict[Case, str]:
+def answers(model: ElasticModel, lengths: tuple[int, ...]) -> dict[Case, str]:
     """Greedy ones without a server, where no token was nearly another: rounding depends on what else runs."""
     engine, found = Engine(model, kv_cache_gb=0.01), {}
     for target in TARGETS:
         asked = None if target is None else Target(latency=target)
-        for length in LENGTHS:
+        for length in lengths:
             params = SamplingParams(max_tokens=length, logprobs=2)
             for word, answer in zip(WORDS, engine.generate(list(WORDS), params, target=asked), strict=True):
                 assert answer.logprobs is not None
@@ -103,13 +102,13 @@ async def soak(server: Running, wanted: dict[Case, str], seconds: float) -> Soak
     return shared
 
 
-def run_soak(model: ElasticModel, seconds: float) -> Counter[str]:
+def run_soak(model: ElasticModel, lengths: tuple[int, ...], seconds: float) -> Counter[str]:
     """Soak a server whose queue and cache are too small for all clients at once, so that requests wait and give way."""
-    wanted = answers(model)
-    assert len(wanted) > len(TARGETS) * len(LENGTHS) * len(WORDS) // 2
+    wanted = answers(model, lengths)
+    assert len(wanted) > len(TARGETS) * len(lengths) * len(WORDS) // 2
     sizes = {"kv_cache_gb": 0.001, "max_num_seqs": 8, "max_num_batched_tokens": 24, "page_size": 8}
     with running(model, sizes) as made:
-        asyncio.run(soak(made, wanted, min(5, seconds)))
+        asyncio.run(soak(made, wanted, seconds / 10))
         before = psutil.Process().memory_info().rss
         shared = asyncio.run(soak(made, wanted, seconds))
         made.wait_until_idle()
@@ -123,14 +122,14 @@ def run_soak(model: ElasticModel, seconds: float) -> Counter[str]:
 
 
 def test_seconds(model: ElasticModel) -> None:
-    counts = run_soak(model, 2)
+    counts = run_soak(model, (3, 12), 2)
     assert min(counts[kind] for kind in ("whole", "streamed", "cancelled")) > 0
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(SECONDS + 240)
 def test_minutes(model: ElasticModel, capsys: pytest.CaptureFixture[str]) -> None:
-    counts = run_soak(model, SECONDS)
+    counts = run_soak(model, (1, 5, 17, 40), SECONDS)
     with capsys.disabled():
         print(f"\nsoak of {SECONDS:g} s: {dict(counts)}")  # noqa: T201
     assert min(counts[kind] for kind in ("whole", "streamed", "cancelled")) > SECONDS / 4

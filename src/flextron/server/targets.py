@@ -195,5 +195,5 @@ class Catalog:
 
 def _target(asked: TargetBody | None) -> Target | None:
     """The body's target; None if it names none."""
-    limits = {} if asked is None else asked.model_dump(exclude={"router"}, exclude_none=True)
+    limits = {} if asked is None else asked.model_dump(exclude={"router", "min_latency_target"}, exclude_none=True)
     return Target(**limits) if limits.keys() - {"context"} else None
