@@ -6,8 +6,9 @@ from typing import Any
 
 import httpx
 import pytest
+import requests
 import schemathesis
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
@@ -25,14 +26,22 @@ def check_document(server: Running, max_examples: int) -> None:
     schema = schemathesis.openapi.from_dict(httpx.get(f"{server.url}/openapi.json").json())
     operations = [found.ok() for found in schema.get_all_operations()]
     assert len(operations) == 6
+    session = requests.Session()
     for operation in operations:
 
-        @settings(max_examples=max_examples, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+        @settings(
+            max_examples=max_examples,
+            phases=[Phase.generate],
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+            database=None,
+        )
         @given(case=operation.as_strategy())
         def check(case: Any) -> None:
-            case.call_and_validate(base_url=server.url, checks=CHECKS, timeout=30)
+            case.call_and_validate(base_url=server.url, session=session, checks=CHECKS, timeout=30)
 
         check()
+    session.close()
 
 
 def test_the_document_holds(chat_server: Running) -> None:

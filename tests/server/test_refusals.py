@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -35,25 +36,33 @@ def assert_refused(answer: httpx.Response, status: int, said: str = "") -> dict[
     return error
 
 
-def check_strange(url: str, body: bytes) -> None:
+@pytest.fixture(scope="module")
+def http() -> Iterator[httpx.Client]:
+    with httpx.Client(timeout=30) as client:
+        yield client
+
+
+def check_strange(client: httpx.Client, url: str, body: bytes) -> None:
     """Any answer but a failure."""
-    answer = httpx.post(url, content=body, headers={"content-type": "application/json"}, timeout=30)
+    answer = client.post(url, content=body, headers={"content-type": "application/json"})
     assert answer.status_code in (200, 400, 404)
     if answer.status_code != 200:
         assert_refused(answer, answer.status_code)
 
 
 @pytest.mark.parametrize("path", PATHS)
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(body=bodies)
-def test_no_body_is_too_strange(server: Running, chat_server: Running, path: str, body: bytes) -> None:
-    check_strange((chat_server if "chat" in path else server).url + path, body)
+def test_no_body_is_too_strange(
+    server: Running, chat_server: Running, http: httpx.Client, path: str, body: bytes
+) -> None:
+    check_strange(http, (chat_server if "chat" in path else server).url + path, body)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("path", PATHS)
-def test_memory_returns_to_its_level_after_5000_strange_bodies(path: str) -> None:
+def test_memory_returns_to_its_level_after_5000_strange_bodies(http: httpx.Client, path: str) -> None:
     chat_model = trained_model()
     assert chat_model.tokenizer is not None
     chat_model.tokenizer.chat_template = TEMPLATE
@@ -62,12 +71,12 @@ def test_memory_returns_to_its_level_after_5000_strange_bodies(path: str) -> Non
         @settings(max_examples=5000, deadline=None, database=None)
         @given(body=bodies)
         def send(body: bytes) -> None:
-            check_strange(made.url + path, body)
+            check_strange(http, made.url + path, body)
 
         @settings(max_examples=500, deadline=None, database=None)
         @given(body=bodies)
         def warm_up(body: bytes) -> None:
-            check_strange(made.url + path, body)
+            check_strange(http, made.url + path, body)
 
         warm_up()
         before = psutil.Process().memory_info().rss
@@ -219,8 +228,7 @@ def test_bad_settings(model: ElasticModel, values: dict[str, Any], said: str) ->
 
 
 @given(st.text(max_size=12))
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_name_of_a_model(server: Running, name: str) -> None:
-    with httpx.Client(base_url=server.url) as client:
-        answer = client.get("/v1/models/" + "".join(f"%{b:02X}" for b in name.encode()))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_name_of_a_model(server: Running, http: httpx.Client, name: str) -> None:
+    answer = http.get(f"{server.url}/v1/models/" + "".join(f"%{b:02X}" for b in name.encode()))
     assert answer.status_code in (200, 404)
