@@ -103,7 +103,7 @@ async def soak(server: Running, wanted: dict[Case, str], seconds: float) -> Soak
 
 
 def run_soak(model: ElasticModel, lengths: tuple[int, ...], seconds: float) -> Counter[str]:
-    """Soak a server whose queue and cache are too small for all clients at once, so that requests wait and give way."""
+    """Soak a server that runs half as many requests as there are clients, so that requests wait."""
     wanted = answers(model, lengths)
     assert len(wanted) > len(TARGETS) * len(lengths) * len(WORDS) // 2
     sizes = {"kv_cache_gb": 0.001, "max_num_seqs": 8, "max_num_batched_tokens": 24, "page_size": 8}
