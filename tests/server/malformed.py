@@ -25,7 +25,12 @@ _ANY = st.recursive(
     max_leaves=6,
 )
 _TARGETS = st.dictionaries(
-    st.sampled_from(["latency", "latency_ms", "params", "memory_gb", "max_loss_increase", "context", "router", "x"]),
+    st.sampled_from(
+        [
+            *("latency", "latency_ms", "params", "memory_gb", "max_loss_increase"),
+            *("context", "router", "min_latency_target", "x"),
+        ]
+    ),
     _VALUES,
     max_size=3,
 )
@@ -38,8 +43,10 @@ _KEYS = {
     "logit_bias": _ANY,
     "response_format": _ANY,
 } | dict.fromkeys(
-    ["stream", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "n", "best_of", "stop", "echo"]
-    + ["logprobs", "top_logprobs", "suffix", "presence_penalty", "tools", "user", "unknown"],
+    (
+        *("stream", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "n", "best_of", "stop"),
+        *("echo", "logprobs", "top_logprobs", "suffix", "presence_penalty", "tools", "user", "unknown"),
+    ),
     _ANY,
 )
 

@@ -16,7 +16,9 @@ from openai import AsyncOpenAI, OpenAI
 from flextron import ElasticModel
 from flextron.engine import EngineSettings
 from flextron.server.app import create_app
-from flextron.server.service import ServerSettings, Service
+from flextron.server.run import server_config
+from flextron.server.service import Service
+from flextron.server.settings import ServerSettings
 
 __all__ = ["Running", "events", "running", "wait_until"]
 
@@ -71,9 +73,7 @@ def running(model: ElasticModel, engine: dict[str, Any] | None = None, **setting
     sizes = {"kv_cache_gb": 0.005, "max_num_seqs": 8, "max_num_batched_tokens": 64} | (engine or {})
     app = create_app(model, ServerSettings(**{"name": "tiny", **settings}), EngineSettings(**sizes))
     sock = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(
-        uvicorn.Config(app, log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=2)
-    )
+    server = uvicorn.Server(server_config(app))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
     thread.start()
     wait_until(lambda: server.started)

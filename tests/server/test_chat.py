@@ -39,7 +39,8 @@ def test_the_answer_is_the_completion_of_the_template(client: OpenAI) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_stream_makes_up_the_whole(client: OpenAI, seed: int) -> None:
-    options: dict[str, Any] = {"seed": seed, "temperature": 1.3, "n": 2, "stop": " a", "logprobs": True, "top_logprobs": 2}
+    options: dict[str, Any] = {"seed": seed, "temperature": 1.3, "n": 2, "stop": " a"}
+    options |= {"logprobs": True, "top_logprobs": 2}
     whole = ask(client, **options)
     texts, tokens, reasons, roles = ["", ""], [[], []], [None, None], [None, None]
     *chunks, last = list(ask(client, stream=True, stream_options={"include_usage": True}, **options))

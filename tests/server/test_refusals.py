@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -14,9 +16,11 @@ from hypothesis import strategies as st
 from flextron import ElasticModel, FlextronError
 from flextron.engine import EngineSettings
 from flextron.server.app import create_app
-from flextron.server.service import ServerSettings
+from flextron.server.settings import ServerSettings
+from tests.server.conftest import TEMPLATE
 from tests.server.malformed import bodies
 from tests.server.running import KEY, Running, running, wait_until
+from tests.trained import trained_model
 
 GOOD = {"model": "tiny", "prompt": "a", "max_tokens": 2}
 PATHS = ["/v1/completions", "/v1/chat/completions"]
@@ -32,15 +36,56 @@ def assert_refused(answer: httpx.Response, status: int, said: str = "") -> dict[
     return error
 
 
-@pytest.mark.parametrize("path", PATHS)
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(body=bodies)
-def test_no_body_is_too_strange(server: Running, chat_server: Running, path: str, body: bytes) -> None:
-    url = (chat_server if "chat" in path else server).url
-    answer = httpx.post(url + path, content=body, headers={"content-type": "application/json"}, timeout=30)
+@pytest.fixture(scope="module")
+def http() -> Iterator[httpx.Client]:
+    with httpx.Client(timeout=30) as client:
+        yield client
+
+
+def check_strange(client: httpx.Client, url: str, body: bytes) -> None:
+    """Any answer but a failure."""
+    answer = client.post(url, content=body, headers={"content-type": "application/json"})
     assert answer.status_code in (200, 400, 404)
     if answer.status_code != 200:
         assert_refused(answer, answer.status_code)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(body=bodies)
+def test_no_body_is_too_strange(
+    server: Running, chat_server: Running, http: httpx.Client, path: str, body: bytes
+) -> None:
+    check_strange(http, (chat_server if "chat" in path else server).url + path, body)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("path", PATHS)
+def test_memory_returns_to_its_level_after_5000_strange_bodies(http: httpx.Client, path: str) -> None:
+    chat_model = trained_model()
+    assert chat_model.tokenizer is not None
+    chat_model.tokenizer.chat_template = TEMPLATE
+    with running(chat_model) as made:
+
+        @settings(max_examples=5000, deadline=None, database=None)
+        @given(body=bodies)
+        def send(body: bytes) -> None:
+            check_strange(http, made.url + path, body)
+
+        @settings(max_examples=500, deadline=None, database=None)
+        @given(body=bodies)
+        def warm_up(body: bytes) -> None:
+            check_strange(http, made.url + path, body)
+
+        warm_up()
+        before = psutil.Process().memory_info().rss
+        send()
+        made.wait_until_idle()
+        made.service.core.pool.check_integrity([])
+        assert not made.service._sessions
+        assert psutil.Process().memory_info().rss - before < 64e6
+        assert made.client().completions.create(**GOOD).choices  # type: ignore[call-overload]
 
 
 def test_the_server_is_well_after_all_that(server: Running, chat_server: Running) -> None:
@@ -138,9 +183,7 @@ def test_a_full_queue(model: ElasticModel) -> None:
         next(stream)
         answers: list[str] = []
         options: Any = GOOD | {"prompt": "In 1998", "temperature": 0}
-        waiting = threading.Thread(
-            target=lambda: answers.append(client.completions.create(**options).choices[0].text)
-        )
+        waiting = threading.Thread(target=lambda: answers.append(client.completions.create(**options).choices[0].text))
         waiting.start()
         wait_until(lambda: made.service.worker.load.num_waiting == 1)
         with pytest.raises(openai.RateLimitError, match="queue is full") as refused:
@@ -185,8 +228,7 @@ def test_bad_settings(model: ElasticModel, values: dict[str, Any], said: str) ->
 
 
 @given(st.text(max_size=12))
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_name_of_a_model(server: Running, name: str) -> None:
-    with httpx.Client(base_url=server.url) as client:
-        answer = client.get("/v1/models/" + "".join(f"%{b:02X}" for b in name.encode()))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_name_of_a_model(server: Running, http: httpx.Client, name: str) -> None:
+    answer = http.get(f"{server.url}/v1/models/" + "".join(f"%{b:02X}" for b in name.encode()))
     assert answer.status_code in (200, 404)

@@ -32,14 +32,23 @@ def serve(
     max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens of an iteration.")] = 256,
     kv_cache_gb: Annotated[float, typer.Option(help="Memory of keys and values.")] = 1.0,
     no_prefix_caching: Annotated[bool, typer.Option("--no-prefix-caching", help="Share no beginnings.")] = False,
+    weights: Annotated[str, typer.Option(help="Precision of the matrices: float32 or int8.")] = "float32",
+    slo_tpot_ms: Annotated[
+        float | None, typer.Option(help="Time between two tokens that narrower sub-networks shall hold under load.")
+    ] = None,
+    slo_ttft_ms: Annotated[float | None, typer.Option(help="Likewise, time to the first token.")] = None,
+    min_latency_target: Annotated[
+        float | None, typer.Option(help="How narrow requests may become for that, where they do not say.")
+    ] = None,
     drain_seconds: Annotated[float, typer.Option(help="For running answers to end after a signal.")] = 30.0,
+    client_seconds: Annotated[float, typer.Option(help="For a client to send a request and take its answer.")] = 60.0,
 ) -> None:
     """Serve a model over HTTP as OpenAI does; the sub-network is chosen request by request."""
     try:
         from flextron.server.app import create_app
         from flextron.server.run import listen
         from flextron.server.run import serve as run
-        from flextron.server.service import ServerSettings
+        from flextron.server.settings import ServerSettings
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in _EXTRA:
             raise
@@ -51,12 +60,19 @@ def serve(
         max_body_mb=max_body_mb,
         max_tokens_limit=max_tokens_limit,
         drain_seconds=drain_seconds,
+        client_seconds=client_seconds,
+        slo_tpot_ms=slo_tpot_ms,
+        slo_ttft_ms=slo_ttft_ms,
+        min_latency_target=min_latency_target,
     )
+    if weights not in ("float32", "int8"):
+        raise FlextronError(f"weights must be float32 or int8, not {weights!r}")
     engine = EngineSettings(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         kv_cache_gb=kv_cache_gb,
         prefix_caching=not no_prefix_caching,
+        weights="int8" if weights == "int8" else "float32",
     )
     message(f"loading {directory}")
     model = api.load(directory)
@@ -64,6 +80,8 @@ def serve(
     sock = listen(host, port)
     if model.frontier is None:
         message("the model has no frontier, so requests cannot name targets; run flextron profile first")
+    if api_key is None and host not in ("127.0.0.1", "::1", "localhost"):
+        message(f"anyone who reaches {host} may use the model; --api-key asks for a key")
     address = f"\\[{host}]" if ":" in host else host
     message(f"serving {settings.name} at http://{address}:{sock.getsockname()[1]}/v1 (Ctrl-C ends it)")
     run(app, sock)

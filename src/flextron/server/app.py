@@ -21,10 +21,13 @@ from flextron.server.completions import completions
 from flextron.server.errors import ApiError, bad_request, not_found
 from flextron.server.http import Front, answer_error, read_body
 from flextron.server.openapi import describe, error_responses
-from flextron.server.service import ServerSettings, Service
+from flextron.server.service import Service
+from flextron.server.settings import ServerSettings
 from flextron.server.targets import Served
 
 __all__ = ["create_app"]
+
+_ANSWERS: dict[str, Any] = {"application/json": {}, "text/event-stream": {}}
 
 
 def create_app(model: Served, settings: ServerSettings | None = None, engine: EngineSettings | None = None) -> FastAPI:
@@ -54,6 +57,7 @@ def create_app(model: Served, settings: ServerSettings | None = None, engine: En
         # the pages would load their scripts from elsewhere; /openapi.json is enough
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,
         exception_handlers=_HANDLERS,
     )
     app.state.service = service
@@ -102,19 +106,19 @@ def _add_endpoint(
     answer: Callable[[Request, Service, Any], Awaitable[Response]],
 ) -> None:
     """A path that takes a JSON body; FastAPI's own reading would answer in its own shape."""
-    max_bytes = int(service.settings.max_body_mb * 1e6)
+    max_bytes, seconds = int(service.settings.max_body_mb * 1e6), service.settings.client_seconds
     schema = {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}
     body = {"requestBody": {"required": True, "content": {"application/json": schema}}}
 
     async def endpoint(request: Request) -> Response:
-        return await answer(request, service, await read_body(request, kind, max_bytes))
+        return await answer(request, service, await read_body(request, kind, max_bytes, seconds))
 
     app.post(
         path,
         name=answer.__name__,
         summary=(answer.__doc__ or "").splitlines()[0],
         response_class=Response,
-        responses=error_responses(400, 401, 404, 413, 429, 500, 503),
+        responses=error_responses(400, 401, 404, 408, 413, 429, 500, 503) | {200: {"content": _ANSWERS}},
         openapi_extra=body,
     )(endpoint)
 

@@ -37,7 +37,7 @@ class _Strict(BaseModel):
 
 
 class TargetBody(_Strict):
-    """What is asked of the sub-network, under the key `flextron`; the fields are those of `flextron.Target`."""
+    """What is asked of the sub-network, under the key `flextron`: the fields of `flextron.Target`, and two more."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
 
@@ -48,6 +48,8 @@ class TargetBody(_Strict):
     max_loss_increase: float | None = None
     context: int | None = None
     router: Literal["token"] | None = None
+    min_latency_target: Annotated[float, Field(gt=0, le=1)] | None = None
+    """How narrow the sub-network may become while the server is busy; 1 allows nothing."""
 
 
 class StreamOptions(_Strict):
@@ -77,6 +79,8 @@ class GenerationBody(_Strict):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     stop: _Stop | Annotated[list[_Stop], Field(max_length=16)] | None = None
+    ignore_eos: bool | None = None
+    """Of vLLM: write on where the model would end."""
     flextron: TargetBody | None = None
 
     @model_validator(mode="before")
@@ -125,7 +129,7 @@ class GenerationBody(_Strict):
             temperature=0.0 if is_greedy else temperature,
             top_p=1.0 if is_greedy else top_p,
             seed=None if self.seed is None else (self.seed + choice) % 2**63,
-            stop_token_ids=stop_token_ids,
+            stop_token_ids=() if self.ignore_eos else stop_token_ids,
             logprobs=self.num_logprobs,
         )
 

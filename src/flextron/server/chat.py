@@ -25,7 +25,7 @@ async def chat(request: Request, service: Service, body: ChatBody) -> Response:
     Raises:
         ApiError: the request cannot be answered.
     """
-    choice = service.catalog.choose(body.model, body.flextron)
+    choice = service.choose(body)
     asked = body.max_completion_tokens or body.max_tokens
     service.check(body.num_choices, asked)
     prompt = await service.encode(lambda: _render(service, body))

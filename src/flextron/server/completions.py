@@ -24,13 +24,13 @@ async def completions(request: Request, service: Service, body: CompletionBody) 
     Raises:
         ApiError: the request cannot be answered.
     """
-    choice = service.catalog.choose(body.model, body.flextron)
+    choice = service.choose(body)
     service.check(len(body.prompts) * body.num_choices, body.max_tokens)
     prompts = [await service.encode(p) if isinstance(p, str) else p for p in body.prompts]
     most = [body.max_tokens or min(_DEFAULT_TOKENS, service.room(len(p), choice)) for p in prompts]
+    service.check_tokens(prompts)
     texts: list[str] = []
     if body.echo:
-        service.check_tokens(prompts)
         texts = [p if isinstance(p, str) else str(service.tokenizer.decode(p)) for p in body.prompts]
     form = _CompletionForm(service.names, texts, body)
     return await respond(request, service, body, choice, prompts, most, form)

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-__all__ = ["ApiError", "bad_request", "engine_died", "invalid_body", "not_found", "shutting_down"]
+__all__ = ["ApiError", "bad_request", "engine_died", "invalid_body", "not_found", "shutting_down", "too_slow"]
 
 
 class ApiError(Exception):
@@ -54,6 +54,12 @@ def not_found(model_id: str, message: str | None = None) -> ApiError:
     """404: no such model."""
     said = message or f"there is no model {model_id[:200]!r}; GET /v1/models lists them"
     return ApiError(404, said, param="model", code="model_not_found")
+
+
+def too_slow(seconds: float) -> ApiError:
+    """408: the request did not arrive in time."""
+    message = f"the request did not arrive within {seconds:g} s"
+    return ApiError(408, message, code="request_timeout", headers={"connection": "close"})
 
 
 def shutting_down() -> ApiError:

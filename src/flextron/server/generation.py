@@ -19,7 +19,8 @@ from flextron.engine import FinishReason, Logprobs
 from flextron.server.answer import Delta
 from flextron.server.bodies import GenerationBody
 from flextron.server.errors import ApiError
-from flextron.server.service import Service, Session
+from flextron.server.service import Service
+from flextron.server.session import Session
 from flextron.server.targets import Choice
 from flextron.server.worker import Job
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import logging
@@ -16,12 +17,14 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from flextron.server.errors import ApiError, bad_request, invalid_body
+from flextron.server.errors import ApiError, bad_request, invalid_body, too_slow
 
 __all__ = ["Front", "answer_error", "read_body"]
 
 _log = logging.getLogger("flextron.server")
 _GOOD_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_OPEN = frozenset({"/health", "/metrics", "/openapi.json"})
+"""Paths that need no key."""
 _PATIENCE = 8
 """Multiples of the allowed size that are read and dropped, so that the client gets to read the answer."""
 
@@ -37,7 +40,7 @@ class Front:
     """ASGI middleware, the outermost one."""
 
     def __init__(self, app: ASGIApp, api_key: str | None) -> None:
-        """Wrap an app; a key is asked for below `/v1`."""
+        """Wrap an app; without a key everyone may enter."""
         self._app, self._key = app, None if api_key is None else api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -70,7 +73,7 @@ class Front:
             _log.info("%s %s %r %d %.3f s", request_id, scope["method"], scope["path"], status, seconds)
 
     def _may_enter(self, path: str, headers: Headers) -> bool:
-        if self._key is None or not path.startswith("/v1"):
+        if self._key is None or path in _OPEN:
             return True
         scheme, _, key = headers.get("authorization", "").partition(" ")
         return hmac.compare_digest(key.strip().encode(), self._key) and scheme.lower() == "bearer"
@@ -82,13 +85,23 @@ def _no_key() -> ApiError:
     return ApiError(401, message, kind="authentication_error", code="invalid_api_key", headers=headers)
 
 
-async def read_body(request: Request, kind: type[B], max_bytes: int) -> B:
+async def read_body(request: Request, kind: type[B], max_bytes: int, seconds: float) -> B:
     """The body of a request as a `kind`.
 
+    Args:
+        request: whose body has not been read.
+        kind: what it must be.
+        max_bytes: of the body.
+        seconds: for all of it to arrive.
+
     Raises:
-        ApiError: it is too large, no JSON, or not what `kind` says.
+        ApiError: it is too large, too slow, no JSON, or not what `kind` says.
     """
-    data = _parse(await _read(request, max_bytes))
+    try:
+        raw = await asyncio.wait_for(_read(request, max_bytes), seconds)
+    except (TimeoutError, asyncio.TimeoutError) as error:
+        raise too_slow(seconds) from error
+    data = _parse(raw)
     if not isinstance(data, dict):
         raise bad_request("the body must be a JSON object")
     try:

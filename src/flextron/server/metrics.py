@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -20,12 +20,13 @@ _WHOLE = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0)
 class Metrics:
     """Counters of one server, in a registry of its own."""
 
-    def __init__(self, model_name: str, load: Callable[[], Load]) -> None:
+    def __init__(self, model_name: str, load: Callable[[], Load], cap: Callable[[], float]) -> None:
         """Start at 0.
 
         Args:
             model_name: a label of all series under vLLM's names.
             load: gives the engine's load when it is asked for.
+            cap: gives the widest latency target of requests that allow a narrower one.
         """
         self.registry = CollectorRegistry()
         self.registry.register(_LoadCollector(model_name, load))
@@ -47,9 +48,15 @@ class Metrics:
         self._ends = Counter("vllm:request_success", "Answers, by why they ended.", labels, registry=self.registry)
         self._requests = Counter("flextron:requests", "Answers begun, by target.", ["target"], registry=self.registry)
         self._tokens = Counter("flextron:tokens", "Tokens of answers, by target.", ["target"], registry=self.registry)
+        self._narrowed = Counter(
+            "flextron:narrowed_requests", "Answers begun in a narrower sub-network than asked.", registry=self.registry
+        )
+        gauge = Gauge("flextron:latency_cap", "Widest latency target of those that allow less.", registry=self.registry)
+        gauge.set_function(cap)
 
-    def started(self, target: str, num_prompt_tokens: int) -> None:
+    def started(self, target: str, num_prompt_tokens: int, *, was_narrowed: bool) -> None:
         """A job was accepted."""
+        self._narrowed.inc(was_narrowed)
         self._prompt_tokens.inc(num_prompt_tokens)
         self._requests.labels(target).inc()
 

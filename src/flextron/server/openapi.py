@@ -31,6 +31,7 @@ _TOLD = {
     400: "The request cannot be answered as it is.",
     401: "The API key is missing or wrong.",
     404: "There is no such model.",
+    408: "The request did not arrive in time.",
     413: "The body is too large.",
     429: "The queue is full.",
     500: "The engine has stopped.",

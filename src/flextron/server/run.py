@@ -7,15 +7,18 @@ import logging
 import os
 import socket
 import sys
+from functools import partial
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
 from flextron.errors import FlextronError
+from flextron.server.connection import Connection
 from flextron.server.service import Service
 
-__all__ = ["DrainingServer", "listen", "serve"]
+__all__ = ["DrainingServer", "listen", "serve", "server_config"]
 
 _CLOSE_SECONDS = 5
 """For connections to close after the last answer."""
@@ -39,10 +42,21 @@ def listen(host: str, port: int) -> socket.socket:
 def serve(app: FastAPI, sock: socket.socket) -> None:
     """Serve until a signal (Ctrl-C or SIGTERM) and until running answers have ended; a second one exits at once."""
     _log_to_stderr()
-    config = uvicorn.Config(
-        app, log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=_CLOSE_SECONDS, server_header=False
+    asyncio.run(DrainingServer(server_config(app), app.state.service).serve(sockets=[sock]))
+
+
+def server_config(app: FastAPI) -> uvicorn.Config:
+    """How uvicorn runs an application of `create_app`."""
+    protocol: Any = partial(Connection, client_seconds=app.state.service.settings.client_seconds)
+    return uvicorn.Config(
+        app,
+        http=protocol,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=_CLOSE_SECONDS,
     )
-    asyncio.run(DrainingServer(config, app.state.service).serve(sockets=[sock]))
 
 
 class DrainingServer(uvicorn.Server):

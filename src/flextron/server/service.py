@@ -4,50 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 from flextron.engine import EngineCore, EngineSettings
 from flextron.engine.runner import make_network
 from flextron.errors import FlextronError
-from flextron.server.answer import Delta, stop_tokens
-from flextron.server.errors import ApiError, bad_request, engine_died, shutting_down
+from flextron.server.adaptive import WINDOW_SECONDS, Adaptive, Objective
+from flextron.server.answer import stop_tokens
+from flextron.server.bodies import GenerationBody
+from flextron.server.errors import ApiError, bad_request, shutting_down
 from flextron.server.metrics import Metrics
+from flextron.server.session import Session
+from flextron.server.settings import ServerSettings
 from flextron.server.targets import Catalog, Choice, Served
 from flextron.server.tokens import TokenNames
-from flextron.server.worker import Event, Job, Sign, Worker
+from flextron.server.worker import Event, Job, Worker
 
-__all__ = ["ServerSettings", "Service", "Session"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ServerSettings:
-    """What the server allows."""
-
-    name: str = "flextron"
-    """Of the model."""
-    api_key: str | None = None
-    """That clients must send; None lets everyone in."""
-    max_queue: int = 128
-    """Answers that may wait beside those that run."""
-    max_body_mb: float = 8.0
-    """Of a request, 10^6 bytes."""
-    max_tokens_limit: int | None = None
-    """Most tokens of an answer; by default as many as the model has positions for."""
-    drain_seconds: float = 30.0
-    """For running answers to end after a signal."""
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        if self.api_key is not None and (not self.api_key.isascii() or not self.api_key.strip()):
-            raise FlextronError("the API key must be a word in ASCII letters; leave it out to let everyone in")
-        if self.max_queue < 0 or not 0 < self.max_body_mb < float("inf"):
-            raise FlextronError("max_queue must be at least 0, and max_body_mb above 0")
-        if self.max_tokens_limit is not None and self.max_tokens_limit < 1:
-            raise FlextronError(f"max_tokens_limit must be at least 1, not {self.max_tokens_limit}")
-        if not 0 <= self.drain_seconds < float("inf"):
-            raise FlextronError(f"drain_seconds must be a number of at least 0, not {self.drain_seconds}")
+__all__ = ["Service"]
 
 
 class Service:
@@ -57,23 +31,30 @@ class Service:
         """Reserve the KV cache.
 
         Raises:
-            FlextronError: the model has no tokenizer, or its name does not fit.
+            FlextronError: the model has no tokenizer, its name does not fit, or there is an objective and no frontier.
         """
         if model.tokenizer is None:
             raise FlextronError("the checkpoint has no tokenizer; put the original's tokenizer.json into its directory")
         self.settings, self.tokenizer = settings, model.tokenizer
-        self.catalog = Catalog(model, settings.name)
+        self.catalog = Catalog(model, settings.name, settings.min_latency_target)
+        self.adaptive: Adaptive | None = None
+        if settings.slo_tpot_ms is not None or settings.slo_ttft_ms is not None:
+            objective = Objective(tpot_ms=settings.slo_tpot_ms, ttft_ms=settings.slo_ttft_ms)
+            # says why there are no narrower sub-networks to turn to
+            model.select(latency=1.0)
+            self.adaptive = Adaptive(objective, self.catalog.rungs)
         self.names = TokenNames(self.tokenizer)
         self.stop_tokens = stop_tokens(self.tokenizer, model.hf_config.get("eos_token_id"))
         self.core = EngineCore(model.decoder, engine)
         self.worker = Worker(self.core, self.tokenizer, self._post)
-        self.metrics = Metrics(settings.name, lambda: self.worker.load)
+        self.metrics = Metrics(settings.name, lambda: self.worker.load, lambda: self.cap)
         self.started_at = int(time.time())
         self._most_jobs = engine.max_num_seqs + settings.max_queue
         self.is_draining = False
         self._sessions: set[Session] = set()
         self._is_idle = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._adapting: asyncio.Task[None] | None = None
         # one thread: a tokenizer's settings are not safe to use from several
         self._encoder = ThreadPoolExecutor(1, "flextron-tokenizer")
         # twice the longest token, in case that the tokenizer drops characters
@@ -85,9 +66,13 @@ class Service:
         self._loop = asyncio.get_running_loop()
         self._is_idle.set()
         self.worker.start()
+        if self.adaptive is not None:
+            self._adapting = asyncio.create_task(self._adapt(self.adaptive))
 
     async def stop(self) -> None:
         """End the engine's thread."""
+        if self._adapting is not None:
+            self._adapting.cancel()
         self.worker.shut_down()
         await asyncio.to_thread(self.worker.join)
         self._encoder.shutdown()
@@ -96,6 +81,30 @@ class Service:
     def is_healthy(self) -> bool:
         """Whether requests can be answered."""
         return self.worker.is_alive() and not self.is_draining
+
+    @property
+    def cap(self) -> float:
+        """The widest latency target of requests that allow a narrower one; 1: all run as they ask."""
+        return 1.0 if self.adaptive is None else self.adaptive.cap
+
+    def choose(self, body: GenerationBody) -> Choice:
+        """The sub-network of a request that arrives now.
+
+        Raises:
+            ApiError: as for `Catalog.choose`.
+        """
+        return self.catalog.choose(body.model, body.flextron, self.cap)
+
+    async def _adapt(self, adaptive: Adaptive) -> None:
+        """Tell the policy what clients see, window by window."""
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        while True:
+            await asyncio.sleep(WINDOW_SECONDS)
+            now, load = loop.time(), self.worker.load
+            oldest = max((s.unanswered_for for s in self._sessions), default=0.0)
+            adaptive.end_window(now - begun, num_running=load.num_running, num_waiting=load.num_waiting, oldest=oldest)
+            begun = now
 
     async def drain(self) -> None:
         """Take nothing new; wait for what runs, as long as the settings say, then break it off."""
@@ -165,7 +174,9 @@ class Service:
         if sum(s.num_open for s in self._sessions) + len(jobs) > self._most_jobs:
             headers = {"retry-after": "1"}
             raise ApiError(429, "the queue is full; ask again later", kind="rate_limit_error", headers=headers)
-        session = Session(jobs, choice, self)
+        session = Session(
+            jobs, choice, worker=self.worker, metrics=self.metrics, adaptive=self.adaptive, on_close=self._forget
+        )
         self._sessions.add(session)
         self._is_idle.clear()
         try:
@@ -175,8 +186,7 @@ class Service:
             raise
         return session
 
-    def forget(self, session: Session) -> None:
-        """A session has closed."""
+    def _forget(self, session: Session) -> None:
         self._sessions.discard(session)
         if not self._sessions:
             self._is_idle.set()
@@ -191,97 +201,3 @@ class Service:
         assert self._loop is not None
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(deliver)
-
-
-class Session:
-    """The jobs of one HTTP request, as the event loop sees them."""
-
-    def __init__(self, jobs: Sequence[Job], choice: Choice, service: Service) -> None:
-        """Nothing is queued yet."""
-        self.choice = choice
-        self._jobs, self._service = jobs, service
-        self._events: asyncio.Queue[tuple[int, Event | ApiError]] = asyncio.Queue()
-        self._arrived = time.monotonic()
-        self._last = dict.fromkeys(range(len(jobs)), self._arrived)
-        self._begun: set[int] = set()
-        self._open = {job.index: job for job in jobs}
-        self._has_closed = False
-        for job in jobs:
-            job.listener = self._hear
-
-    @property
-    def num_open(self) -> int:
-        """Jobs that have not ended."""
-        return len(self._open)
-
-    @property
-    def num_prompt_tokens(self) -> list[int]:
-        """Of each job."""
-        return [len(job.prompt) for job in self._jobs]
-
-    async def accepted(self) -> None:
-        """Queue the jobs; returns when the engine has taken them.
-
-        Raises:
-            ApiError: it has not.
-        """
-        self._service.worker.submit(self._jobs)
-        for _ in self._jobs:
-            _, event = await self._events.get()
-            _raise_if_bad(event)
-
-    async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
-        """What is added to answers, each with its job's index, until all have ended.
-
-        Raises:
-            ApiError: the engine died, or the server stops.
-        """
-        left = len(self._jobs)
-        while left:
-            index, event = await self._events.get()
-            _raise_if_bad(event)
-            if isinstance(event, Delta):
-                left -= event.finish_reason is not None
-                yield index, event
-
-    def fail(self, error: ApiError) -> None:
-        """Break off."""
-        self._events.put_nowait((0, error))
-
-    def close(self) -> None:
-        """Free what the jobs hold; nothing happens the second time."""
-        if self._has_closed:
-            return
-        self._has_closed = True
-        if self._open:
-            self._service.worker.abort(list(self._open.values()))
-            for _ in self._begun & self._open.keys():
-                self._service.metrics.ended("abort", time.monotonic() - self._arrived)
-        self._open.clear()
-        self._service.forget(self)
-
-    def _hear(self, job: Job, event: Event) -> None:
-        if self._has_closed:
-            return
-        metrics, now = self._service.metrics, time.monotonic()
-        if event is Sign.ACCEPTED:
-            self._begun.add(job.index)
-            metrics.started(self.choice.label, len(job.prompt))
-        if isinstance(event, Delta):
-            if event.token is not None:
-                last = self._last[job.index]
-                metrics.token(self.choice.label, now - last, is_first=last == self._arrived)
-                self._last[job.index] = now
-            if event.finish_reason is not None:
-                del self._open[job.index]
-                metrics.ended(event.finish_reason.value, now - self._arrived)
-        self._events.put_nowait((job.index, event))
-
-
-def _raise_if_bad(event: Event | ApiError) -> None:
-    if isinstance(event, ApiError):
-        raise event
-    if isinstance(event, FlextronError):
-        raise bad_request(str(event))
-    if event is Sign.DIED:
-        raise engine_died()

@@ -65,8 +65,16 @@ class Choice:
     """As the client named it."""
     spec: SubnetSpec
     router: PricedRouter | None
+    asked: Target | None
+    """What the client named; None for the full sub-network."""
     target: Target | None
+    """What it got: the same, or a narrower one while the server is busy."""
     params: int
+
+    @property
+    def was_narrowed(self) -> bool:
+        """Whether it got less than it asked for."""
+        return self.target != self.asked
 
     @property
     def label(self) -> str:
@@ -78,46 +86,76 @@ class Choice:
 
     def report(self) -> dict[str, Any]:
         """What an answer says about it."""
-        target = None if self.target is None else {self.target.axis: getattr(self.target, self.target.axis)}
-        if target is not None and self.router is not None:
-            target["router"] = "token"
-        return {"spec": self.spec.to_dict(), "params": self.params, "target": target}
+        both = {"asked": self._written(self.asked), "target": self._written(self.target)}
+        return {"spec": self.spec.to_dict(), "params": self.params, **both}
+
+    def _written(self, target: Target | None) -> dict[str, Any] | None:
+        if target is None:
+            return None
+        return {target.axis: getattr(target, target.axis)} | ({"router": "token"} if self.router else {})
 
 
 class Catalog:
     """Names of models and what they stand for."""
 
-    def __init__(self, model: Served, name: str) -> None:
+    def __init__(self, model: Served, name: str, min_latency_target: float | None = None) -> None:
         """Take the model and its name.
+
+        Args:
+            model: what is served.
+            name: of it.
+            min_latency_target: how narrow requests may become that say nothing of it; None: not at all.
 
         Raises:
             FlextronError: the name cannot stand before a target.
         """
         if not name or "@" in name or not name.isprintable() or any(c.isspace() for c in name):
             raise FlextronError(f"the name {name!r} must be a word without @; choose one with --name")
-        self._model, self.name = model, name
+        self._model, self.name, self._least = model, name, min_latency_target
+        self.rungs = (1.0, *(f for f in self._fractions() if f < 1))
+        """Latency targets that can be reached here, falling; few."""
         # one object a target, because the engine tells routers apart by identity
         self._routed: dict[float, tuple[SubnetSpec, PricedRouter]] = {}
 
-    def choose(self, model_id: str, asked: TargetBody | None = None) -> Choice:
+    def choose(self, model_id: str, body: TargetBody | None = None, cap: float = 1.0) -> Choice:
         """What a request runs in.
+
+        Args:
+            model_id: as the client names it.
+            body: what it asks beside.
+            cap: the widest latency target for requests that allow a narrower one.
 
         Raises:
             ApiError: the model is unknown, both places name different targets, or nothing is within the target.
         """
         suffix = self._suffix(model_id)
         try:
-            target = _target(asked)
+            asked = _target(body)
             if suffix is not None:
                 named = Target(latency=suffix)
-                if target is not None and target != named:
+                if asked is not None and asked != named:
                     raise bad_request(f"{model_id!r} and the key flextron name different targets; give one", "flextron")
-                target = named
-            spec, router = self._sub_network(target, asked is not None and asked.router is not None)
+                asked = named
+            is_routed = body is not None and body.router is not None
+            target = self._narrowed(asked, body, cap)
+            spec, router = self._sub_network(target, is_routed)
         except FlextronError as error:
-            raise bad_request(str(error), "model" if asked is None else "flextron") from error
+            raise bad_request(str(error), "model" if body is None else "flextron") from error
         params = self._model.num_parameters(spec)
-        return Choice(model_id=model_id, spec=spec, router=router, target=target, params=params)
+        return Choice(model_id=model_id, spec=spec, router=router, asked=asked, target=target, params=params)
+
+    def _narrowed(self, asked: Target | None, body: TargetBody | None, cap: float) -> Target | None:
+        """The target within the cap, where the request allows that and its target is one that can be narrowed."""
+        allowed = None if body is None else body.min_latency_target
+        is_fixed = (body is not None and body.router is not None) or (asked is not None and asked.latency is None)
+        if is_fixed and allowed is not None:
+            raise FlextronError("min_latency_target goes with a latency target and no router; leave it out")
+        least = self._least if allowed is None else allowed
+        wanted = 1.0 if asked is None or asked.latency is None else asked.latency
+        if is_fixed or least is None:
+            return asked
+        narrowed = max(cap, least, self.rungs[-1])
+        return Target(latency=narrowed) if narrowed < wanted else asked
 
     def _sub_network(self, target: Target | None, is_routed: bool) -> tuple[SubnetSpec, PricedRouter | None]:
         if is_routed:
@@ -157,5 +195,5 @@ class Catalog:
 
 def _target(asked: TargetBody | None) -> Target | None:
     """The body's target; None if it names none."""
-    limits = {} if asked is None else asked.model_dump(exclude={"router"}, exclude_none=True)
+    limits = {} if asked is None else asked.model_dump(exclude={"router", "min_latency_target"}, exclude_none=True)
     return Target(**limits) if limits.keys() - {"context"} else None

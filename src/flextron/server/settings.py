@@ -1,0 +1,53 @@
+"""What the operator decides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flextron.errors import FlextronError
+
+__all__ = ["ServerSettings"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerSettings:
+    """What the server allows."""
+
+    name: str = "flextron"
+    """Of the model."""
+    api_key: str | None = None
+    """That clients must send; None lets everyone in."""
+    max_queue: int = 128
+    """Answers that may wait beside those that run."""
+    max_body_mb: float = 8.0
+    """Of a request, 10^6 bytes."""
+    max_tokens_limit: int | None = None
+    """Most tokens of an answer; by default as many as the model has positions for."""
+    drain_seconds: float = 30.0
+    """For running answers to end after a signal."""
+    client_seconds: float = 60.0
+    """For a client to send a request's headers, its body, and to take what waits for it."""
+    slo_tpot_ms: float | None = None
+    """Time between two tokens of an answer that `adaptive` holds."""
+    slo_ttft_ms: float | None = None
+    """Time to an answer's first token that `adaptive` holds."""
+    min_latency_target: float | None = None
+    """How narrow requests may become for that, as a fraction of the full model's latency, where they do not say."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.api_key is not None and (not self.api_key.isascii() or not self.api_key.strip()):
+            raise FlextronError("the API key must be a word in ASCII letters; leave it out to let everyone in")
+        if self.max_queue < 0 or not 0 < self.max_body_mb < float("inf"):
+            raise FlextronError("max_queue must be at least 0, and max_body_mb above 0")
+        if self.max_tokens_limit is not None and self.max_tokens_limit < 1:
+            raise FlextronError(f"max_tokens_limit must be at least 1, not {self.max_tokens_limit}")
+        if not 0 < self.client_seconds < float("inf"):
+            raise FlextronError(f"client_seconds must be a number above 0, not {self.client_seconds}")
+        if self.min_latency_target is not None:
+            if not 0 < self.min_latency_target <= 1:
+                raise FlextronError(f"min_latency_target must be in (0, 1], not {self.min_latency_target}")
+            if self.slo_tpot_ms is None and self.slo_ttft_ms is None:
+                raise FlextronError("min_latency_target needs an objective; give slo_tpot_ms or slo_ttft_ms")
+        if not 0 <= self.drain_seconds < float("inf"):
+            raise FlextronError(f"drain_seconds must be a number of at least 0, not {self.drain_seconds}")
