@@ -60,20 +60,22 @@ Run = tuple[Decoder, dict[str, Any]]
 """A trained model and the facts that go into its result."""
 
 _LANGUAGE_MODELLING = {"kl_weight": 0.0, "hidden_weight": 0.0, "lm_weight": 1.0}
-_ELASTIC = {
-    "kl_weight": 1.0,
-    "hidden_weight": 0.0,
-    "lm_weight": 0.0,
-    "subnets_per_batch": 4,
-    "sandwich": True,
-    "full_probability": 0.0,
-    "anneal_fraction": 0.0,
-    "random_probability": 0.1,
-}
-"""Flextron's: distilled from the frozen base alone; every sequence runs in four sub-networks, one of them full."""
 _HANDOVER = 0.5
 """Rate at which the elastic stage ends and the joint one begins, over the peak: one schedule over both."""
-_SKIPPABLE = 2
+
+
+def _elastic_recipe(s: Setting) -> dict[str, Any]:
+    """Flextron's: distilled from the frozen base; every sequence runs in four sub-networks, one of them full."""
+    return {
+        "kl_weight": 1.0,
+        "lm_weight": s.scale.lm_weight,
+        "hidden_weight": 0.0,
+        "subnets_per_batch": 4,
+        "sandwich": True,
+        "full_probability": 0.0,
+        "anneal_fraction": 0.0,
+        "random_probability": 0.1,
+    }
 
 
 def _facts(work: Work, points: list[dict[str, Any]], method: str) -> dict[str, Any]:
@@ -114,8 +116,10 @@ def _elastic(
     """Flextron's first stages: rank and permute, then elastic training of sub-networks near the compared sizes."""
     ranked, inner = s.ranked_base("reconstruction")
     decoder = ranked if permuted else s.base()
-    space = s.space(skip=inner[:_SKIPPABLE])
-    recipe = s.recipe(num_steps, **_ELASTIC | {"sizes": (1.0, *s.scale.sizes), "min_lr_ratio": handover} | changes)
+    space = s.space(skip=inner[: s.scale.num_skippable])
+    recipe = s.recipe(
+        num_steps, **_elastic_recipe(s) | {"sizes": (1.0, *s.scale.sizes), "min_lr_ratio": handover} | changes
+    )
     s.train(name, decoder, recipe, work, stage="elastic", teacher=s.base(), space=space)
     return decoder, space
 
@@ -137,7 +141,7 @@ def _joint(
 ) -> None:
     """Flextron's last stage: model and router finetuned together, at the compared sizes and the full one."""
     rate = _HANDOVER * s.scale.elastic_lr[s.family]
-    values = _ELASTIC | {"lr": rate, "router_lr": router_lr, "warmup_fraction": 0.0} | changes
+    values = _elastic_recipe(s) | {"lr": rate, "router_lr": router_lr, "warmup_fraction": 0.0} | changes
     table = LatencyTable.of_parameters(s.config, router.space)
     routing = JointRouting(
         router=router,
@@ -247,7 +251,7 @@ def sortednet(s: Setting, name: str) -> Run:
     """Random nested sub-networks; those of the compared sizes are then chosen as Flextron's are."""
     work = Work()
     decoder, inner = s.ranked_base("activation")
-    space = s.space(skip=inner[:_SKIPPABLE])
+    space = s.space(skip=inner[: s.scale.num_skippable])
     recipe = s.recipe(
         s.scale.elastic_steps,
         sampling="random",
@@ -301,7 +305,7 @@ def _variation(
         # a uniform model has nothing to route; its sizes are finetuned as they are
         specs = choose_uniform(decoder, space, s.budgets)
         rate = _HANDOVER * s.scale.elastic_lr[s.family]
-        recipe = s.recipe(s.scale.joint_steps, **_ELASTIC | {"lr": rate, "warmup_fraction": 0.0})
+        recipe = s.recipe(s.scale.joint_steps, **_elastic_recipe(s) | {"lr": rate, "warmup_fraction": 0.0})
         trained = (space.full, *specs.values())
         s.train(name, decoder, recipe, work, stage="joint", teacher=s.base(), space=space, specs=trained)
         return decoder, specs, work

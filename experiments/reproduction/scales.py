@@ -48,6 +48,14 @@ class Scale:
     """MLP widths are multiples of this."""
     num_candidates: int
     """Sub-networks whose loss on the search windows is measured for each size."""
+    narrowest_mlp: float
+    """Least MLP width of a nested model's layers, as a fraction of the full one."""
+    narrowest_attention: float
+    """Likewise for attention groups."""
+    num_skippable: int
+    """Layers that may be skipped, half of them at once: the least important ones but for the first and the last."""
+    lm_weight: float = 1.0
+    """Of the next-token loss beside the distillation, for Flextron."""
     sizes: tuple[float, ...] = (0.75, 0.55, 0.4)
     """Compared sizes, as fractions of the base's block parameters."""
     ablation_size: float = 0.55
@@ -133,6 +141,9 @@ SCALES: Mapping[str, Scale] = {
             elastic_lr={"llama": 2e-3, "gpt2": 2e-3},
             width_step=8,
             num_candidates=2,
+            narrowest_mlp=0.0,
+            narrowest_attention=0.0,
+            num_skippable=2,
             latency_repeats=1,
         ),
         Scale(
@@ -146,11 +157,14 @@ SCALES: Mapping[str, Scale] = {
             num_validation_tokens=65_536,
             num_calibration_tokens=8_192,
             batch_size=16,
-            elastic_batch_size=2,
+            elastic_batch_size=8,
             lr={"llama": 6e-3, "gpt2": 6e-3},
-            elastic_lr={"llama": 3e-3, "gpt2": 3e-3},
+            elastic_lr={"llama": 2e-3, "gpt2": 1e-3},
             width_step=16,
             num_candidates=16,
+            narrowest_mlp=0.25,
+            narrowest_attention=0.5,
+            num_skippable=0,  # of four layers none can be missed
         ),
         Scale(
             name="gpu",
@@ -168,6 +182,9 @@ SCALES: Mapping[str, Scale] = {
             elastic_lr={"llama": 6e-4, "gpt2": 6e-4},
             width_step=64,
             num_candidates=24,
+            narrowest_mlp=0.25,
+            narrowest_attention=0.3,
+            num_skippable=2,
             precision="bf16",
         ),
     )

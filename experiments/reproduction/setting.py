@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -101,12 +102,14 @@ class Setting:
         return TokenBlocks(tokens=self.data.train.tokens, seed=self.seed)
 
     def space(self, *, skip: Sequence[int] = (), attention: bool = True) -> SearchSpace:
-        """All sub-networks of the base: any multiple of the width step, any number of groups, some layers skipped."""
+        """The base's sub-networks: multiples of the width step, numbers of groups, some layers skipped."""
         config, step = self.config, self.scale.width_step
+        least = max(step, math.ceil(self.scale.narrowest_mlp * config.intermediate_size / step) * step)
+        groups = max(1, math.ceil(self.scale.narrowest_attention * config.num_groups))
         return SearchSpace(
             num_hidden_layers=config.num_hidden_layers,
-            intermediate_sizes=tuple(range(step, config.intermediate_size + 1, step)),
-            num_groups=tuple(range(1, config.num_groups + 1)) if attention else (config.num_groups,),
+            intermediate_sizes=tuple(range(least, config.intermediate_size + 1, step)),
+            num_groups=tuple(range(groups, config.num_groups + 1)) if attention else (config.num_groups,),
             skippable_layers=tuple(skip),
             max_skipped_layers=len(skip) // 2,
         )

@@ -37,6 +37,10 @@ _POST_TRAINING = (
     "sizes",
     "ablation_size",
     "joint_fraction",
+    "narrowest_mlp",
+    "narrowest_attention",
+    "num_skippable",
+    "lm_weight",
 )
 """Settings of a scale; of those that are by family, only the run's own family counts."""
 
