@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from flextron import ElasticModel, Engine, FlextronError, SamplingParams, Target
+from flextron.model.native import Weights, why_not_native
 from flextron.spec import SubnetSpec
 from tests.trained import trained_model
 
@@ -88,3 +89,18 @@ def test_settings_and_models_are_checked(model: ElasticModel) -> None:
         Engine(model, speed=2)
     with pytest.raises(FlextronError, match="no directory"):
         Engine("nowhere")
+
+
+@pytest.mark.parametrize("weights", ["float32", "int8"])
+def test_drafts_change_no_answer(engine: Engine, model: ElasticModel, weights: Weights) -> None:
+    if weights == "int8" and why_not_native(model.decoder) is not None:
+        pytest.skip("needs the compiled iteration")
+    drafting = Engine(model, speculate=weights, kv_cache_gb=0.01, max_num_seqs=3)
+    params = SamplingParams(max_tokens=40)
+    for stop in ([], ["e"]):
+        for prompt in PROMPTS:
+            wanted = engine.generate(prompt, params, stop=stop)
+            assert [c.text for c in drafting.generate(prompt, params, stop=stop)] == [c.text for c in wanted]
+    speculator = drafting._core.speculator
+    assert speculator is not None
+    assert speculator.num_accepted > 0

@@ -10,17 +10,20 @@ from typing import Any, Literal, TypeVar
 from flextron.api.convert import load
 from flextron.api.model import ElasticModel
 from flextron.api.texts import needed
-from flextron.engine import EngineCore, EngineSettings, FinishReason, Logprobs, Network
+from flextron.engine import EngineCore, EngineSettings, FinishReason, Logprobs, Network, Speculation
 from flextron.engine import Sequence as Running
 from flextron.errors import FlextronError
 from flextron.model.generation import SamplingParams
+from flextron.model.native import Weights
 from flextron.routing.token_router import PricedRouter
 from flextron.server.answer import Answer, stop_tokens
 from flextron.spec import SubnetSpec, Target
 
-__all__ = ["Completion", "Engine"]
+__all__ = ["Completion", "Engine", "speculation_of"]
 
 T = TypeVar("T")
+_DRAFT_LATENCIES = (0.75, 0.5)
+"""Targets whose sub-networks are tried as drafts."""
 Asked = Target | SubnetSpec | None
 """What a prompt runs in: the best sub-network for a target, a given one, or the full one."""
 
@@ -44,11 +47,12 @@ class Completion:
 class Engine:
     """Continuous batching: prompts of different targets share the iterations of one set of weights."""
 
-    def __init__(self, model: ElasticModel | str | Path, **settings: Any) -> None:
+    def __init__(self, model: ElasticModel | str | Path, *, speculate: Weights | None = None, **settings: Any) -> None:
         """Reserve the KV cache.
 
         Args:
             model: an elastic model that stays as it is while the engine lives, or where to load one.
+            speculate: precision of self-speculative decoding, by default off; see `speculation_of`.
             settings: fields of `EngineSettings`: `max_num_seqs`, `max_num_batched_tokens`, `kv_cache_gb` and others.
 
         Raises:
@@ -59,6 +63,8 @@ class Engine:
             raise FlextronError(f"the engine has no setting {sorted(unknown)[0]!r}; there are {known}")
         self.model = model if isinstance(model, ElasticModel) else load(model)
         self._tokenizer = needed(self.model.tokenizer)
+        if speculate is not None:
+            settings["speculation"] = speculation_of(self.model, speculate)
         self._core = EngineCore(self.model.decoder, EngineSettings(**settings))
         self._stop_tokens = stop_tokens(self._tokenizer, self.model.hf_config.get("eos_token_id"))
         # one object a target, because the engine tells routers apart by identity
@@ -109,7 +115,9 @@ class Engine:
     def _run(self, answers: dict[Running, Answer]) -> None:
         while self._core.has_unfinished:
             for output in self._core.step():
-                if answers[output.sequence].take(output).finish_reason is not None:
+                answer = answers[output.sequence]
+                # a stop string may end it with an earlier token of this step
+                if answer.finish_reason is None and answer.take(output).finish_reason is not None:
                     self._core.abort(output.sequence)
 
     def _encode(self, prompts: str | Sequence[str] | Sequence[Sequence[int]]) -> list[list[int]]:
@@ -129,6 +137,30 @@ class Engine:
         if asked not in self._routed:
             self._routed[asked] = self.model.routed(asked)
         return self._core.network(*self._routed[asked])
+
+
+def speculation_of(model: ElasticModel, weights: Weights) -> Speculation:
+    """Sub-networks that may draft for a model.
+
+    Args:
+        model: with a frontier, or no narrow sub-networks are among them.
+        weights: `float32` takes no memory, and needs sub-networks that often agree with the full one; with `int8` the
+            full network drafts, too, from a copy in eight bits, which agrees nearly always.
+
+    Raises:
+        FlextronError: the model has no frontier of this device, and `float32` is asked for.
+    """
+    drafts = [model.space.full] if weights == "int8" else []
+    for fraction in _DRAFT_LATENCIES:
+        try:
+            spec = model.select(latency=fraction)
+        except FlextronError:
+            continue
+        if spec not in (model.space.full, *drafts):
+            drafts.append(spec)
+    if not drafts:
+        raise FlextronError("there are no narrow sub-networks to draft with; run flextron profile, or draft in int8")
+    return Speculation(drafts=tuple(drafts), weights=weights)
 
 
 def _one_each(given: T | Sequence[T], count: int, kind: Any, name: str) -> list[T]:

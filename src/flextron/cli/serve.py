@@ -8,9 +8,11 @@ from typing import Annotated
 import typer
 
 from flextron import api
+from flextron.api.engine import speculation_of
 from flextron.cli.console import message
 from flextron.engine import EngineSettings
 from flextron.errors import FlextronError
+from flextron.model.native import Weights
 
 __all__ = ["serve"]
 
@@ -32,7 +34,10 @@ def serve(
     max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens of an iteration.")] = 256,
     kv_cache_gb: Annotated[float, typer.Option(help="Memory of keys and values.")] = 1.0,
     no_prefix_caching: Annotated[bool, typer.Option("--no-prefix-caching", help="Share no beginnings.")] = False,
-    weights: Annotated[str, typer.Option(help="Precision of the matrices: float32 or int8.")] = "float32",
+    weights: Annotated[Weights, typer.Option(help="Precision of the matrices.")] = "float32",
+    speculate: Annotated[
+        Weights | None, typer.Option(help="Draft tokens in this precision and check them: faster with few requests.")
+    ] = None,
     slo_tpot_ms: Annotated[
         float | None, typer.Option(help="Time between two tokens that narrower sub-networks shall hold under load.")
     ] = None,
@@ -65,17 +70,16 @@ def serve(
         slo_ttft_ms=slo_ttft_ms,
         min_latency_target=min_latency_target,
     )
-    if weights not in ("float32", "int8"):
-        raise FlextronError(f"weights must be float32 or int8, not {weights!r}")
+    message(f"loading {directory}")
+    model = api.load(directory)
     engine = EngineSettings(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         kv_cache_gb=kv_cache_gb,
         prefix_caching=not no_prefix_caching,
-        weights="int8" if weights == "int8" else "float32",
+        weights=weights,
+        speculation=None if speculate is None else speculation_of(model, speculate),
     )
-    message(f"loading {directory}")
-    model = api.load(directory)
     app = create_app(model, settings, engine)
     sock = listen(host, port)
     if model.frontier is None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from time import perf_counter
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -53,6 +54,8 @@ class EngineSettings:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        if self.weights not in get_args(Weights):
+            raise FlextronError(f"weights must be one of {', '.join(get_args(Weights))}, not {self.weights!r}")
         if self.max_num_seqs < 1 or self.page_size < 1 or not self.kv_cache_gb > 0:
             raise FlextronError("max_num_seqs, page_size and kv_cache_gb must be above 0")
         if self.max_num_batched_tokens < self.max_num_seqs:

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from time import perf_counter
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -47,6 +48,8 @@ class Speculation:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        if self.weights not in get_args(Weights):
+            raise FlextronError(f"drafts have weights in {' or '.join(get_args(Weights))}, not {self.weights!r}")
         if not self.drafts:
             raise FlextronError("speculation needs at least one sub-network that drafts")
         if min(self.max_num_tokens, self.max_num_seqs) < 1 or (self.num_tokens is not None and self.num_tokens < 1):

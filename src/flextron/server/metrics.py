@@ -93,6 +93,8 @@ class _LoadCollector(Collector):
             "vllm:num_preemptions": ("Requests that gave way to others.", load.num_preemptions),
             "vllm:prefix_cache_queries": ("Tokens looked up in the cache.", load.num_prompt_tokens),
             "vllm:prefix_cache_hits": ("Tokens found in the cache.", load.num_cached_tokens),
+            "vllm:spec_decode_num_draft_tokens": ("Tokens that were drafted.", load.num_drafted_tokens),
+            "vllm:spec_decode_num_accepted_tokens": ("Drafted tokens that held.", load.num_accepted_tokens),
         }
         for name, (text, value) in gauges.items():
             gauge = GaugeMetricFamily(name, text, labels=["model_name"])

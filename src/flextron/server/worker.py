@@ -71,6 +71,9 @@ class Load:
     """Of all jobs that were accepted."""
     num_cached_tokens: int = 0
     """Of these, found in the cache."""
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0
+    """Of these, right."""
 
 
 Post = Callable[[list[tuple[Job, Event]]], None]
@@ -160,6 +163,8 @@ class Worker(threading.Thread):
     def _step(self) -> None:
         events: list[tuple[Job, Event]] = []
         for output in self.core.step():
+            if output.sequence not in self._jobs:
+                continue  # a stop string ended it with an earlier token of this step
             job, answer = self._jobs[output.sequence]
             delta = answer.take(output)
             if delta.finish_reason is not None:
@@ -170,7 +175,7 @@ class Worker(threading.Thread):
             self._post(events)
 
     def _report(self) -> None:
-        scheduler, pool = self.core.scheduler, self.core.pool
+        scheduler, pool, speculator = self.core.scheduler, self.core.pool, self.core.speculator
         self.load = Load(
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
@@ -178,4 +183,6 @@ class Worker(threading.Thread):
             num_preemptions=scheduler.num_preemptions,
             num_prompt_tokens=self._num_prompt_tokens,
             num_cached_tokens=scheduler.num_cached_tokens,
+            num_drafted_tokens=speculator.num_drafted if speculator else 0,
+            num_accepted_tokens=speculator.num_accepted if speculator else 0,
         )
