@@ -180,6 +180,7 @@ class NativeLayers:
             norm_eps=config.norm_eps,
         )
         self._layers = (_LayerWeights * config.num_hidden_layers)()
+        self._cos_sin = (torch.empty(0, 0), torch.empty(0, 0))
         self._quantized: list[Tensor] = []
         """Kept alive for the pointers."""
         for layer, native in zip(decoder.layers, self._layers, strict=True):
@@ -221,8 +222,7 @@ class NativeLayers:
         """
         addresses = torch.tensor([t.data_ptr() for t in tables])
         rows = torch.tensor([t.shape[1] for t in tables])
-        rope = rotary_tables(self._decoder.config, positions_N, torch.float32)
-        cos, sin = (None, None) if rope is None else (t.squeeze(1).contiguous() for t in rope)
+        cos, sin = self._rotations(positions_N)
         tokens = _Tokens(
             num_tokens=len(x_ND),
             positions=_address(positions_N),
@@ -239,6 +239,20 @@ class NativeLayers:
         self._library.flextron_layers(
             ctypes.byref(self._shape), self._layers, ctypes.byref(tokens), torch.get_num_threads()
         )
+
+    def _rotations(self, positions_N: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Cosines and sines of the positions, (N, rotated) each, out of tables that grow with the longest sequence."""
+        config = self._decoder.config
+        if config.rope is None:
+            return None, None
+        last = int(positions_N.max())
+        if last >= len(self._cos_sin[0]):
+            known = torch.arange(max(last + 1, min(max(256, 2 * last), config.max_position_embeddings)))
+            rope = rotary_tables(config, known, torch.float32)
+            assert rope is not None
+            self._cos_sin = (rope[0].squeeze(1), rope[1].squeeze(1))
+        cos, sin = self._cos_sin
+        return cos[positions_N], sin[positions_N]
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Scores over the vocabulary, (N, vocabulary), of final hidden states."""
