@@ -87,8 +87,8 @@ def _own_targets(decoder: Decoder, h_ND: Tensor, generator: torch.Generator, num
     drawn = []
     for h in h_ND.split(_CHUNK):
         p = torch.softmax(decoder.logits(h).float(), -1).cpu()
-        drawn.append(torch.multinomial(p, num_draws, replacement=True, generator=generator))
-    return torch.cat(drawn).T.to(h_ND.device)
+        drawn.append(torch.stack([torch.multinomial(p, 1, generator=generator)[:, 0] for _ in range(num_draws)]))
+    return torch.cat(drawn, 1).to(h_ND.device)
 
 
 def measure_sensitivity(decoder: Decoder, tokens_BT: Tensor, space: SearchSpace, *, seed: int = 0) -> Sensitivity:
