@@ -35,6 +35,11 @@ inline Vec load(const int8_t* p) {
 #else
 inline Vec load(const int8_t* p) { return __builtin_convertvector(*reinterpret_cast<const Bytes*>(p), Vec); }
 #endif
+#ifdef __FMA__  // compilers make two instructions of some of these
+inline Vec fma(Vec a, Vec b, Vec c) { return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+#else
+inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+#endif
 inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
 inline float sum(Vec v) {
     v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
@@ -61,9 +66,10 @@ inline void ask_for(const W* p) {
     for (unsigned i = 0; i < R * kLanes; i += kLine / sizeof(W)) __builtin_prefetch(p + i, 0, 3);
 }
 
-// out[t][r] = dot(row r, token t) for R rows of w and T tokens of x; R * T sums are in flight.
+// out[t][r] = dot(row r, token t) for R rows of w and T tokens of x; R * T sums are in flight. Not inlined, because all
+// registers are needed.
 template <int R, int T, class W>
-inline void dots(const W* w, long ldw, const float* x, long ldx, long size, float* out, long ldo) {
+__attribute__((noinline)) void dots(const W* w, long ldw, const float* x, long ldx, long size, float* out, long ldo) {
     Vec acc[R][T];
 #pragma GCC unroll 16
     for (int i = 0; i < R * T; i++) acc[i / T][i % T] = Vec{};
@@ -80,7 +86,7 @@ inline void dots(const W* w, long ldw, const float* x, long ldx, long size, floa
             Vec token = load(x + t * ldx + c);
             keep(token);
 #pragma GCC unroll 16
-            for (int r = 0; r < R; r++) acc[r][t] += rows[r] * token;
+            for (int r = 0; r < R; r++) acc[r][t] = fma(rows[r], token, acc[r][t]);
         }
     }
 #pragma GCC unroll 16
@@ -125,7 +131,7 @@ inline void dot_rows(const W* w, long ldw, long count, const float* x, long ldx,
 
 // y[t] += sum over R rows of h[t][r] * row r, for T tokens: a stream over the rows.
 template <int R, int T, class W>
-inline void adds(const W* w, long ldw, const float* h, long ldh, float* y, long ldy, long size) {
+__attribute__((noinline)) void adds(const W* w, long ldw, const float* h, long ldh, float* y, long ldy, long size) {
     Vec factors[R][T];
     for (int r = 0; r < R; r++)
         for (int t = 0; t < T; t++) factors[r][t] = Vec{} + h[t * ldh + r];
@@ -135,7 +141,7 @@ inline void adds(const W* w, long ldw, const float* h, long ldh, float* y, long 
         for (int r = 0; r < R; r++) rows[r] = load(w + r * ldw + c);
         for (int t = 0; t < T; t++) {
             Vec acc = load(y + t * ldy + c);
-            for (int r = 0; r < R; r++) acc += rows[r] * factors[r][t];
+            for (int r = 0; r < R; r++) acc = fma(rows[r], factors[r][t], acc);
             store(y + t * ldy + c, acc);
         }
     }
