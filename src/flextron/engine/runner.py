@@ -15,7 +15,7 @@ from flextron.model.batch import Batch, TokenChoice
 from flextron.model.config import DecoderConfig
 from flextron.model.decoder import Decoder
 from flextron.model.decoding import unit_offsets
-from flextron.model.native import NativeLayers, Weights, why_not_native
+from flextron.model.native import NativeStep, Weights, why_not_native
 from flextron.spec import SubnetSpec
 
 __all__ = ["PagedAttention", "Runner", "make_network", "nested_network", "unit_bytes"]
@@ -114,7 +114,7 @@ class Runner:
         wanted = {weights, *([] if draft_weights is None else [draft_weights])}
         if not native and (native is False or self.reason is not None):
             wanted -= {"float32"}  # PyTorch's operators run these
-        self._native = {w: NativeLayers(decoder, page_size, w) for w in sorted(wanted)}
+        self._native = {w: NativeStep(decoder, page_size, w) for w in sorted(wanted)}
         self._columns: dict[tuple[tuple[Network, int], ...], tuple[Tensor, Tensor, Tensor]] = {}
 
     @property
@@ -142,12 +142,9 @@ class Runner:
         if native is None or any(c.network.router is not None for c in chunks):
             hidden_ND = self._with_operators(tokens_N, positions_N, chunks)
             return self.decoder.logits(hidden_ND[torch.tensor(rows, device=device, dtype=torch.long)])
-        x_ND = self.decoder.embed(Batch(tokens_N, positions_N, ())).contiguous()
         tables = [c.sequence.table for c in chunks for _ in c.tokens]
         widths_LN, groups_LN, offsets_LN = self._layout(chunks)
-        native(x_ND, positions_N, widths_LN, groups_LN, tables, offsets_LN, self.cache)
-        last_ND = x_ND if len(rows) == len(x_ND) else x_ND[rows]
-        return native.logits(self.decoder.final_norm(last_ND))
+        return native(tokens_N, positions_N, widths_LN, groups_LN, tables, offsets_LN, self.cache, rows)
 
     def _with_operators(self, tokens_N: Tensor, positions_N: Tensor, chunks: Items[Chunk]) -> Tensor:
         """Final hidden states by PyTorch's operators; (N, D)."""

@@ -13,7 +13,7 @@ from flextron.model.attention import CachedAttention
 from flextron.model.batch import Batch, TokenChoice
 from flextron.model.config import DecoderConfig
 from flextron.model.decoder import Decoder
-from flextron.model.native import NativeLayers, why_not_native
+from flextron.model.native import NativeStep, why_not_native
 from flextron.spec import SubnetSpec
 
 __all__ = ["Steps", "unit_offsets"]
@@ -52,7 +52,7 @@ class _NativeSteps:
 
     def __init__(self, decoder: Decoder, spec: SubnetSpec, num_sequences: int, capacity: int) -> None:
         config = decoder.config
-        self._decoder, self._layers = decoder, NativeLayers(decoder, _PAGE)
+        self._step = NativeStep(decoder, _PAGE)
         *offsets, row = unit_offsets(config, spec)
         shape = (num_sequences, -(-capacity // _PAGE), row)
         self._tables = torch.arange(math.prod(shape), dtype=torch.int32).view(shape)
@@ -65,12 +65,10 @@ class _NativeSteps:
         lengths = [len(t) for t in new]
         tokens_N = torch.cat(list(new))
         positions_N = torch.cat([torch.arange(a, a + n) for a, n in zip(starts, lengths, strict=True)])
-        x_ND = self._decoder.embed(Batch(tokens_N, positions_N, ())).contiguous()
-        widths_LN, groups_LN, offsets_LN = self._columns.expand(-1, -1, len(x_ND)).contiguous()
+        widths_LN, groups_LN, offsets_LN = self._columns.expand(-1, -1, len(tokens_N)).contiguous()
         tables = [table for table, n in zip(self._tables, lengths, strict=True) for _ in range(n)]
-        self._layers(x_ND, positions_N, widths_LN, groups_LN, tables, offsets_LN, self._cache)
         last = [end - 1 for end in accumulate(lengths)]
-        return self._layers.logits(self._decoder.final_norm(x_ND if len(last) == len(x_ND) else x_ND[last]))
+        return self._step(tokens_N, positions_N, widths_LN, groups_LN, tables, offsets_LN, self._cache, last)
 
 
 class Steps:

@@ -24,7 +24,7 @@ from flextron.errors import FlextronError
 from flextron.model.decoder import Decoder
 from flextron.model.layers import rotary_tables
 
-__all__ = ["NativeLayers", "Weights", "load_library", "quantize_rows", "why_not_native"]
+__all__ = ["NativeStep", "Weights", "load_library", "quantize_rows", "why_not_native"]
 
 _LANES = 8
 _COMPILE = ("-std=c++17", "-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC", "-c")
@@ -53,9 +53,16 @@ class _LayerWeights(ctypes.Structure):
     )
 
 
+class _Ends(ctypes.Structure):
+    _fields_ = (("embedding", _Pointer), ("positions", _Pointer), ("final_norm", _Norm), ("head", _Linear))
+
+
 class _Shape(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("hidden_size", "head_dim", "num_layers", "rotated", "window")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("hidden_size", "head_dim", "vocab_size", "num_layers", "rotated", "window")
+        ),
         *((name, ctypes.c_int64) for name in ("page_size", "query_rows_per_group", "is_multi_query")),
         *((name, ctypes.c_int64) for name in ("parallel_residual", "is_layer_norm", "activation", "is_int8")),
         ("norm_eps", ctypes.c_float),
@@ -65,8 +72,10 @@ class _Shape(ctypes.Structure):
 class _Tokens(ctypes.Structure):
     _fields_ = (
         ("num_tokens", ctypes.c_int64),
-        *((name, _Pointer) for name in ("positions", "mlp_widths", "num_groups", "tables", "table_rows")),
-        *((name, _Pointer) for name in ("unit_offsets", "cos", "sin", "x", "cache")),
+        *((name, _Pointer) for name in ("ids", "positions", "mlp_widths", "num_groups", "tables", "table_rows")),
+        *((name, _Pointer) for name in ("unit_offsets", "cos", "sin", "cache")),
+        ("num_scores", ctypes.c_int64),
+        *((name, _Pointer) for name in ("rows", "scores")),
     )
 
 
@@ -144,8 +153,8 @@ def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-class NativeLayers:
-    """All layers of a decoder as one call. Weights stay where they are; the decoder must outlive this."""
+class NativeStep:
+    """A decoder as one call, from token ids to scores. Weights stay where they are; the decoder must outlive this."""
 
     def __init__(self, decoder: Decoder, page_size: int, weights: Weights = "float32") -> None:
         """Collect pointers; with `int8`, quantize a copy.
@@ -162,11 +171,14 @@ class NativeLayers:
         library = load_library()
         if reason is not None or isinstance(library, str):
             raise FlextronError(f"no compiled iteration: {reason}")
+        self.weights: Weights = weights
+        """Precision of the matrices."""
         self._library, self._decoder = library, decoder
         config = decoder.config
         self._shape = _Shape(
             hidden_size=config.hidden_size,
             head_dim=config.head_dim,
+            vocab_size=config.vocab_size,
             num_layers=config.num_hidden_layers,
             rotated=0 if config.rope is None else int(config.head_dim * config.rope.fraction),
             window=config.sliding_window or 0,
@@ -190,7 +202,13 @@ class NativeLayers:
                     setattr(native, name, _Norm(_address(module.weight), bias))
                 else:
                     setattr(native, name, self._linear(module.weight, bias, weights))
-        self._head = self._linear(decoder.head_weight, None, weights)
+        positions: Any = getattr(decoder, "positions", None)
+        self._ends = _Ends(
+            embedding=_address(decoder.embedding.weight),
+            positions=None if positions is None else _address(positions.weight),
+            final_norm=_Norm(_address(decoder.final_norm.weight), _address(getattr(decoder.final_norm, "bias", None))),
+            head=self._linear(decoder.head_weight, None, weights),
+        )
 
     def _linear(self, weight: Tensor, bias: int | None, weights: Weights) -> _Linear:
         if weights == "float32":
@@ -201,44 +219,59 @@ class NativeLayers:
 
     def __call__(
         self,
-        x_ND: Tensor,
+        tokens_N: Tensor,
         positions_N: Tensor,
         mlp_widths_LN: Tensor,
         num_groups_LN: Tensor,
         tables: Sequence[Tensor],
         unit_offsets_LN: Tensor,
         cache: Tensor,
-    ) -> None:
-        """Run all layers on `x_ND` in place.
+        rows: Sequence[int],
+    ) -> Tensor:
+        """Run all tokens through the decoder.
 
         Args:
-            x_ND: embeddings, float32, contiguous; afterwards what goes into the final norm.
+            tokens_N: ids, int64.
             positions_N: int64.
             mlp_widths_LN: neurons of each token in each layer, int32; 0 skips.
             num_groups_LN: attention groups, int32; 0 skips.
             tables: page table of each token's sequence, (pages, units of a page), int32; tokens may share one.
             unit_offsets_LN: first unit of each layer in a row of that table, int32.
             cache: (units, 2, page size, head size), float32.
+            rows: tokens after which scores are wanted.
+
+        Returns:
+            Scores over the vocabulary after these, (rows, vocabulary).
         """
         addresses = torch.tensor([t.data_ptr() for t in tables])
-        rows = torch.tensor([t.shape[1] for t in tables])
+        lengths = torch.tensor([t.shape[1] for t in tables])
+        wanted = torch.tensor(rows, dtype=torch.int64)
+        scores_RV = torch.empty(len(rows), self._shape.vocab_size)
         cos, sin = self._rotations(positions_N)
         tokens = _Tokens(
-            num_tokens=len(x_ND),
+            num_tokens=len(tokens_N),
+            ids=_address(tokens_N),
             positions=_address(positions_N),
             mlp_widths=_address(mlp_widths_LN),
             num_groups=_address(num_groups_LN),
             tables=_address(addresses),
-            table_rows=_address(rows),
+            table_rows=_address(lengths),
             unit_offsets=_address(unit_offsets_LN),
             cos=_address(cos),
             sin=_address(sin),
-            x=_address(x_ND),
             cache=_address(cache),
+            num_scores=len(rows),
+            rows=_address(wanted),
+            scores=_address(scores_RV),
         )
-        self._library.flextron_layers(
-            ctypes.byref(self._shape), self._layers, ctypes.byref(tokens), torch.get_num_threads()
+        self._library.flextron_step(
+            ctypes.byref(self._shape),
+            self._layers,
+            ctypes.byref(self._ends),
+            ctypes.byref(tokens),
+            torch.get_num_threads(),
         )
+        return scores_RV
 
     def _rotations(self, positions_N: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Cosines and sines of the positions, (N, rotated) each, out of tables that grow with the longest sequence."""
@@ -253,21 +286,6 @@ class NativeLayers:
             self._cos_sin = (rope[0].squeeze(1), rope[1].squeeze(1))
         cos, sin = self._cos_sin
         return cos[positions_N], sin[positions_N]
-
-    def logits(self, hidden_ND: Tensor) -> Tensor:
-        """Scores over the vocabulary, (N, vocabulary), of final hidden states."""
-        num_rows, size = self._decoder.head_weight.shape
-        out = torch.empty(len(hidden_ND), num_rows)
-        self._library.flextron_rows(
-            _Pointer(hidden_ND.data_ptr()),
-            ctypes.byref(self._head),
-            _Pointer(out.data_ptr()),
-            ctypes.c_long(len(hidden_ND)),
-            ctypes.c_long(size),
-            ctypes.c_long(num_rows),
-            torch.get_num_threads(),
-        )
-        return out
 
 
 def _parts(layer: nn.Module) -> list[tuple[str, Any]]:

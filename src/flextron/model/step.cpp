@@ -1,4 +1,4 @@
-// One iteration of the decoder on a CPU: every layer, for a ragged batch of tokens, in a single parallel region.
+// One iteration of the decoder on a CPU, from token ids to scores, for a ragged batch, in a single parallel region.
 //
 // A decode step reads all weights for a handful of tokens, so it runs at the speed of memory if nothing else gets in
 // the way. Each weight row is read once and multiplied with the tokens that are at least that wide: tokens are ordered
@@ -201,8 +201,16 @@ struct LayerWeights {
     Linear gate, up, down;
 };
 
+// What lies before the first layer and after the last.
+struct Ends {
+    const float* embedding;  // (V, D)
+    const float* positions;  // learned, (P, D), or null
+    Norm final_norm;
+    Linear head;  // (V, D)
+};
+
 struct Shape {
-    int64_t hidden_size, head_dim, num_layers, rotated, window, page_size;
+    int64_t hidden_size, head_dim, vocab_size, num_layers, rotated, window, page_size;
     int64_t query_rows_per_group, is_multi_query, parallel_residual, is_layer_norm, activation, is_int8;
     float norm_eps;
 };
@@ -210,6 +218,7 @@ struct Shape {
 // Tokens of one iteration. Widths are (layers, N); a layer's units of a page are its KV heads.
 struct Tokens {
     int64_t num_tokens;
+    const int64_t* ids;             // (N,)
     const int64_t* positions;       // (N,)
     const int32_t* mlp_widths;      // neurons, 0 skips
     const int32_t* num_groups;      // attention groups, 0 skips
@@ -218,8 +227,10 @@ struct Tokens {
     const int32_t* unit_offsets;    // (layers, N): first entry of a layer
     const float* cos;               // (N, rotated)
     const float* sin;               // signed
-    float* x;                       // (N, D), in place
     float* cache;                   // (units, 2, P, d)
+    int64_t num_scores;
+    const int64_t* rows;            // (num_scores,): tokens after which scores are wanted
+    float* scores;                  // (num_scores, V)
 };
 }
 
@@ -310,14 +321,16 @@ template <class W>
 struct Step {
     const Shape& s;
     const LayerWeights* layers;
+    const Ends& ends;
     const Tokens& b;
     std::vector<Order> attention, mlp;
-    std::vector<float> xn, q, k, v, heads, partial;
+    std::vector<float> x, xn, q, k, v, heads, partial;
     long D, N, d, kv_max, q_max;
 
     long kv_rows(long groups) const { return d * (s.is_multi_query ? std::min(groups, 1L) : groups); }
 
-    Step(const Shape& s, const LayerWeights* layers, const Tokens& b, int threads) : s(s), layers(layers), b(b) {
+    Step(const Shape& s, const LayerWeights* layers, const Ends& ends, const Tokens& b, int threads)
+        : s(s), layers(layers), ends(ends), b(b) {
         D = s.hidden_size, N = b.num_tokens, d = s.head_dim;
         attention.resize(s.num_layers), mlp.resize(s.num_layers);
         long groups = 0;
@@ -327,13 +340,13 @@ struct Step {
             groups = std::max(groups, attention[l].widest());
         }
         q_max = groups * s.query_rows_per_group, kv_max = kv_rows(groups);
-        xn.resize(2 * N * D), q.resize(N * q_max), k.resize(N * kv_max), v.resize(N * kv_max);
+        x.resize(N * D), xn.resize(2 * N * D), q.resize(N * q_max), k.resize(N * kv_max), v.resize(N * kv_max);
         heads.resize(N * q_max), partial.resize((long)threads * N * D);
     }
 
     void norms(const Order& order, const Norm& norm, float* out, int id, int nt) const {
         for (long i = id; i < order.size(); i += nt)
-            normalize(b.x + order.tokens[i] * D, norm, s.is_layer_norm, s.norm_eps, D, out + i * D);
+            normalize(&x[order.tokens[i] * D], norm, s.is_layer_norm, s.norm_eps, D, out + i * D);
     }
 
     void project(const Order& order, long unit, const Linear& linear, float* out, long ldo, int id, int nt) const {
@@ -413,13 +426,13 @@ struct Step {
     // x += what all threads' partial sums say, and the bias.
     void residual(const Order& order, const float* bias, int id, int nt) {
         for (long i = id; i < order.size(); i += nt) {
-            float* x = b.x + order.tokens[i] * D;
+            float* own = &x[order.tokens[i] * D];
             for (int p = 0; p < nt; p++) {
                 const float* y = &partial[((long)p * N + i) * D];
-                for (long c = 0; c < D; c++) x[c] += y[c];
+                for (long c = 0; c < D; c++) own[c] += y[c];
             }
             if (bias)
-                for (long c = 0; c < D; c++) x[c] += bias[c];
+                for (long c = 0; c < D; c++) own[c] += bias[c];
         }
     }
 
@@ -453,8 +466,31 @@ struct Step {
         });
     }
 
+    void embed(int id, int nt) {
+        for (long t = id; t < N; t += nt) {
+            std::memcpy(&x[t * D], ends.embedding + b.ids[t] * D, D * sizeof(float));
+            if (ends.positions)
+                for (long c = 0; c < D; c++) x[t * D + c] += ends.positions[b.positions[t] * D + c];
+        }
+    }
+
+    void score(int id, int nt) {
+        const long n = b.num_scores, V = s.vocab_size;
+        for (long i = id; i < n; i += nt)
+            normalize(&x[b.rows[i] * D], ends.final_norm, s.is_layer_norm, s.norm_eps, D, &xn[i * D]);
+#pragma omp barrier
+        const long last = n ? V * (id + 1) / nt : 0;
+        for (long a = V * id / nt; a < last; a += kChunk) {
+            const long count = std::min(kChunk, last - a);
+            dot_rows(static_cast<const W*>(ends.head.weight) + a * D, D, count, xn.data(), D, n, D, b.scores + a, V);
+            finish(ends.head, a, count, n, b.scores + a, V);
+        }
+    }
+
     void run(int id, int nt) {
         std::vector<float> scores;
+        embed(id, nt);
+#pragma omp barrier
         float* own = &partial[(long)id * N * D];
         float *xa = xn.data(), *xm = xn.data() + N * D;
         for (long l = 0; l < s.num_layers; l++) {
@@ -495,6 +531,7 @@ struct Step {
 #pragma omp barrier
             }
         }
+        score(id, nt);
     }
 
     void project_kv(const Order& order, const LayerWeights& w, int id, int nt) {
@@ -511,39 +548,20 @@ struct Step {
 };
 
 template <class W>
-void run_layers(const Shape& shape, const LayerWeights* layers, const Tokens& tokens, int threads) {
-    Step<W> step(shape, layers, tokens, threads);
+void run_step(const Shape& shape, const LayerWeights* layers, const Ends& ends, const Tokens& tokens, int threads) {
+    Step<W> step(shape, layers, ends, tokens, threads);
 #pragma omp parallel num_threads(threads)
     step.run(omp_get_thread_num(), omp_get_num_threads());
-}
-
-template <class W>
-void all_rows(const float* x, const Linear& linear, float* y, long n, long size, long rows, int threads) {
-#pragma omp parallel num_threads(threads)
-    {
-        const int id = omp_get_thread_num(), nt = omp_get_num_threads();
-        const long first = rows * id / nt, end = rows * (id + 1) / nt;
-        for (long a = first; a < end; a += kChunk) {
-            const long count = std::min(kChunk, end - a);
-            dot_rows(static_cast<const W*>(linear.weight) + a * size, size, count, x, size, n, size, y + a, rows);
-            finish(linear, a, count, n, y + a, rows);
-        }
-    }
 }
 
 }  // namespace
 
 extern "C" {
 
-// All layers, on x in place; keys and values go to the cache's pages.
-void flextron_layers(const Shape* shape, const LayerWeights* layers, const Tokens* tokens, int threads) {
-    if (shape->is_int8) return run_layers<int8_t>(*shape, layers, *tokens, threads);
-    run_layers<float>(*shape, layers, *tokens, threads);
-}
-
-// y (N, rows) = x (N, size) times the rows of a linear: logits.
-void flextron_rows(const float* x, const Linear* linear, float* y, long n, long size, long rows, int threads) {
-    if (linear->scales) return all_rows<int8_t>(x, *linear, y, n, size, rows, threads);
-    all_rows<float>(x, *linear, y, n, size, rows, threads);
+// Scores after the wanted tokens; keys and values go to the cache's pages.
+void flextron_step(const Shape* shape, const LayerWeights* layers, const Ends* ends, const Tokens* tokens,
+                   int threads) {
+    if (shape->is_int8) return run_step<int8_t>(*shape, layers, *ends, *tokens, threads);
+    run_step<float>(*shape, layers, *ends, *tokens, threads);
 }
 }
