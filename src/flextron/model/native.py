@@ -202,11 +202,12 @@ class NativeStep:
                     setattr(native, name, _Norm(_address(module.weight), bias))
                 else:
                     setattr(native, name, self._linear(module.weight, bias, weights))
+        norm: Any = decoder.final_norm
         positions: Any = getattr(decoder, "positions", None)
         self._ends = _Ends(
             embedding=_address(decoder.embedding.weight),
             positions=None if positions is None else _address(positions.weight),
-            final_norm=_Norm(_address(decoder.final_norm.weight), _address(getattr(decoder.final_norm, "bias", None))),
+            final_norm=_Norm(_address(norm.weight), _address(getattr(norm, "bias", None))),
             head=self._linear(decoder.head_weight, None, weights),
         )
 
