@@ -69,6 +69,23 @@ def test_samples_follow_the_models_distribution() -> None:
     assert chi_square < 66 + 6 * math.sqrt(132)
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-320, 1e-40, 1e-6])
+@pytest.mark.parametrize("top_p", [1.0, 1e-320])
+def test_tiny_temperatures_are_greedy(temperature: float, top_p: float) -> None:
+    logits = torch.randn(4, 9) * 1e3
+    params = SamplingParams(temperature=temperature, top_p=top_p)
+    assert torch.equal(sample(logits, params, None), logits.argmax(-1))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1e308])
+@pytest.mark.parametrize("top_p", [5e-324, 1e-40])
+def test_the_smallest_nucleus_is_the_likeliest_token(temperature: float, top_p: float) -> None:
+    logits = torch.tensor([[0.0, 3.0, 1.0]])
+    assert sample(logits, SamplingParams(temperature=temperature, top_p=top_p), None) in (0, 1, 2)
+    if temperature < 1:
+        assert sample(logits, SamplingParams(temperature=temperature, top_p=top_p), None) == 1
+
+
 @pytest.mark.parametrize("top_p", [0.05, 0.4, 0.65, 0.9])
 def test_nothing_outside_the_nucleus_is_drawn_and_all_inside_is(top_p: float) -> None:
     p = torch.tensor([0.05, 0.3, 0.02, 0.25, 0.2, 0.1, 0.08])

@@ -240,5 +240,7 @@ def verified(draft: Draft, logits_TV: Tensor, params: SamplingParams, generator:
         if float(torch.rand((), generator=generator, device=p_V.device)) * q_V[token] < p_V[token]:
             continue
         rest_V = (p_V - q_V).clamp_min(0)
+        if not rest_V.sum() > 0:  # equal but for rounding
+            rest_V = p_V
         return [*draft.tokens[:i], int(torch.multinomial(rest_V, 1, generator=generator))]
     return [*draft.tokens, int(sample(logits_TV[-1:], params, generator))]

@@ -16,6 +16,8 @@ from flextron.spec import SubnetSpec
 
 __all__ = ["SamplingParams", "generate"]
 
+_LEAST_TEMPERATURE = 1e-30
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
@@ -48,11 +50,15 @@ class SamplingParams:
 
 def probabilities(logits_BV: Tensor, params: SamplingParams) -> Tensor:
     """What tokens are drawn from, (B, V), at a temperature above 0; not quite normalised where `top_p` cuts."""
-    p = torch.softmax(logits_BV.float() / params.temperature, -1)
+    logits_BV = logits_BV.float()
+    # from the largest down, and by no less than float32 holds: else a tiny temperature divides infinities
+    p = torch.softmax((logits_BV - logits_BV.amax(-1, keepdim=True)) / max(params.temperature, _LEAST_TEMPERATURE), -1)
     if params.top_p < 1:
         ordered, order = p.sort(-1, descending=True)
         # a token stays while the tokens before it hold less than top_p
-        ordered[ordered.cumsum(-1) - ordered >= params.top_p] = 0
+        before = ordered.cumsum(-1) - ordered
+        before[:, 0] = -1.0  # the first one always stays, however small top_p is
+        ordered[before >= params.top_p] = 0
         p = torch.zeros_like(p).scatter_(-1, order, ordered)
     return p
 
