@@ -67,24 +67,24 @@ def test_memory_returns_to_its_level_after_5000_strange_bodies(http: httpx.Clien
     assert chat_model.tokenizer is not None
     chat_model.tokenizer.chat_template = TEMPLATE
     with running(chat_model) as made:
+        # drawn beforehand: hypothesis remembers what it drew, some 70 MB
+        drawn: list[bytes] = []
 
         @settings(max_examples=5000, deadline=None, database=None)
         @given(body=bodies)
-        def send(body: bytes) -> None:
-            check_strange(http, made.url + path, body)
+        def draw(body: bytes) -> None:
+            drawn.append(body)
 
-        @settings(max_examples=500, deadline=None, database=None)
-        @given(body=bodies)
-        def warm_up(body: bytes) -> None:
+        draw()
+        for body in drawn[:500]:
             check_strange(http, made.url + path, body)
-
-        warm_up()
         before = psutil.Process().memory_info().rss
-        send()
+        for body in drawn[500:]:
+            check_strange(http, made.url + path, body)
         made.wait_until_idle()
         made.service.core.pool.check_integrity([])
         assert not made.service._sessions
-        assert psutil.Process().memory_info().rss - before < 64e6
+        assert psutil.Process().memory_info().rss - before < 32e6
         assert made.client().completions.create(**GOOD).choices  # type: ignore[call-overload]
 
 
