@@ -109,7 +109,7 @@ def cross_entropy(h_ND: Tensor, w_VD: Tensor, targets_N: Tensor) -> Tensor:
 
 @torch.no_grad()
 def summed_cross_entropy(h_ND: Tensor, w_VD: Tensor, targets_N: Tensor, weights_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighted sum of the targets' negative log-likelihoods, and its gradient, in the precision of the model or float32.
+    """Weighted sum of the targets' negative log-likelihoods, and its gradient; in float32 at least.
 
     Args:
         h_ND: final hidden states.

@@ -11,10 +11,8 @@ Shapes: T tokens of all examples that are run, N tokens of a window, D hidden si
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
-from itertools import accumulate
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,20 +23,11 @@ from flextron.model.batch import Batch, Segment
 from flextron.model.decoder import Decoder
 from flextron.model.layers import rotary_tables
 from flextron.model.losses import summed_cross_entropy
+from flextron.model.packing import Example, Packed
 from flextron.model.recompute import PrunedBatch, WindowAttention, unread_linears
 from flextron.spec import SubnetSpec
 
-__all__ = ["Example", "Finetuning", "Saved"]
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """A training text."""
-
-    tokens: Tensor
-    """Token ids, 1-D."""
-    weights: Tensor
-    """What the prediction of each token counts, 1-D; 0 for those of a prompt. The first token's is ignored."""
+__all__ = ["Finetuning", "Saved"]
 
 
 @dataclass(slots=True)
@@ -51,16 +40,17 @@ class Saved:
     """Of each layer, rotated, (T, K, d)."""
     values: dict[int, Tensor] = field(default_factory=dict)
     """Of each layer, (T, K, d)."""
-    gradient: dict[int, Tensor] = field(default_factory=dict)
-    """The loss by the output of one layer, (T, D); its rows become the input's one window after the other."""
-    key_value_gradients: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """The loss by the keys and values of one layer, as far as later tokens have added theirs."""
+    gradient: Tensor | None = None
+    """Gradient of one layer's output, (T, D); its rows become the input's one window after the other."""
+    key_value_gradients: tuple[Tensor, Tensor] | None = None
+    """Gradients of one layer's keys and values, (T, K, d), as far as later tokens have added theirs."""
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor that is held."""
-        for f in fields(self):
-            for held in getattr(self, f.name).values():
-                yield from held if isinstance(held, tuple) else (held,)
+        yield from (*self.inputs.values(), *self.keys.values(), *self.values.values())
+        yield from self.key_value_gradients or ()
+        if self.gradient is not None:
+            yield self.gradient
 
     @property
     def num_bytes(self) -> int:
@@ -101,25 +91,7 @@ class Finetuning:
         """
         self.spec = spec or decoder.widths
         self._decoder, self._adapter = decoder, adapter
-        for example in examples:
-            if len(example.tokens) < 2 or len(example.tokens) != len(example.weights):
-                raise FlextronError("an example needs at least two tokens, and one weight for each of them")
-            decoder.config.check_length(len(example.tokens) - 1)
-        self._lengths = tuple(len(e.tokens) - 1 for e in examples)
-        self._starts = tuple(accumulate(self._lengths, initial=0))
-        self._tokens_T, self._targets_T, weights_T = (
-            torch.cat(parts).to(decoder.device)
-            for parts in (
-                [e.tokens[:-1] for e in examples],
-                [e.tokens[1:] for e in examples],
-                [e.weights[1:].double() for e in examples],
-            )
-        )
-        self._positions_T = torch.cat([torch.arange(n, device=decoder.device) for n in self._lengths])
-        total = float(weights_T.sum()) if total_weight is None else total_weight
-        if not total > 0:
-            raise FlextronError("no token of the examples has a weight; nothing could be learned from them")
-        self._weights_T = weights_T / total
+        self._packed = Packed(decoder.config, examples, total_weight, decoder.device)
         self._trained = self._trained_layers()
         self._versions = self._adapter_versions()
         self.saved = Saved()
@@ -134,7 +106,7 @@ class Finetuning:
     @property
     def num_tokens(self) -> int:
         """Tokens to run: all but the last of each example, which predicts nothing."""
-        return len(self._tokens_T)
+        return len(self._packed)
 
     @property
     def num_left_backward(self) -> int:
@@ -177,7 +149,9 @@ class Finetuning:
             if attention.new is not None:
                 self._store(self.saved.keys, i, start, attention.new[0])
                 self._store(self.saved.values, i, start, attention.new[1])
-        self._store(self.saved.gradient, 0, start, self._head(x_ND, start, stop))
+        if self.saved.gradient is None:
+            self.saved.gradient = x_ND.new_empty(self.num_tokens, x_ND.shape[1])
+        self.saved.gradient[start:stop] = self._head(x_ND, start, stop)
         self.num_forwarded = stop
         if stop == self.num_tokens:
             for i in set(self.saved.keys) - set(self._trained):
@@ -210,9 +184,7 @@ class Finetuning:
         return stop - start
 
     def _trained_layers(self) -> tuple[int, ...]:
-        """Layers from the lowest that has a bypass in the sub-network."""
-        batch = self._batch(0, 1)  # refuses an adapter that is narrower than the sub-network
-        del batch
+        """Layers from the lowest that has a bypass in the sub-network; lower ones need no backward pass."""
         widths = self.spec.layers
         adapted = [i for i in self._adapter.adapted_layers if self._adapter.targets_in(i, widths[i])]
         if not adapted:
@@ -226,26 +198,16 @@ class Finetuning:
         if self._adapter_versions() != self._versions:
             raise FlextronError("the adapter has changed in the middle of a pass; step only when the pass is done")
 
-    def _pieces(self, start: int, stop: int) -> tuple[int, ...]:
-        """Tokens of each example in a window."""
-        cuts = [start, *(s for s in self._starts if start < s < stop), stop]
-        return tuple(b - a for a, b in zip(cuts, cuts[1:], strict=False))
-
     def _batch(self, start: int, stop: int) -> Batch:
-        segment = Segment(self.spec, self._pieces(start, stop), adapter=self._adapter)
-        return Batch(self._tokens_T[start:stop], self._positions_T[start:stop], (segment,))
-
-    def _first_held(self, start: int) -> int:
-        """The first token that the token at `start` sees."""
-        begin = self._starts[bisect_right(self._starts, start) - 1]
-        window = self._decoder.config.sliding_window
-        return begin if window is None else max(begin, start + 1 - window)
+        window, packed = slice(start, stop), self._packed
+        segment = Segment(self.spec, packed.lengths(start, stop), adapter=self._adapter)
+        return Batch(packed.tokens_T[window], packed.positions_T[window], (segment,))
 
     def _held(self, layer: int, start: int) -> tuple[Tensor, Tensor]:
         """Keys and values that a window's first token sees before it."""
         if layer not in self.saved.keys:
             return self._loss.new_zeros(0), self._loss.new_zeros(0)
-        seen = slice(self._first_held(start), start)
+        seen = self._packed.seen(start)
         return self.saved.keys[layer][seen], self.saved.values[layer][seen]
 
     def _store(self, where: dict[int, Tensor], key: int, start: int, rows: Tensor) -> None:
@@ -255,15 +217,16 @@ class Finetuning:
 
     def _head(self, x_ND: Tensor, start: int, stop: int) -> Tensor:
         """Add a window's losses; their gradient by the last layer's output. Tokens without weight skip the head."""
-        (rows,) = self._weights_T[start:stop].nonzero(as_tuple=True)
+        targets_N, weights_N = self._packed.targets_T[start:stop], self._packed.weights_T[start:stop]
+        (rows,) = weights_N.nonzero(as_tuple=True)
         gradient_ND = torch.zeros_like(x_ND)
         if len(rows) == 0:
             return gradient_ND
         with torch.enable_grad():
             x = x_ND[rows].requires_grad_()
             hidden = self._decoder.final_norm(x)
-        targets, weights = self._targets_T[start:stop][rows], self._weights_T[start:stop][rows]
-        loss, by_hidden = summed_cross_entropy(hidden.detach(), self._decoder.head_weight.detach(), targets, weights)
+        head = self._decoder.head_weight.detach()
+        loss, by_hidden = summed_cross_entropy(hidden.detach(), head, targets_N[rows], weights_N[rows])
         self._loss += loss
         (gradient_ND[rows],) = torch.autograd.grad(hidden, x, by_hidden)
         return gradient_ND
@@ -271,56 +234,60 @@ class Finetuning:
     def _differentiate(self, i: int, start: int, stop: int) -> None:
         """Compute a layer again for a window, and carry the gradients from its outputs to its inputs."""
         saved, config, window = self.saved, self._decoder.config, slice(start, stop)
+        assert saved.gradient is not None
         targets = self._adapter.targets_in(i, self.spec.layers[i])
         is_lowest = i == self._trained[0]
         x_ND = saved.inputs[i][window].detach().requires_grad_(not is_lowest)
-        held_k, held_v = self._held(i, start)
-        known = None
+        held, known = self._held(i, start), None
         if i in saved.keys:
             # in the lowest layer, earlier keys and values matter only if something in their projections is trained
-            matters = len(held_k) > 0 and (not is_lowest or not targets.isdisjoint("kv"))
-            held_k, held_v = (t.detach().requires_grad_(matters) for t in (held_k, held_v))
+            matters = len(held[0]) > 0 and (not is_lowest or not targets.isdisjoint("kv"))
+            held = held[0].detach().requires_grad_(matters), held[1].detach().requires_grad_(matters)
             known = saved.keys[i][window], saved.values[i][window]
-            if i not in saved.key_value_gradients:
-                saved.key_value_gradients[i] = _accumulator(saved.keys[i]), _accumulator(saved.values[i])
-        attention = WindowAttention(config, (held_k, held_v), known)
-        batch = self._batch(start, stop)
-        pruned = PrunedBatch(
-            batch.tokens_N, batch.positions_N, batch.segments, unread_linears(config, self.spec.layers[i])
-        )
-        with torch.enable_grad():
-            rope = rotary_tables(config, batch.positions_N, x_ND.dtype)
-            y_ND = self._decoder.layers[i](x_ND, pruned, i, rope, attention)
+            if saved.key_value_gradients is None:
+                saved.key_value_gradients = _accumulator(saved.keys[i]), _accumulator(saved.values[i])
+        attention = WindowAttention(config, held, known)
+        y_ND = self._run_again(i, x_ND, start, stop, attention)
 
-        outputs = [(y_ND, saved.gradient[0][window])]
-        if attention.new is not None:
-            sums = saved.key_value_gradients[i]
-            outputs += [(t, s[window].to(t.dtype)) for t, s in zip(attention.new, sums, strict=True)]
-        outputs = [(t, g) for t, g in outputs if t.requires_grad]
+        ends = [(y_ND, saved.gradient[window])]
+        sums = saved.key_value_gradients or ()
+        ends += [(t, s[window].to(t.dtype)) for t, s in zip(attention.new or (), sums, strict=True)]
+        ends = [(t, g) for t, g in ends if t.requires_grad]
+        sources = [t for t in (x_ND, *held) if t.requires_grad]
         parameters = [p for t in sorted(targets) for p in self._adapter.at(i)[t].parameters()]
-        inputs = [t for t in (x_ND, held_k, held_v) if t.requires_grad]
-        gradients = torch.autograd.grad(
-            [t for t, _ in outputs], inputs + parameters, [g for _, g in outputs], allow_unused=True
+        gradients = list(
+            torch.autograd.grad([t for t, _ in ends], sources + parameters, [g for _, g in ends], allow_unused=True)
         )
-        into = dict(zip(map(id, inputs), gradients, strict=False))
         if x_ND.requires_grad:
-            saved.gradient[0][window] = into[id(x_ND)]
-        if held_k.requires_grad:
-            for total, held in zip(saved.key_value_gradients[i], (held_k, held_v), strict=True):
-                total[start - len(held) : start] += into[id(held)]
-        for parameter, gradient in zip(parameters, gradients[len(inputs) :], strict=True):
+            saved.gradient[window] = gradients.pop(0)
+        if held[0].requires_grad:
+            for total in sums:
+                total[self._packed.seen(start)] += gradients.pop(0)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
+    @torch.enable_grad()
+    def _run_again(self, i: int, x_ND: Tensor, start: int, stop: int, attention: WindowAttention) -> Tensor:
+        """A layer's graph; the value is meaningless where `recompute` leaves products out."""
+        batch = self._batch(start, stop)
+        unread = unread_linears(self._decoder.config, self.spec.layers[i])
+        pruned = PrunedBatch(batch.tokens_N, batch.positions_N, batch.segments, unread)
+        rope = rotary_tables(self._decoder.config, batch.positions_N, x_ND.dtype)
+        y_ND: Tensor = self._decoder.layers[i](x_ND, pruned, i, rope, attention)
+        return y_ND
 
     def _finish(self, layer: int) -> None:
         """Forget what the layer needed, and turn to the one below."""
         saved = self.saved
-        for held in (saved.inputs, saved.keys, saved.values, saved.key_value_gradients):
-            held.pop(layer, None)  # type: ignore[attr-defined]
+        del saved.inputs[layer]
+        saved.keys.pop(layer, None)
+        saved.values.pop(layer, None)
+        saved.key_value_gradients = None
         self._pending.pop()
         self._num_left = self.num_tokens
-        if not self._pending:
-            saved.gradient.clear()
+        if self.is_done:
+            saved.gradient = None
 
 
 def _accumulator(like: Tensor) -> Tensor:
