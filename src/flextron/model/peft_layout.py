@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,11 +80,17 @@ def write_adapter(adapter: Adapter, directory: Path, *, base_model: str | None =
         FlextronError: the directory exists, the disk is full, or the adapter mixes methods.
     """
     tensors: dict[str, Tensor] = {}
-    ranks, alphas, inputs, names, turned = {}, {}, set(), [], False
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    inputs: set[str] = set()
+    names: list[str] = []
+    turned = False
     kinds = {type(b) for i in adapter.adapted_layers for b in adapter.at(i).values()}
     if len(kinds) != 1:
         raise FlextronError("an adapter with several methods has no place in peft's layout; use one method")
-    for module in _modules(adapter.config, adapter.widths):
+    modules = list(_modules(adapter.config, adapter.widths))
+    every = [m.name for m in modules]
+    for module in modules:
         own = {t: adapter.at(module.layer)[t] for t in module.targets if t in adapter.at(module.layer)}
         if not own:
             continue
@@ -106,7 +112,7 @@ def write_adapter(adapter: Adapter, directory: Path, *, base_model: str | None =
         "base_model_name_or_path": base_model,
         "fan_in_fan_out": turned,
         "inference_mode": True,
-        "target_modules": names,
+        "target_modules": _short(every, names, inputs),
         "task_type": "CAUSAL_LM",
     }
     if kinds == {Lora}:
@@ -115,10 +121,21 @@ def write_adapter(adapter: Adapter, directory: Path, *, base_model: str | None =
         config["rank_pattern"] = {name: r for name, r in ranks.items() if r != rank}
         config["alpha_pattern"] = {name: a for name, a in alphas.items() if a != alpha}
     else:
-        config |= {"peft_type": "IA3", "feedforward_modules": sorted(inputs)}
+        config |= {"peft_type": "IA3", "feedforward_modules": _short(every, inputs, inputs)}
     with new_directory(directory, overwrite=overwrite) as temporary:
         save_file(tensors, temporary / _WEIGHTS, metadata={"format": "pt"})
         temporary.joinpath(_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _short(every: Collection[str], names: Collection[str], inputs: Collection[str]) -> list[str]:
+    """Names of modules, by their last parts where these name no others."""
+    out = set()
+    for name in names:
+        last = name.rsplit(".", 1)[-1]
+        same = [n for n in every if n.rsplit(".", 1)[-1] == last]
+        are_alike = set(same) <= set(names) and len(set(same) & set(inputs)) in (0, len(same))
+        out.add(last if are_alike else name)
+    return sorted(out)
 
 
 def _join_lora(
