@@ -29,6 +29,9 @@ from tests.model.families_cases import (
     stock,
 )
 
+# peft asks transformers under a name that the latter has retired
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
 TOKENS = random_tokens(2, 12)
 FUSED = ("gpt2", "neox", "neox-sequential")
 

@@ -87,10 +87,11 @@ class Finetuning:
 
         Raises:
             FlextronError: an example has fewer than two tokens or other than one weight a token, nothing has weight, a
-                text exceeds learned positions, or the adapter has nothing in the sub-network.
+                text exceeds learned positions, or the adapter is for a narrower sub-network or has nothing in this one.
         """
         self.spec = spec or decoder.widths
         self._decoder, self._adapter = decoder, adapter
+        Segment(self.spec, (), adapter=adapter)  # refuses an adapter that does not fit
         self._packed = Packed(decoder.config, examples, total_weight, decoder.device)
         self._trained = self._trained_layers()
         self._versions = self._adapter_versions()
