@@ -20,7 +20,8 @@ TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 def linear_shapes(config: DecoderConfig, widths: LayerSpec) -> dict[str, Shape]:
     """The linears of a layer in given widths, by target; those of a skipped half are left out."""
-    hidden, shapes = config.hidden_size, {}
+    hidden = config.hidden_size
+    shapes: dict[str, Shape] = {}
     if groups := widths.num_groups:
         rows, kv_rows = groups * config.query_rows_per_group, config.kv_rows(groups)
         shapes |= {"q": Shape(hidden, rows), "k": Shape(hidden, kv_rows), "v": Shape(hidden, kv_rows)}

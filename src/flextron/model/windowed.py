@@ -255,7 +255,7 @@ class Finetuning:
         ends += [(t, s[window].to(t.dtype)) for t, s in zip(attention.new or (), sums, strict=True)]
         ends = [(t, g) for t, g in ends if t.requires_grad]
         sources = [t for t in (x_ND, *held) if t.requires_grad]
-        parameters = [p for t in sorted(targets) for p in self._adapter.at(i)[t].parameters()]
+        parameters: list[Tensor] = [p for t in sorted(targets) for p in self._adapter.at(i)[t].parameters()]
         gradients = list(
             torch.autograd.grad([t for t, _ in ends], sources + parameters, [g for _, g in ends], allow_unused=True)
         )
