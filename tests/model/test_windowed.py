@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import pytest
 import torch
@@ -68,11 +68,12 @@ def check(
     forward: Sequence[int],
     backward: Sequence[int],
     spec: SubnetSpec | None = None,
+    keep: Collection[str] = (),
 ) -> None:
     examples = examples_of(lengths)
     loss = plain(decoder, adapter, examples, spec or decoder.widths)
     expected = gradients(adapter)
-    work = Finetuning(decoder, adapter, examples, spec=spec)
+    work = Finetuning(decoder, adapter, examples, spec=spec, keep=keep)
     run(work, forward, backward)
     ours = gradients(adapter)
     assert work.is_done
@@ -93,9 +94,10 @@ def doubles(case: str, make: type = random_lora, **options: object) -> tuple[Dec
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("make", [random_lora, random_ia3])
-def test_every_family_and_method(case: str, make: type) -> None:
+@pytest.mark.parametrize("keep", [(), ("q", "o", "gate", "up")], ids=["recomputed", "kept"])
+def test_every_family_and_method(case: str, make: type, keep: tuple[str, ...]) -> None:
     decoder, adapter = doubles(case, make)
-    check(decoder, adapter, [13, 6, 9], [4, 7, 1], [5, 2])
+    check(decoder, adapter, [13, 6, 9], [4, 7, 1], [5, 2], keep=keep)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -122,16 +124,23 @@ SIZES = st.lists(st.integers(1, 16), min_size=1, max_size=6)
     forward=SIZES,
     backward=SIZES,
     chosen=st.integers(0, 3),
+    keep=st.sets(st.sampled_from(["q", "o", "gate", "up"])),
 )
 def test_any_cuts_of_any_examples_in_any_sub_network(
-    case: str, targets: set[str], lengths: list[int], forward: list[int], backward: list[int], chosen: int
+    case: str,
+    targets: set[str],
+    lengths: list[int],
+    forward: list[int],
+    backward: list[int],
+    chosen: int,
+    keep: set[str],
 ) -> None:
     decoder = random_decoder(case).double()
     present = targets & set(targets_of(decoder.config)) or {"q"}
     adapter = random_lora(decoder.config, targets=sorted(present)).double()
     spec = ragged_specs(decoder.config, 4)[chosen]
     if any(adapter.targets_in(i, spec.layers[i]) for i in range(len(spec.layers))):
-        check(decoder, adapter, lengths, forward, backward, spec)
+        check(decoder, adapter, lengths, forward, backward, spec, keep)
 
 
 def test_layers_below_the_lowest_bypass_cost_nothing() -> None:
@@ -193,9 +202,10 @@ def live_bytes() -> int:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_what_is_counted_is_all_that_is_kept() -> None:
+@pytest.mark.parametrize("keep", [(), ("q", "up")])
+def test_what_is_counted_is_all_that_is_kept(keep: tuple[str, ...]) -> None:
     decoder, adapter = doubles("llama")
-    work = Finetuning(decoder, adapter, examples_of([60, 50]))
+    work = Finetuning(decoder, adapter, examples_of([60, 50]), keep=keep)
     before = live_bytes()
     work.forward(50)
     assert live_bytes() - before == work.saved.num_bytes > 0
@@ -227,6 +237,8 @@ def test_bad_use_is_refused() -> None:
     no_mlp = SubnetSpec.of([0] * 3, [4] * 3)
     with pytest.raises(FlextronError, match="nothing could be trained"):
         Finetuning(decoder, random_lora(decoder.config, targets=["up"]), examples_of([9]), spec=no_mlp)
+    with pytest.raises(FlextronError, match=r"gate, o, q, up can be kept, not \['v'\]"):
+        Finetuning(decoder, adapter, examples_of([9]), keep=["v"])
     work = Finetuning(decoder, adapter, examples_of([9]))
     work.forward(3)
     with pytest.raises(FlextronError, match="not complete"):

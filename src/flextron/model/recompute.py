@@ -9,8 +9,8 @@ Shapes: N tokens of the window, h tokens before it, H query heads, K KV heads, d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,7 +23,10 @@ from flextron.model.config import DecoderConfig
 from flextron.model.nested import Block, Layout
 from flextron.spec import LayerSpec
 
-__all__ = ["PrunedBatch", "WindowAttention", "unread_linears"]
+__all__ = ["KEEPABLE", "PrunedBatch", "RecordedBatch", "WindowAttention", "unread_linears"]
+
+KEEPABLE = frozenset({"q", "o", "gate", "up"})
+"""Linears whose products are computed twice, unless they are kept; those of the others are not needed or cached."""
 
 
 def unread_linears(config: DecoderConfig, widths: LayerSpec) -> frozenset[str]:
@@ -42,18 +45,67 @@ class PrunedBatch(Batch):
 
     unread: frozenset[str] = frozenset()
     """Linears whose products are not computed."""
+    known: Mapping[str, Tensor] = field(default_factory=dict)
+    """What those of them gave, bypasses included, whose values something reads; gradients flow past them."""
 
     def bypasses(self, layer: int | None, layout: Layout) -> Bypasses:
         """See `Batch`."""
-        return _PrunedBypasses(self.placed(layer, layout), self.unread)
+        return _PrunedBypasses(self.placed(layer, layout), self.unread, self.known)
+
+
+@dataclass(frozen=True)
+class RecordedBatch(Batch):
+    """A batch of one segment that keeps what some linears give."""
+
+    keep: frozenset[str] = frozenset()
+    """Linears."""
+    kept: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    """What they gave, by layer and linear; filled as the layers run."""
+
+    def bypasses(self, layer: int | None, layout: Layout) -> Bypasses:
+        """See `Batch`."""
+        assert layer is not None
+        return _RecordedBypasses(self.placed(layer, layout), layer, self.keep, self.kept)
+
+
+class _RecordedBypasses(Bypasses):
+    """Keeps results."""
+
+    def __init__(self, placed: Any, layer: int, keep: frozenset[str], kept: dict[tuple[int, str], Tensor]) -> None:
+        super().__init__(placed)
+        self._layer, self._keep, self._kept = layer, keep, kept
+
+    def expand(self, target: str, x_ND: Tensor, linear: Linear, blocks: tuple[Block, ...]) -> tuple[Tensor, ...]:
+        ys = super().expand(target, x_ND, linear, blocks)
+        if target in self._keep:
+            (self._kept[self._layer, target],) = ys
+        return ys
+
+    def contract(
+        self, target: str, num_tokens: int, h: Sequence[Tensor], linear: Linear, blocks: tuple[Block, ...]
+    ) -> Tensor:
+        y_ND = super().contract(target, num_tokens, h, linear, blocks)
+        if target in self._keep:
+            self._kept[self._layer, target] = y_ND
+        return y_ND
 
 
 class _PrunedBypasses(Bypasses):
     """Leaves out products that neither their readers nor their bypasses need."""
 
-    def __init__(self, placed: Any, unread: frozenset[str]) -> None:
+    def __init__(self, placed: Any, unread: frozenset[str], known: Mapping[str, Tensor]) -> None:
         super().__init__(placed)
-        self._unread = unread
+        self._unread, self._known = unread, known
+
+    def expand(self, target: str, x_ND: Tensor, linear: Linear, blocks: tuple[Block, ...]) -> tuple[Tensor, ...]:
+        ys = super().expand(target, x_ND, linear, blocks)
+        return (_valued(ys[0], self._known[target]),) if target in self._known else ys
+
+    def contract(
+        self, target: str, num_tokens: int, h: Sequence[Tensor], linear: Linear, blocks: tuple[Block, ...]
+    ) -> Tensor:
+        y_ND = super().contract(target, num_tokens, h, linear, blocks)
+        return _valued(y_ND, self._known[target]) if target in self._known else y_ND
 
     def _is_unread(self, target: str, own: Beside) -> bool:
         return target in self._unread and all(bypass.is_additive for _, bypass in own)
@@ -102,6 +154,10 @@ class _Known(torch.autograd.Function):
         return grads[0], None
 
 
+def _valued(x: Tensor, value: Tensor) -> Tensor:
+    return _Known.apply(x, value)  # type: ignore[no-untyped-call,no-any-return]
+
+
 class WindowAttention:
     """Attention of a window that may begin within a sequence and go on over several; for one layer and one use."""
 
@@ -127,10 +183,7 @@ class WindowAttention:
     ) -> Tensor:
         """See `flextron.model.attention.Attention`."""
         if self._known is not None:
-            k_NKd, v_NKd = (
-                _Known.apply(t, known)  # type: ignore[no-untyped-call]
-                for t, known in zip((k_NKd, v_NKd), self._known, strict=True)
-            )
+            k_NKd, v_NKd = _valued(k_NKd, self._known[0]), _valued(v_NKd, self._known[1])
         self.new = k_NKd, v_NKd
         parts = list(zip(*(t.split(list(lengths)) for t in (q_NHd, k_NKd, v_NKd)), strict=True))
         if len(self._held[0]):

@@ -11,8 +11,8 @@ Shapes: T tokens of all examples that are run, N tokens of a window, D hidden si
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,38 +24,11 @@ from flextron.model.decoder import Decoder
 from flextron.model.layers import rotary_tables
 from flextron.model.losses import summed_cross_entropy
 from flextron.model.packing import Example, Packed
-from flextron.model.recompute import PrunedBatch, WindowAttention, unread_linears
+from flextron.model.recompute import KEEPABLE, PrunedBatch, RecordedBatch, WindowAttention, unread_linears
+from flextron.model.saved import Saved, put_rows
 from flextron.spec import SubnetSpec
 
-__all__ = ["Finetuning", "Saved"]
-
-
-@dataclass(slots=True)
-class Saved:
-    """All that is kept between units, besides parameters and token ids."""
-
-    inputs: dict[int, Tensor] = field(default_factory=dict)
-    """Input of each layer that has gradients to compute, (T, D)."""
-    keys: dict[int, Tensor] = field(default_factory=dict)
-    """Of each layer, rotated, (T, K, d)."""
-    values: dict[int, Tensor] = field(default_factory=dict)
-    """Of each layer, (T, K, d)."""
-    gradient: Tensor | None = None
-    """Gradient of one layer's output, (T, D); its rows become the input's one window after the other."""
-    key_value_gradients: tuple[Tensor, Tensor] | None = None
-    """Gradients of one layer's keys and values, (T, K, d), as far as later tokens have added theirs."""
-
-    def tensors(self) -> Iterator[Tensor]:
-        """Every tensor that is held."""
-        yield from (*self.inputs.values(), *self.keys.values(), *self.values.values())
-        yield from self.key_value_gradients or ()
-        if self.gradient is not None:
-            yield self.gradient
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of memory that the tensors hold."""
-        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.tensors()}.values())
+__all__ = ["Finetuning"]
 
 
 class Finetuning:
@@ -74,6 +47,7 @@ class Finetuning:
         *,
         spec: SubnetSpec | None = None,
         total_weight: float | None = None,
+        keep: Collection[str] = (),
     ) -> None:
         """Lay out the work; computes nothing yet.
 
@@ -84,13 +58,17 @@ class Finetuning:
             spec: sub-network to train in; by default the decoder's full widths.
             total_weight: what the weighted sum of losses is divided by; by default the sum of these examples' weights.
                 With gradient accumulation, the sum over all that one step accumulates.
+            keep: linears whose products are kept instead of computed again, of q, o, gate, up: memory for time.
 
         Raises:
-            FlextronError: an example has fewer than two tokens or other than one weight a token, nothing has weight, a
-                text exceeds learned positions, or the adapter is for a narrower sub-network or has nothing in this one.
+            FlextronError: `keep` names others, an example has fewer than two tokens or other than one weight a token,
+                nothing has weight, a text exceeds learned positions, or the adapter is for a narrower sub-network or
+                has nothing in this one.
         """
         self.spec = spec or decoder.widths
-        self._decoder, self._adapter = decoder, adapter
+        self._decoder, self._adapter, self._keep = decoder, adapter, frozenset(keep)
+        if not self._keep <= KEEPABLE:
+            raise FlextronError(f"only products of {', '.join(sorted(KEEPABLE))} can be kept, not {sorted(self._keep)}")
         Segment(self.spec, (), adapter=adapter)  # refuses an adapter that does not fit
         self._packed = Packed(decoder.config, examples, total_weight, decoder.device)
         self._trained = self._trained_layers()
@@ -139,17 +117,22 @@ class Finetuning:
         if stop == start:
             return 0
         self._check_unchanged()
+        kept: dict[tuple[int, str], Tensor] = {}
         batch = self._batch(start, stop)
+        batch = RecordedBatch(batch.tokens_N, batch.positions_N, batch.segments, self._keep, kept)
         x_ND = self._decoder.embed(batch)
         rope = rotary_tables(self._decoder.config, batch.positions_N, x_ND.dtype)
         for i, layer in enumerate(self._decoder.layers):
             if i in self._trained:
-                self._store(self.saved.inputs, i, start, x_ND)
+                self._put(self.saved.inputs, i, x_ND, start)
             attention = WindowAttention(self._decoder.config, self._held(i, start))
             x_ND = layer(x_ND, batch, i, rope, attention)
             if attention.new is not None:
-                self._store(self.saved.keys, i, start, attention.new[0])
-                self._store(self.saved.values, i, start, attention.new[1])
+                self._put(self.saved.keys, i, attention.new[0], start)
+                self._put(self.saved.values, i, attention.new[1], start)
+        for (i, target), rows in kept.items():
+            if i in self._trained:
+                self._put(self.saved.products, (i, target), rows, start)
         if self.saved.gradient is None:
             self.saved.gradient = x_ND.new_empty(self.num_tokens, x_ND.shape[1])
         self.saved.gradient[start:stop] = self._head(x_ND, start, stop)
@@ -211,10 +194,8 @@ class Finetuning:
         seen = self._packed.seen(start)
         return self.saved.keys[layer][seen], self.saved.values[layer][seen]
 
-    def _store(self, where: dict[int, Tensor], key: int, start: int, rows: Tensor) -> None:
-        if key not in where:
-            where[key] = rows.new_empty(self.num_tokens, *rows.shape[1:])
-        where[key][start : start + len(rows)] = rows
+    def _put(self, where: dict[Any, Tensor], key: Any, rows: Tensor, start: int) -> None:
+        put_rows(where, key, rows, start, self.num_tokens)
 
     def _head(self, x_ND: Tensor, start: int, stop: int) -> Tensor:
         """Add a window's losses; their gradient by the last layer's output. Tokens without weight skip the head."""
@@ -272,8 +253,9 @@ class Finetuning:
     def _run_again(self, i: int, x_ND: Tensor, start: int, stop: int, attention: WindowAttention) -> Tensor:
         """A layer's graph; the value is meaningless where `recompute` leaves products out."""
         batch = self._batch(start, stop)
-        unread = unread_linears(self._decoder.config, self.spec.layers[i])
-        pruned = PrunedBatch(batch.tokens_N, batch.positions_N, batch.segments, unread)
+        known = {t: rows[start:stop] for (layer, t), rows in self.saved.products.items() if layer == i}
+        unread = unread_linears(self._decoder.config, self.spec.layers[i]) | known.keys()
+        pruned = PrunedBatch(batch.tokens_N, batch.positions_N, batch.segments, unread, known)
         rope = rotary_tables(self._decoder.config, batch.positions_N, x_ND.dtype)
         y_ND: Tensor = self._decoder.layers[i](x_ND, pruned, i, rope, attention)
         return y_ND
@@ -281,10 +263,7 @@ class Finetuning:
     def _finish(self, layer: int) -> None:
         """Forget what the layer needed, and turn to the one below."""
         saved = self.saved
-        del saved.inputs[layer]
-        saved.keys.pop(layer, None)
-        saved.values.pop(layer, None)
-        saved.key_value_gradients = None
+        saved.forget(layer)
         self._pending.pop()
         self._num_left = self.num_tokens
         if self.is_done:
