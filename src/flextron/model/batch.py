@@ -7,7 +7,7 @@ Shapes: N tokens, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -15,6 +15,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from flextron.errors import FlextronError
+from flextron.model.adapter import Adapter
+from flextron.model.bypass import NO_BYPASSES, Bypass, Bypasses
 from flextron.model.config import DecoderConfig
 from flextron.model.nested import Layout
 from flextron.spec import SubnetSpec
@@ -53,6 +56,17 @@ class Segment:
     router: TokenChoice | None = None
     """Chooses the MLP width of each token in the layers that have one in `spec`; None leaves all tokens with `spec`'s.
     Attention is always `spec`'s, for later tokens need the keys and values of all its heads."""
+    adapter: Adapter | None = None
+    """What stands beside the linears for these sequences; None leaves them alone."""
+
+    def __post_init__(self) -> None:
+        """Refuse an adapter that does not fit."""
+        if self.adapter is None:
+            return
+        if not self.spec.is_nested_in(self.adapter.widths):
+            raise FlextronError("the adapter is for a narrower sub-network; run it in one nested in its own widths")
+        if self.router is not None and self.adapter.has_mlp:
+            raise FlextronError("an adapter of MLP linears cannot run beside a token router; leave one of them out")
 
     @cached_property
     def num_tokens(self) -> int:
@@ -106,23 +120,28 @@ class Batch:
         specs: Sequence[SubnetSpec],
         starts: Sequence[int] | None = None,
         routers: Sequence[TokenChoice | None] | None = None,
+        adapters: Sequence[Adapter | None] | None = None,
     ) -> Batch:
-        """Sequences of any lengths, each with its spec; neighbours of equal spec and router share a segment.
+        """Sequences of any lengths, each with its spec; neighbours of equal spec, router and adapter share a segment.
 
         Args:
             sequences: token ids, 1-D.
             specs: the sub-network of each sequence.
             starts: position of each sequence's first token; 0 by default.
             routers: what chooses the MLP widths of each sequence's tokens, or None; none by default.
+            adapters: of each sequence, or None; none by default.
         """
-        groups: list[tuple[SubnetSpec, TokenChoice | None, list[int]]] = []
-        for tokens, spec, router in zip(sequences, specs, routers or [None] * len(sequences), strict=True):
-            if not groups or groups[-1][0] != spec or groups[-1][1] is not router:
-                groups.append((spec, router, []))
-            groups[-1][2].append(len(tokens))
+        none = [None] * len(sequences)
+        groups: list[tuple[SubnetSpec, TokenChoice | None, Adapter | None, list[int]]] = []
+        for tokens, spec, router, adapter in zip(sequences, specs, routers or none, adapters or none, strict=True):
+            if not groups or groups[-1][0] != spec or groups[-1][1] is not router or groups[-1][2] is not adapter:
+                groups.append((spec, router, adapter, []))
+            groups[-1][3].append(len(tokens))
         offsets = starts or [0] * len(sequences)
         positions = [torch.arange(a, a + len(t), device=t.device) for t, a in zip(sequences, offsets, strict=True)]
-        segments = tuple(Segment(spec, tuple(lengths), router=router) for spec, router, lengths in groups)
+        segments = tuple(
+            Segment(spec, tuple(lengths), None, router, adapter) for spec, router, adapter, lengths in groups
+        )
         return cls(torch.cat(list(sequences)), torch.cat(positions), segments)
 
     @cached_property
@@ -134,6 +153,33 @@ class Batch:
     def is_routed(self) -> bool:
         """Whether any segment's tokens choose their own MLP widths."""
         return any(s.router is not None for s in self.segments)
+
+    @cached_property
+    def is_adapted(self) -> bool:
+        """Whether any segment has an adapter."""
+        return any(s.adapter is not None for s in self.segments)
+
+    def bypasses(self, layer: int | None, layout: Layout) -> Bypasses:
+        """What stands beside the linears of half a layer, for tokens in the layout's order.
+
+        Args:
+            layer: index; None only where no segment has an adapter.
+            layout: of the half's widths.
+        """
+        return Bypasses(self.placed(layer, layout)) if self.is_adapted else NO_BYPASSES
+
+    def placed(self, layer: int | None, layout: Layout) -> list[tuple[slice, Mapping[str, Bypass]]]:
+        """Rows of each adapted segment in the layout's order, and its bypasses in a layer, by target."""
+        if not self.is_adapted:
+            return []
+        assert layer is not None
+        placed, start = [], 0
+        for j in layout.order:
+            adapter, size = self.segments[j].adapter, layout.sizes[j]
+            if adapter is not None and layout.widths[j]:
+                placed.append((slice(start, start + size), adapter.at(layer)))
+            start += size
+        return placed
 
     def token_widths(self, layer: int, x_ND: Tensor, widths: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """MLP width and gate of every token in a layer, as `TokenChoice` gives them.

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from flextron.errors import UnsupportedModelError
 from flextron.model.attention import Attention
 from flextron.model.batch import Batch
+from flextron.model.bypass import NO_BYPASSES, Bypasses
 from flextron.model.config import DecoderConfig, Rope
-from flextron.model.nested import Block, Layout, contract, expand
+from flextron.model.nested import Block, Contraction, Layout
 from flextron.model.token_layout import TokenLayout
 from flextron.spec import LayerSpec
 
@@ -73,17 +74,6 @@ def _rotate(x_NHd: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     return torch.addcmul(x_NHd * cos, x_NHd.roll(rotated // 2, -1), sin)
 
 
-class Contraction(nn.Module):
-    """A linear map out of a nested dimension; its weight is (in, out), see `nested`."""
-
-    def __init__(self, nested_size: int, out_features: int, *, bias: bool) -> None:
-        """Allocate; initialised as `nn.Linear` is."""
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(nested_size, out_features))
-        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
-        nn.init.uniform_(self.weight, -(nested_size**-0.5), nested_size**-0.5)
-
-
 class MLP(nn.Module):
     """Feed-forward block whose neurons are nested."""
 
@@ -99,22 +89,26 @@ class MLP(nn.Module):
         self.up = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)
         self.down = Contraction(width, config.hidden_size, bias=config.mlp_bias)
 
-    def neurons(self, x_ND: Tensor, blocks: tuple[Block, ...]) -> tuple[Tensor, ...]:
+    def neurons(self, x_ND: Tensor, blocks: tuple[Block, ...], bypasses: Bypasses = NO_BYPASSES) -> tuple[Tensor, ...]:
         """Inputs of the down projection, block by block; `x_ND` widest first."""
-        ups = expand(x_ND, self.up.weight, self.up.bias, blocks)
+        ups = bypasses.expand("up", x_ND, self.up, blocks)
         if self.gate is None:
             return tuple(self._activation(u) for u in ups)
-        gates = expand(x_ND, self.gate.weight, self.gate.bias, blocks)
+        gates = bypasses.expand("gate", x_ND, self.gate, blocks)
         return tuple(self._activation(g) * u for g, u in zip(gates, ups, strict=True))
 
-    def project(self, num_tokens: int, h: Sequence[Tensor], layout: Layout | TokenLayout) -> Tensor:
+    def project(
+        self, num_tokens: int, h: Sequence[Tensor], layout: Layout | TokenLayout, bypasses: Bypasses = NO_BYPASSES
+    ) -> Tensor:
         """The down projection of what `neurons` gave, in the batch's order; (N, D)."""
-        return layout.unsort(contract(num_tokens, h, self.down.weight, self.down.bias, layout.blocks))
+        return layout.unsort(bypasses.contract("down", num_tokens, h, self.down, layout.blocks))
 
-    def forward(self, x_ND: Tensor, batch: Batch, widths: Sequence[int]) -> Tensor:
-        """Run with `widths` neurons, one number a segment; (N, D)."""
+    def forward(self, x_ND: Tensor, batch: Batch, widths: Sequence[int], layer: int | None = None) -> Tensor:
+        """Run with `widths` neurons, one number a segment; (N, D). `layer` finds the bypasses, if there are any."""
         layout = batch.layout(widths)
-        return self.project(x_ND.shape[0], self.neurons(layout.sort(x_ND), layout.blocks), layout)
+        bypasses = batch.bypasses(layer, layout)
+        h = self.neurons(layout.sort(x_ND), layout.blocks, bypasses)
+        return self.project(x_ND.shape[0], h, layout, bypasses)
 
     def routed(self, x_ND: Tensor, widths_N: Tensor) -> Tensor:
         """Run each token with its own number of neurons; (N, D), zeros where that is 0."""
@@ -157,12 +151,12 @@ class SelfAttention(nn.Module):
     ) -> list[Tensor]:
         """Outputs of all heads, (tokens, rows), one entry a segment in the batch's order; empty rows at width 0."""
         layout = batch.layout(widths)
-        x = layout.sort(x_ND)
+        x, bypasses = layout.sort(x_ND), batch.bypasses(layer, layout)
         q_blocks = tuple(b.scaled(self._config.query_rows_per_group) for b in layout.blocks)
         kv_blocks = self._kv_blocks(layout.blocks)
-        q = expand(x, self.q.weight, self.q.bias, q_blocks)
-        k = expand(x, self.k.weight, self.k.bias, kv_blocks)
-        v = expand(x, self.v.weight, self.v.bias, kv_blocks)
+        q = bypasses.expand("q", x, self.q, q_blocks)
+        k = bypasses.expand("k", x, self.k, kv_blocks)
+        v = bypasses.expand("v", x, self.v, kv_blocks)
         if layout.is_single:
             return [self._attend(q[0], k[0], v[0], batch, layer, 0, rope, attention)]
         out: dict[int, Tensor] = {}
@@ -204,15 +198,16 @@ class SelfAttention(nn.Module):
         mixed = attention(layer, segment, q_NHd, k_NKd, v_NR.view(shape), lengths)
         return mixed.flatten(1)
 
-    def project(self, heads: Sequence[Tensor], batch: Batch, widths: Sequence[int]) -> Tensor:
-        """The output projection of what `heads` gave; (N, D)."""
+    def project(self, heads: Sequence[Tensor], batch: Batch, widths: Sequence[int], layer: int | None = None) -> Tensor:
+        """The output projection of what `heads` gave; (N, D). `layer` finds the bypasses, if there are any."""
         layout = batch.layout(widths)
+        bypasses = batch.bypasses(layer, layout)
         blocks = tuple(b.scaled(self._config.query_rows_per_group) for b in layout.blocks)
         if layout.is_single:
-            return contract(heads[0].shape[0], heads, self.o.weight, self.o.bias, blocks)
+            return bypasses.contract("o", heads[0].shape[0], heads, self.o, blocks)
         ordered = [heads[j] for j in layout.order]
         h = [_join([s[:, b.start : b.stop] for s in ordered if s.shape[1] >= b.stop], dim=0) for b in blocks]
-        return layout.unsort(contract(sum(layout.sizes), h, self.o.weight, self.o.bias, blocks))
+        return layout.unsort(bypasses.contract("o", sum(layout.sizes), h, self.o, blocks))
 
     def forward(
         self,
@@ -224,7 +219,7 @@ class SelfAttention(nn.Module):
         attention: Attention,
     ) -> Tensor:
         """Run with `widths` groups, one number a segment; (N, D)."""
-        return self.project(self.heads(x_ND, batch, widths, layer, rope, attention), batch, widths)
+        return self.project(self.heads(x_ND, batch, widths, layer, rope, attention), batch, widths, layer)
 
 
 def _join(parts: Sequence[Tensor], dim: int) -> Tensor:
@@ -268,9 +263,9 @@ class Layer(nn.Module):
         """What the attention adds to `x_ND`, with `num_groups` groups a segment; (N, D)."""
         return self.attention(self.attention_norm(x_ND), batch, num_groups, layer, rope, attention)  # type: ignore[no-any-return]
 
-    def feed_forward(self, x_ND: Tensor, batch: Batch, widths: Sequence[int]) -> Tensor:
+    def feed_forward(self, x_ND: Tensor, batch: Batch, widths: Sequence[int], layer: int | None = None) -> Tensor:
         """What the MLP adds, from its input, with `widths` neurons a segment; (N, D)."""
-        return self.mlp(self.mlp_norm(x_ND), batch, widths)  # type: ignore[no-any-return]
+        return self.mlp(self.mlp_norm(x_ND), batch, widths, layer)  # type: ignore[no-any-return]
 
     def routed_feed_forward(self, x_ND: Tensor, batch: Batch, widths: Sequence[int], layer: int) -> Tensor:
         """What the MLP adds if tokens of routed segments choose their own widths; (N, D)."""
@@ -294,6 +289,6 @@ class Layer(nn.Module):
             if batch.is_routed:
                 y_ND = self.routed_feed_forward(mlp_input, batch, neurons, layer)
             else:
-                y_ND = self.feed_forward(mlp_input, batch, neurons)
+                y_ND = self.feed_forward(mlp_input, batch, neurons, layer)
             x_ND = x_ND + batch.gated(y_ND, layer, 1)
         return x_ND

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["cross_entropy", "forward_kl", "head_metric", "token_losses"]
+__all__ = ["cross_entropy", "forward_kl", "head_metric", "summed_cross_entropy", "token_losses"]
 
 CHUNK_TOKENS = 256
 
@@ -105,6 +105,31 @@ def cross_entropy(h_ND: Tensor, w_VD: Tensor, targets_N: Tensor) -> Tensor:
         return loss, g.scatter_add_(1, target, torch.full_like(target, -1, dtype=g.dtype))
 
     return _Vocabulary.apply(*_matched(h_ND, w_VD), chunk_loss)  # type: ignore[no-untyped-call,no-any-return]
+
+
+@torch.no_grad()
+def summed_cross_entropy(h_ND: Tensor, w_VD: Tensor, targets_N: Tensor, weights_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighted sum of the targets' negative log-likelihoods, and its gradient; in float32 at least.
+
+    Args:
+        h_ND: final hidden states.
+        w_VD: the head.
+        targets_N: token ids, int64.
+        weights_N: what each token counts.
+
+    Returns:
+        The sum, a scalar, float64, in nats; and its gradient by `h_ND`, (N, D).
+    """
+    dtype = torch.promote_types(h_ND.dtype, torch.float32)
+    total = torch.zeros((), dtype=torch.float64, device=h_ND.device)
+    gradient_ND = torch.empty_like(h_ND)
+    for rows in _chunks(len(h_ND)):
+        target, weight = targets_N[rows, None], weights_N[rows, None].to(dtype)
+        log_p = torch.log_softmax((h_ND[rows] @ w_VD.t()).to(dtype), -1)
+        total -= (log_p.gather(1, target) * weight).sum()
+        g = log_p.exp_().mul_(weight).scatter_add_(1, target, -weight)
+        torch.mm(g.to(h_ND.dtype), w_VD, out=gradient_ND[rows])
+    return total, gradient_ND
 
 
 @torch.no_grad()

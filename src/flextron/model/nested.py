@@ -18,10 +18,10 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Block", "Layout", "contract", "expand"]
+__all__ = ["Block", "Contraction", "Layout", "contract", "expand"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,3 +227,14 @@ def contract(
     if not torch.is_grad_enabled():
         return _contract(num_tokens, w, b, blocks, h_cast)
     return _Contract.apply(num_tokens, w, b, blocks, *h_cast)  # type: ignore[no-untyped-call,no-any-return]
+
+
+class Contraction(nn.Module):
+    """A linear map out of a nested dimension; its weight is (in, out)."""
+
+    def __init__(self, nested_size: int, out_features: int, *, bias: bool) -> None:
+        """Allocate; initialised as `nn.Linear` is."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(nested_size, out_features))
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        nn.init.uniform_(self.weight, -(nested_size**-0.5), nested_size**-0.5)

@@ -1,0 +1,195 @@
+"""Bypass networks: small trainable modules beside the frozen linears of the decoder (FlexLLM, section 5).
+
+A bypass reads what its linear reads and adds to what it gives; the weights beside it never change, so that sequences
+with different adapters, or none, share one batch and one product with each weight. Adapters are nested as the weights
+are: the parameters beside a nested dimension lie along it, and a narrower sub-network uses their leading part.
+
+Shapes: N tokens, r rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from flextron.model.nested import Block, Contraction, contract, expand
+
+__all__ = ["NO_BYPASSES", "Beside", "Bypass", "Bypasses", "Ia3", "Linear", "Lora", "Shape"]
+
+_WHOLE = slice(None)
+
+
+class Shape(NamedTuple):
+    """Of a linear."""
+
+    inputs: int
+    outputs: int
+
+
+class Bypass(nn.Module):
+    """What stands beside one linear. A method overrides what it needs; each default changes nothing.
+
+    `rows` are the positions of the nested dimension that a block of inputs or outputs holds; the whole of a dimension
+    that is not nested.
+    """
+
+    is_additive = True
+    """Whether the gradients need nothing of the linear's product, so that the product is not computed for them."""
+
+    def before(self, x: Tensor, rows: slice) -> Tensor:
+        """What the linear reads in the place of `x`."""
+        return x
+
+    def read(self, x: Tensor, rows: slice) -> Tensor | None:
+        """What is kept of the input for `add`; summed over the blocks of an input that is nested."""
+        return None
+
+    def add(self, y: Tensor, z: Tensor | None, rows: slice) -> Tensor:
+        """The linear's output `y` with the bypass, `z` being what `read` gave."""
+        return y
+
+    def narrowed(self, shape: Shape) -> Bypass:
+        """A copy for the linear's leading part."""
+        raise NotImplementedError
+
+
+class Lora(Bypass):
+    """Low-rank adaptation (arXiv 2106.09685): y + scale · (x A) Bᵀ."""
+
+    def __init__(self, shape: Shape, rank: int, scale: float) -> None:
+        """Initialise as peft does: A as `nn.Linear`, B zeros."""
+        super().__init__()
+        self.scale = scale
+        self.a = nn.Parameter(torch.empty(shape.inputs, rank).uniform_(-(shape.inputs**-0.5), shape.inputs**-0.5))
+        self.b = nn.Parameter(torch.zeros(shape.outputs, rank))
+
+    @property
+    def rank(self) -> int:
+        """Columns of A and of B."""
+        return self.a.shape[1]
+
+    def read(self, x: Tensor, rows: slice) -> Tensor:
+        """(N, r)."""
+        return x @ self.a[rows].to(x.dtype)
+
+    def add(self, y: Tensor, z: Tensor | None, rows: slice) -> Tensor:
+        """See `Bypass`."""
+        assert z is not None
+        return torch.addmm(y, z, self.b[rows].to(y.dtype).t(), alpha=self.scale)
+
+    def narrowed(self, shape: Shape) -> Lora:
+        """See `Bypass`."""
+        out = Lora(shape, self.rank, self.scale)
+        out.a, out.b = _leading(self.a, shape.inputs), _leading(self.b, shape.outputs)
+        return out
+
+
+class Ia3(Bypass):
+    """Learned factors of a linear's inputs or outputs (IA3, arXiv 2205.05638)."""
+
+    def __init__(self, shape: Shape, *, on_input: bool) -> None:
+        """Initialise with ones."""
+        super().__init__()
+        self.on_input = on_input
+        self.is_additive = on_input
+        self.factors = nn.Parameter(torch.ones(shape.inputs if on_input else shape.outputs))
+
+    def before(self, x: Tensor, rows: slice) -> Tensor:
+        """See `Bypass`."""
+        return x * self.factors[rows].to(x.dtype) if self.on_input else x
+
+    def add(self, y: Tensor, z: Tensor | None, rows: slice) -> Tensor:
+        """See `Bypass`."""
+        return y if self.on_input else y * self.factors[rows].to(y.dtype)
+
+    def narrowed(self, shape: Shape) -> Ia3:
+        """See `Bypass`."""
+        out = Ia3(shape, on_input=self.on_input)
+        out.factors = _leading(self.factors, len(out.factors))
+        return out
+
+
+def _leading(parameter: Tensor, size: int) -> nn.Parameter:
+    return nn.Parameter(parameter.detach()[:size].clone())
+
+
+Linear = nn.Linear | Contraction
+"""A frozen linear of the decoder, into a nested dimension or out of it."""
+Beside = Sequence[tuple[slice, Bypass]]
+"""The rows of each segment that has a bypass beside a linear, and the bypass."""
+
+
+class Bypasses:
+    """The bypasses of all adapters in a batch beside the linears of one layer, for tokens in a layout's order."""
+
+    def __init__(self, placed: Sequence[tuple[slice, Mapping[str, Bypass]]]) -> None:
+        """Take (rows of a segment's tokens, its bypasses by target), rows ascending, without segments of width 0."""
+        self._placed = placed
+
+    def expand(self, target: str, x_ND: Tensor, linear: Linear, blocks: tuple[Block, ...]) -> tuple[Tensor, ...]:
+        """As `nested.expand`, with what the bypasses beside `target` add."""
+        own = self._beside(target)
+        ys = self._expanded(target, own, _each(x_ND, own, lambda b, x, _: b.before(x, _WHOLE)), linear, blocks)
+        if not own:
+            return ys
+        low = {rows.start: b.read(x_ND[rows], _WHOLE) for rows, b in own}
+        return tuple(
+            _each(y, own, lambda b, y, start, rows=slice(k.start, k.stop): b.add(y, low[start], rows))  # type: ignore[misc]
+            for y, k in zip(ys, blocks, strict=True)
+        )
+
+    def contract(
+        self, target: str, num_tokens: int, h: Sequence[Tensor], linear: Linear, blocks: tuple[Block, ...]
+    ) -> Tensor:
+        """As `nested.contract`, with what the bypasses beside `target` add."""
+        own = self._beside(target)
+        if not own:
+            return self._contracted(target, own, num_tokens, h, linear, blocks)
+        spans = [slice(k.start, k.stop) for k in blocks]
+        read = [
+            _each(part, own, lambda b, x, _, rows=rows: b.before(x, rows))  # type: ignore[misc]
+            for part, rows in zip(h, spans, strict=True)
+        ]
+        y_ND = self._contracted(target, own, num_tokens, read, linear, blocks)
+        low = {}
+        for rows, b in own:
+            parts = [b.read(part[rows], s) for part, s in zip(h, spans, strict=True) if rows.start < len(part)]
+            low[rows.start] = None if parts[0] is None else sum(cast("list[Tensor]", parts[1:]), parts[0])
+        return _each(y_ND, own, lambda b, y, start: b.add(y, low[start], _WHOLE))
+
+    def _expanded(
+        self, target: str, own: Beside, x_ND: Tensor, linear: Linear, blocks: tuple[Block, ...]
+    ) -> tuple[Tensor, ...]:
+        """The frozen product alone."""
+        return expand(x_ND, linear.weight, linear.bias, blocks)
+
+    def _contracted(
+        self, target: str, own: Beside, num_tokens: int, h: Sequence[Tensor], linear: Linear, blocks: tuple[Block, ...]
+    ) -> Tensor:
+        """The frozen product alone."""
+        return contract(num_tokens, h, linear.weight, linear.bias, blocks)
+
+    def _beside(self, target: str) -> Beside:
+        return [(rows, bypasses[target]) for rows, bypasses in self._placed if target in bypasses]
+
+
+def _each(x: Tensor, own: Beside, change: Callable[[Bypass, Tensor, int], Tensor]) -> Tensor:
+    """Change the rows of each bypass that `x` has, which may be but the leading ones; others pass."""
+    parts, done = [], 0
+    for rows, bypass in own:
+        if rows.start >= x.shape[0]:
+            break
+        if rows.start > done:
+            parts.append(x[done : rows.start])
+        parts.append(change(bypass, x[rows], rows.start))
+        done = rows.stop
+    if done < x.shape[0]:
+        parts.append(x[done:])
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+NO_BYPASSES = Bypasses(())
+"""Of batches without adapters."""

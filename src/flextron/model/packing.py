@@ -1,0 +1,84 @@
+"""Training texts side by side in one row of tokens, of which any window can be run.
+
+Shapes: T tokens of all examples that are run.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+from flextron.errors import FlextronError
+from flextron.model.config import DecoderConfig
+
+__all__ = ["Example", "Packed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A training text."""
+
+    tokens: Tensor
+    """Token ids, 1-D."""
+    weights: Tensor
+    """What the prediction of each token counts, 1-D; 0 for those of a prompt. The first token's is ignored."""
+
+
+class Packed:
+    """Examples without their last tokens, which predict nothing; none sees another."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        examples: Sequence[Example],
+        total_weight: float | None,
+        device: torch.device,
+    ) -> None:
+        """Put them side by side.
+
+        Args:
+            config: the decoder's.
+            examples: at least one.
+            total_weight: what the weights are divided by; by default their sum.
+            device: where the tensors shall lie.
+
+        Raises:
+            FlextronError: see `Finetuning`.
+        """
+        for example in examples:
+            if len(example.tokens) < 2 or len(example.tokens) != len(example.weights):
+                raise FlextronError("an example needs at least two tokens, and one weight for each of them")
+            config.check_length(len(example.tokens) - 1)
+        total = sum(float(e.weights[1:].double().sum()) for e in examples) if total_weight is None else total_weight
+        if not total > 0:
+            raise FlextronError("no token of the examples has a weight; nothing could be learned from them")
+        self._window = config.sliding_window
+        lengths = [len(e.tokens) - 1 for e in examples]
+        self._starts = tuple(accumulate(lengths, initial=0))
+        self.tokens_T = torch.cat([e.tokens[:-1] for e in examples]).to(device)
+        """Token ids, int64."""
+        self.targets_T = torch.cat([e.tokens[1:] for e in examples]).to(device)
+        """The token that each shall predict, int64."""
+        self.weights_T = torch.cat([e.weights[1:].double() for e in examples]).to(device) / total
+        """What each prediction counts, float64."""
+        self.positions_T = torch.cat([torch.arange(n) for n in lengths]).to(device)
+        """In its example, int64."""
+
+    def __len__(self) -> int:
+        """T."""
+        return len(self.tokens_T)
+
+    def lengths(self, start: int, stop: int) -> tuple[int, ...]:
+        """Tokens of each example in a window."""
+        cuts = [start, *(s for s in self._starts if start < s < stop), stop]
+        return tuple(b - a for a, b in pairwise(cuts))
+
+    def seen(self, start: int) -> slice:
+        """The tokens before a window that its first token sees."""
+        first = self._starts[bisect_right(self._starts, start) - 1]
+        return slice(first if self._window is None else max(first, start + 1 - self._window), start)

@@ -1,0 +1,60 @@
+"""What finetuning in windows keeps between its units of work.
+
+Shapes: T tokens of all examples that are run, D hidden size, K KV heads, d head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["Saved", "put_rows"]
+
+
+@dataclass(slots=True)
+class Saved:
+    """All that is kept between units, besides parameters and token ids."""
+
+    inputs: dict[int, Tensor] = field(default_factory=dict)
+    """Input of each layer that has gradients to compute, (T, D)."""
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    """Of each layer, rotated, (T, K, d)."""
+    values: dict[int, Tensor] = field(default_factory=dict)
+    """Of each layer, (T, K, d)."""
+    products: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    """What linears that the caller named gave, with their bypasses, by layer and name, (T, rows)."""
+    gradient: Tensor | None = None
+    """Gradient of one layer's output, (T, D); its rows become the input's one window after the other."""
+    key_value_gradients: tuple[Tensor, Tensor] | None = None
+    """Gradients of one layer's keys and values, (T, K, d), as far as later tokens have added theirs."""
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor that is held."""
+        yield from (*self.inputs.values(), *self.keys.values(), *self.values.values(), *self.products.values())
+        yield from self.key_value_gradients or ()
+        if self.gradient is not None:
+            yield self.gradient
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of memory that the tensors hold."""
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.tensors()}.values())
+
+    def forget(self, layer: int) -> None:
+        """Give up what a layer's backward pass needed, once it is complete."""
+        del self.inputs[layer]
+        for of_layers in (self.keys, self.values):
+            of_layers.pop(layer, None)
+        for key in [key for key in self.products if key[0] == layer]:
+            del self.products[key]
+        self.key_value_gradients = None
+
+
+def put_rows(where: dict[Any, Tensor], key: Any, rows: Tensor, start: int, total: int) -> None:
+    """Write a window's rows into a tensor of `total` rows, which the first window makes."""
+    if key not in where:
+        where[key] = rows.new_empty(total, *rows.shape[1:])
+    where[key][start : start + len(rows)] = rows

@@ -1,0 +1,275 @@
+"""Token-level finetuning: exact gradients of an adapter in units of work as small as one asks for (FlexLLM, section 6).
+
+Forward, a text enters in windows of tokens that append to keys and values of its own. Backward goes layer by layer from
+the last, and within a layer from the last tokens to the first: what later windows send to earlier keys and values is
+summed up, and enters the key and value projections once all later windows have added theirs. Between units only the
+layers' inputs, keys and values are kept; a unit computes the rest of its layer and window again. The cuts need not be
+the same forward and backward.
+
+Shapes: T tokens of all examples that are run, N tokens of a window, D hidden size, K KV heads, d head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flextron.errors import FlextronError
+from flextron.model.adapter import Adapter
+from flextron.model.batch import Batch, Segment
+from flextron.model.decoder import Decoder
+from flextron.model.layers import rotary_tables
+from flextron.model.losses import summed_cross_entropy
+from flextron.model.packing import Example, Packed
+from flextron.model.recompute import KEEPABLE, PrunedBatch, RecordedBatch, WindowAttention, unread_linears
+from flextron.model.saved import Saved, put_rows
+from flextron.spec import SubnetSpec
+
+__all__ = ["Finetuning"]
+
+
+class Finetuning:
+    """One forward and backward pass of an adapter over packed examples, unit by unit.
+
+    Call `forward` until it returns 0, then `backward` until it returns 0; in between, anything else may run on the
+    decoder. The adapter's gradients are added to its parameters' `grad`, as autograd would. The adapter must not change
+    before the last unit.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        adapter: Adapter,
+        examples: Sequence[Example],
+        *,
+        spec: SubnetSpec | None = None,
+        total_weight: float | None = None,
+        keep: Collection[str] = (),
+    ) -> None:
+        """Lay out the work; computes nothing yet.
+
+        Args:
+            decoder: frozen.
+            adapter: in training.
+            examples: packed side by side; none sees another.
+            spec: sub-network to train in; by default the decoder's full widths.
+            total_weight: what the weighted sum of losses is divided by; by default the sum of these examples' weights.
+                With gradient accumulation, the sum over all that one step accumulates.
+            keep: linears whose products are kept instead of computed again, of q, o, gate, up: memory for time.
+
+        Raises:
+            FlextronError: `keep` names others, an example has fewer than two tokens or other than one weight a token,
+                nothing has weight, a text exceeds learned positions, or the adapter is for a narrower sub-network or
+                has nothing in this one.
+        """
+        self.spec = spec or decoder.widths
+        self._decoder, self._adapter, self._keep = decoder, adapter, frozenset(keep)
+        if not self._keep <= KEEPABLE:
+            raise FlextronError(f"only products of {', '.join(sorted(KEEPABLE))} can be kept, not {sorted(self._keep)}")
+        Segment(self.spec, (), adapter=adapter)  # refuses an adapter that does not fit
+        self._packed = Packed(decoder.config, examples, total_weight, decoder.device)
+        self._trained = self._trained_layers()
+        self._versions = self._adapter_versions()
+        self.saved = Saved()
+        self._loss = torch.zeros((), dtype=torch.float64, device=decoder.device)
+        self.num_forwarded = 0
+        """Tokens that went through all layers."""
+        self._pending = list(self._trained)
+        """Layers whose backward pass is not complete, the next one last."""
+        self._num_left = self.num_tokens
+        """Leading tokens of that layer whose turn is still to come."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens to run: all but the last of each example, which predicts nothing."""
+        return len(self._packed)
+
+    @property
+    def num_left_backward(self) -> int:
+        """Tokens that the backward pass has still to visit, summed over layers."""
+        return (len(self._pending) - 1) * self.num_tokens + self._num_left if self._pending else 0
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the gradients are complete."""
+        return not self._pending
+
+    @property
+    def loss(self) -> float:
+        """Weighted mean negative log-likelihood, in nats, of the tokens that went forward."""
+        return float(self._loss)
+
+    @torch.no_grad()
+    def forward(self, num_tokens: int) -> int:
+        """Run the next tokens through all layers, as many as there are up to `num_tokens`.
+
+        Args:
+            num_tokens: at least 1.
+
+        Returns:
+            How many were run; 0 once all have been.
+        """
+        start = self.num_forwarded
+        stop = min(start + num_tokens, self.num_tokens)
+        if stop == start:
+            return 0
+        self._check_unchanged()
+        kept: dict[tuple[int, str], Tensor] = {}
+        batch = self._batch(start, stop)
+        batch = RecordedBatch(batch.tokens_N, batch.positions_N, batch.segments, self._keep, kept)
+        x_ND = self._decoder.embed(batch)
+        rope = rotary_tables(self._decoder.config, batch.positions_N, x_ND.dtype)
+        for i, layer in enumerate(self._decoder.layers):
+            if i in self._trained:
+                self._put(self.saved.inputs, i, x_ND, start)
+            attention = WindowAttention(self._decoder.config, self._held(i, start))
+            x_ND = layer(x_ND, batch, i, rope, attention)
+            if attention.new is not None:
+                self._put(self.saved.keys, i, attention.new[0], start)
+                self._put(self.saved.values, i, attention.new[1], start)
+        for (i, target), rows in kept.items():
+            if i in self._trained:
+                self._put(self.saved.products, (i, target), rows, start)
+        if self.saved.gradient is None:
+            self.saved.gradient = x_ND.new_empty(self.num_tokens, x_ND.shape[1])
+        self.saved.gradient[start:stop] = self._head(x_ND, start, stop)
+        self.num_forwarded = stop
+        if stop == self.num_tokens:
+            for i in set(self.saved.keys) - set(self._trained):
+                del self.saved.keys[i], self.saved.values[i]
+        return stop - start
+
+    def backward(self, num_tokens: int) -> int:
+        """Run the next unit of the backward pass: one layer, its next tokens from the end up to `num_tokens`.
+
+        Args:
+            num_tokens: at least 1.
+
+        Returns:
+            How many tokens the unit had; 0 once the gradients are complete.
+
+        Raises:
+            FlextronError: the forward pass is not complete, or the adapter has changed since.
+        """
+        if self.is_done:
+            return 0
+        if self.num_forwarded < self.num_tokens:
+            raise FlextronError("the forward pass is not complete; call forward until it returns 0")
+        self._check_unchanged()
+        layer, stop = self._pending[-1], self._num_left
+        start = max(0, stop - num_tokens)
+        self._differentiate(layer, start, stop)
+        self._num_left = start
+        if start == 0:
+            self._finish(layer)
+        return stop - start
+
+    def _trained_layers(self) -> tuple[int, ...]:
+        """Layers from the lowest that has a bypass in the sub-network; lower ones need no backward pass."""
+        widths = self.spec.layers
+        adapted = [i for i in self._adapter.adapted_layers if self._adapter.targets_in(i, widths[i])]
+        if not adapted:
+            raise FlextronError("the adapter has no bypass in this sub-network; nothing could be trained")
+        return tuple(i for i in self.spec.kept_layers if i >= adapted[0])
+
+    def _adapter_versions(self) -> list[int]:
+        return [p._version for p in self._adapter.parameters()]
+
+    def _check_unchanged(self) -> None:
+        if self._adapter_versions() != self._versions:
+            raise FlextronError("the adapter has changed in the middle of a pass; step only when the pass is done")
+
+    def _batch(self, start: int, stop: int) -> Batch:
+        window, packed = slice(start, stop), self._packed
+        segment = Segment(self.spec, packed.lengths(start, stop), adapter=self._adapter)
+        return Batch(packed.tokens_T[window], packed.positions_T[window], (segment,))
+
+    def _held(self, layer: int, start: int) -> tuple[Tensor, Tensor]:
+        """Keys and values that a window's first token sees before it."""
+        if layer not in self.saved.keys:
+            return self._loss.new_zeros(0), self._loss.new_zeros(0)
+        seen = self._packed.seen(start)
+        return self.saved.keys[layer][seen], self.saved.values[layer][seen]
+
+    def _put(self, where: dict[Any, Tensor], key: Any, rows: Tensor, start: int) -> None:
+        put_rows(where, key, rows, start, self.num_tokens)
+
+    def _head(self, x_ND: Tensor, start: int, stop: int) -> Tensor:
+        """Add a window's losses; their gradient by the last layer's output. Tokens without weight skip the head."""
+        targets_N, weights_N = self._packed.targets_T[start:stop], self._packed.weights_T[start:stop]
+        (rows,) = weights_N.nonzero(as_tuple=True)
+        gradient_ND = torch.zeros_like(x_ND)
+        if len(rows) == 0:
+            return gradient_ND
+        with torch.enable_grad():
+            x = x_ND[rows].requires_grad_()
+            hidden = self._decoder.final_norm(x)
+        head = self._decoder.head_weight.detach()
+        loss, by_hidden = summed_cross_entropy(hidden.detach(), head, targets_N[rows], weights_N[rows])
+        self._loss += loss
+        (gradient_ND[rows],) = torch.autograd.grad(hidden, x, by_hidden)
+        return gradient_ND
+
+    def _differentiate(self, i: int, start: int, stop: int) -> None:
+        """Compute a layer again for a window, and carry the gradients from its outputs to its inputs."""
+        saved, config, window = self.saved, self._decoder.config, slice(start, stop)
+        assert saved.gradient is not None
+        targets = self._adapter.targets_in(i, self.spec.layers[i])
+        is_lowest = i == self._trained[0]
+        x_ND = saved.inputs[i][window].detach().requires_grad_(not is_lowest)
+        held, known = self._held(i, start), None
+        if i in saved.keys:
+            # in the lowest layer, earlier keys and values matter only if something in their projections is trained
+            matters = len(held[0]) > 0 and (not is_lowest or not targets.isdisjoint("kv"))
+            held = held[0].detach().requires_grad_(matters), held[1].detach().requires_grad_(matters)
+            known = saved.keys[i][window], saved.values[i][window]
+            if saved.key_value_gradients is None:
+                saved.key_value_gradients = _accumulator(saved.keys[i]), _accumulator(saved.values[i])
+        attention = WindowAttention(config, held, known)
+        y_ND = self._run_again(i, x_ND, start, stop, attention)
+
+        ends = [(y_ND, saved.gradient[window])]
+        sums = saved.key_value_gradients or ()
+        ends += [(t, s[window].to(t.dtype)) for t, s in zip(attention.new or (), sums, strict=True)]
+        ends = [(t, g) for t, g in ends if t.requires_grad]
+        sources = [t for t in (x_ND, *held) if t.requires_grad]
+        parameters: list[Tensor] = [p for t in sorted(targets) for p in self._adapter.at(i)[t].parameters()]
+        gradients = list(
+            torch.autograd.grad([t for t, _ in ends], sources + parameters, [g for _, g in ends], allow_unused=True)
+        )
+        if x_ND.requires_grad:
+            saved.gradient[window] = gradients.pop(0)
+        if held[0].requires_grad:
+            for total in sums:
+                total[self._packed.seen(start)] += gradients.pop(0)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
+    @torch.enable_grad()
+    def _run_again(self, i: int, x_ND: Tensor, start: int, stop: int, attention: WindowAttention) -> Tensor:
+        """A layer's graph; the value is meaningless where `recompute` leaves products out."""
+        batch = self._batch(start, stop)
+        known = {t: rows[start:stop] for (layer, t), rows in self.saved.products.items() if layer == i}
+        unread = unread_linears(self._decoder.config, self.spec.layers[i]) | known.keys()
+        pruned = PrunedBatch(batch.tokens_N, batch.positions_N, batch.segments, unread, known)
+        rope = rotary_tables(self._decoder.config, batch.positions_N, x_ND.dtype)
+        y_ND: Tensor = self._decoder.layers[i](x_ND, pruned, i, rope, attention)
+        return y_ND
+
+    def _finish(self, layer: int) -> None:
+        """Forget what the layer needed, and turn to the one below."""
+        saved = self.saved
+        saved.forget(layer)
+        self._pending.pop()
+        self._num_left = self.num_tokens
+        if self.is_done:
+            saved.gradient = None
+
+
+def _accumulator(like: Tensor) -> Tensor:
+    """Zeros for a sum of many terms: in float32 where the model is in less."""
+    return torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
