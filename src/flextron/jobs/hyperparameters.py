@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
@@ -13,6 +12,10 @@ __all__ = ["TARGET_MODULES", "Hyperparameters"]
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Linears that an adapter may sit beside, by peft's names."""
+
+_MOST = {"n_epochs": 1000, "batch_size": 4096, "rank": 1024, "max_tokens": 2**20, "checkpoint_every": 2**31}
+_OPTIONAL = ("max_tokens", "checkpoint_every")
+_MOST_NUMBER = 1e6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,18 +45,20 @@ class Hyperparameters:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        for name in ("n_epochs", "batch_size", "rank", "max_tokens", "checkpoint_every"):
+        for name, most in _MOST.items():
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise FlextronError(f"{name} must be a whole number of at least 1, not {value!r}")
+            if value is None and name in _OPTIONAL:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+                raise FlextronError(f"{name} must be a whole number from 1 to {most}")
         for name in ("learning_rate_multiplier", "learning_rate", "alpha"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                raise FlextronError(f"{name} must be a number above 0, not {value!r}")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= _MOST_NUMBER:
+                raise FlextronError(f"{name} must be a number above 0, and at most {_MOST_NUMBER:g}")
         if not self.target_modules or not set(self.target_modules) <= set(TARGET_MODULES):
             raise FlextronError(f"target_modules must be some of {', '.join(TARGET_MODULES)}")
         if self.over_long not in ("truncate", "refuse"):
-            raise FlextronError(f"over_long must be 'truncate' or 'refuse', not {self.over_long!r}")
+            raise FlextronError(f"over_long must be 'truncate' or 'refuse', not {str(self.over_long)[:50]!r}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Hyperparameters:
@@ -65,7 +70,7 @@ class Hyperparameters:
         known = [f.name for f in fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:
-            raise FlextronError(f"there is no hyperparameter {unknown[0]!r}; there are {', '.join(known)}")
+            raise FlextronError(f"there is no hyperparameter {unknown[0][:50]!r}; there are {', '.join(known)}")
         given = {k: v for k, v in values.items() if v is not None and v != "auto"}
         if "target_modules" in given:
             names = given["target_modules"]

@@ -279,7 +279,7 @@ class Jobs:
     def _drop(self, run: Run) -> None:
         """A client has paused or ended a job."""
         del self._runs[run.job.id]
-        if self.journal.get(run.job.id).status != Status.PAUSED:
+        if self.journal.get(run.job.id).status in ENDED:
             run.forget()
             return
         try:

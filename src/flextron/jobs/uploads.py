@@ -31,6 +31,11 @@ class Uploads:
             if path.name not in known:
                 path.unlink()
 
+    @property
+    def spool(self) -> Path:
+        """A directory on the same disk, for what is still arriving."""
+        return self._directory.path
+
     def add(self, filename: str, purpose: str, content: Iterable[bytes]) -> File:
         """Keep a file; it is on the disk when this returns.
 
