@@ -17,7 +17,7 @@ from typing import Any
 
 from flextron.errors import FlextronError
 
-__all__ = ["NoSpaceError", "new_directory", "new_file", "read_json", "write_json"]
+__all__ = ["NoSpaceError", "naming_a_full_disk", "new_directory", "new_file", "read_json", "write_json"]
 
 _FULL_DISK = re.compile(r"No space left on device|^\d+ requested and \d+ written$")
 """What safetensors and NumPy say of it, without an error number."""
@@ -29,8 +29,12 @@ class NoSpaceError(FlextronError):
 
 
 @contextmanager
-def _naming_a_full_disk(path: Path) -> Iterator[None]:
-    """Whichever library meets a full disk, say so in the user's terms."""
+def naming_a_full_disk(path: Path) -> Iterator[None]:
+    """Whichever library meets a full disk, say so in the user's terms.
+
+    Raises:
+        NoSpaceError: the block met one.
+    """
     try:
         yield
     except Exception as error:
@@ -48,7 +52,7 @@ def new_file(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with _naming_a_full_disk(path):
+        with naming_a_full_disk(path):
             yield temporary
             os.replace(temporary, path)
     finally:
@@ -64,12 +68,12 @@ def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     if path.exists() and not overwrite:
         raise FlextronError(f"{path} exists already; choose another directory or pass overwrite (--overwrite)")
-    with _naming_a_full_disk(path):
+    with naming_a_full_disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     temporary.chmod(0o755)
     try:
-        with _naming_a_full_disk(path):
+        with naming_a_full_disk(path):
             yield temporary
             if path.exists():
                 _swap(path, temporary)

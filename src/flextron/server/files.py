@@ -16,6 +16,7 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 
+from flextron.files import naming_a_full_disk
 from flextron.jobs.records import File
 from flextron.jobs.uploads import FINE_TUNE, Uploads
 from flextron.server.errors import ApiError, bad_request, too_slow
@@ -49,7 +50,7 @@ def add_files(app: FastAPI, uploads: Uploads, settings: ServerSettings) -> None:
     async def upload_file(request: Request) -> JSONResponse:
         """Keep a file."""
         boundary = boundary_of(request.headers.get("content-type", ""))
-        with tempfile.TemporaryFile(dir=uploads.spool) as spool:
+        with naming_a_full_disk(uploads.spool), tempfile.TemporaryFile(dir=uploads.spool) as spool:
             await _receive(request, spool, settings)
             file = await asyncio.to_thread(_keep, uploads, spool, boundary, int(settings.max_file_mb * 1e6))
         return JSONResponse(_written(file))
