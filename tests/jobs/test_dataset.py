@@ -79,7 +79,7 @@ def test_over_long_examples(tmp_path: Path, tok: PreTrainedTokenizerBase) -> Non
     assert [len(e.token_ids) for e in found.examples][1] == 20
     found = read(tmp_path, tok, jsonl([short, long]), max_tokens=10)
     assert len(found.examples[1].token_ids) == len(found.examples[1].is_trained) == 10
-    with pytest.raises(DatasetError, match="line 2 has .* tokens, more than 20; shorten it"):
+    with pytest.raises(DatasetError, match=r"line 2 has .* tokens, more than 20; shorten it"):
         read(tmp_path, tok, jsonl([short, long]), context=20, over_long="refuse")
     with pytest.raises(DatasetError, match="line 1 has nothing to learn within its first 20 tokens"):
         read(tmp_path, tok, jsonl([{"prompt": "a b " * 50, "completion": "c"}]), context=20)
@@ -105,7 +105,7 @@ def test_over_long_examples(tmp_path: Path, tok: PreTrainedTokenizerBase) -> Non
     ],
 )
 def test_malformed_lines_are_named(tmp_path: Path, tok: PreTrainedTokenizerBase, line: bytes, said: str) -> None:
-    with pytest.raises(DatasetError, match="^line 3 ") as refused:
+    with pytest.raises(DatasetError, match=r"^line 3 ") as refused:
         read(tmp_path, tok, jsonl([GOOD, GOOD]) + line + b"\n" + jsonl([GOOD]))
     assert said in str(refused.value)
 
@@ -131,7 +131,7 @@ def test_malformed_lines_are_named(tmp_path: Path, tok: PreTrainedTokenizerBase,
 def test_wrong_conversations(
     tmp_path: Path, tok: PreTrainedTokenizerBase, messages: list[dict[str, Any]], said: str
 ) -> None:
-    with pytest.raises(DatasetError, match="^line 1 ") as refused:
+    with pytest.raises(DatasetError, match=r"^line 1 ") as refused:
         read(tmp_path, tok, jsonl([{"messages": messages}]))
     assert said in str(refused.value)
 
