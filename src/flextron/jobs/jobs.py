@@ -29,7 +29,7 @@ from flextron.jobs.store import Store
 from flextron.jobs.trainer import MakeTrainer, StepMetrics
 from flextron.jobs.uploads import Uploads
 
-__all__ = ["Jobs", "JobsSettings"]
+__all__ = ["Jobs", "JobsSettings", "OnAdapter"]
 
 _log = logging.getLogger("flextron.server")
 _STALL_SECONDS = 5.0
