@@ -1,4 +1,4 @@
-"""`kill -9` at random moments: nothing acknowledged is lost, no half adapter is seen, all jobs end as if undisturbed."""
+"""`kill -9` at random moments: nothing acknowledged is lost, and all jobs end as if nothing had happened."""
 
 from __future__ import annotations
 
