@@ -45,14 +45,14 @@ def test_prompt_and_completion(tmp_path: Path, tok: PreTrainedTokenizerBase) -> 
 
 def test_the_assistants_turns_alone_are_learnt(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:
     system, again = {"role": "system", "content": "Be kind"}, {"role": "assistant", "content": "Bye"}
-    (example,) = read(tmp_path, tok, jsonl([{"messages": [system, USER, ANSWER, USER, again]}])).examples
+    (example,) = read(tmp_path, tok, jsonl([{"messages": [system, USER, ANSWER, USER, again]}]), context=200).examples
     whole = "<system>Be kind</>\n<user>Hi there</>\n<assistant>Hello, you</>\n<user>Hi there</>\n<assistant>Bye</>\n"
     assert tok.decode(example.token_ids) == whole
     assert learnt(tok, example).replace("</>\n", "|") == "Hello, you|Bye|"
 
 
 def test_weights_parts_and_the_developer(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:
-    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    parts = [{"type": "text", "text": "Good "}, {"type": "text", "text": "day"}]
     messages = [
         {"role": "developer", "content": "Be kind"},
         USER,
@@ -62,7 +62,7 @@ def test_weights_parts_and_the_developer(tmp_path: Path, tok: PreTrainedTokenize
     ]
     (example,) = read(tmp_path, tok, jsonl([{"messages": messages}]), context=200).examples
     assert str(tok.decode(example.token_ids)).startswith("<system>Be kind</>")
-    assert learnt(tok, example) == "Hello</>\n"
+    assert learnt(tok, example) == "Good day</>\n"
 
 
 def test_blank_lines_and_a_byte_order_mark(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:
@@ -105,8 +105,9 @@ def test_over_long_examples(tmp_path: Path, tok: PreTrainedTokenizerBase) -> Non
     ],
 )
 def test_malformed_lines_are_named(tmp_path: Path, tok: PreTrainedTokenizerBase, line: bytes, said: str) -> None:
+    good = jsonl([{"prompt": "a", "completion": "b"} if said.startswith("must have") else GOOD])
     with pytest.raises(DatasetError, match=r"^line 3 ") as refused:
-        read(tmp_path, tok, jsonl([GOOD, GOOD]) + line + b"\n" + jsonl([GOOD]))
+        read(tmp_path, tok, good + good + line + b"\n" + good)
     assert said in str(refused.value)
 
 

@@ -182,13 +182,14 @@ def test_cancel_during_a_step(jobs: Jobs, num_steps: int) -> None:
     assert len(list(jobs._directory.files.iterdir())) == 1
 
 
-def test_jobs_at_once_share_fairly(jobs: Jobs) -> None:
+def test_jobs_at_once_share_fairly(tmp_path: Path) -> None:
     """Eight with examples of different lengths: their tokens differ by less than a tenth."""
+    jobs = new_jobs(tmp_path / "state", save_seconds=1000.0)
     made = [
         settled(jobs, [{"prompt": "a " * (1 + 3 * i), "completion": "b"}] * (4 + i), n_epochs=500, batch_size=1 + i % 3)
         for i in range(8)
     ]
-    train(jobs, 2000)
+    train(jobs, 600)
     tokens = [jobs.journal.trained_tokens(job.id) for job in made]
     assert {jobs.journal.get(job.id).status for job in made} == {Status.RUNNING}
     assert max(tokens) / min(tokens) < 1.1
@@ -196,9 +197,10 @@ def test_jobs_at_once_share_fairly(jobs: Jobs) -> None:
     late = settled(jobs, n_epochs=500)
     jobs.cancel(made[0].id)
     before = {job.id: jobs.journal.trained_tokens(job.id) for job in [*made[1:], late]}
-    train(jobs, 2000)
+    train(jobs, 600)
     since = [jobs.journal.trained_tokens(job_id) - n for job_id, n in before.items()]
     assert max(since) / min(since) < 1.1
+    jobs.close()
 
 
 def test_jobs_beyond_the_limit_wait_in_their_order(tmp_path: Path) -> None:
@@ -293,7 +295,7 @@ def test_a_full_disk_when_a_client_pauses(tmp_path: Path, maker: BigramMaker) ->
 
 
 FULL_DISK = """
-import subprocess, sys
+import os, subprocess, sys
 from pathlib import Path
 disk = Path(sys.argv[1])
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "none", str(disk)], check=True)
@@ -305,13 +307,12 @@ job = settled(jobs, n_epochs=1000)
 for _ in range(4):
     jobs.step()
 filler = disk / "filler"
-with filler.open("wb") as out:
-    try:
-        while True:
-            out.write(b"0" * 4096)
-            out.flush()
-    except OSError:
+handle = os.open(filler, os.O_WRONLY | os.O_CREAT)
+try:
+    while os.write(handle, b"0" * 4096):
         pass
+except OSError:
+    os.close(handle)
 stalls = 0
 for _ in range(300):
     try:
@@ -377,7 +378,8 @@ def test_directories_that_do_not_do(tmp_path: Path) -> None:
         new_jobs(tmp_path / "bad")
 
 
-def test_leftovers_are_removed(tmp_path: Path, jobs: Jobs) -> None:
+def test_leftovers_are_removed(tmp_path: Path) -> None:
+    jobs = new_jobs(tmp_path / "state")
     job = settled(jobs)
     train(jobs, 2)
     jobs.close()

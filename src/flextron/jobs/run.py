@@ -109,7 +109,10 @@ class Run:
         steps = [s for s in self._journal.steps(self.job.id) if s[0] < step]
         table = _table([*steps, (step, metrics)])
         result = self._uploads.write("step_metrics.csv", RESULTS, [table.encode()])
-        return self._journal.finish(self.job, step, metrics, result)
+        done = self._journal.finish(self.job, step, metrics, result)
+        if not done:
+            self._directory.file(result.id).unlink()
+        return done
 
 
 def _table(steps: Sequence[tuple[int, StepMetrics]]) -> str:
