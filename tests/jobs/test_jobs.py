@@ -178,7 +178,7 @@ def test_cancel_during_a_step(jobs: Jobs, num_steps: int) -> None:
     assert found.finished_at is not None
     assert len(jobs.journal.steps(job.id)) == num_steps
     assert not jobs._directory.state(job.id).exists()
-    assert len(jobs.uploads.list(purpose=None, after=None, limit=10, is_rising=True)[0]) == 1
+    assert len(jobs.uploads.page(purpose=None, after=None, limit=10, is_rising=True)[0]) == 1
     assert len(list(jobs._directory.files.iterdir())) == 1
 
 
@@ -454,7 +454,7 @@ def test_many_threads_at_once(jobs: Jobs) -> None:
     assert not faults
     wait_until(lambda: not jobs.journal.with_status(Status.VALIDATING, Status.QUEUED, Status.RUNNING), 60)
     loop.stop()
-    statuses = [job.status for job in jobs.journal.list(after=None, limit=100)[0]]
+    statuses = [job.status for job in jobs.journal.page(after=None, limit=100)[0]]
     assert len(statuses) == 20
     assert set(statuses) <= {Status.SUCCEEDED, Status.CANCELLED, Status.PAUSED}
     assert not jobs._runs

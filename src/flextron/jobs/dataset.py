@@ -83,7 +83,7 @@ def _record(line: bytes) -> dict[str, Any]:
         record = json.loads(line.decode())
         # halves of surrogate pairs come in by escapes, and no tokenizer takes them
         json.dumps(record, ensure_ascii=False).encode()
-    except UnicodeError as error:
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise DatasetError(f"is not UTF-8 ({error.reason})") from error
     except (ValueError, RecursionError) as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__

@@ -73,7 +73,7 @@ class Journal:
         """
         return Job.of(self._store.row("jobs", job_id))
 
-    def list(self, *, after: str | None, limit: int) -> tuple[list[Job], bool]:
+    def page(self, *, after: str | None, limit: int) -> tuple[list[Job], bool]:
         """A page of jobs, newest first, and whether more follow; errors as for `Store.page`, here and below."""
         rows, has_more = self._store.page("jobs", where={}, after=after, limit=limit)
         return [Job.of(row) for row in rows], has_more

@@ -86,7 +86,7 @@ class Uploads:
         """
         return self._directory.file(self.get(file_id).id)
 
-    def list(self, *, purpose: str | None, after: str | None, limit: int, is_rising: bool) -> tuple[list[File], bool]:
+    def page(self, *, purpose: str | None, after: str | None, limit: int, is_rising: bool) -> tuple[list[File], bool]:
         """A page of files, and whether more follow.
 
         Raises:

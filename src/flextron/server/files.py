@@ -63,7 +63,7 @@ def add_files(app: FastAPI, uploads: Uploads, settings: ServerSettings) -> None:
         order = query.get("order", "desc")
         if order not in ("asc", "desc"):
             raise bad_request("order must be asc or desc", "order")
-        files, has_more = uploads.list(purpose=query.get("purpose"), is_rising=order == "asc", **page)
+        files, has_more = uploads.page(purpose=query.get("purpose"), is_rising=order == "asc", **page)
         return paged([_written(file) for file in files], has_more)
 
     @app.get("/v1/files/{file_id}", responses=error_responses(401, 404))

@@ -100,7 +100,7 @@ def add_finetuning(app: FastAPI, jobs: Jobs, settings: ServerSettings) -> None:
         """All jobs, newest first."""
         if any(key.startswith("metadata") for key in request.query_params):
             raise bad_request("jobs cannot be searched by metadata; leave it out", "metadata")
-        found, has_more = jobs.journal.list(**_page(request))
+        found, has_more = jobs.journal.page(**_page(request))
         return paged([_written(jobs, job) for job in found], has_more)
 
     @app.get(_PATH + "/{job_id}", responses=error_responses(401, 404))

@@ -46,7 +46,8 @@ def parse_parts(body: bytes | mmap, boundary: bytes) -> list[Part]:
     Raises:
         ApiError: it is malformed, or ends early.
     """
-    delimiter, parts = b"\r\n--" + boundary, []
+    delimiter = b"\r\n--" + boundary
+    parts: list[Part] = []
     # the first may stand at the very beginning, without a line before it
     begins = body[: len(delimiter) - 2] == delimiter[2:]
     at = len(delimiter) - 2 if begins else _after(body, delimiter, 0)
