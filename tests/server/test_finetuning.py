@@ -99,12 +99,12 @@ def test_pages(model: ElasticModel, tmp_path: Path) -> None:
         ids = [jobs.create(model="tiny", training_file=file, hyperparameters=SHORT).id for _ in range(5)]
         assert [job.id for job in jobs.list(limit=2)] == ids[::-1]
         assert [job.id for job in jobs.list(after=ids[2])] == ids[1::-1]
-        with httpx.Client(base_url=f"{made.server.url}/v1/fine_tuning/jobs") as http:
-            for path in ("", f"/{ids[0]}/events", f"/{ids[0]}/checkpoints"):
-                for query in ("limit=0", "limit=101", "limit=a"):
-                    assert_refused(http.get(f"{path}?{query}"), 400, "limit")
-                assert_refused(http.get(f"{path}?after=ft-nothing"), 404, "ft-nothing")
-            assert_refused(http.get("?metadata[a]=b"), 400, "metadata")
+        url = f"{made.server.url}/v1/fine_tuning/jobs"
+        for path in ("", f"/{ids[0]}/events", f"/{ids[0]}/checkpoints"):
+            for query in ("limit=0", "limit=101", "limit=a"):
+                assert_refused(httpx.get(f"{url}{path}?{query}"), 400, "limit")
+            assert_refused(httpx.get(f"{url}{path}?after=ft-nothing"), 404, "ft-nothing")
+        assert_refused(httpx.get(f"{url}?metadata[a]=b"), 400, "metadata")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import email.policy
 
 import httpx
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flextron.server.errors import ApiError
@@ -22,6 +22,7 @@ def encoded(files: list[tuple[str, tuple[str, bytes]]], data: dict[str, str]) ->
     return request.read(), boundary_of(request.headers["content-type"])
 
 
+@settings(max_examples=40)
 @given(
     st.lists(
         st.tuples(st.from_regex(r"[a-z]{1,5}", fullmatch=True), st.tuples(names, st.binary())), min_size=1, max_size=4
@@ -32,7 +33,7 @@ def test_what_httpx_writes_is_read(files: list[tuple[str, tuple[str, bytes]]], d
     body, boundary = encoded(files, data)
     found = [(p.name, p.filename, body[p.start : p.end]) for p in parse_parts(body, boundary)]
     expected = [(name, None, value.encode()) for name, value in data.items()]
-    assert found == [*expected, *((name, *file) for name, file in files)]
+    assert found == [*expected, *((name, file.strip(), content) for name, (file, content) in files)]
 
 
 def test_as_the_standard_library_reads_it() -> None:

@@ -77,7 +77,7 @@ def _part(headers: bytes, start: int, end: int) -> Part:
     for line in headers.decode(errors="replace").split("\r\n"):
         key, _, value = line.partition(":")
         if key.strip().lower() == "content-disposition":
-            disposition["content-disposition"] = " ".join(value.split())
+            disposition["content-disposition"] = value.strip()
     name = disposition.get_param("name", header="content-disposition")
     if disposition.get_content_disposition() != "form-data" or not isinstance(name, str):
         raise _malformed("a part has no name")
