@@ -27,7 +27,7 @@ __all__ = ["Books", "Child"]
 
 _context = multiprocessing.get_context("forkserver")
 # the imports take longer than all the rest
-_context.set_forkserver_preload(["tests.server.killed"])
+_context.set_forkserver_preload(["tests.server.killed", "transformers.models.llama.configuration_llama"])
 _MOST_LIVE = 6
 
 
