@@ -40,9 +40,9 @@ class Bigram:
         self.step_number = 0
         if resume is not None:
             state = load_file(resume / "state.safetensors")
+            self.step_number = json.loads((resume / "step.json").read_text())["step"]
             self.weight_VV.data.copy_(state["weight"])
             self.optimizer.state[self.weight_VV]["momentum_buffer"] = state["momentum"]
-            self.step_number = int(state["step"])
 
     def step(self) -> StepMetrics:
         time.sleep(self._maker.seconds)
@@ -67,17 +67,19 @@ class Bigram:
         return StepMetrics(loss=float(loss.detach()), num_tokens=sum(len(example.token_ids) for example in chosen))
 
     def save_state(self, directory: Path) -> None:
-        self._fill_disk()
         momentum: Tensor = self.optimizer.state[self.weight_VV].get("momentum_buffer", torch.zeros(SIZE, SIZE))
-        state = {"weight": self.weight_VV.detach(), "momentum": momentum, "step": torch.tensor(self.step_number)}
-        save_file(state, directory / "state.safetensors")
+        save_file({"weight": self.weight_VV.detach(), "momentum": momentum}, directory / "state.safetensors")
+        self._dawdle()
+        (directory / "step.json").write_text(json.dumps({"step": self.step_number}))
 
     def save_adapter(self, directory: Path) -> None:
         save_file({"weight": self.weight_VV.detach()}, directory / "adapter_model.safetensors")
-        self._fill_disk()
+        self._dawdle()
         (directory / "adapter_config.json").write_text(json.dumps({"step": self.step_number}))
 
-    def _fill_disk(self) -> None:
+    def _dawdle(self) -> None:
+        """In the middle of writing: time to be killed, or for the disk to fill."""
+        time.sleep(self._maker.seconds)
         if self._maker.disk_is_full.is_set():
             # the system's own word for it
             Path("/dev/full").write_bytes(b"\0")

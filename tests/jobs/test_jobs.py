@@ -118,6 +118,26 @@ def test_a_restart_resumes_exactly(tmp_path: Path, save_seconds: float) -> None:
     jobs.close()
 
 
+def test_after_a_crash_adapters_stay_as_they_are(tmp_path: Path) -> None:
+    told: list[int] = []
+    jobs = new_jobs(tmp_path / "state", save_seconds=1000.0)
+    job = settled(jobs, checkpoint_every=2)
+    train(jobs, 5)
+    before = {step: jobs._directory.adapter(job.id, step).stat().st_ino for step in (2, 4)}
+    seen = jobs.journal.events(job.id, after=None, limit=100)[0]
+    # gone without a word: no state was saved
+    jobs._store.close()
+    jobs._directory.close()
+    jobs = new_jobs(tmp_path / "state", on_adapter=lambda checkpoint, directory: told.append(checkpoint.step))
+    wait_until(lambda: job.id in jobs._preparer.held())
+    assert train(jobs) == NUM_STEPS
+    assert told == [2, 4, 6, 8]
+    assert {step: jobs._directory.adapter(job.id, step).stat().st_ino for step in before} == before
+    assert jobs.journal.events(job.id, after=None, limit=100)[0][-len(seen) :] == seen
+    assert_as_alone(tmp_path, jobs, job.id)
+    jobs.close()
+
+
 def test_pause_and_resume(tmp_path: Path, jobs: Jobs) -> None:
     job = settled(jobs)
     train(jobs, 3)

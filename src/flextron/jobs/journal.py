@@ -90,6 +90,10 @@ class Journal:
         rows, has_more = self._store.page("checkpoints", where=where, after=after, limit=limit)
         return [Checkpoint.of(row) for row in rows], has_more
 
+    def has_checkpoint(self, job_id: str, step: int) -> bool:
+        """Whether there is an adapter after a step."""
+        return bool(self._store.rows("SELECT 1 FROM checkpoints WHERE job_id = ? AND step = ?", job_id, step))
+
     def all_checkpoints(self) -> list[Checkpoint]:
         """Of all jobs, oldest first."""
         return [Checkpoint.of(row) for row in self._store.rows("SELECT * FROM checkpoints ORDER BY seq")]
