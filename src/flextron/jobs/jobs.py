@@ -199,8 +199,8 @@ class Jobs:
         for job_id, status in waiting.items():
             self._begin(job_id, status)
         self._shares.keep(self._runs)
-        job_id = self._shares.next()
-        return None if job_id is None else self._runs[job_id]
+        chosen = self._shares.next()
+        return None if chosen is None else self._runs[chosen]
 
     def record(self, run: Run, metrics: StepMetrics) -> None:
         """Keep what the step that `run.trainer` took has given."""
