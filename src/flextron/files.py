@@ -17,22 +17,30 @@ from typing import Any
 
 from flextron.errors import FlextronError
 
-__all__ = ["new_directory", "new_file", "read_json", "write_json"]
+__all__ = ["NoSpaceError", "naming_a_full_disk", "new_directory", "new_file", "read_json", "write_json"]
 
 _FULL_DISK = re.compile(r"No space left on device|^\d+ requested and \d+ written$")
 """What safetensors and NumPy say of it, without an error number."""
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
+class NoSpaceError(FlextronError):
+    """The disk is full."""
+
+
 @contextmanager
-def _naming_a_full_disk(path: Path) -> Iterator[None]:
-    """Whichever library meets a full disk, say so in the user's terms."""
+def naming_a_full_disk(path: Path) -> Iterator[None]:
+    """Whichever library meets a full disk, say so in the user's terms.
+
+    Raises:
+        NoSpaceError: the block met one.
+    """
     try:
         yield
     except Exception as error:
         if getattr(error, "errno", None) != errno.ENOSPC and not _FULL_DISK.search(str(error)):
             raise
-        raise FlextronError(f"no space is left to write {path}; free some, then run the same command again") from error
+        raise NoSpaceError(f"no space is left to write {path}; free some, then run the same command again") from error
 
 
 @contextmanager
@@ -40,11 +48,11 @@ def new_file(path: Path) -> Iterator[Path]:
     """A temporary neighbour that becomes `path` when the block ends well, and vanishes when it does not.
 
     Raises:
-        FlextronError: the disk is full.
+        NoSpaceError: the disk is full.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with _naming_a_full_disk(path):
+        with naming_a_full_disk(path):
             yield temporary
             os.replace(temporary, path)
     finally:
@@ -56,16 +64,16 @@ def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary directory that becomes `path` when the block ends well, and vanishes when it does not.
 
     Raises:
-        FlextronError: `path` exists and is not to be overwritten, or the disk is full.
+        FlextronError: `path` exists and is not to be overwritten, or the disk is full (`NoSpaceError`).
     """
     if path.exists() and not overwrite:
         raise FlextronError(f"{path} exists already; choose another directory or pass overwrite (--overwrite)")
-    with _naming_a_full_disk(path):
+    with naming_a_full_disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     temporary.chmod(0o755)
     try:
-        with _naming_a_full_disk(path):
+        with naming_a_full_disk(path):
             yield temporary
             if path.exists():
                 _swap(path, temporary)
@@ -105,7 +113,7 @@ def write_json(path: Path, data: Any) -> None:
     """Write JSON in one move.
 
     Raises:
-        FlextronError: the disk is full.
+        NoSpaceError: the disk is full.
     """
     with new_file(path) as temporary:
         temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

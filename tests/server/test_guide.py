@@ -1,17 +1,29 @@
-"""The guide's Python runs against a server."""
+"""The guides' Python runs against a server."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from flextron import ElasticModel
+from flextron.jobs.hyperparameters import Hyperparameters
 from tests.server.running import Running
+from tests.server.tuning import tuning
+from tests.tiny import make_tiny_llama
 
-GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "serving.md"
-SNIPPETS = re.findall(r"^```python\n(.*?)^```$", GUIDE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+GUIDES = Path(__file__).parents[2] / "docs" / "guides"
+GUIDE, FINETUNING = GUIDES / "serving.md", GUIDES / "finetuning.md"
+
+
+def snippets(guide: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", guide.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+SNIPPETS = snippets(GUIDE)
 
 
 @pytest.mark.parametrize("number", range(len(SNIPPETS)))
@@ -25,6 +37,24 @@ def test_the_guide(
     exec(compile(code, str(GUIDE), "exec"), space)
     if "client" in space:
         space["client"].close()  # type: ignore[attr-defined]
+
+
+def test_the_guide_to_finetuning(model: ElasticModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each snippet goes on where the last one ended; the first needs no server, and `test_readme.py` runs it alone."""
+    monkeypatch.chdir(tmp_path)
+    make_tiny_llama(tmp_path / "tiny-llama")
+    space: dict[str, Any] = {"__name__": "__main__"}
+    with tuning(model, tmp_path / "state") as made:
+        for snippet in snippets(FINETUNING):
+            code = snippet.replace("http://127.0.0.1:8000", made.server.url).replace('"smollm2"', '"tiny"')
+            exec(compile(code, str(FINETUNING), "exec"), space)
+        assert space["job"].status == "succeeded"
+        space["client"].close()
+
+
+def test_the_hyperparameters_are_told() -> None:
+    text = FINETUNING.read_text(encoding="utf-8")
+    assert all(f"`{field.name}`" in text for field in fields(Hyperparameters))
 
 
 def test_the_table_of_metrics_is_complete(chat_server: Running) -> None:

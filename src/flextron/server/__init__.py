@@ -3,4 +3,6 @@
 Life of a request: `connection` waits for it, `http` reads its body, `bodies` checks that, `targets` chooses the
 sub-network (within the cap that `adaptive` sets), `service` and `session` queue it, `worker` runs it in the engine's
 own thread, and `completions` or `chat` put its pieces into OpenAI's words.
+
+`files` and `finetuning` put `flextron.jobs` into OpenAI's words, on a server that was given jobs.
 """

@@ -15,10 +15,15 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from flextron.engine import EngineSettings
 from flextron.errors import FlextronError
+from flextron.files import NoSpaceError
+from flextron.jobs.jobs import Jobs
+from flextron.jobs.store import UnknownIdError
 from flextron.server.bodies import ChatBody, CompletionBody
 from flextron.server.chat import chat
 from flextron.server.completions import completions
 from flextron.server.errors import ApiError, bad_request, not_found
+from flextron.server.files import add_files
+from flextron.server.finetuning import FineTuningBody, add_finetuning
 from flextron.server.http import Front, answer_error, read_body
 from flextron.server.openapi import describe, error_responses
 from flextron.server.service import Service
@@ -30,13 +35,19 @@ __all__ = ["create_app"]
 _ANSWERS: dict[str, Any] = {"application/json": {}, "text/event-stream": {}}
 
 
-def create_app(model: Served, settings: ServerSettings | None = None, engine: EngineSettings | None = None) -> FastAPI:
+def create_app(
+    model: Served,
+    settings: ServerSettings | None = None,
+    engine: EngineSettings | None = None,
+    jobs: Jobs | None = None,
+) -> FastAPI:
     """An ASGI application that serves a model; `app.state.service` is what runs behind it.
 
     Args:
         model: an elastic model, which must not change while it is served.
         settings: limits of the server.
         engine: sizes of the engine.
+        jobs: finetuning, if it is offered; the caller has it trained and closes it.
 
     Raises:
         FlextronError: the model has no tokenizer, or its name does not fit.
@@ -66,7 +77,12 @@ def create_app(model: Served, settings: ServerSettings | None = None, engine: En
     _add_endpoint(app, service, "/v1/completions", CompletionBody, completions)
     _add_endpoint(app, service, "/v1/chat/completions", ChatBody, chat)
     _add_health(app, service)
-    describe(app, CompletionBody, ChatBody)
+    bodies: list[type[BaseModel]] = [CompletionBody, ChatBody]
+    if jobs is not None:
+        add_files(app, jobs.uploads, settings)
+        add_finetuning(app, jobs, settings)
+        bodies.append(FineTuningBody)
+    describe(app, *bodies)
     return app
 
 
@@ -147,6 +163,14 @@ def _from_input(request: Request, error: Exception) -> Response:
     return answer_error(bad_request(str(error)))
 
 
+def _from_id(request: Request, error: Exception) -> Response:
+    return answer_error(ApiError(404, str(error), code="not_found"))
+
+
+def _from_disk(request: Request, error: Exception) -> Response:
+    return answer_error(ApiError(507, str(error), kind="server_error", code="no_space"))
+
+
 def _from_http(request: Request, error: Exception) -> Response:
     """No such path, or no such method there."""
     refused = cast(HTTPException, error)
@@ -158,5 +182,7 @@ def _from_http(request: Request, error: Exception) -> Response:
 _HANDLERS: dict[int | type[Exception], Any] = {
     ApiError: _from_api,
     FlextronError: _from_input,
+    UnknownIdError: _from_id,
+    NoSpaceError: _from_disk,
     HTTPException: _from_http,
 }

@@ -9,6 +9,7 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import AsyncIterator
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -19,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flextron.server.errors import ApiError, bad_request, invalid_body, too_slow
 
-__all__ = ["Front", "answer_error", "read_body"]
+__all__ = ["Front", "answer_error", "body_chunks", "read_body"]
 
 _log = logging.getLogger("flextron.server")
 _GOOD_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -111,22 +112,33 @@ async def read_body(request: Request, kind: type[B], max_bytes: int, seconds: fl
 
 
 async def _read(request: Request, max_bytes: int) -> bytes:
+    kept = bytearray()
+    async for chunk in body_chunks(request, max_bytes):
+        kept += chunk
+    return bytes(kept)
+
+
+async def body_chunks(request: Request, max_bytes: int) -> AsyncIterator[bytes]:
+    """The body of a request piece by piece.
+
+    Raises:
+        ApiError: it is too large, once the allowed part has been returned; or the client left.
+    """
     declared = request.headers.get("content-length", "")
-    kept, total = bytearray(), int(declared) if declared.isdecimal() else 0
+    total = int(declared) if declared.isdecimal() else 0
     if total <= _PATIENCE * max_bytes:
         total = 0
         try:
             async for chunk in request.stream():
                 total += len(chunk)
                 if total <= max_bytes:
-                    kept += chunk
+                    yield chunk
                 if total > _PATIENCE * max_bytes:
                     break
         except ClientDisconnect as error:
             raise bad_request("the client left before the body was complete") from error
     if total > max_bytes:
         raise ApiError(413, f"the body is larger than {max_bytes} bytes", code="request_too_large")
-    return bytes(kept)
 
 
 def _parse(body: bytes) -> Any:

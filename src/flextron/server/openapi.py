@@ -30,12 +30,13 @@ class ErrorBody(BaseModel):
 _TOLD = {
     400: "The request cannot be answered as it is.",
     401: "The API key is missing or wrong.",
-    404: "There is no such model.",
+    404: "There is no such model, file or job.",
     408: "The request did not arrive in time.",
     413: "The body is too large.",
     429: "The queue is full.",
     500: "The engine has stopped.",
     503: "The server is shutting down.",
+    507: "The disk is full.",
 }
 
 

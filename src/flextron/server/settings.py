@@ -21,6 +21,8 @@ class ServerSettings:
     """Answers that may wait beside those that run."""
     max_body_mb: float = 8.0
     """Of a request, 10^6 bytes."""
+    max_file_mb: float = 100.0
+    """Of an uploaded file, 10^6 bytes."""
     max_tokens_limit: int | None = None
     """Most tokens of an answer; by default as many as the model has positions for."""
     drain_seconds: float = 30.0
@@ -38,8 +40,8 @@ class ServerSettings:
         """Check the ranges."""
         if self.api_key is not None and (not self.api_key.isascii() or not self.api_key.strip()):
             raise FlextronError("the API key must be a word in ASCII letters; leave it out to let everyone in")
-        if self.max_queue < 0 or not 0 < self.max_body_mb < float("inf"):
-            raise FlextronError("max_queue must be at least 0, and max_body_mb above 0")
+        if self.max_queue < 0 or not 0 < self.max_body_mb < float("inf") or not 0 < self.max_file_mb < float("inf"):
+            raise FlextronError("max_queue must be at least 0, max_body_mb and max_file_mb above 0")
         if self.max_tokens_limit is not None and self.max_tokens_limit < 1:
             raise FlextronError(f"max_tokens_limit must be at least 1, not {self.max_tokens_limit}")
         if not 0 < self.client_seconds < float("inf"):

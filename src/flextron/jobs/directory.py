@@ -1,0 +1,109 @@
+"""The state directory: who may use it, what lies where, and how files get there so that they stay."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from flextron.errors import FlextronError
+from flextron.files import new_directory
+
+__all__ = ["StateDirectory", "durable_directory", "sync"]
+
+
+class StateDirectory:
+    """Where jobs and files live; belongs to one process at a time."""
+
+    def __init__(self, path: Path) -> None:
+        """Take the directory, and remove what a killed process left half written.
+
+        Raises:
+            FlextronError: another process has it, or it cannot be written.
+        """
+        self.path = path
+        self.files, self.jobs = path / "files", path / "jobs"
+        try:
+            for directory in (path, self.files, self.jobs):
+                directory.mkdir(parents=True, exist_ok=True)
+            # not inherited: a child must not keep the directory when this process has ended
+            self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise FlextronError(
+                f"the state directory {path} cannot be used ({error.strerror}); choose another"
+            ) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._lock)
+            raise FlextronError(
+                f"the state directory {path} is in use by another server; give each server one of its own"
+            ) from error
+        self._remove_leftovers()
+
+    @property
+    def database(self) -> Path:
+        """Of SQLite."""
+        return self.path / "state.sqlite"
+
+    def file(self, file_id: str) -> Path:
+        """Where the content of a file lies; the id must come from the database, never from a client."""
+        return self.files / file_id
+
+    def state(self, job_id: str) -> Path:
+        """Where the trainer's state of an unfinished job lies."""
+        return self.jobs / job_id / "state"
+
+    def adapter(self, job_id: str, step: int) -> Path:
+        """Where the adapter after a step lies."""
+        return self.jobs / job_id / f"step-{step}"
+
+    def remove_state(self, job_id: str) -> None:
+        """A job goes on no more."""
+        shutil.rmtree(self.state(job_id), ignore_errors=True)
+
+    def remove_states(self, *, but: Collection[str]) -> None:
+        """Remove the states of all jobs but these."""
+        for path in self.jobs.iterdir():
+            if path.name not in but:
+                self.remove_state(path.name)
+
+    def close(self) -> None:
+        """Let others have it."""
+        os.close(self._lock)
+
+    def _remove_leftovers(self) -> None:
+        # `new_file` and `new_directory` write hidden neighbours
+        for directory in (self.files, self.jobs, *(p for p in self.jobs.iterdir() if p.is_dir())):
+            for left in directory.glob(".*"):
+                if left.is_dir():
+                    shutil.rmtree(left)
+                else:
+                    left.unlink()
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a directory's list of names, is on the disk itself."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def durable_directory(path: Path) -> Iterator[Path]:
+    """A temporary directory that becomes `path`, whole, when the block ends well, and is then on the disk.
+
+    Raises:
+        FlextronError: the disk is full; what was at `path` before is still there.
+    """
+    with new_directory(path, overwrite=True) as temporary:
+        yield temporary
+        for written in temporary.rglob("*"):
+            sync(written)
+        sync(temporary)
+    sync(path.parent)

@@ -1,0 +1,80 @@
+"""What a job needs of the numbers: a protocol, so that this package knows neither models nor optimizers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from flextron.jobs.hyperparameters import Hyperparameters
+
+__all__ = ["Example", "MakeTrainer", "StepMetrics", "Trainer"]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One conversation, or one prompt with its completion."""
+
+    token_ids: Sequence[int]
+    is_trained: Sequence[int]
+    """For each token 1 if the model learns to say it, else 0; at least one is 1, and the first never is."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepMetrics:
+    """One optimizer step."""
+
+    loss: float
+    """Mean over the trained tokens, in nats."""
+    num_tokens: int
+    """That went through forward and backward, prompts included."""
+    accuracy: float | None = None
+    """Share of the trained tokens that were the likeliest; None where it was not measured."""
+
+
+class Trainer(Protocol):
+    """Trains one adapter. All methods are called by one thread.
+
+    After `save_state` and a new start from that state, the same steps follow, to the bit where the device allows it.
+    """
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps in all, at least 1."""
+
+    @property
+    def step_number(self) -> int:
+        """Steps taken, those before a restart included."""
+
+    def step(self) -> StepMetrics:
+        """Take one optimizer step.
+
+        Raises:
+            FlextronError: training cannot go on; the job fails with this message.
+        """
+
+    def save_state(self, directory: Path) -> None:
+        """Write all that an exact resume needs into an empty directory."""
+
+    def save_adapter(self, directory: Path) -> None:
+        """Write the adapter into an empty directory, as it is served."""
+
+
+class MakeTrainer(Protocol):
+    """Makes a trainer; called by the thread that will take its steps."""
+
+    def __call__(
+        self, hyperparameters: Hyperparameters, examples: Sequence[Example], seed: int, resume: Path | None
+    ) -> Trainer:
+        """A trainer that begins anew, or goes on where a state ends.
+
+        Args:
+            hyperparameters: of the job.
+            examples: at least one, in the file's order.
+            seed: of all that is random.
+            resume: a directory that `Trainer.save_state` wrote for the same arguments; None to begin.
+
+        Raises:
+            FlextronError: these hyperparameters do not go with the model; the job fails with this message.
+        """

@@ -1,0 +1,198 @@
+"""`/v1/fine_tuning/jobs`, as OpenAI has them, and what their client does not know of: more hyperparameters."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Annotated, Any, Literal
+
+from fastapi import FastAPI
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+from flextron.jobs.hyperparameters import Hyperparameters
+from flextron.jobs.jobs import Jobs
+from flextron.jobs.records import Checkpoint, Event, Job
+from flextron.server.errors import bad_request, not_found
+from flextron.server.http import read_body
+from flextron.server.openapi import error_responses
+from flextron.server.paging import page_of, paged, parameters
+from flextron.server.settings import ServerSettings
+
+__all__ = ["FineTuningBody", "add_finetuning"]
+
+_PATH = "/v1/fine_tuning/jobs"
+_DEFAULT_LISTED, _MOST_LISTED = 20, 100
+_SCHEMA = {"schema": {"$ref": "#/components/schemas/FineTuningBody"}}
+_BODY = {"requestBody": {"required": True, "content": {"application/json": _SCHEMA}}}
+_QUERY = parameters(most=_MOST_LISTED)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="ignore")
+
+
+class SupervisedBody(_Strict):
+    """Of the method."""
+
+    hyperparameters: dict[str, Any] | None = None
+
+
+class MethodBody(_Strict):
+    """How it is trained."""
+
+    type: Literal["supervised"]
+    supervised: SupervisedBody | None = None
+
+
+class FineTuningBody(_Strict):
+    """Of a new job."""
+
+    model: str
+    training_file: str
+    hyperparameters: dict[str, Any] | None = None
+    method: MethodBody | None = None
+    suffix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    metadata: (
+        Annotated[
+            dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+        ]
+        | None
+    ) = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_is_not_supported(cls, data: Any) -> Any:
+        for key in ("validation_file", "integrations"):
+            if isinstance(data, dict) and data.get(key) not in (None, []):
+                raise ValueError(f"{key} is not supported by this server; leave it out")
+        return data
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """Hyperparameters from the place where they are, or the older one.
+
+        Raises:
+            ApiError: both places differ.
+        """
+        method = self.method.supervised if self.method is not None else None
+        new, old = None if method is None else method.hyperparameters, self.hyperparameters
+        if new is not None and old is not None and new != old:
+            raise bad_request("method and hyperparameters differ; give one of them", "hyperparameters")
+        return new or old or {}
+
+
+def add_finetuning(app: FastAPI, jobs: Jobs, settings: ServerSettings) -> None:
+    """Add the paths to an application."""
+    max_bytes, seconds = int(settings.max_body_mb * 1e6), settings.client_seconds
+
+    @app.post(_PATH, responses=error_responses(400, 401, 404, 408, 413, 507), openapi_extra=_BODY)
+    async def create_fine_tuning_job(request: Request) -> JSONResponse:
+        """Begin a job."""
+        body = await read_body(request, FineTuningBody, max_bytes, seconds)
+        return JSONResponse(await asyncio.to_thread(_create, jobs, body))
+
+    @app.get(_PATH, responses=error_responses(400, 401, 404), openapi_extra=_QUERY)
+    def list_fine_tuning_jobs(request: Request) -> JSONResponse:
+        """All jobs, newest first."""
+        if any(key.startswith("metadata") for key in request.query_params):
+            raise bad_request("jobs cannot be searched by metadata; leave it out", "metadata")
+        found, has_more = jobs.journal.page(**_page(request))
+        return paged([_written(jobs, job) for job in found], has_more)
+
+    @app.get(_PATH + "/{job_id}", responses=error_responses(401, 404))
+    def get_fine_tuning_job(job_id: str) -> JSONResponse:
+        """How a job stands."""
+        return JSONResponse(_written(jobs, jobs.journal.get(job_id)))
+
+    def add_change(name: str, change: Callable[[str], Job]) -> None:
+        @app.post(
+            f"{_PATH}/{{job_id}}/{name}",
+            name=f"{name}_fine_tuning_job",
+            summary=(change.__doc__ or "").split(";")[0],
+            responses=error_responses(400, 401, 404, 507),
+        )
+        def change_fine_tuning_job(job_id: str) -> JSONResponse:
+            return JSONResponse(_written(jobs, change(job_id)))
+
+    for name, change in (("cancel", jobs.cancel), ("pause", jobs.pause), ("resume", jobs.resume)):
+        add_change(name, change)
+
+    @app.get(_PATH + "/{job_id}/events", responses=error_responses(400, 401, 404), openapi_extra=_QUERY)
+    def list_fine_tuning_events(job_id: str, request: Request) -> JSONResponse:
+        """What happened to a job, newest first."""
+        events, has_more = jobs.journal.events(job_id, **_page(request))
+        return paged([_event(event) for event in events], has_more)
+
+    @app.get(_PATH + "/{job_id}/checkpoints", responses=error_responses(400, 401, 404), openapi_extra=_QUERY)
+    def list_fine_tuning_checkpoints(job_id: str, request: Request) -> JSONResponse:
+        """Adapters of a job, newest first."""
+        checkpoints, has_more = jobs.journal.checkpoints(job_id, **_page(request))
+        return paged([_checkpoint(checkpoint) for checkpoint in checkpoints], has_more)
+
+
+def _page(request: Request) -> Any:
+    return page_of(request, default=_DEFAULT_LISTED, most=_MOST_LISTED)
+
+
+def _create(jobs: Jobs, body: FineTuningBody) -> dict[str, Any]:
+    if body.model != jobs.model:
+        raise not_found(body.model, f"there is no model {body.model[:200]!r} to finetune; use {jobs.model!r}")
+    job = jobs.create(
+        training_file=body.training_file,
+        suffix=body.suffix,
+        hyperparameters=Hyperparameters.from_dict(body.chosen),
+        seed=body.seed,
+        metadata=body.metadata,
+    )
+    return _written(jobs, job)
+
+
+def _written(jobs: Jobs, job: Job) -> dict[str, Any]:
+    """OpenAI's form."""
+    hyperparameters = job.hyperparameters.to_dict()
+    return {
+        "id": job.id,
+        "object": "fine_tuning.job",
+        "created_at": job.created_at,
+        "finished_at": job.finished_at,
+        "model": job.model,
+        "fine_tuned_model": job.fine_tuned_model,
+        "organization_id": "flextron",
+        "status": job.status.value,
+        "hyperparameters": hyperparameters,
+        "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+        "training_file": job.training_file,
+        "validation_file": None,
+        "result_files": [] if job.result_file is None else [job.result_file],
+        "trained_tokens": jobs.journal.trained_tokens(job.id),
+        "error": None if job.error is None else asdict(job.error),
+        "seed": job.seed,
+        "estimated_finish": jobs.estimated_finish(job.id),
+        "integrations": [],
+        "metadata": job.metadata,
+        "user_provided_suffix": job.suffix,
+    }
+
+
+def _event(event: Event) -> dict[str, Any]:
+    return {"object": "fine_tuning.job.event", **asdict(event)}
+
+
+def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "id": checkpoint.id,
+        "object": "fine_tuning.job.checkpoint",
+        "created_at": checkpoint.created_at,
+        "fine_tuned_model_checkpoint": checkpoint.name,
+        "fine_tuning_job_id": checkpoint.job_id,
+        "step_number": checkpoint.step,
+        "metrics": {
+            "step": checkpoint.step,
+            "train_loss": checkpoint.loss,
+            "train_mean_token_accuracy": checkpoint.accuracy,
+        },
+    }

@@ -1,0 +1,63 @@
+"""Jobs over the package's tiny tokenizer, trained by the test itself, step by step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from flextron.jobs.hyperparameters import Hyperparameters
+from flextron.jobs.jobs import Jobs, JobsSettings
+from flextron.jobs.records import Job, Status
+from flextron.workflows.tiny import tiny_model
+from tests.jobs.bigram import BigramMaker
+from tests.server.running import wait_until
+
+__all__ = ["CHAT_TEMPLATE", "CONTEXT", "RECORDS", "jsonl", "new_jobs", "settled", "tokenizer", "upload"]
+
+CONTEXT = 64
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+RECORDS = [{"prompt": f"{a} and {b} are ", "completion": str(a + b)} for a in range(4) for b in range(3)]
+
+
+def tokenizer() -> PreTrainedTokenizerBase:
+    """With a chat template that writes turn after turn."""
+    made: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(tiny_model())
+    made.chat_template = CHAT_TEMPLATE
+    return made
+
+
+def jsonl(records: Iterable[Any]) -> bytes:
+    return b"".join(json.dumps(record).encode() + b"\n" for record in records)
+
+
+def new_jobs(path: Path, maker: BigramMaker | None = None, on_adapter: Any = None, **settings: Any) -> Jobs:
+    """A state is saved after every step unless the test says otherwise."""
+    return Jobs(
+        path,
+        model="tiny",
+        tokenizer=tokenizer(),
+        context=CONTEXT,
+        make_trainer=maker or BigramMaker(),
+        on_adapter=on_adapter or (lambda checkpoint, directory: None),
+        settings=JobsSettings(**{"save_seconds": 0.0, **settings}),
+    )
+
+
+def upload(jobs: Jobs, records: Iterable[Any] = RECORDS) -> str:
+    return jobs.uploads.add("train.jsonl", "fine-tune", [jsonl(records)]).id
+
+
+def settled(jobs: Jobs, records: Iterable[Any] = RECORDS, suffix: str | None = None, **hyperparameters: Any) -> Job:
+    """A new job that has been validated."""
+    chosen = Hyperparameters(**{"n_epochs": 2, "batch_size": 3, **hyperparameters})
+    job = jobs.create(training_file=upload(jobs, records), suffix=suffix, hyperparameters=chosen, seed=1)
+    wait_until(lambda: jobs.journal.get(job.id).status != Status.VALIDATING)
+    wait_until(lambda: job.id in jobs._preparer.held() or jobs.journal.get(job.id).status == Status.FAILED)
+    return jobs.journal.get(job.id)

@@ -1,0 +1,90 @@
+"""`kill -9` at random moments: nothing acknowledged is lost, and all jobs end as if nothing had happened."""
+
+from __future__ import annotations
+
+import csv
+import random
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from openai import OpenAI
+from safetensors.torch import load_file
+
+from flextron.jobs.dataset import read_dataset
+from flextron.jobs.hyperparameters import Hyperparameters
+from tests.jobs.bigram import train_alone
+from tests.jobs.making import CONTEXT, tokenizer
+from tests.server.killed import Books, Child
+from tests.server.running import wait_until
+
+_EARLY = 0.2
+"""Share of the runs that are killed while they start."""
+
+
+def live_and_die(state: Path, books: Books) -> None:
+    """One run of the server, from its start to its death."""
+    child = Child(state)
+    if books.rng.random() < _EARLY:
+        time.sleep(books.rng.uniform(0, 1.5))
+        child.kill()
+    else:
+        with child.client() as client:
+            books.check(client)
+            timer = threading.Timer(books.rng.uniform(0.02, 1.0), child.kill)
+            timer.start()
+            books.use(client)
+            timer.join()
+    child.join()
+
+
+def assert_as_alone(path: Path, client: OpenAI, job: Any) -> None:
+    """Losses and adapter of a job against training without a server."""
+    (path / "data").write_bytes(client.files.content(job.training_file).content)
+    chosen = Hyperparameters.from_dict(job.hyperparameters.to_dict())
+    dataset = read_dataset(path / "data", tokenizer(), chosen, CONTEXT)
+    losses, weight_VV = train_alone(chosen, dataset.examples, job.seed)
+    rows = list(csv.DictReader(client.files.content(job.result_files[0]).text.splitlines()))
+    assert [(int(row["step"]), float(row["train_loss"])) for row in rows] == list(enumerate(losses, start=1))
+    adapter = load_file(path / "state" / "jobs" / job.id / f"step-{len(losses)}" / "adapter_model.safetensors")
+    assert torch.equal(adapter["weight"], weight_VV)
+
+
+def check_runs(path: Path, num_runs: int, seed: int) -> None:
+    state, books = path / "state", Books(random.Random(seed))
+    for _ in range(num_runs):
+        live_and_die(state, books)
+    child = Child(state)
+    with child.client() as client:
+        books.check(client)
+        jobs = client.fine_tuning.jobs
+        for job in jobs.list(limit=100):
+            if job.status == "paused":  # type: ignore[comparison-overlap]
+                jobs.resume(job.id)
+        wait_until(lambda: all(job.status in ("succeeded", "cancelled") for job in jobs.list(limit=100)), 120)
+        ended = list(jobs.list(limit=100))
+        assert {job.id for job in ended} >= books.jobs.keys()
+        assert len(ended) >= 3
+        for job in ended:
+            if job.status == "succeeded":
+                assert_as_alone(path, client, job)
+    child.kill()
+    child.join()
+    told = (path / "hook.log").read_text().splitlines()
+    assert len(told) >= 3
+    # a line may end where a run did
+    assert not [line for line in told if line.endswith("False")]
+
+
+@pytest.mark.timeout(900)
+def test_ten_runs(tmp_path: Path) -> None:
+    check_runs(tmp_path, 10, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_fifty_runs(tmp_path: Path) -> None:
+    check_runs(tmp_path, 50, seed=1)

@@ -1,0 +1,74 @@
+"""A live server that finetunes, for OpenAI's client."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from openai import OpenAI
+
+from flextron import ElasticModel
+from flextron.jobs.jobs import Jobs, OnAdapter
+from flextron.jobs.loop import TrainingLoop
+from flextron.jobs.records import Checkpoint
+from tests.jobs.bigram import BigramMaker
+from tests.jobs.making import CHAT_TEMPLATE, RECORDS, jsonl, new_jobs
+from tests.server.running import Running, running, wait_until
+
+__all__ = ["CHAT", "Tuning", "chat_model", "tuning"]
+
+CHAT = [
+    {"messages": [{"role": "user", "content": f"Say {word}"}, {"role": "assistant", "content": word}]}
+    for word in ("yes", "no", "maybe", "never", "always")
+]
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The server and what runs behind it."""
+
+    server: Running
+    jobs: Jobs
+    maker: BigramMaker
+    adapters: list[tuple[Checkpoint, Path]] = field(default_factory=list)
+    """What the hook was told."""
+
+    def client(self, **options: Any) -> OpenAI:
+        return self.server.client(**options)
+
+    def upload(self, client: OpenAI, records: Any = RECORDS) -> str:
+        return client.files.create(file=("train.jsonl", jsonl(records)), purpose="fine-tune").id
+
+    def wait(self, client: OpenAI, job_id: str, *statuses: str) -> Any:
+        """The job, once it has one of these."""
+        wait_until(lambda: client.fine_tuning.jobs.retrieve(job_id).status in statuses, 60)
+        return client.fine_tuning.jobs.retrieve(job_id)
+
+
+def chat_model(model: ElasticModel) -> ElasticModel:
+    """With a chat template."""
+    assert model.tokenizer is not None
+    model.tokenizer.chat_template = CHAT_TEMPLATE
+    return model
+
+
+@contextmanager
+def tuning(
+    model: ElasticModel, state: Path, seconds: float = 0.0, on_adapter: OnAdapter | None = None, **settings: Any
+) -> Iterator[Tuning]:
+    """Serve and train; a step takes at least so many seconds."""
+    maker = BigramMaker(seconds)
+    adapters: list[tuple[Checkpoint, Path]] = []
+    jobs = new_jobs(state, maker, on_adapter or (lambda *told: adapters.append(told)))
+    loop = TrainingLoop(jobs)
+    try:
+        with running(model, jobs=jobs, **settings) as server:
+            loop.start()
+            yield Tuning(server, jobs, maker, adapters)
+    finally:
+        if loop.is_alive():
+            loop.stop()
+        jobs.close()
