@@ -37,7 +37,9 @@ def jsonl(records: Iterable[Any]) -> bytes:
     return b"".join(json.dumps(record).encode() + b"\n" for record in records)
 
 
-def new_jobs(path: Path, maker: BigramMaker | None = None, on_adapter: Any = None, **settings: Any) -> Jobs:
+def new_jobs(
+    path: Path, maker: BigramMaker | None = None, on_adapter: Any = None, on_deleted: Any = None, **settings: Any
+) -> Jobs:
     """A state is saved after every step unless the test says otherwise."""
     return Jobs(
         path,
@@ -46,6 +48,7 @@ def new_jobs(path: Path, maker: BigramMaker | None = None, on_adapter: Any = Non
         context=CONTEXT,
         make_trainer=maker or BigramMaker(),
         on_adapter=on_adapter or (lambda checkpoint, directory: None),
+        on_deleted=on_deleted or (lambda checkpoint: None),
         settings=JobsSettings(**{"save_seconds": 0.0, **settings}),
     )
 

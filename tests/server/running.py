@@ -16,6 +16,7 @@ from openai import AsyncOpenAI, OpenAI
 from flextron import ElasticModel
 from flextron.engine import EngineSettings
 from flextron.jobs.jobs import Jobs
+from flextron.server.adapters import AdapterNames
 from flextron.server.app import create_app
 from flextron.server.run import server_config
 from flextron.server.service import Service
@@ -70,11 +71,15 @@ def wait_until(holds: Callable[[], bool], seconds: float = 20) -> None:
 
 @contextmanager
 def running(
-    model: ElasticModel, engine: dict[str, Any] | None = None, jobs: Jobs | None = None, **settings: Any
+    model: ElasticModel,
+    engine: dict[str, Any] | None = None,
+    jobs: Jobs | None = None,
+    adapters: AdapterNames | None = None,
+    **settings: Any,
 ) -> Iterator[Running]:
     """Serve a model under the name `tiny`."""
     sizes = {"kv_cache_gb": 0.005, "max_num_seqs": 8, "max_num_batched_tokens": 64} | (engine or {})
-    app = create_app(model, ServerSettings(**{"name": "tiny", **settings}), EngineSettings(**sizes), jobs)
+    app = create_app(model, ServerSettings(**{"name": "tiny", **settings}), EngineSettings(**sizes), jobs, adapters)
     sock = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(server_config(app))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)

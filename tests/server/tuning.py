@@ -14,6 +14,7 @@ from flextron import ElasticModel
 from flextron.jobs.jobs import Jobs, OnAdapter
 from flextron.jobs.loop import TrainingLoop
 from flextron.jobs.records import Checkpoint
+from flextron.server.adapters import AdapterNames
 from tests.jobs.bigram import BigramMaker
 from tests.jobs.making import CHAT_TEMPLATE, RECORDS, jsonl, new_jobs
 from tests.server.running import Running, running, wait_until
@@ -57,15 +58,27 @@ def chat_model(model: ElasticModel) -> ElasticModel:
 
 @contextmanager
 def tuning(
-    model: ElasticModel, state: Path, seconds: float = 0.0, on_adapter: OnAdapter | None = None, **settings: Any
+    model: ElasticModel,
+    state: Path,
+    seconds: float = 0.0,
+    on_adapter: OnAdapter | None = None,
+    *,
+    maker: BigramMaker | None = None,
+    **settings: Any,
 ) -> Iterator[Tuning]:
     """Serve and train; a step takes at least so many seconds."""
-    maker = BigramMaker(seconds)
+    maker = maker or BigramMaker(seconds)
     adapters: list[tuple[Checkpoint, Path]] = []
-    jobs = new_jobs(state, maker, on_adapter or (lambda *told: adapters.append(told)))
+    names = AdapterNames()
+
+    def told(checkpoint: Checkpoint, directory: Path) -> None:
+        adapters.append((checkpoint, directory))
+        names.add_checkpoint(checkpoint, directory)
+
+    jobs = new_jobs(state, maker, on_adapter or told, names.remove_checkpoint)
     loop = TrainingLoop(jobs)
     try:
-        with running(model, jobs=jobs, **settings) as server:
+        with running(model, jobs=jobs, adapters=names, **settings) as server:
             loop.start()
             yield Tuning(server, jobs, maker, adapters)
     finally:

@@ -65,6 +65,10 @@ class StateDirectory:
         """A job goes on no more."""
         shutil.rmtree(self.state(job_id), ignore_errors=True)
 
+    def remove_adapter(self, job_id: str, step: int) -> None:
+        """Nobody will ask for it any more."""
+        shutil.rmtree(self.adapter(job_id, step), ignore_errors=True)
+
     def remove_states(self, *, but: Collection[str]) -> None:
         """Remove the states of all jobs but these."""
         for path in self.jobs.iterdir():

@@ -29,7 +29,7 @@ from flextron.jobs.store import Store
 from flextron.jobs.trainer import MakeTrainer, StepMetrics
 from flextron.jobs.uploads import Uploads
 
-__all__ = ["Jobs", "JobsSettings", "OnAdapter"]
+__all__ = ["Jobs", "JobsSettings", "OnAdapter", "OnDeleted"]
 
 _log = logging.getLogger("flextron.server")
 _STALL_SECONDS = 5.0
@@ -37,6 +37,8 @@ _STALL_SECONDS = 5.0
 
 OnAdapter = Callable[[Checkpoint, Path], None]
 """Told of each adapter and its directory, which holds all of it and never changes."""
+OnDeleted = Callable[[Checkpoint], None]
+"""Told of an adapter that is going to vanish."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +68,7 @@ class Jobs:
         context: int,
         make_trainer: MakeTrainer,
         on_adapter: OnAdapter = lambda checkpoint, directory: None,
+        on_deleted: OnDeleted = lambda checkpoint: None,
         settings: JobsSettings | None = None,
     ) -> None:
         """Open a state directory, or make it, and go on with its jobs.
@@ -77,26 +80,40 @@ class Jobs:
             context: positions of the model.
             make_trainer: called for each job by the thread that calls `step`.
             on_adapter: called for each adapter that is there already, now, and for each new one by the training thread.
+            on_deleted: called before an adapter's files are removed.
             settings: limits.
 
         Raises:
-            FlextronError: another process has the directory, or it is damaged.
+            FlextronError: another process has the directory, it is damaged, or its jobs are for another model.
         """
         self.model, self.context, self._make_trainer = model, context, make_trainer
-        self._on_adapter, self.settings = on_adapter, settings or JobsSettings()
+        self._on_adapter, self._on_deleted = on_adapter, on_deleted
+        self.settings = settings or JobsSettings()
         self._directory = StateDirectory(path)
         try:
             self._store = Store(self._directory.database)
-            self.uploads, self.journal = Uploads(self._directory, self._store), Journal(self._store)
         except BaseException:
+            self._directory.close()
+            raise
+        try:
+            self.uploads, self.journal = Uploads(self._directory, self._store), Journal(self._store)
+            if others := self.journal.models() - {model}:
+                raise FlextronError(
+                    f"the state directory {path} is of the model {min(others)!r}; serve it under this name, "
+                    "or use another directory"
+                )
+        except BaseException:
+            self._store.close()
             self._directory.close()
             raise
         self._runs: dict[str, Run] = {}
         self._shares = Shares()
-        self._news = threading.Event()
+        self._news, self._naming = threading.Event(), threading.Lock()
         self._stalled_until = 0.0
         self._preparer = Preparer(self.journal, self.uploads, tokenizer, context, self._news.set)
         self._directory.remove_states(but=[job_id for job_id, _ in self.journal.with_status(*ALIVE, Status.PAUSED)])
+        for gone in self.journal.all_checkpoints(deleted=True):
+            self._directory.remove_adapter(gone.job_id, gone.step)
         for checkpoint in self.journal.all_checkpoints():
             self._announce(checkpoint)
         for job_id, _ in self.journal.with_status(*ALIVE):
@@ -154,6 +171,17 @@ class Jobs:
         job = self._change(job_id, (Status.PAUSED,), Status.QUEUED, "the job goes on", "resumed")
         self._preparer.submit(job.id)
         return job
+
+    def delete_adapter(self, name: str) -> None:
+        """Delete a finished adapter, or an intermediate one, for good.
+
+        Raises:
+            UnknownIdError: there is none of this name.
+        """
+        with self._naming:
+            checkpoint = self.journal.delete_checkpoint(name)
+            self._on_deleted(checkpoint)
+        self._directory.remove_adapter(checkpoint.job_id, checkpoint.step)
 
     def estimated_finish(self, job_id: str) -> int | None:
         """Unix time; None while nothing lets expect it."""
@@ -215,8 +243,10 @@ class Jobs:
             if self.journal.get(run.job.id).status in ENDED:
                 run.forget()
         if step is not None:
-            newest, _ = self.journal.checkpoints(run.job.id, after=None, limit=1)
-            self._announce(newest[0])
+            with self._naming:
+                made = self.journal.checkpoint(run.job.id, step)
+                if made is not None:
+                    self._announce(made)
 
     def fail(self, run: Run, error: Exception) -> None:
         """A job cannot go on: it is paused if the disk is full, and has failed else."""

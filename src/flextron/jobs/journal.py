@@ -13,7 +13,7 @@ from typing import Any
 from flextron.errors import FlextronError
 from flextron.jobs.hyperparameters import Hyperparameters
 from flextron.jobs.records import ALIVE, ENDED, Checkpoint, Event, File, Job, JobError, Status, new_id
-from flextron.jobs.store import Store
+from flextron.jobs.store import Store, UnknownIdError
 from flextron.jobs.trainer import StepMetrics
 from flextron.jobs.uploads import FINE_TUNE, insert_file
 
@@ -85,18 +85,44 @@ class Journal:
         return [Event.of(row) for row in rows], has_more
 
     def checkpoints(self, job_id: str, *, after: str | None, limit: int) -> tuple[list[Checkpoint], bool]:
-        """A page of adapters, newest first."""
-        where = {"job_id": self.get(job_id).id}
+        """A page of adapters that were not deleted, newest first."""
+        where = {"job_id": self.get(job_id).id, "is_deleted": 0}
         rows, has_more = self._store.page("checkpoints", where=where, after=after, limit=limit)
         return [Checkpoint.of(row) for row in rows], has_more
 
-    def has_checkpoint(self, job_id: str, step: int) -> bool:
-        """Whether there is an adapter after a step."""
+    def had_checkpoint(self, job_id: str, step: int) -> bool:
+        """Whether there is an adapter after a step, or was one until it was deleted."""
         return bool(self._store.rows("SELECT 1 FROM checkpoints WHERE job_id = ? AND step = ?", job_id, step))
 
-    def all_checkpoints(self) -> list[Checkpoint]:
-        """Of all jobs, oldest first."""
-        return [Checkpoint.of(row) for row in self._store.rows("SELECT * FROM checkpoints ORDER BY seq")]
+    def checkpoint(self, job_id: str, step: int) -> Checkpoint | None:
+        """The adapter after a step; None if it was deleted."""
+        query = "SELECT * FROM checkpoints WHERE job_id = ? AND step = ? AND is_deleted = 0"
+        rows = self._store.rows(query, job_id, step)
+        return Checkpoint.of(rows[0]) if rows else None
+
+    def all_checkpoints(self, *, deleted: bool = False) -> list[Checkpoint]:
+        """Of all jobs, oldest first; either those that are there or those that were deleted."""
+        rows = self._store.rows("SELECT * FROM checkpoints WHERE is_deleted = ? ORDER BY seq", deleted)
+        return [Checkpoint.of(row) for row in rows]
+
+    def delete_checkpoint(self, name: str) -> Checkpoint:
+        """Enter that an adapter is deleted.
+
+        Raises:
+            UnknownIdError: no adapter has this name, or not any more.
+        """
+        query = "SELECT * FROM checkpoints WHERE name = ? AND is_deleted = 0"
+        with self._store.transaction() as database:
+            row = database.execute(query, (name,)).fetchone()
+            if row is None:
+                raise UnknownIdError(f"there is no adapter {name[:200]!r}")
+            database.execute("UPDATE checkpoints SET is_deleted = 1 WHERE seq = ?", (row["seq"],))
+            _tell(database, row["job_id"], f"deleted adapter: {name}")
+        return Checkpoint.of(row)
+
+    def models(self) -> set[str]:
+        """Names of the base models of all jobs."""
+        return {row["model"] for row in self._store.rows("SELECT DISTINCT model FROM jobs")}
 
     def with_status(self, *statuses: Status) -> list[tuple[str, Status]]:
         """Ids of jobs that have one of these, oldest first."""

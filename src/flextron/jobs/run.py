@@ -73,7 +73,7 @@ class Run:
         is_last = step >= num_steps
         is_due = is_last or (every is not None and step % every == 0)
         # after a crash it may be there already, and others may use it
-        has_adapter = is_due and not self._journal.has_checkpoint(self.job.id, step)
+        has_adapter = is_due and not self._journal.had_checkpoint(self.job.id, step)
         if has_adapter:
             with durable_directory(self._directory.adapter(self.job.id, step)) as temporary:
                 self.trainer.save_adapter(temporary)

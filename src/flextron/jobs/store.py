@@ -18,7 +18,7 @@ from flextron.files import NoSpaceError
 
 __all__ = ["Store", "UnknownIdError"]
 
-_VERSION = 1
+_VERSION = 2
 _SCHEMA = """
 CREATE TABLE files (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, created_at INTEGER NOT NULL,
@@ -42,7 +42,8 @@ CREATE TABLE events (
 CREATE INDEX events_of_job ON events (job_id, seq);
 CREATE TABLE checkpoints (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, job_id TEXT NOT NULL, created_at INTEGER NOT NULL,
-    step INTEGER NOT NULL, name TEXT NOT NULL, loss REAL NOT NULL, accuracy REAL, UNIQUE (job_id, step)
+    step INTEGER NOT NULL, name TEXT NOT NULL, loss REAL NOT NULL, accuracy REAL, is_deleted INTEGER NOT NULL DEFAULT 0,
+    UNIQUE (job_id, step)
 );
 """
 

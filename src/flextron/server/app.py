@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from importlib.metadata import version
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from flextron.errors import FlextronError
 from flextron.files import NoSpaceError
 from flextron.jobs.jobs import Jobs
 from flextron.jobs.store import UnknownIdError
+from flextron.server.adapters import AdapterNames
 from flextron.server.bodies import ChatBody, CompletionBody
 from flextron.server.chat import chat
 from flextron.server.completions import completions
@@ -40,6 +42,7 @@ def create_app(
     settings: ServerSettings | None = None,
     engine: EngineSettings | None = None,
     jobs: Jobs | None = None,
+    adapters: AdapterNames | None = None,
 ) -> FastAPI:
     """An ASGI application that serves a model; `app.state.service` is what runs behind it.
 
@@ -48,12 +51,13 @@ def create_app(
         settings: limits of the server.
         engine: sizes of the engine.
         jobs: finetuning, if it is offered; the caller has it trained and closes it.
+        adapters: that requests may name; `jobs` should tell it of what it makes.
 
     Raises:
         FlextronError: the model has no tokenizer, or its name does not fit.
     """
     settings = settings or ServerSettings()
-    service = Service(model, settings, engine or EngineSettings())
+    service = Service(model, settings, engine or EngineSettings(), adapters)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -81,13 +85,14 @@ def create_app(
     if jobs is not None:
         add_files(app, jobs.uploads, settings)
         add_finetuning(app, jobs, settings)
+        _add_deletion(app, service, jobs)
         bodies.append(FineTuningBody)
     describe(app, *bodies)
     return app
 
 
 def _add_models(app: FastAPI, service: Service) -> None:
-    """`/v1/models`: the name, and names of sub-networks."""
+    """`/v1/models`: the name, and names of sub-networks and adapters."""
 
     def card(model_id: str) -> dict[str, Any]:
         choice = service.catalog.choose(model_id)
@@ -95,7 +100,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
         return {
             "id": model_id,
             "object": "model",
-            "created": service.started_at,
+            "created": service.started_at if choice.adapter is None else choice.adapter.created_at,
             "owned_by": "flextron",
             "parent": None if model_id == name else name,
             "max_model_len": service.core.decoder.config.max_position_embeddings,
@@ -104,7 +109,12 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models", responses=error_responses(401))
     async def list_models() -> JSONResponse:
-        return JSONResponse({"object": "list", "data": [card(i) for i in service.catalog.ids()]})
+        catalog = service.catalog
+        found = [card(model_id) for model_id in catalog.ids()]
+        for adapter in catalog.adapters():
+            with suppress(ApiError):  # just deleted
+                found.append(card(adapter.name))
+        return JSONResponse({"object": "list", "data": found})
 
     @app.get("/v1/models/{model_id:path}", responses=error_responses(401, 404))
     async def get_model(model_id: str) -> JSONResponse:
@@ -112,6 +122,21 @@ def _add_models(app: FastAPI, service: Service) -> None:
             return JSONResponse(card(model_id))
         except ApiError as error:
             raise not_found(model_id, error.message) from error
+
+
+def _add_deletion(app: FastAPI, service: Service, jobs: Jobs) -> None:
+    """`DELETE /v1/models/{id}`, for what jobs made."""
+
+    @app.delete("/v1/models/{model_id:path}", responses=error_responses(400, 401, 404, 507))
+    async def delete_model(model_id: str) -> JSONResponse:
+        """Remove a finetuned model; requests that run in it end as usual."""
+        try:
+            await asyncio.to_thread(jobs.delete_adapter, model_id)
+        except UnknownIdError as error:
+            service.catalog.choose(model_id)
+            raise bad_request(f"{model_id!r} is not a finetuned model, so it cannot be deleted", "model") from error
+        service.adapters.tidy()
+        return JSONResponse({"id": model_id, "object": "model", "deleted": True})
 
 
 def _add_endpoint(

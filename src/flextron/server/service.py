@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from flextron.engine import EngineCore, EngineSettings
 from flextron.engine.runner import make_network
 from flextron.errors import FlextronError
+from flextron.server.adapters import AdapterNames, LoadedAdapters, NamedAdapter, adapter_reader
 from flextron.server.adaptive import WINDOW_SECONDS, Adaptive, Objective
 from flextron.server.answer import stop_tokens
 from flextron.server.bodies import GenerationBody
@@ -27,8 +28,14 @@ __all__ = ["Service"]
 class Service:
     """One model behind one engine; its methods belong to the event loop."""
 
-    def __init__(self, model: Served, settings: ServerSettings, engine: EngineSettings) -> None:
-        """Reserve the KV cache.
+    def __init__(
+        self,
+        model: Served,
+        settings: ServerSettings,
+        engine: EngineSettings,
+        adapters: AdapterNames | None = None,
+    ) -> None:
+        """Reserve the KV cache; the arguments are those of `create_app`.
 
         Raises:
             FlextronError: the model has no tokenizer, its name does not fit, or there is an objective and no frontier.
@@ -36,7 +43,8 @@ class Service:
         if model.tokenizer is None:
             raise FlextronError("the checkpoint has no tokenizer; put the original's tokenizer.json into its directory")
         self.settings, self.tokenizer = settings, model.tokenizer
-        self.catalog = Catalog(model, settings.name, settings.min_latency_target)
+        names = adapters or AdapterNames()
+        self.catalog = Catalog(model, settings.name, settings.min_latency_target, names)
         self.adaptive: Adaptive | None = None
         if settings.slo_tpot_ms is not None or settings.slo_ttft_ms is not None:
             objective = Objective(tpot_ms=settings.slo_tpot_ms, ttft_ms=settings.slo_ttft_ms)
@@ -47,6 +55,9 @@ class Service:
         self.stop_tokens = stop_tokens(self.tokenizer, model.hf_config.get("eos_token_id"))
         self.core = EngineCore(model.decoder, engine)
         self.worker = Worker(self.core, self.tokenizer, self._post)
+        self.adapters = LoadedAdapters(
+            names, adapter_reader(model.decoder), settings.max_loaded_adapters, self.worker.forget
+        )
         self.metrics = Metrics(settings.name, lambda: self.worker.load, lambda: self.cap)
         self.started_at = int(time.time())
         self._most_jobs = engine.max_num_seqs + settings.max_queue
@@ -76,6 +87,7 @@ class Service:
         self.worker.shut_down()
         await asyncio.to_thread(self.worker.join)
         self._encoder.shutdown()
+        self.adapters.close()
 
     @property
     def is_healthy(self) -> bool:
@@ -88,7 +100,7 @@ class Service:
         return 1.0 if self.adaptive is None else self.adaptive.cap
 
     def choose(self, body: GenerationBody) -> Choice:
-        """The sub-network of a request that arrives now.
+        """What a request that arrives now runs in.
 
         Raises:
             ApiError: as for `Catalog.choose`.
@@ -167,7 +179,7 @@ class Service:
         """Queue jobs, all or none of them.
 
         Raises:
-            ApiError: the server is full, stops, or cannot run one of them.
+            ApiError: the server is full, stops, or cannot run one of them; or the adapter cannot be had.
         """
         if self.is_draining:
             raise shutting_down()
@@ -180,13 +192,27 @@ class Service:
         self._sessions.add(session)
         self._is_idle.clear()
         try:
+            if choice.adapter is not None:
+                await self._adapt_jobs(session, jobs, choice, choice.adapter)
             await session.accepted()
         except BaseException:
             session.close()
             raise
         return session
 
+    async def _adapt_jobs(self, session: Session, jobs: Sequence[Job], choice: Choice, named: NamedAdapter) -> None:
+        """Give jobs their adapter, which is held until the session is closed."""
+        adapter = await self.adapters.acquire(named)
+        session.adapter = named
+        if choice.router is not None and adapter.has_mlp:
+            message = f"{named.name!r} adapts MLPs, beside which the token router cannot run; leave router out"
+            raise bad_request(message, "flextron")
+        for job in jobs:
+            job.adapter = adapter
+
     def _forget(self, session: Session) -> None:
+        if session.adapter is not None:
+            self.adapters.release(session.adapter)
         self._sessions.discard(session)
         if not self._sessions:
             self._is_idle.set()

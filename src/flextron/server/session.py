@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from flextron.errors import FlextronError
+from flextron.server.adapters import NamedAdapter
 from flextron.server.adaptive import Adaptive
 from flextron.server.answer import Delta
 from flextron.server.errors import ApiError, bad_request, engine_died
@@ -34,6 +35,8 @@ class Session:
         self.choice = choice
         self._jobs, self._worker, self._on_close = jobs, worker, on_close
         self._metrics, self._adaptive = metrics, adaptive
+        self.adapter: NamedAdapter | None = None
+        """What is held in memory for the jobs."""
         self._events: asyncio.Queue[tuple[int, Event | ApiError]] = asyncio.Queue()
         self._arrived = time.monotonic()
         self._last: dict[int, float] = {}

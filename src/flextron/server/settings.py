@@ -23,6 +23,8 @@ class ServerSettings:
     """Of a request, 10^6 bytes."""
     max_file_mb: float = 100.0
     """Of an uploaded file, 10^6 bytes."""
+    max_loaded_adapters: int = 16
+    """In memory at once; others are read again when they are asked for."""
     max_tokens_limit: int | None = None
     """Most tokens of an answer; by default as many as the model has positions for."""
     drain_seconds: float = 30.0
@@ -44,6 +46,8 @@ class ServerSettings:
             raise FlextronError("max_queue must be at least 0, max_body_mb and max_file_mb above 0")
         if self.max_tokens_limit is not None and self.max_tokens_limit < 1:
             raise FlextronError(f"max_tokens_limit must be at least 1, not {self.max_tokens_limit}")
+        if self.max_loaded_adapters < 1:
+            raise FlextronError(f"max_loaded_adapters must be at least 1, not {self.max_loaded_adapters}")
         if not 0 < self.client_seconds < float("inf"):
             raise FlextronError(f"client_seconds must be a number above 0, not {self.client_seconds}")
         if self.min_latency_target is not None:

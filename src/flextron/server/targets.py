@@ -1,4 +1,7 @@
-"""Which sub-network a request runs in: by the model's name (`name@0.6`), or by the key `flextron` of the body."""
+"""What a request runs in: an adapter by the model's name, and a sub-network.
+
+The sub-network is named by a suffix of the model's name (`name@0.6`), or by the key `flextron` of the body.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from flextron.errors import FlextronError
 from flextron.model.decoder import Decoder
 from flextron.routing import Frontier
 from flextron.routing.token_router import PricedRouter
+from flextron.server.adapters import AdapterNames, NamedAdapter
 from flextron.server.bodies import TargetBody
 from flextron.server.errors import bad_request, not_found
 from flextron.spec import SearchSpace, SubnetSpec, Target
@@ -59,10 +63,12 @@ class Served(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Choice:
-    """The sub-network of a request."""
+    """The adapter and the sub-network of a request."""
 
     model_id: str
     """As the client named it."""
+    adapter: NamedAdapter | None
+    """None for the model as it is."""
     spec: SubnetSpec
     router: PricedRouter | None
     asked: Target | None
@@ -87,7 +93,8 @@ class Choice:
     def report(self) -> dict[str, Any]:
         """What an answer says about it."""
         both = {"asked": self._written(self.asked), "target": self._written(self.target)}
-        return {"spec": self.spec.to_dict(), "params": self.params, **both}
+        name = None if self.adapter is None else self.adapter.name
+        return {"spec": self.spec.to_dict(), "params": self.params, **both, "adapter": name}
 
     def _written(self, target: Target | None) -> dict[str, Any] | None:
         if target is None:
@@ -98,13 +105,16 @@ class Choice:
 class Catalog:
     """Names of models and what they stand for."""
 
-    def __init__(self, model: Served, name: str, min_latency_target: float | None = None) -> None:
+    def __init__(
+        self, model: Served, name: str, min_latency_target: float | None = None, adapters: AdapterNames | None = None
+    ) -> None:
         """Take the model and its name.
 
         Args:
             model: what is served.
             name: of it.
             min_latency_target: how narrow requests may become that say nothing of it; None: not at all.
+            adapters: names of adapters, which may change at any time; None for no adapter.
 
         Raises:
             FlextronError: the name cannot stand before a target.
@@ -112,6 +122,9 @@ class Catalog:
         if not name or "@" in name or not name.isprintable() or any(c.isspace() for c in name):
             raise FlextronError(f"the name {name!r} must be a word without @; choose one with --name")
         self._model, self.name, self._least = model, name, min_latency_target
+        self._adapters = adapters or AdapterNames()
+        if self._adapters.get(name) is not None:
+            raise FlextronError(f"the model and an adapter are both called {name!r}; give each a name of its own")
         self.rungs = (1.0, *(f for f in self._fractions() if f < 1))
         """Latency targets that can be reached here, falling; few."""
         # one object a target, because the engine tells routers apart by identity
@@ -128,7 +141,7 @@ class Catalog:
         Raises:
             ApiError: the model is unknown, both places name different targets, or nothing is within the target.
         """
-        suffix = self._suffix(model_id)
+        adapter, suffix = self._parts(model_id)
         try:
             asked = _target(body)
             if suffix is not None:
@@ -142,7 +155,15 @@ class Catalog:
         except FlextronError as error:
             raise bad_request(str(error), "model" if body is None else "flextron") from error
         params = self._model.num_parameters(spec)
-        return Choice(model_id=model_id, spec=spec, router=router, asked=asked, target=target, params=params)
+        return Choice(
+            model_id=model_id,
+            adapter=adapter,
+            spec=spec,
+            router=router,
+            asked=asked,
+            target=target,
+            params=params,
+        )
 
     def _narrowed(self, asked: Target | None, body: TargetBody | None, cap: float) -> Target | None:
         """The target within the cap, where the request allows that and its target is one that can be narrowed."""
@@ -166,14 +187,19 @@ class Catalog:
             return self._routed[target.latency]
         return (self._model.space.full if target is None else self._model.select(**asdict(target))), None
 
-    def _suffix(self, model_id: str) -> float | None:
-        """The latency fraction that a model's name ends with."""
+    def _parts(self, model_id: str) -> tuple[NamedAdapter | None, float | None]:
+        """The adapter, and the latency fraction that a model's name ends with."""
         name, at, fraction = model_id.rpartition("@")
-        if model_id == self.name:
-            return None
-        if not at or name != self.name or not _FRACTION.fullmatch(fraction):
+        if not at:
+            name = model_id
+        adapter = self._adapters.get(name)
+        if (name != self.name and adapter is None) or (at and not _FRACTION.fullmatch(fraction)):
             raise not_found(model_id)
-        return float(fraction)
+        return adapter, float(fraction) if at else None
+
+    def adapters(self) -> list[NamedAdapter]:
+        """All that there are now."""
+        return self._adapters.all()
 
     def ids(self) -> list[str]:
         """The name, and some with suffixes that can be reached here."""

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from flextron.engine import EngineCore
 from flextron.engine import Sequence as Running
 from flextron.errors import FlextronError
+from flextron.model.adapter import Adapter
 from flextron.model.generation import SamplingParams
 from flextron.routing.token_router import PricedRouter
 from flextron.server.answer import Answer, Delta
@@ -52,6 +53,7 @@ class Job:
     stop: tuple[str, ...]
     spec: SubnetSpec
     router: PricedRouter | None
+    adapter: Adapter | None = None
     listener: Callable[[Job, Event], None] = _nobody
     """Called in the event loop."""
     running: Running | None = field(default=None, repr=False)
@@ -110,6 +112,10 @@ class Worker(threading.Thread):
         """End jobs that were submitted; nothing more is heard of them."""
         self._commands.put(partial(self._abort, jobs))
 
+    def forget(self, adapter: Adapter) -> None:
+        """Let go of an adapter that no job will name any more."""
+        self._commands.put(partial(self.core.forget, adapter))
+
     def shut_down(self) -> None:
         """End the thread after the step that runs."""
         self._commands.put(None)
@@ -144,7 +150,7 @@ class Worker(threading.Thread):
     def _add(self, jobs: Sequence[Job]) -> None:
         try:
             for job in jobs:
-                network = self.core.network(job.spec, job.router)
+                network = self.core.network(job.spec, job.router, job.adapter)
                 job.running = self.core.add(str(id(job)), job.prompt, job.params, network)
                 self._jobs[job.running] = job, Answer(self._tokenizer, job.stop)
         except FlextronError as error:
