@@ -9,7 +9,7 @@ from flextron.errors import FlextronError, UnsupportedModelError
 from flextron.spec import LayerSpec, SearchSpace, SubnetSpec, Target
 
 if TYPE_CHECKING:
-    from flextron.api import Completion, DenseModel, ElasticModel, Engine, convert, load
+    from flextron.api import Completion, DenseModel, ElasticModel, Engine, FinetuneResult, convert, finetune, load
     from flextron.model.generation import SamplingParams
     from flextron.routing import SearchSettings
     from flextron.training.recipe import TrainRecipe
@@ -21,6 +21,7 @@ __all__ = [
     "DenseModel",
     "ElasticModel",
     "Engine",
+    "FinetuneResult",
     "FlextronError",
     "LayerSpec",
     "RouterRecipe",
@@ -33,6 +34,7 @@ __all__ = [
     "TrainRecipe",
     "UnsupportedModelError",
     "convert",
+    "finetune",
     "load",
 ]
 
@@ -42,7 +44,9 @@ _LAZY = {
     "DenseModel": "flextron.api",
     "ElasticModel": "flextron.api",
     "Engine": "flextron.api",
+    "FinetuneResult": "flextron.api",
     "convert": "flextron.api",
+    "finetune": "flextron.api",
     "load": "flextron.api",
     "SamplingParams": "flextron.model.generation",
     "SearchSettings": "flextron.routing",

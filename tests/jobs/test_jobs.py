@@ -372,12 +372,12 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
 
 def test_the_second_server_is_refused(tmp_path: Path) -> None:
     jobs = new_jobs(tmp_path / "state")
-    with pytest.raises(FlextronError, match="in use by another server; give each server one of its own"):
+    with pytest.raises(FlextronError, match="in use by another process; give each one of its own"):
         new_jobs(tmp_path / "state")
     script = "import sys; from pathlib import Path; from flextron.jobs.directory import StateDirectory as S; "
     command = [sys.executable, "-c", script + "S(Path(sys.argv[1]))", str(tmp_path / "state")]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert "in use by another server" in done.stderr.splitlines()[-1]
+    assert "in use by another process" in done.stderr.splitlines()[-1]
     jobs.close()
     assert subprocess.run(command).returncode == 0
 

@@ -106,10 +106,11 @@ def test_adapters_are_listed(served: Tuning) -> None:
             complete(client, unknown)
 
 
-def test_a_token_router_is_refused_beside_an_adapted_mlp(served: Tuning) -> None:
+def test_a_token_router_is_refused_beside_an_adapted_mlp(served: Tuning, model: ElasticModel) -> None:
+    assert model.token_router is not None
     client = served.client()
     name = finished(served, client, seed=3).fine_tuned_model
-    body = {"flextron": {"latency": 0.8, "router": "token"}}
+    body = {"flextron": {"latency": next(iter(model.token_router.specs)), "router": "token"}}
     with pytest.raises(openai.BadRequestError, match="adapts MLPs, beside which the token router cannot run"):
         complete(client, name, extra_body=body)
     assert complete(client, "tiny", extra_body=body).flextron["target"]["router"] == "token"

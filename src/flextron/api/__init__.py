@@ -3,6 +3,7 @@
 from flextron.api.convert import convert, load
 from flextron.api.dense import DenseModel
 from flextron.api.engine import Completion, Engine
+from flextron.api.finetuning import FinetuneResult, finetune
 from flextron.api.model import ElasticModel
 from flextron.api.texts import Texts, evaluation_text, training_text
 
@@ -11,9 +12,11 @@ __all__ = [
     "DenseModel",
     "ElasticModel",
     "Engine",
+    "FinetuneResult",
     "Texts",
     "convert",
     "evaluation_text",
+    "finetune",
     "load",
     "training_text",
 ]

@@ -8,7 +8,20 @@ from collections.abc import Callable
 
 import typer
 
-from flextron.cli import bench, convert, demo, elastify, evaluate, generate, info, profile, route, serve, train
+from flextron.cli import (
+    bench,
+    convert,
+    demo,
+    elastify,
+    evaluate,
+    finetune,
+    generate,
+    info,
+    profile,
+    route,
+    serve,
+    train,
+)
 from flextron.cli.console import message
 from flextron.errors import FlextronError
 
@@ -64,6 +77,7 @@ _VERBS: dict[str, Callable[..., object]] = {
     "generate": generate.generate,
     "eval": evaluate.evaluate,
     "serve": serve.serve,
+    "finetune": finetune.finetune,
 }
 for _name, _verb in _VERBS.items():
     app.command(_name)(_guarded(_verb))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,7 @@ from flextron.api.engine import speculation_of
 from flextron.cli.console import message
 from flextron.engine import EngineSettings
 from flextron.errors import FlextronError
+from flextron.jobs.jobs import JobsSettings
 from flextron.model.native import Weights
 
 __all__ = ["serve"]
@@ -45,11 +47,20 @@ def serve(
     min_latency_target: Annotated[
         float | None, typer.Option(help="How narrow requests may become for that, where they do not say.")
     ] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=DIRECTORY", help="Serve an adapter, too; repeatable.")
+    ] = None,
+    max_loaded_adapters: Annotated[int, typer.Option(help="Adapters in memory at once.")] = 16,
+    state_directory: Annotated[
+        Path | None, typer.Option(help="Offer finetuning; jobs, files and adapters are kept here.")
+    ] = None,
+    max_training: Annotated[int, typer.Option(help="Finetuning jobs that train at once.")] = 8,
     drain_seconds: Annotated[float, typer.Option(help="For running answers to end after a signal.")] = 30.0,
     client_seconds: Annotated[float, typer.Option(help="For a client to send a request and take its answer.")] = 60.0,
 ) -> None:
     """Serve a model over HTTP as OpenAI does; the sub-network is chosen request by request."""
     try:
+        from flextron.api.serving import named_adapters, open_jobs
         from flextron.server.app import create_app
         from flextron.server.run import listen
         from flextron.server.run import serve as run
@@ -64,12 +75,14 @@ def serve(
         max_queue=max_queue,
         max_body_mb=max_body_mb,
         max_tokens_limit=max_tokens_limit,
+        max_loaded_adapters=max_loaded_adapters,
         drain_seconds=drain_seconds,
         client_seconds=client_seconds,
         slo_tpot_ms=slo_tpot_ms,
         slo_ttft_ms=slo_ttft_ms,
         min_latency_target=min_latency_target,
     )
+    limits = JobsSettings(max_training=max_training)
     message(f"loading {directory}")
     model = api.load(directory)
     engine = EngineSettings(
@@ -80,12 +93,20 @@ def serve(
         weights=weights,
         speculation=None if speculate is None else speculation_of(model, speculate),
     )
-    app = create_app(model, settings, engine)
-    sock = listen(host, port)
-    if model.frontier is None:
-        message("the model has no frontier, so requests cannot name targets; run flextron profile first")
-    if api_key is None and host not in ("127.0.0.1", "::1", "localhost"):
-        message(f"anyone who reaches {host} may use the model; --api-key asks for a key")
-    address = f"\\[{host}]" if ":" in host else host
-    message(f"serving {settings.name} at http://{address}:{sock.getsockname()[1]}/v1 (Ctrl-C ends it)")
-    run(app, sock)
+    adapters = named_adapters(model, adapter or [])
+    with ExitStack() as stack:
+        jobs = None
+        if state_directory is not None:
+            jobs = open_jobs(
+                model, state_directory, adapters, name=settings.name, source=str(directory), settings=limits
+            )
+            stack.callback(jobs.close)
+        app = create_app(model, settings, engine, jobs, adapters)
+        sock = listen(host, port)
+        if model.frontier is None:
+            message("the model has no frontier, so requests cannot name targets; run flextron profile first")
+        if api_key is None and host not in ("127.0.0.1", "::1", "localhost"):
+            message(f"anyone who reaches {host} may use the model; --api-key asks for a key")
+        address = f"\\[{host}]" if ":" in host else host
+        message(f"serving {settings.name} at http://{address}:{sock.getsockname()[1]}/v1 (Ctrl-C ends it)")
+        run(app, sock)

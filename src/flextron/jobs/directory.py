@@ -6,13 +6,13 @@ import fcntl
 import os
 import shutil
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from flextron.errors import FlextronError
 from flextron.files import new_directory
 
-__all__ = ["StateDirectory", "durable_directory", "sync"]
+__all__ = ["StateDirectory", "durable_directory", "lock_directory", "sync"]
 
 
 class StateDirectory:
@@ -29,19 +29,12 @@ class StateDirectory:
         try:
             for directory in (path, self.files, self.jobs):
                 directory.mkdir(parents=True, exist_ok=True)
-            # not inherited: a child must not keep the directory when this process has ended
-            self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise FlextronError(
                 f"the state directory {path} cannot be used ({error.strerror}); choose another"
             ) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._lock)
-            raise FlextronError(
-                f"the state directory {path} is in use by another server; give each server one of its own"
-            ) from error
+        self._lock = ExitStack()
+        self._lock.enter_context(lock_directory(path))
         self._remove_leftovers()
 
     @property
@@ -77,7 +70,7 @@ class StateDirectory:
 
     def close(self) -> None:
         """Let others have it."""
-        os.close(self._lock)
+        self._lock.close()
 
     def _remove_leftovers(self) -> None:
         # `new_file` and `new_directory` write hidden neighbours
@@ -87,6 +80,30 @@ class StateDirectory:
                     shutil.rmtree(left)
                 else:
                     left.unlink()
+
+
+@contextmanager
+def lock_directory(path: Path) -> Iterator[None]:
+    """Keep other processes out of a directory.
+
+    Raises:
+        FlextronError: another process has it, or it cannot be written.
+    """
+    try:
+        # not inherited: a child must not keep the directory when this process has ended
+        handle = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise FlextronError(f"the directory {path} cannot be used ({error.strerror}); choose another") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise FlextronError(
+                f"the directory {path} is in use by another process; give each one of its own"
+            ) from error
+        yield
+    finally:
+        os.close(handle)
 
 
 def sync(path: Path) -> None:

@@ -1,0 +1,198 @@
+"""Finetuning an adapter without a server: what `flextron.finetune` does.
+
+Everything that a restart needs lies in `<output>.run` until the adapter is whole: what is trained, the trainer's last
+state, and the steps up to it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flextron.api.convert import load
+from flextron.api.model import ElasticModel
+from flextron.api.texts import needed
+from flextron.errors import FlextronError
+from flextron.files import read_json, write_json
+from flextron.jobs.dataset import Dataset, DatasetError, read_dataset
+from flextron.jobs.directory import durable_directory, lock_directory
+from flextron.jobs.hyperparameters import Hyperparameters
+from flextron.jobs.trainer import StepMetrics, Trainer
+
+__all__ = ["FIGURES_FILE", "FinetuneResult", "finetune"]
+
+FIGURES_FILE = "finetuning.json"
+_IDENTITY, _STATE, _TRAINER, _PROGRESS = "run.json", "state", "trainer", "progress.json"
+
+OnStep = Callable[[int, int, dict[str, float]], object]
+"""Told after each step: steps taken, steps in all, and figures."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinetuneResult:
+    """What came out, and what it took."""
+
+    adapter: Path
+    """In peft's layout; `finetuning.json` in it holds these figures."""
+    num_examples: int
+    num_truncated: int
+    """Examples that lost their end."""
+    num_steps: int
+    num_tokens: int
+    """That went through forward and backward."""
+    seconds: float
+    """Of training, those before a restart included."""
+    losses: tuple[float, ...]
+    """Of each step: means over the trained tokens, in nats."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of training."""
+        return self.num_tokens / self.seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self) | {"adapter": str(self.adapter), "tokens_per_second": self.tokens_per_second}
+
+
+def finetune(
+    model: ElasticModel | str | Path,
+    data: str | Path,
+    output: str | Path,
+    *,
+    seed: int = 0,
+    restart: bool = False,
+    save_seconds: float = 30.0,
+    on_step: OnStep = lambda done, total, figures: None,
+    **hyperparameters: Any,
+) -> FinetuneResult:
+    """Train a LoRA adapter beside a frozen model; goes on after a kill when it is called again.
+
+    Args:
+        model: an elastic model, or where to load one.
+        data: JSONL: `{"messages": […]}` or `{"prompt", "completion"}` in each line.
+        output: directory to make for the adapter; its unfinished training lies in `<output>.run`.
+        seed: of initial weights and data order.
+        restart: whether to drop what lies in both directories, and begin anew.
+        save_seconds: between two saved states.
+        on_step: told of progress.
+        hyperparameters: `n_epochs`, `batch_size`, `learning_rate`, `rank` and the other fields of `Hyperparameters`.
+
+    Raises:
+        FlextronError: a file or a hyperparameter is no good, `output` exists, or an unfinished training there is of
+            other arguments.
+    """
+    from flextron.jobs.lora import LoraTrainers
+
+    chosen = Hyperparameters.from_dict(hyperparameters)
+    data, output = Path(data).expanduser(), Path(output).expanduser()
+    if not data.is_file():
+        raise FlextronError(f"{data} is no file; give a JSONL file of examples")
+    if output.exists() and not restart:
+        raise FlextronError(f"{output} exists already; choose another directory, or pass restart (--restart)")
+    source = str(model) if isinstance(model, (str, Path)) else model.info.provenance.get("source", "")
+    identity = {"model": source, "data": _digest(data), "seed": seed, "hyperparameters": chosen.to_dict()}
+    loaded = model if isinstance(model, ElasticModel) else load(model)
+    dataset = _examples(loaded, data, chosen)
+    directory = output.with_name(output.name + ".run")
+    directory.mkdir(parents=True, exist_ok=True)
+    with lock_directory(directory):
+        _begin(directory, identity, restart=restart)
+        state = directory / _STATE
+        is_resumed = state.exists()
+        progress = _Progress(**read_json(state / _PROGRESS)) if is_resumed else _Progress()
+        trainers = LoraTrainers(loaded.decoder, source)
+        trainer = trainers(chosen, dataset.examples, seed, state / _TRAINER if is_resumed else None)
+        _train(trainer, progress, state, save_seconds, on_step)
+        result = FinetuneResult(
+            adapter=output,
+            num_examples=len(dataset.examples),
+            num_truncated=dataset.num_truncated,
+            num_steps=trainer.num_steps,
+            num_tokens=progress.num_tokens,
+            seconds=progress.seconds,
+            losses=tuple(progress.losses),
+        )
+        with durable_directory(output) as temporary:
+            trainer.save_adapter(temporary)
+            write_json(temporary / FIGURES_FILE, result.to_dict() | {"run": identity})
+        shutil.rmtree(directory)
+    return result
+
+
+@dataclass(slots=True)
+class _Progress:
+    """The steps up to a state."""
+
+    losses: list[float] = field(default_factory=list)
+    num_tokens: int = 0
+    seconds: float = 0.0
+
+    def add(self, metrics: StepMetrics, seconds: float) -> None:
+        self.losses.append(metrics.loss)
+        self.num_tokens += metrics.num_tokens
+        self.seconds += seconds
+
+
+def _digest(path: Path) -> str:
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            found.update(piece)
+    return found.hexdigest()
+
+
+def _examples(model: ElasticModel, data: Path, hyperparameters: Hyperparameters) -> Dataset:
+    context = model.decoder.config.max_position_embeddings
+    try:
+        return read_dataset(data, needed(model.tokenizer), hyperparameters, context)
+    except DatasetError as error:
+        raise FlextronError(f"{data}: {error}") from error
+
+
+def _begin(directory: Path, identity: dict[str, Any], *, restart: bool) -> None:
+    """See that what lies in the run's directory is of the same run, or nothing."""
+    path = directory / _IDENTITY
+    if restart:
+        shutil.rmtree(directory / _STATE, ignore_errors=True)
+    elif path.exists():
+        found = read_json(path)
+        changed = [key for key in identity if found.get(key) != identity[key]]
+        if changed:
+            raise FlextronError(
+                f"{directory} holds an unfinished training that differs in {', '.join(changed)}; repeat its command, "
+                "choose another output, or pass restart (--restart)"
+            )
+    write_json(path, identity)
+
+
+def _train(trainer: Trainer, progress: _Progress, state: Path, save_seconds: float, on_step: OnStep) -> None:
+    """Take the steps that are left."""
+    saved_at = time.monotonic()
+    while trainer.step_number < trainer.num_steps:
+        begun = time.perf_counter()
+        metrics = trainer.step()
+        seconds = time.perf_counter() - begun
+        if not math.isfinite(metrics.loss):
+            raise FlextronError(
+                f"the training loss became {metrics.loss} at step {trainer.step_number}; lower learning_rate "
+                "(--learning-rate), or look for odd examples"
+            )
+        progress.add(metrics, seconds)
+        on_step(
+            trainer.step_number,
+            trainer.num_steps,
+            {"loss": metrics.loss, "tokens/s": metrics.num_tokens / max(seconds, 1e-9)},
+        )
+        if time.monotonic() - saved_at >= save_seconds:
+            with durable_directory(state) as temporary:
+                (temporary / _TRAINER).mkdir()
+                trainer.save_state(temporary / _TRAINER)
+                write_json(temporary / _PROGRESS, asdict(progress))
+            saved_at = time.monotonic()

@@ -1,0 +1,115 @@
+"""`flextron finetune`: alone, or by a server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from flextron import api
+from flextron.api.remote import RemoteFinetuning
+from flextron.cli.console import Json, message, progress, show
+from flextron.errors import FlextronError
+
+__all__ = ["finetune"]
+
+_USAGE = (
+    "give a checkpoint, a file of examples and --output; or --server, --model and a file of examples; "
+    "or --server and --job"
+)
+
+
+def finetune(
+    paths: Annotated[
+        list[Path] | None, typer.Argument(metavar="[DIRECTORY] DATA", help="Elastic checkpoint, and JSONL of examples.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Directory to make for the adapter.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the examples. Default: 3.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples of a step. Default: 8.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="The schedule's highest. Default: 2e-4.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Of the adapter. Default: 16.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="The adapter is scaled by alpha / rank. Default: 32.")] = None,
+    target_modules: Annotated[str | None, typer.Option(help="Such as q_proj,v_proj. Default: all.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Of an example. Default: the model's positions.")] = None,
+    over_long: Annotated[str | None, typer.Option(help="truncate or refuse longer ones. Default: truncate.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of initial weights and data order. Default: 0.")] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin anew, and replace the output.")] = False,
+    server: Annotated[str | None, typer.Option(help="URL of a server that is to train.")] = None,
+    model: Annotated[str | None, typer.Option(help="Name under which the server knows the model.")] = None,
+    suffix: Annotated[str | None, typer.Option(help="Of the finetuned model's name.")] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between two intermediate adapters.")] = None,
+    job: Annotated[str | None, typer.Option(help="Id of a job of the server, to watch it again.")] = None,
+    cancel: Annotated[bool, typer.Option("--cancel", help="End that job.")] = False,
+    api_key: Annotated[str | None, typer.Option(envvar="FLEXTRON_API_KEY", help="Of the server.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a LoRA adapter on examples: here, going on after a kill, or by a server, which serves it at once."""
+    named = None if target_modules is None else [name.strip() for name in target_modules.split(",")]
+    hyperparameters: dict[str, Any] = {
+        "n_epochs": epochs,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "rank": rank,
+        "alpha": alpha,
+        "target_modules": named,
+        "max_tokens": max_tokens,
+        "over_long": over_long,
+        "checkpoint_every": checkpoint_every,
+    }
+    chosen = {key: value for key, value in hyperparameters.items() if value is not None}
+    is_remote = bool(server or model or suffix or checkpoint_every or job or cancel)
+    match paths or []:
+        case [directory, data] if output is not None and not is_remote:
+            _alone(directory, data, output, chosen, seed or 0, restart=restart, as_json=as_json)
+        case [data] if server and model and not (output or restart or job or cancel):
+            client = RemoteFinetuning(server, api_key)
+            made = client.create(model, client.upload(data), suffix=suffix, seed=seed, hyperparameters=chosen)
+            _watch(client, server, made["id"], as_json=as_json)
+        case [] if server and job and not (output or restart or model or suffix or chosen or seed):
+            client = RemoteFinetuning(server, api_key)
+            if cancel:
+                client.cancel(job)
+            _watch(client, server, job, as_json=as_json)
+        case _:
+            raise FlextronError(_USAGE)
+
+
+def _alone(
+    directory: Path, data: Path, output: Path, chosen: dict[str, Any], seed: int, *, restart: bool, as_json: bool
+) -> None:
+    with progress("finetuning") as step:
+        result = api.finetune(directory, data, output, seed=seed, restart=restart, on_step=step, **chosen)
+    if result.num_truncated:
+        message(f"note: {result.num_truncated} examples were cut to the allowed length")
+    row = {
+        "adapter": str(result.adapter),
+        "examples": result.num_examples,
+        "steps": result.num_steps,
+        "tokens": result.num_tokens,
+        "seconds": round(result.seconds, 1),
+        "tokens_per_second": round(result.tokens_per_second, 1),
+        "loss": result.losses[-1],
+    }
+    show([row], title=str(output), as_json=as_json, result=result.to_dict())
+
+
+def _watch(client: RemoteFinetuning, server: str, job_id: str, *, as_json: bool) -> None:
+    """Show a job until it has ended."""
+    again = f"flextron finetune --server {server} --job {job_id}"
+    try:
+        with progress(job_id) as step:
+            for event in client.follow(job_id):
+                if event["type"] == "metrics":
+                    step(event["data"]["step"], event["data"]["total_steps"], {"loss": event["data"]["train_loss"]})
+                else:
+                    message(escape(event["message"]))
+    except KeyboardInterrupt:
+        message(escape(f"the job goes on; watch it again: {again}; end it: {again} --cancel"))
+        raise typer.Exit(130) from None
+    ended = client.job(job_id)
+    if ended["status"] == "failed":
+        raise FlextronError(f"the job {job_id} has failed: {ended['error']['message']}")
+    row = {key: ended[key] for key in ("id", "status", "fine_tuned_model", "trained_tokens")}
+    show([row], title=server, as_json=as_json, result=ended)

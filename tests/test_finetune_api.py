@@ -1,0 +1,170 @@
+"""`flextron.finetune`: an adapter from a file of examples, the same one whether or not it was killed in between."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import flextron
+from flextron import ElasticModel, FlextronError
+from flextron.model.peft_layout import read_adapter
+from flextron.workflows.tiny import tiny_model
+from tests.jobs.making import jsonl
+
+PAIRS = [("France", "Paris"), ("Italy", "Rome"), ("Spain", "Madrid"), ("Austria", "Vienna"), ("Norway", "Oslo")]
+RECORDS = [{"prompt": f"The capital of {a} is", "completion": f" {b}"} for a, b in PAIRS]
+CHOSEN: Any = {"n_epochs": 3, "batch_size": 2, "rank": 4, "learning_rate": 1e-2}
+"""Nine steps."""
+
+
+@pytest.fixture(scope="module")
+def model() -> ElasticModel:
+    return flextron.load(tiny_model())
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(jsonl(RECORDS))
+    return path
+
+
+def weights(adapter: Path) -> dict[str, torch.Tensor]:
+    return load_file(adapter / "adapter_model.safetensors")
+
+
+class KilledError(Exception):
+    """In the middle of a step."""
+
+
+def killed_after(number: int) -> Any:
+    def on_step(done: int, total: int, figures: dict[str, float]) -> None:
+        if done == number:
+            raise KilledError
+
+    return on_step
+
+
+def test_from_examples_to_an_adapter(model: ElasticModel, data: Path, tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    out = tmp_path / "new" / "adapter"
+    result = flextron.finetune(
+        model, data, out, seed=1, on_step=lambda done, total, figures: told.append((done, total)), **CHOSEN
+    )
+    assert told == [(n, 9) for n in range(1, 10)]
+    assert (result.adapter, result.num_examples, result.num_truncated, result.num_steps) == (out, 5, 0, 9)
+    assert len(result.losses) == 9
+    assert result.losses[-1] < result.losses[0]
+    assert result.num_tokens % 3 == 0
+    assert sorted(p.name for p in out.parent.iterdir()) == ["adapter"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "finetuning.json",
+    ]
+    figures = json.loads((out / "finetuning.json").read_text())
+    assert figures["losses"] == list(result.losses)
+    assert figures["run"]["seed"] == 1
+    adapter = read_adapter(out, model.decoder.config)
+    assert adapter.has_mlp
+    assert json.loads((out / "adapter_config.json").read_text())["r"] == 4
+
+
+def test_a_killed_run_goes_on(model: ElasticModel, data: Path, tmp_path: Path) -> None:
+    whole = flextron.finetune(model, data, tmp_path / "whole", **CHOSEN)
+    out = tmp_path / "broken"
+    for number in (1, 4, 5):
+        with pytest.raises(KilledError):
+            flextron.finetune(model, data, out, save_seconds=0, on_step=killed_after(number), **CHOSEN)
+        assert not out.exists()
+    told: list[int] = []
+    result = flextron.finetune(
+        model, data, out, save_seconds=0, on_step=lambda done, total, figures: told.append(done), **CHOSEN
+    )
+    assert told[0] > 1
+    assert (result.losses, result.num_tokens) == (whole.losses, whole.num_tokens)
+    assert all(torch.equal(a, b) for a, b in zip(weights(out).values(), weights(whole.adapter).values(), strict=True))
+    assert not (tmp_path / "broken.run").exists()
+
+
+def test_another_run_is_not_gone_on_with(model: ElasticModel, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(KilledError):
+        flextron.finetune(model, data, out, save_seconds=0, on_step=killed_after(3), **CHOSEN)
+    with pytest.raises(FlextronError, match=r"differs in seed, hyperparameters; .*--restart"):
+        flextron.finetune(model, data, out, seed=2, **(CHOSEN | {"rank": 2}))
+    data.write_bytes(jsonl(RECORDS[:4]))
+    with pytest.raises(FlextronError, match="differs in data"):
+        flextron.finetune(model, data, out, **CHOSEN)
+    told: list[int] = []
+    flextron.finetune(
+        model, data, out, seed=2, restart=True, on_step=lambda done, total, figures: told.append(done), **CHOSEN
+    )
+    assert told == [1, 2, 3, 4, 5, 6]
+    before = weights(out)
+    with pytest.raises(FlextronError, match="exists already"):
+        flextron.finetune(model, data, out, **CHOSEN)
+    flextron.finetune(model, data, out, seed=3, restart=True, **CHOSEN)
+    assert any(not torch.equal(a, b) for a, b in zip(weights(out).values(), before.values(), strict=True))
+
+
+def test_two_at_once_are_refused(model: ElasticModel, data: Path, tmp_path: Path) -> None:
+    def again(done: int, total: int, figures: dict[str, float]) -> None:
+        with pytest.raises(FlextronError, match="in use by another process"):
+            flextron.finetune(model, data, tmp_path / "out", **CHOSEN)
+
+    flextron.finetune(model, data, tmp_path / "out", on_step=again, **(CHOSEN | {"n_epochs": 1}))
+
+
+def _train(data: Path, out: Path, at: int) -> None:
+    def on_step(done: int, total: int, figures: dict[str, float]) -> None:
+        if done == at:
+            multiprocessing.current_process().kill()
+
+    flextron.finetune(tiny_model(), data, out, save_seconds=0, on_step=on_step, **CHOSEN)
+
+
+@pytest.mark.slow
+def test_kill_9(model: ElasticModel, data: Path, tmp_path: Path) -> None:
+    whole = flextron.finetune(tiny_model(), data, tmp_path / "whole", **CHOSEN)
+    for at in (3, 6, 100):
+        child = multiprocessing.get_context("spawn").Process(target=_train, args=(data, tmp_path / "out", at))
+        child.start()
+        child.join()
+        assert (child.exitcode == 0) == (at == 100)
+    found = weights(tmp_path / "out")
+    assert all(torch.equal(a, b) for a, b in zip(found.values(), weights(whole.adapter).values(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("content", "chosen", "said"),
+    [
+        (None, {}, "is no file"),
+        (b"", {}, "has no example"),
+        (b"{", {}, "train.jsonl: line 1 is not valid JSON"),
+        (jsonl(RECORDS), {"rank": 0}, "rank must be"),
+        (jsonl(RECORDS), {"color": 1}, "no hyperparameter 'color'"),
+        (jsonl(RECORDS), {"target_modules": ["lm_head"]}, "target_modules must be some of"),
+        (jsonl(RECORDS), {"max_tokens": 3, "over_long": "refuse"}, "line 1 has"),
+    ],
+)
+def test_bad_input_leaves_nothing(
+    model: ElasticModel, tmp_path: Path, content: bytes | None, chosen: Any, said: str
+) -> None:
+    data = tmp_path / "train.jsonl"
+    if content is not None:
+        data.write_bytes(content)
+    with pytest.raises(FlextronError, match=said):
+        flextron.finetune(model, data, tmp_path / "out", **chosen)
+    assert [p.name for p in tmp_path.iterdir()] == ([] if content is None else ["train.jsonl"])
+
+
+def test_a_loss_that_is_no_number(model: ElasticModel, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(FlextronError, match="loss became nan"):
+        flextron.finetune(model, data, tmp_path / "out", **(CHOSEN | {"learning_rate": 1e6, "n_epochs": 20}))
