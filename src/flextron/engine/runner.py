@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flextron.engine.sequence import Chunk, Network
+from flextron.model.adapter import Adapter
 from flextron.model.attention import sdpa, window_mask
 from flextron.model.batch import Batch, TokenChoice
 from flextron.model.config import DecoderConfig
@@ -26,7 +27,9 @@ def unit_bytes(decoder: Decoder, page_size: int) -> int:
     return 2 * page_size * decoder.config.head_dim * decoder.dtype.itemsize
 
 
-def make_network(config: DecoderConfig, spec: SubnetSpec, router: TokenChoice | None, name: str) -> Network:
+def make_network(
+    config: DecoderConfig, spec: SubnetSpec, router: TokenChoice | None, name: str, adapter: Adapter | None = None
+) -> Network:
     """How the engine runs a sub-network.
 
     Args:
@@ -34,13 +37,17 @@ def make_network(config: DecoderConfig, spec: SubnetSpec, router: TokenChoice | 
         spec: the sub-network.
         router: of its tokens' MLP widths, if any.
         name: differs for networks whose keys and values differ.
+        adapter: what stands beside its linears, if anything.
     """
     *offsets, num_units = unit_offsets(config, spec)
-    return Network(spec, router, num_units=num_units, unit_offsets=tuple(offsets), key=name.encode())
+    return Network(spec, router, adapter, num_units=num_units, unit_offsets=tuple(offsets), key=name.encode())
 
 
 def nested_network(own: Network, spec: SubnetSpec) -> Network:
-    """A sub-network of `own`, at most as wide as `spec`, that reads and writes the pages of `own`'s sequences."""
+    """A sub-network of `own`, at most as wide as `spec`, that reads and writes the pages of `own`'s sequences.
+
+    It keeps `own`'s adapter, sliced as the weights are: its tokens are to be those that `own` would choose.
+    """
     return replace(own, spec=own.spec.narrowed_to(spec))
 
 
@@ -122,6 +129,12 @@ class Runner:
         """Whether static sub-networks run in the compiled iteration."""
         return self._weights in self._native
 
+    def forget(self, network: Network) -> None:
+        """Drop what is kept of a network that is not used any more."""
+        self._columns = {
+            key: columns for key, columns in self._columns.items() if all(n is not network for n, _ in key)
+        }
+
     @torch.inference_mode()
     def run(self, chunks: Items[Chunk], weights: Weights | None = None) -> Tensor:
         """Compute tokens of different sequences.
@@ -139,7 +152,7 @@ class Runner:
         ends = accumulate(len(c.tokens) for c in chunks)
         rows = [row for end, c in zip(ends, chunks, strict=True) for row in range(end - c.num_scores, end)]
         native = self._native.get(weights or self._weights)
-        if native is None or any(c.network.router is not None for c in chunks):
+        if native is None or any(c.network.router is not None or c.network.adapter is not None for c in chunks):
             hidden_ND = self._with_operators(tokens_N, positions_N, chunks)
             return self.decoder.logits(hidden_ND[torch.tensor(rows, device=device, dtype=torch.long)])
         tables = [c.sequence.table for c in chunks for _ in c.tokens]
@@ -153,6 +166,7 @@ class Runner:
             [c.network.spec for c in chunks],
             [c.start for c in chunks],
             [c.network.router for c in chunks],
+            [c.network.adapter for c in chunks],
         )
         left = iter(chunks)
         segments = [[next(left) for _ in segment.lengths] for segment in batch.segments]
