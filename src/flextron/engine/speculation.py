@@ -187,6 +187,11 @@ class Speculator:
             if self._used is not None:
                 self._used.learn(num_accepted, num_drafted)
 
+    def forget(self, network: Network) -> None:
+        """Drop what was measured of a network that is not used any more."""
+        self._candidates.pop(network, None)
+        self._own.pop(network, None)
+
     def _choose(self, own: Network, num_seqs: int) -> tuple[_Candidate, int]:
         """The candidate and length with the most tokens a second; 0 tokens if not to draft is best."""
         if own not in self._candidates:
