@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +127,7 @@ def test_two_at_once_are_refused(model: ElasticModel, data: Path, tmp_path: Path
 def _train(data: Path, out: Path, at: int) -> None:
     def on_step(done: int, total: int, figures: dict[str, float]) -> None:
         if done == at:
-            multiprocessing.current_process().kill()
+            os.kill(os.getpid(), signal.SIGKILL)
 
     flextron.finetune(tiny_model(), data, out, save_seconds=0, on_step=on_step, **CHOSEN)
 

@@ -56,6 +56,7 @@ class RemoteFinetuning:
         """
         if not path.is_file():
             raise FlextronError(f"{path} is no file; give a JSONL file of examples")
+        self._get("?limit=1")  # a server that refuses may do so before it has read the file, which looks like a fault
         boundary = secrets.token_hex(16)
         # the name is told in the form's own words; the server shows it and makes no path of it
         name = quote(path.name, safe=" ()[]{}+,;=@&")
