@@ -102,7 +102,8 @@ def test_any_sub_networks_answer_as_with_merged_weights(name: str, native: bool)
     kinds: list[Adapter | None] = [None, *mixed_adapters(decoder.config)]
     decoders = [decoder if a is None else merged(decoder, a) for a in kinds]
     core = engine(decoder, num_pages=15, native=native)
-    asked = [(rng.randrange(len(kinds)), rng.choice(specs), rng.choice(PROMPTS)) for _ in range(16)]
+    drawn = [(i % len(kinds), rng.choice(specs), rng.choice(PROMPTS[::2])) for i in range(9)]
+    asked = [rng.choice(drawn) for _ in range(24)]
     sequences: list[Sequence] = []
     for i, (kind, spec, prompt) in enumerate(asked):
         sequences.append(core.add(str(i), prompt, GREEDY, core.network(spec, adapter=kinds[kind])))
@@ -163,7 +164,6 @@ def test_a_forgotten_adapter_goes_with_its_last_request(native: bool, drafts: bo
     held = weakref.ref(adapter)
     del adapter
     while running.finish_reason is None:
-        gc.collect()
         assert held() is not None
         core.step()
     assert running.answer == wanted

@@ -175,10 +175,10 @@ class EngineCore:
             return
         unused = self._leaving - {s.network for s in self.scheduler}
         self._leaving -= unused
-        for network in unused:
-            self.runner.forget(network)
+        for adapter in {n.adapter for n in unused if n.adapter is not None}:
+            self.runner.forget(adapter)
             if self.speculator is not None:
-                self.speculator.forget(network)
+                self.speculator.forget(adapter)
 
     def add(self, request_id: str, prompt: Items[int], params: SamplingParams, network: Network) -> Sequence:
         """Queue a request.

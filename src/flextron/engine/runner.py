@@ -135,13 +135,11 @@ class Runner:
         """Whether static sub-networks run in the compiled iteration, those with adapters that it knows included."""
         return self._weights in self._native
 
-    def forget(self, network: Network) -> None:
-        """Drop what is kept of a network that is not used any more, and of its adapter."""
-        if network.adapter is not None:
-            self._adapters.pop(network.adapter, None)
-        self._columns = {
-            key: columns for key, columns in self._columns.items() if all(n is not network for n, _ in key)
-        }
+    def forget(self, adapter: Adapter) -> None:
+        """Drop what is kept of an adapter and of networks with it."""
+        self._adapters.pop(adapter, None)
+        used = {key: columns for key, columns in self._columns.items() if all(n.adapter is not adapter for n, _ in key)}
+        self._columns = used
 
     @torch.inference_mode()
     def run(self, chunks: Items[Chunk], weights: Weights | None = None) -> Tensor:
