@@ -29,8 +29,9 @@ from flextron.model.decoder import Decoder
 from flextron.model.layers import rotary_tables
 from flextron.model.losses import summed_cross_entropy
 from flextron.model.packing import Example, Packed
-from flextron.model.recompute import KEEPABLE, PrunedBatch, RecordedBatch, WindowAttention, unread_linears
+from flextron.model.recompute import KEEPABLE, PrunedBatch, RecordedBatch, unread_linears
 from flextron.model.saved import Saved, put_rows
+from flextron.model.window_attention import WindowAttention
 from flextron.spec import SubnetSpec
 
 __all__ = ["Finetuning", "Stage"]
@@ -88,10 +89,11 @@ class Finetuning:
         self._packed = Packed(decoder.config, examples, total_weight, decoder.device)
         self._trained = self._trained_layers()
         (self._rows,) = self._packed.weights_T.nonzero(as_tuple=True)
-        """Tokens that predict something that has a weight."""
         self._versions = self._adapter_versions()
         self.saved = Saved()
         self._loss = torch.zeros((), dtype=torch.float64, device=decoder.device)
+        self.num_right = 0
+        """Tokens with a weight that the model holds for the likeliest."""
         self._pending = list(self.spec.kept_layers)
         """Layers of the stage that are not complete, the next one last."""
         self._pending.reverse()
@@ -113,6 +115,11 @@ class Finetuning:
         if self.stage is Stage.HEAD:
             return len(self._rows) - self._num_done
         return len(self._pending) * self.num_tokens - self._num_done
+
+    @property
+    def num_weighted(self) -> int:
+        """Tokens that predict something that has a weight."""
+        return len(self._rows)
 
     @property
     def loss(self) -> float:
@@ -199,9 +206,10 @@ class Finetuning:
             x = stream_TD[rows].requires_grad_()
             hidden = self._decoder.final_norm(x)
         head, packed = self._decoder.head_weight.detach(), self._packed
-        loss, by_hidden = summed_cross_entropy(hidden.detach(), head, packed.targets_T[rows], packed.weights_T[rows])
-        self._loss += loss
-        (stream_TD[rows],) = torch.autograd.grad(hidden, x, by_hidden)
+        loss = summed_cross_entropy(hidden.detach(), head, packed.targets_T[rows], packed.weights_T[rows])
+        self._loss += loss.total
+        self.num_right += loss.num_right
+        (stream_TD[rows],) = torch.autograd.grad(hidden, x, loss.gradient_ND)
         self._num_done += len(rows)
         if self._num_done == len(self._rows):
             stream_TD[packed.weights_T == 0] = 0
