@@ -17,7 +17,7 @@ from flextron.model.adapter import TARGETS, Adapter
 from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
 from flextron.model.packing import Example
-from flextron.model.windowed import Finetuning
+from flextron.model.windowed import Finetuning, Stage
 from flextron.spec import SubnetSpec
 from tests.model.adapter_cases import random_ia3, random_lora, targets_of
 from tests.model.families_cases import CASES, random_tokens
@@ -54,11 +54,13 @@ def gradients(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def run(work: Finetuning, forward: Sequence[int], backward: Sequence[int]) -> None:
-    """Window sizes in turn, again and again."""
-    for sizes, step in ((forward, work.forward), (backward, work.backward)):
-        k = 0
-        while step(sizes[k % len(sizes)]):
-            k += 1
+    """Window sizes in turn, again and again; the head's are those of the forward pass."""
+    k = 0
+    while work.stage is not None:
+        sizes = backward if work.stage is Stage.BACKWARD else forward
+        assert 0 < work.run(sizes[k % len(sizes)]) <= sizes[k % len(sizes)]
+        k += 1
+    assert work.run(1) == 0
 
 
 def check(
@@ -76,8 +78,7 @@ def check(
     work = Finetuning(decoder, adapter, examples, spec=spec, keep=keep)
     run(work, forward, backward)
     ours = gradients(adapter)
-    assert work.is_done
-    assert work.num_left_backward == 0
+    assert work.num_left == 0
     assert work.saved.num_bytes == 0
     assert work.loss == pytest.approx(loss, rel=BAR)
     largest = max(float(g.abs().max()) for g in expected.values())
@@ -151,9 +152,10 @@ def test_layers_below_the_lowest_bypass_cost_nothing() -> None:
     )
     check(decoder, high, [12, 9], [5], [4])
     work = Finetuning(decoder, high, examples_of([12, 9]))
-    assert work.num_left_backward == work.num_tokens == 19
-    run(work, [19], [1])
-    assert set(work.saved.keys) == set()
+    while work.stage is not Stage.BACKWARD:
+        work.run(19)
+    assert set(work.saved.keys) == {2}
+    assert work.num_left == work.num_tokens == 19
 
 
 def test_forward_order_without_deferral_would_be_wrong() -> None:
@@ -163,10 +165,8 @@ def test_forward_order_without_deferral_would_be_wrong() -> None:
     run(Finetuning(decoder, adapter, examples), [5], [5])
     right = gradients(adapter)
     work = Finetuning(decoder, adapter, examples)
-    while work.forward(5):
-        pass
-    while work.backward(5):
-        if work.saved.key_value_gradients is not None:
+    while work.run(5):
+        if work.stage is Stage.BACKWARD and work.saved.key_value_gradients is not None:
             for sums in work.saved.key_value_gradients:
                 sums.zero_()
     wrong = gradients(adapter)
@@ -183,7 +183,7 @@ def test_inference_between_units_changes_nothing_and_gradients_accumulate() -> N
     other = random_lora(decoder.config, 2, 7).double()
     busy = True
     while busy:  # two passes and inference, turn about
-        busy = sum(w.forward(3) or w.backward(4) for w in works) > 0
+        busy = sum(w.run(3) for w in works) > 0
         with torch.inference_mode():
             decoder(Batch.ragged([random_tokens(5)], [decoder.widths], adapters=[other]))
     ours = gradients(adapter)
@@ -207,15 +207,10 @@ def test_what_is_counted_is_all_that_is_kept(keep: tuple[str, ...]) -> None:
     decoder, adapter = doubles("llama")
     work = Finetuning(decoder, adapter, examples_of([60, 50]), keep=keep)
     before = live_bytes()
-    work.forward(50)
-    assert live_bytes() - before == work.saved.num_bytes > 0
-    while work.forward(50):
-        pass
-    assert live_bytes() - before == work.saved.num_bytes
-    for _ in range(2):
-        work.backward(50)
+    while work.run(50):
         gradients(adapter)
         assert live_bytes() - before == work.saved.num_bytes
+    assert work.saved.num_bytes == 0
 
 
 def test_bad_use_is_refused() -> None:
@@ -240,13 +235,11 @@ def test_bad_use_is_refused() -> None:
     with pytest.raises(FlextronError, match=r"gate, o, q, up can be kept, not \['v'\]"):
         Finetuning(decoder, adapter, examples_of([9]), keep=["v"])
     work = Finetuning(decoder, adapter, examples_of([9]))
-    work.forward(3)
-    with pytest.raises(FlextronError, match="not complete"):
-        work.backward(3)
+    work.run(3)
     with torch.no_grad():
         next(adapter.parameters()).mul_(2)
     with pytest.raises(FlextronError, match="has changed"):
-        work.forward(3)
+        work.run(3)
 
 
 def test_a_model_in_bfloat16_trains_an_adapter_in_float32() -> None:

@@ -135,7 +135,7 @@ class Bypasses:
         ys = self._expanded(target, own, _each(x_ND, own, lambda b, x, _: b.before(x, _WHOLE)), linear, blocks)
         if not own:
             return ys
-        low = {rows.start: b.read(x_ND[rows], _WHOLE) for rows, b in own}
+        low = {rows.start: b.read(_rows_of(x_ND, rows), _WHOLE) for rows, b in own}
         return tuple(
             _each(y, own, lambda b, y, start, rows=slice(k.start, k.stop): b.add(y, low[start], rows))  # type: ignore[misc]
             for y, k in zip(ys, blocks, strict=True)
@@ -156,7 +156,7 @@ class Bypasses:
         y_ND = self._contracted(target, own, num_tokens, read, linear, blocks)
         low = {}
         for rows, b in own:
-            parts = [b.read(part[rows], s) for part, s in zip(h, spans, strict=True) if rows.start < len(part)]
+            parts = [b.read(_rows_of(part, rows), s) for part, s in zip(h, spans, strict=True) if rows.start < len(part)]
             low[rows.start] = None if parts[0] is None else sum(cast("list[Tensor]", parts[1:]), parts[0])
         return _each(y_ND, own, lambda b, y, start: b.add(y, low[start], _WHOLE))
 
@@ -184,11 +184,16 @@ def _each(x: Tensor, own: Beside, change: Callable[[Bypass, Tensor, int], Tensor
             break
         if rows.start > done:
             parts.append(x[done : rows.start])
-        parts.append(change(bypass, x[rows], rows.start))
+        parts.append(change(bypass, _rows_of(x, rows), rows.start))
         done = rows.stop
     if done < x.shape[0]:
         parts.append(x[done:])
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _rows_of(x: Tensor, rows: slice) -> Tensor:
+    """Of all rows `x` itself: the gradient of a slice is padded with zeros."""
+    return x if rows.start == 0 and rows.stop >= x.shape[0] else x[rows]
 
 
 NO_BYPASSES = Bypasses(())

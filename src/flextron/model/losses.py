@@ -10,13 +10,13 @@ Shapes: N tokens, D hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["cross_entropy", "forward_kl", "head_metric", "summed_cross_entropy", "token_losses"]
+__all__ = ["SummedLoss", "cross_entropy", "forward_kl", "head_metric", "summed_cross_entropy", "token_losses"]
 
 CHUNK_TOKENS = 256
 
@@ -107,29 +107,47 @@ def cross_entropy(h_ND: Tensor, w_VD: Tensor, targets_N: Tensor) -> Tensor:
     return _Vocabulary.apply(*_matched(h_ND, w_VD), chunk_loss)  # type: ignore[no-untyped-call,no-any-return]
 
 
+class SummedLoss(NamedTuple):
+    """Of `summed_cross_entropy`."""
+
+    total: Tensor
+    """Weighted sum of the targets' negative log-likelihoods, a scalar, float64, in nats."""
+    gradient_ND: Tensor
+    """Of the sum, by the hidden states."""
+    num_right: int
+    """Targets that were the likeliest token."""
+
+
 @torch.no_grad()
-def summed_cross_entropy(h_ND: Tensor, w_VD: Tensor, targets_N: Tensor, weights_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighted sum of the targets' negative log-likelihoods, and its gradient; in float32 at least.
+def summed_cross_entropy(h_ND: Tensor, w_VD: Tensor, targets_N: Tensor, weights_N: Tensor) -> SummedLoss:
+    """Weighted cross-entropy and its gradient; the softmax in float32 at least.
+
+    The gradient is (p - onehot) W: the product with the probabilities, and a row of W for each target, so that nothing
+    but the softmax itself goes over the vocabulary once more.
 
     Args:
         h_ND: final hidden states.
         w_VD: the head.
         targets_N: token ids, int64.
         weights_N: what each token counts.
-
-    Returns:
-        The sum, a scalar, float64, in nats; and its gradient by `h_ND`, (N, D).
     """
     dtype = torch.promote_types(h_ND.dtype, torch.float32)
     total = torch.zeros((), dtype=torch.float64, device=h_ND.device)
     gradient_ND = torch.empty_like(h_ND)
+    right = torch.zeros((), dtype=torch.long, device=h_ND.device)
     for rows in _chunks(len(h_ND)):
-        target, weight = targets_N[rows, None], weights_N[rows, None].to(dtype)
-        log_p = torch.log_softmax((h_ND[rows] @ w_VD.t()).to(dtype), -1)
-        total -= (log_p.gather(1, target) * weight).sum()
-        g = log_p.exp_().mul_(weight).scatter_add_(1, target, -weight)
-        torch.mm(g.to(h_ND.dtype), w_VD, out=gradient_ND[rows])
-    return total, gradient_ND
+        target, weight = targets_N[rows], weights_N[rows].to(dtype)
+        logits_NV = (h_ND[rows] @ w_VD.t()).to(dtype)
+        most, likeliest = logits_NV.max(-1)
+        own = logits_NV.gather(1, target[:, None])[:, 0]
+        p_NV = torch.softmax(logits_NV, -1)
+        # the largest probability is never too small for a logarithm
+        log_sum = most - p_NV.gather(1, likeliest[:, None])[:, 0].log()
+        total += ((log_sum - own) * weight).sum()
+        right += (likeliest == target).sum()
+        torch.mm(p_NV.to(h_ND.dtype), w_VD, out=gradient_ND[rows])
+        gradient_ND[rows] = (gradient_ND[rows] - w_VD[target]) * weight[:, None].to(h_ND.dtype)
+    return SummedLoss(total, gradient_ND, int(right))
 
 
 @torch.no_grad()

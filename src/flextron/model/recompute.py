@@ -1,10 +1,10 @@
 """One layer for one window of tokens, computed again for its gradients: only what some gradient needs.
 
 Frozen linears need but dY · W. So the products whose values nothing reads (the down projection; the values, and the
-keys where no norm follows, which the cache holds already) are not computed a second time: `_Unread` stands in for them
-and knows only the way back.
+keys where no norm follows, which the cache holds already) are not computed a second time: what stands in for them knows
+only the way back.
 
-Shapes: N tokens of the window, h tokens before it, H query heads, K KV heads, d head size.
+Shapes: N tokens of the window, r rank.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from flextron.model.attention import sdpa, window_mask
 from flextron.model.batch import Batch
-from flextron.model.bypass import Beside, Bypasses, Linear
+from flextron.model.bypass import Bypass, Bypasses, Linear, Lora
 from flextron.model.config import DecoderConfig
 from flextron.model.nested import Block, Layout
+from flextron.model.window_attention import valued
 from flextron.spec import LayerSpec
 
-__all__ = ["KEEPABLE", "PrunedBatch", "RecordedBatch", "WindowAttention", "unread_linears"]
+__all__ = ["KEEPABLE", "PrunedBatch", "RecordedBatch", "unread_linears"]
 
+_WHOLE = slice(None)
 KEEPABLE = frozenset({"q", "o", "gate", "up"})
 """Linears whose products are computed twice, unless they are kept; those of the others are not needed or cached."""
 
@@ -98,107 +100,91 @@ class _PrunedBypasses(Bypasses):
         self._unread, self._known = unread, known
 
     def expand(self, target: str, x_ND: Tensor, linear: Linear, blocks: tuple[Block, ...]) -> tuple[Tensor, ...]:
+        bypass = self._only(target)
+        rows = slice(blocks[0].stop)
+        bias = None if linear.bias is None else linear.bias[rows]
+        if isinstance(bypass, Lora):
+            return (self._with_lora(target, x_ND, linear.weight[rows], bias, bypass.a, bypass.b[rows], bypass.scale),)
+        if target in self._unread and (bypass is None or bypass.is_additive):
+            x = x_ND if bypass is None else bypass.before(x_ND, _WHOLE)
+            return (_product(x, linear.weight[rows], self._known.get(target)),)
         ys = super().expand(target, x_ND, linear, blocks)
-        return (_valued(ys[0], self._known[target]),) if target in self._known else ys
+        return (valued(ys[0], self._known[target]),) if target in self._known else ys
 
     def contract(
         self, target: str, num_tokens: int, h: Sequence[Tensor], linear: Linear, blocks: tuple[Block, ...]
     ) -> Tensor:
+        bypass = self._only(target)
+        rows = slice(blocks[0].stop)
+        weight = linear.weight[rows].t()
+        if isinstance(bypass, Lora):
+            return self._with_lora(target, h[0], weight, linear.bias, bypass.a[rows], bypass.b, bypass.scale)
+        if target in self._unread and (bypass is None or bypass.is_additive):
+            x = h[0] if bypass is None else bypass.before(h[0], rows)
+            return _product(x, weight, self._known.get(target))
         y_ND = super().contract(target, num_tokens, h, linear, blocks)
-        return _valued(y_ND, self._known[target]) if target in self._known else y_ND
+        return valued(y_ND, self._known[target]) if target in self._known else y_ND
 
-    def _is_unread(self, target: str, own: Beside) -> bool:
-        return target in self._unread and all(bypass.is_additive for _, bypass in own)
+    def _only(self, target: str) -> Bypass | None:
+        """What stands beside a linear: the batch has one segment."""
+        return next((bypass for _, bypass in self._beside(target)), None)
 
-    def _expanded(
-        self, target: str, own: Beside, x_ND: Tensor, linear: Linear, blocks: tuple[Block, ...]
-    ) -> tuple[Tensor, ...]:
-        if not self._is_unread(target, own):
-            return super()._expanded(target, own, x_ND, linear, blocks)
-        return (_unread(x_ND, linear.weight[: blocks[0].stop]),)
-
-    def _contracted(
-        self, target: str, own: Beside, num_tokens: int, h: Sequence[Tensor], linear: Linear, blocks: tuple[Block, ...]
+    def _with_lora(
+        self, target: str, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
     ) -> Tensor:
-        if not self._is_unread(target, own):
-            return super()._contracted(target, own, num_tokens, h, linear, blocks)
-        return _unread(h[0], linear.weight[: blocks[0].stop].t())
+        value = self._known.get(target)
+        if value is None and target in self._unread:
+            value = x.new_zeros(()).expand(len(x), len(weight))
+        return _LoraLinear.apply(x, weight, bias, a, b, scale, value)  # type: ignore[no-untyped-call,no-any-return]
 
 
-class _Unread(torch.autograd.Function):
-    """Zeros in the place of x Wᵀ, with its gradient by x; W is (out, in)."""
+class _Product(torch.autograd.Function):
+    """A known value, or zeros, in the place of x Wᵀ, with its gradient by x; W is (out, in)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, value: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
-        return x.new_zeros(()).expand(x.shape[0], weight.shape[0])
+        return x.new_zeros(()).expand(x.shape[0], weight.shape[0]) if value is None else value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return grads[0] @ ctx.saved_tensors[0], None
+        return grads[0] @ ctx.saved_tensors[0], None, None
 
 
-def _unread(x: Tensor, weight: Tensor) -> Tensor:
-    return _Unread.apply(x, weight)  # type: ignore[no-untyped-call,no-any-return]
+def _product(x: Tensor, weight: Tensor, value: Tensor | None) -> Tensor:
+    return _Product.apply(x, weight, value)  # type: ignore[no-untyped-call,no-any-return]
 
 
-class _Known(torch.autograd.Function):
-    """The known value of a tensor that was not computed; its gradient is the tensor's."""
+class _LoraLinear(torch.autograd.Function):
+    """x Wᵀ + bias + scale (x A) Bᵀ, or a value that is known or not read, with gradients by x, A and B.
+
+    One function for all of it: autograd's parts would make and add up tensors of the size of inputs and outputs.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return grads[0], None
-
-
-def _valued(x: Tensor, value: Tensor) -> Tensor:
-    return _Known.apply(x, value)  # type: ignore[no-untyped-call,no-any-return]
-
-
-class WindowAttention:
-    """Attention of a window that may begin within a sequence and go on over several; for one layer and one use."""
-
-    def __init__(
-        self,
-        config: DecoderConfig,
-        held: tuple[Tensor, Tensor],
-        known: tuple[Tensor, Tensor] | None = None,
-    ) -> None:
-        """Take what was computed before.
-
-        Args:
-            config: the decoder's.
-            held: keys and values, (h, K, d), of the tokens before the window that its first sequence sees.
-            known: keys and values of the window itself, where they are computed again; gradients flow past them.
-        """
-        self._window, self._held, self._known = config.sliding_window, held, known
-        self.new: tuple[Tensor, Tensor] | None = None
-        """Keys and values of the window, (N, K, d), once the layer has run; None if its attention is skipped."""
-
-    def __call__(
-        self, layer: int, segment: int, q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor, lengths: Sequence[int]
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        value: Tensor | None,
     ) -> Tensor:
-        """See `flextron.model.attention.Attention`."""
-        if self._known is not None:
-            k_NKd, v_NKd = _valued(k_NKd, self._known[0]), _valued(v_NKd, self._known[1])
-        self.new = k_NKd, v_NKd
-        parts = list(zip(*(t.split(list(lengths)) for t in (q_NHd, k_NKd, v_NKd)), strict=True))
-        if len(self._held[0]):
-            q, k, v = parts[0]
-            parts[0] = q, torch.cat((self._held[0], k)), torch.cat((self._held[1], v))
-        return torch.cat([self._attend(*part) for part in parts])
+        low_a, low_b = a.to(x.dtype), b.to(x.dtype)
+        z_Nr = x @ low_a
+        ctx.scale, ctx.dtype = scale, a.dtype
+        ctx.save_for_backward(x, weight, low_a, low_b, z_Nr)
+        if value is not None:
+            return value.view_as(value)
+        return F.linear(x, weight, bias).addmm_(z_Nr, low_b.t(), alpha=scale)
 
-    def _attend(self, q_NHd: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The last N tokens of one sequence over all of it."""
-        num_new, length = len(q_NHd), len(k)
-        q_HNd, k_Khd, v_Khd = (t.transpose(0, 1)[None] for t in (q_NHd, k, v))
-        if num_new == length and (self._window is None or length <= self._window):
-            out = sdpa(q_HNd, k_Khd, v_Khd, causal=True)
-        else:
-            positions = torch.arange(length, device=k.device)
-            mask = window_mask(positions[length - num_new :], positions, self._window)
-            out = sdpa(q_HNd, k_Khd, v_Khd, mask=mask)
-        return out[0].transpose(0, 1)
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (g,) = grads
+        x, weight, a, b, z_Nr = ctx.saved_tensors
+        gz_Nr = torch.mm(g, b).mul_(ctx.scale)
+        dx = torch.mm(g, weight).addmm_(gz_Nr, a.t()) if ctx.needs_input_grad[0] else None
+        da, db = torch.mm(x.t(), gz_Nr), torch.mm(g.t(), z_Nr).mul_(ctx.scale)
+        return dx, None, None, da.to(ctx.dtype), db.to(ctx.dtype), None, None

@@ -26,8 +26,9 @@ class Saved:
     """Of each layer, (T, K, d)."""
     products: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     """What linears that the caller named gave, with their bypasses, by layer and name, (T, rows)."""
-    gradient: Tensor | None = None
-    """Gradient of one layer's output, (T, D); its rows become the input's one window after the other."""
+    stream: Tensor | None = None
+    """On the way up, outputs of a layer that the one above does not keep as its input, (T, D); on the way down, the
+    gradient of one layer's output, whose rows become the input's one window after the other."""
     key_value_gradients: tuple[Tensor, Tensor] | None = None
     """Gradients of one layer's keys and values, (T, K, d), as far as later tokens have added theirs."""
 
@@ -35,8 +36,8 @@ class Saved:
         """Every tensor that is held."""
         yield from (*self.inputs.values(), *self.keys.values(), *self.values.values(), *self.products.values())
         yield from self.key_value_gradients or ()
-        if self.gradient is not None:
-            yield self.gradient
+        if self.stream is not None:
+            yield self.stream
 
     @property
     def num_bytes(self) -> int:
@@ -44,9 +45,8 @@ class Saved:
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.tensors()}.values())
 
     def forget(self, layer: int) -> None:
-        """Give up what a layer's backward pass needed, once it is complete."""
-        del self.inputs[layer]
-        for of_layers in (self.keys, self.values):
+        """Give up what is kept of a layer, once nothing needs it."""
+        for of_layers in (self.inputs, self.keys, self.values):
             of_layers.pop(layer, None)
         for key in [key for key in self.products if key[0] == layer]:
             del self.products[key]

@@ -1,10 +1,14 @@
 """Token-level finetuning: exact gradients of an adapter in units of work as small as one asks for (FlexLLM, section 6).
 
-Forward, a text enters in windows of tokens that append to keys and values of its own. Backward goes layer by layer from
-the last, and within a layer from the last tokens to the first: what later windows send to earlier keys and values is
-summed up, and enters the key and value projections once all later windows have added theirs. Between units only the
-layers' inputs, keys and values are kept; a unit computes the rest of its layer and window again. The cuts need not be
-the same forward and backward.
+A unit is one layer for a window of tokens. Forward goes layer by layer, and within a layer from the first tokens to the
+last, whose windows append to keys and values of their own. The head follows. Backward goes layer by layer from the
+last, and within a layer from the last tokens to the first: what later windows send to earlier keys and values is summed
+up, and enters the key and value projections once all later windows have added theirs. Between units only the layers'
+inputs, keys and values are kept; a unit computes the rest of its layer and window again. The cuts need not be the same
+forward and backward.
+
+The paper's windows go through all layers at once, which makes a small unit read every weight for few tokens. One layer
+for many tokens takes the same time at the speed of a large batch.
 
 Shapes: T tokens of all examples that are run, N tokens of a window, D hidden size, K KV heads, d head size.
 """
@@ -12,6 +16,7 @@ Shapes: T tokens of all examples that are run, N tokens of a window, D hidden si
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from enum import Enum
 from typing import Any
 
 import torch
@@ -24,19 +29,30 @@ from flextron.model.decoder import Decoder
 from flextron.model.layers import rotary_tables
 from flextron.model.losses import summed_cross_entropy
 from flextron.model.packing import Example, Packed
-from flextron.model.recompute import KEEPABLE, PrunedBatch, RecordedBatch, WindowAttention, unread_linears
+from flextron.model.recompute import KEEPABLE, PrunedBatch, RecordedBatch, unread_linears
 from flextron.model.saved import Saved, put_rows
+from flextron.model.window_attention import WindowAttention
 from flextron.spec import SubnetSpec
 
-__all__ = ["Finetuning"]
+__all__ = ["Finetuning", "Stage"]
+
+
+class Stage(str, Enum):
+    """Kinds of units, in their order."""
+
+    FORWARD = "forward"
+    """A layer for a window of tokens."""
+    HEAD = "head"
+    """The head and the loss, both ways, for a window of the tokens that have a weight."""
+    BACKWARD = "backward"
+    """A layer's gradients for a window of tokens."""
 
 
 class Finetuning:
     """One forward and backward pass of an adapter over packed examples, unit by unit.
 
-    Call `forward` until it returns 0, then `backward` until it returns 0; in between, anything else may run on the
-    decoder. The adapter's gradients are added to its parameters' `grad`, as autograd would. The adapter must not change
-    before the last unit.
+    Call `run` until it returns 0; in between, anything else may run on the decoder. The adapter's gradients are added
+    to its parameters' `grad`, as autograd would. The adapter must not change before the last unit.
     """
 
     def __init__(
@@ -72,15 +88,19 @@ class Finetuning:
         Segment(self.spec, (), adapter=adapter)  # refuses an adapter that does not fit
         self._packed = Packed(decoder.config, examples, total_weight, decoder.device)
         self._trained = self._trained_layers()
+        (self._rows,) = self._packed.weights_T.nonzero(as_tuple=True)
         self._versions = self._adapter_versions()
         self.saved = Saved()
         self._loss = torch.zeros((), dtype=torch.float64, device=decoder.device)
-        self.num_forwarded = 0
-        """Tokens that went through all layers."""
-        self._pending = list(self._trained)
-        """Layers whose backward pass is not complete, the next one last."""
-        self._num_left = self.num_tokens
-        """Leading tokens of that layer whose turn is still to come."""
+        self.num_right = 0
+        """Tokens with a weight that the model holds for the likeliest."""
+        self._pending = list(self.spec.kept_layers)
+        """Layers of the stage that are not complete, the next one last."""
+        self._pending.reverse()
+        self._num_done = 0
+        """Tokens of that layer, or of the head's, that have had their turn."""
+        self.stage: Stage | None = Stage.FORWARD
+        """Of the next unit; None once the gradients are complete."""
 
     @property
     def num_tokens(self) -> int:
@@ -88,62 +108,26 @@ class Finetuning:
         return len(self._packed)
 
     @property
-    def num_left_backward(self) -> int:
-        """Tokens that the backward pass has still to visit, summed over layers."""
-        return (len(self._pending) - 1) * self.num_tokens + self._num_left if self._pending else 0
+    def num_left(self) -> int:
+        """Tokens of this stage whose turn is still to come, summed over its layers."""
+        if self.stage is None:
+            return 0
+        if self.stage is Stage.HEAD:
+            return len(self._rows) - self._num_done
+        return len(self._pending) * self.num_tokens - self._num_done
 
     @property
-    def is_done(self) -> bool:
-        """Whether the gradients are complete."""
-        return not self._pending
+    def num_weighted(self) -> int:
+        """Tokens that predict something that has a weight."""
+        return len(self._rows)
 
     @property
     def loss(self) -> float:
-        """Weighted mean negative log-likelihood, in nats, of the tokens that went forward."""
+        """Weighted mean negative log-likelihood, in nats, of the tokens that went through the head."""
         return float(self._loss)
 
-    @torch.no_grad()
-    def forward(self, num_tokens: int) -> int:
-        """Run the next tokens through all layers, as many as there are up to `num_tokens`.
-
-        Args:
-            num_tokens: at least 1.
-
-        Returns:
-            How many were run; 0 once all have been.
-        """
-        start = self.num_forwarded
-        stop = min(start + num_tokens, self.num_tokens)
-        if stop == start:
-            return 0
-        self._check_unchanged()
-        kept: dict[tuple[int, str], Tensor] = {}
-        batch = self._batch(start, stop)
-        batch = RecordedBatch(batch.tokens_N, batch.positions_N, batch.segments, self._keep, kept)
-        x_ND = self._decoder.embed(batch)
-        rope = rotary_tables(self._decoder.config, batch.positions_N, x_ND.dtype)
-        for i, layer in enumerate(self._decoder.layers):
-            if i in self._trained:
-                self._put(self.saved.inputs, i, x_ND, start)
-            attention = WindowAttention(self._decoder.config, self._held(i, start))
-            x_ND = layer(x_ND, batch, i, rope, attention)
-            if attention.new is not None:
-                self._put(self.saved.keys, i, attention.new[0], start)
-                self._put(self.saved.values, i, attention.new[1], start)
-        for (i, target), rows in kept.items():
-            if i in self._trained:
-                self._put(self.saved.products, (i, target), rows, start)
-        if self.saved.gradient is None:
-            self.saved.gradient = x_ND.new_empty(self.num_tokens, x_ND.shape[1])
-        self.saved.gradient[start:stop] = self._head(x_ND, start, stop)
-        self.num_forwarded = stop
-        if stop == self.num_tokens:
-            for i in set(self.saved.keys) - set(self._trained):
-                del self.saved.keys[i], self.saved.values[i]
-        return stop - start
-
-    def backward(self, num_tokens: int) -> int:
-        """Run the next unit of the backward pass: one layer, its next tokens from the end up to `num_tokens`.
+    def run(self, num_tokens: int) -> int:
+        """Run the next unit: one layer, or the head, and its next tokens, as many as are left up to `num_tokens`.
 
         Args:
             num_tokens: at least 1.
@@ -152,19 +136,97 @@ class Finetuning:
             How many tokens the unit had; 0 once the gradients are complete.
 
         Raises:
-            FlextronError: the forward pass is not complete, or the adapter has changed since.
+            FlextronError: the adapter has changed since the first unit.
         """
-        if self.is_done:
+        if self.stage is None:
             return 0
-        if self.num_forwarded < self.num_tokens:
-            raise FlextronError("the forward pass is not complete; call forward until it returns 0")
-        self._check_unchanged()
-        layer, stop = self._pending[-1], self._num_left
+        if self._adapter_versions() != self._versions:
+            raise FlextronError("the adapter has changed in the middle of a pass; step only when the pass is done")
+        if self.stage is Stage.FORWARD:
+            return self._run_forward(num_tokens)
+        if self.stage is Stage.HEAD:
+            return self._run_head(num_tokens)
+        return self._run_backward(num_tokens)
+
+    @torch.no_grad()
+    def _run_forward(self, num_tokens: int) -> int:
+        saved, i, start = self.saved, self._pending[-1], self._num_done
+        stop = min(start + num_tokens, self.num_tokens)
+        kept: dict[tuple[int, str], Tensor] = {}
+        batch = self._batch(start, stop)
+        batch = RecordedBatch(batch.tokens_N, batch.positions_N, batch.segments, self._keep, kept)
+        if i == self.spec.kept_layers[0]:
+            x_ND = self._decoder.embed(batch)
+            if i in self._trained:
+                put_rows(saved.inputs, i, x_ND, start, self.num_tokens)
+        else:
+            where = saved.inputs.get(i, saved.stream)
+            assert where is not None
+            x_ND = where[start:stop]
+        attention = WindowAttention(self._decoder.config, self._held(i, start))
+        rope = rotary_tables(self._decoder.config, batch.positions_N, x_ND.dtype)
+        x_ND = self._decoder.layers[i](x_ND, batch, i, rope, attention)
+        if attention.new is not None:
+            put_rows(saved.keys, i, attention.new[0], start, self.num_tokens)
+            put_rows(saved.values, i, attention.new[1], start, self.num_tokens)
+        if i in self._trained:
+            for key, rows in kept.items():
+                put_rows(saved.products, key, rows, start, self.num_tokens)
+        self._pass_up(x_ND, start)
+        self._num_done = stop
+        if stop == self.num_tokens:
+            if i not in self._trained:
+                saved.forget(i)
+            self._pending.pop()
+            self._num_done = 0
+            if not self._pending:
+                self.stage = Stage.HEAD
+        return stop - start
+
+    def _pass_up(self, x_ND: Tensor, start: int) -> None:
+        """Put a window of a layer's outputs where the next layer, or the head, finds them."""
+        saved = self.saved
+        above = self._pending[-2] if len(self._pending) > 1 else None
+        if above in self._trained:
+            put_rows(saved.inputs, above, x_ND, start, self.num_tokens)
+            if start + len(x_ND) == self.num_tokens:
+                saved.stream = None
+            return
+        if saved.stream is None:
+            saved.stream = x_ND.new_empty(self.num_tokens, x_ND.shape[1])
+        saved.stream[start : start + len(x_ND)] = x_ND
+
+    @torch.no_grad()
+    def _run_head(self, num_tokens: int) -> int:
+        """Add losses; turn the last layer's outputs into gradients."""
+        stream_TD = self.saved.stream
+        assert stream_TD is not None
+        rows = self._rows[self._num_done : self._num_done + num_tokens]
+        with torch.enable_grad():
+            x = stream_TD[rows].requires_grad_()
+            hidden = self._decoder.final_norm(x)
+        head, packed = self._decoder.head_weight.detach(), self._packed
+        loss = summed_cross_entropy(hidden.detach(), head, packed.targets_T[rows], packed.weights_T[rows])
+        self._loss += loss.total
+        self.num_right += loss.num_right
+        (stream_TD[rows],) = torch.autograd.grad(hidden, x, loss.gradient_ND)
+        self._num_done += len(rows)
+        if self._num_done == len(self._rows):
+            stream_TD[packed.weights_T == 0] = 0
+            self.stage, self._pending, self._num_done = Stage.BACKWARD, list(self._trained), 0
+        return len(rows)
+
+    def _run_backward(self, num_tokens: int) -> int:
+        layer, stop = self._pending[-1], self.num_tokens - self._num_done
         start = max(0, stop - num_tokens)
         self._differentiate(layer, start, stop)
-        self._num_left = start
+        self._num_done = self.num_tokens - start
         if start == 0:
-            self._finish(layer)
+            self.saved.forget(layer)
+            self._pending.pop()
+            self._num_done = 0
+            if not self._pending:
+                self.stage = self.saved.stream = None
         return stop - start
 
     def _trained_layers(self) -> tuple[int, ...]:
@@ -178,10 +240,6 @@ class Finetuning:
     def _adapter_versions(self) -> list[int]:
         return [p._version for p in self._adapter.parameters()]
 
-    def _check_unchanged(self) -> None:
-        if self._adapter_versions() != self._versions:
-            raise FlextronError("the adapter has changed in the middle of a pass; step only when the pass is done")
-
     def _batch(self, start: int, stop: int) -> Batch:
         window, packed = slice(start, stop), self._packed
         segment = Segment(self.spec, packed.lengths(start, stop), adapter=self._adapter)
@@ -194,29 +252,10 @@ class Finetuning:
         seen = self._packed.seen(start)
         return self.saved.keys[layer][seen], self.saved.values[layer][seen]
 
-    def _put(self, where: dict[Any, Tensor], key: Any, rows: Tensor, start: int) -> None:
-        put_rows(where, key, rows, start, self.num_tokens)
-
-    def _head(self, x_ND: Tensor, start: int, stop: int) -> Tensor:
-        """Add a window's losses; their gradient by the last layer's output. Tokens without weight skip the head."""
-        targets_N, weights_N = self._packed.targets_T[start:stop], self._packed.weights_T[start:stop]
-        (rows,) = weights_N.nonzero(as_tuple=True)
-        gradient_ND = torch.zeros_like(x_ND)
-        if len(rows) == 0:
-            return gradient_ND
-        with torch.enable_grad():
-            x = x_ND[rows].requires_grad_()
-            hidden = self._decoder.final_norm(x)
-        head = self._decoder.head_weight.detach()
-        loss, by_hidden = summed_cross_entropy(hidden.detach(), head, targets_N[rows], weights_N[rows])
-        self._loss += loss
-        (gradient_ND[rows],) = torch.autograd.grad(hidden, x, by_hidden)
-        return gradient_ND
-
     def _differentiate(self, i: int, start: int, stop: int) -> None:
         """Compute a layer again for a window, and carry the gradients from its outputs to its inputs."""
         saved, config, window = self.saved, self._decoder.config, slice(start, stop)
-        assert saved.gradient is not None
+        assert saved.stream is not None
         targets = self._adapter.targets_in(i, self.spec.layers[i])
         is_lowest = i == self._trained[0]
         x_ND = saved.inputs[i][window].detach().requires_grad_(not is_lowest)
@@ -231,7 +270,7 @@ class Finetuning:
         attention = WindowAttention(config, held, known)
         y_ND = self._run_again(i, x_ND, start, stop, attention)
 
-        ends = [(y_ND, saved.gradient[window])]
+        ends = [(y_ND, saved.stream[window])]
         sums = saved.key_value_gradients or ()
         ends += [(t, s[window].to(t.dtype)) for t, s in zip(attention.new or (), sums, strict=True)]
         ends = [(t, g) for t, g in ends if t.requires_grad]
@@ -241,7 +280,7 @@ class Finetuning:
             torch.autograd.grad([t for t, _ in ends], sources + parameters, [g for _, g in ends], allow_unused=True)
         )
         if x_ND.requires_grad:
-            saved.gradient[window] = gradients.pop(0)
+            saved.stream[window] = gradients.pop(0)
         if held[0].requires_grad:
             for total in sums:
                 total[self._packed.seen(start)] += gradients.pop(0)
@@ -259,15 +298,6 @@ class Finetuning:
         rope = rotary_tables(self._decoder.config, batch.positions_N, x_ND.dtype)
         y_ND: Tensor = self._decoder.layers[i](x_ND, pruned, i, rope, attention)
         return y_ND
-
-    def _finish(self, layer: int) -> None:
-        """Forget what the layer needed, and turn to the one below."""
-        saved = self.saved
-        saved.forget(layer)
-        self._pending.pop()
-        self._num_left = self.num_tokens
-        if self.is_done:
-            saved.gradient = None
 
 
 def _accumulator(like: Tensor) -> Tensor:
