@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -15,9 +16,12 @@ from safetensors.torch import load_file
 
 import flextron
 from flextron import ElasticModel, FlextronError
+from flextron.jobs.lora import LoraTrainer
+from flextron.jobs.trainer import StepMetrics
 from flextron.model.peft_layout import read_adapter
 from flextron.workflows.tiny import tiny_model
 from tests.jobs.making import jsonl
+from tests.trained import trained_model
 
 PAIRS = [("France", "Paris"), ("Italy", "Rome"), ("Spain", "Madrid"), ("Austria", "Vienna"), ("Norway", "Oslo")]
 RECORDS = [{"prompt": f"The capital of {a} is", "completion": f" {b}"} for a, b in PAIRS]
@@ -144,6 +148,18 @@ def test_kill_9(model: ElasticModel, data: Path, tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found.values(), weights(whole.adapter).values(), strict=True))
 
 
+def test_in_a_sub_network(data: Path, tmp_path: Path) -> None:
+    model = trained_model()
+    whole = flextron.finetune(model, data, tmp_path / "whole", **CHOSEN)
+    narrow = flextron.finetune(model, data, tmp_path / "narrow", target=flextron.Target(latency=0.6), **CHOSEN)
+    assert narrow.spec == model.select(latency=0.6) != whole.spec
+    assert narrow.losses[0] != whole.losses[0]
+    assert narrow.losses[-1] < narrow.losses[0]
+    read_adapter(narrow.adapter, model.decoder.config)
+    with pytest.raises(FlextronError, match="latency"):
+        flextron.finetune(model, data, tmp_path / "none", target=flextron.Target(latency=0.01), **CHOSEN)
+
+
 @pytest.mark.parametrize(
     ("content", "chosen", "said"),
     [
@@ -167,6 +183,10 @@ def test_bad_input_leaves_nothing(
     assert [p.name for p in tmp_path.iterdir()] == ([] if content is None else ["train.jsonl"])
 
 
-def test_a_loss_that_is_no_number(model: ElasticModel, data: Path, tmp_path: Path) -> None:
-    with pytest.raises(FlextronError, match="loss became nan"):
-        flextron.finetune(model, data, tmp_path / "out", **(CHOSEN | {"learning_rate": 1e6, "n_epochs": 20}))
+def test_a_loss_that_is_no_number(
+    model: ElasticModel, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LoraTrainer, "step", lambda self: StepMetrics(loss=math.nan, num_tokens=1))
+    with pytest.raises(FlextronError, match=r"loss became nan .*--learning-rate"):
+        flextron.finetune(model, data, tmp_path / "out", **CHOSEN)
+    assert not (tmp_path / "out").exists()

@@ -24,6 +24,7 @@ from flextron.jobs.dataset import Dataset, DatasetError, read_dataset
 from flextron.jobs.directory import durable_directory, lock_directory
 from flextron.jobs.hyperparameters import Hyperparameters
 from flextron.jobs.trainer import StepMetrics, Trainer
+from flextron.spec import SubnetSpec, Target
 
 __all__ = ["FIGURES_FILE", "FinetuneResult", "finetune"]
 
@@ -40,6 +41,8 @@ class FinetuneResult:
 
     adapter: Path
     """In peft's layout; `finetuning.json` in it holds these figures."""
+    spec: SubnetSpec
+    """The sub-network that it was trained in."""
     num_examples: int
     num_truncated: int
     """Examples that lost their end."""
@@ -58,7 +61,8 @@ class FinetuneResult:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return asdict(self) | {"adapter": str(self.adapter), "tokens_per_second": self.tokens_per_second}
+        written = {"adapter": str(self.adapter), "spec": self.spec.to_dict()}
+        return asdict(self) | written | {"tokens_per_second": self.tokens_per_second}
 
 
 def finetune(
@@ -66,6 +70,7 @@ def finetune(
     data: str | Path,
     output: str | Path,
     *,
+    target: Target | None = None,
     seed: int = 0,
     restart: bool = False,
     save_seconds: float = 30.0,
@@ -78,6 +83,8 @@ def finetune(
         model: an elastic model, or where to load one.
         data: JSONL: `{"messages": […]}` or `{"prompt", "completion"}` in each line.
         output: directory to make for the adapter; its unfinished training lies in `<output>.run`.
+        target: trains in the sub-network for it, and so for narrower ones; by default in the full one. The adapter
+            goes with all of them in any case.
         seed: of initial weights and data order.
         restart: whether to drop what lies in both directories, and begin anew.
         save_seconds: between two saved states.
@@ -86,7 +93,7 @@ def finetune(
 
     Raises:
         FlextronError: a file or a hyperparameter is no good, `output` exists, or an unfinished training there is of
-            other arguments.
+            other arguments, or nothing is within the target.
     """
     from flextron.jobs.lora import LoraTrainers
 
@@ -97,8 +104,15 @@ def finetune(
     if output.exists() and not restart:
         raise FlextronError(f"{output} exists already; choose another directory, or pass restart (--restart)")
     source = str(model) if isinstance(model, (str, Path)) else model.info.provenance.get("source", "")
-    identity = {"model": source, "data": _digest(data), "seed": seed, "hyperparameters": chosen.to_dict()}
     loaded = model if isinstance(model, ElasticModel) else load(model)
+    spec = loaded.space.full if target is None else loaded.select(**asdict(target))
+    identity = {
+        "model": source,
+        "data": _digest(data),
+        "seed": seed,
+        "hyperparameters": chosen.to_dict(),
+        "spec": spec.to_dict(),
+    }
     dataset = _examples(loaded, data, chosen)
     directory = output.with_name(output.name + ".run")
     directory.mkdir(parents=True, exist_ok=True)
@@ -107,11 +121,12 @@ def finetune(
         state = directory / _STATE
         is_resumed = state.exists()
         progress = _Progress(**read_json(state / _PROGRESS)) if is_resumed else _Progress()
-        trainers = LoraTrainers(loaded.decoder, source)
+        trainers = LoraTrainers(loaded.decoder, source, spec=spec)
         trainer = trainers(chosen, dataset.examples, seed, state / _TRAINER if is_resumed else None)
         _train(trainer, progress, state, save_seconds, on_step)
         result = FinetuneResult(
             adapter=output,
+            spec=spec,
             num_examples=len(dataset.examples),
             num_truncated=dataset.num_truncated,
             num_steps=trainer.num_steps,

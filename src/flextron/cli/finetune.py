@@ -12,6 +12,7 @@ from flextron import api
 from flextron.api.remote import RemoteFinetuning
 from flextron.cli.console import Json, message, progress, show
 from flextron.errors import FlextronError
+from flextron.spec import Target
 
 __all__ = ["finetune"]
 
@@ -34,6 +35,9 @@ def finetune(
     target_modules: Annotated[str | None, typer.Option(help="Such as q_proj,v_proj. Default: all.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Of an example. Default: the model's positions.")] = None,
     over_long: Annotated[str | None, typer.Option(help="truncate or refuse longer ones. Default: truncate.")] = None,
+    target: Annotated[
+        float | None, typer.Option(help="Train in the sub-network for this fraction of the full model's latency.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of initial weights and data order. Default: 0.")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew, and replace the output.")] = False,
     server: Annotated[str | None, typer.Option(help="URL of a server that is to train.")] = None,
@@ -46,6 +50,7 @@ def finetune(
     as_json: Json = False,
 ) -> None:
     """Train a LoRA adapter on examples: here, going on after a kill, or by a server, which serves it at once."""
+    is_here = bool(output or restart or target)
     named = None if target_modules is None else [name.strip() for name in target_modules.split(",")]
     hyperparameters: dict[str, Any] = {
         "n_epochs": epochs,
@@ -62,12 +67,17 @@ def finetune(
     is_remote = bool(server or model or suffix or checkpoint_every or job or cancel)
     match paths or []:
         case [directory, data] if output is not None and not is_remote:
-            _alone(directory, data, output, chosen, seed or 0, restart=restart, as_json=as_json)
-        case [data] if server and model and not (output or restart or job or cancel):
+            within = None if target is None else Target(latency=target)
+            with progress("finetuning") as step:
+                result = api.finetune(
+                    directory, data, output, target=within, seed=seed or 0, restart=restart, on_step=step, **chosen
+                )
+            _report(result, as_json=as_json)
+        case [data] if server and model and not (is_here or job or cancel):
             client = RemoteFinetuning(server, api_key)
             made = client.create(model, client.upload(data), suffix=suffix, seed=seed, hyperparameters=chosen)
             _watch(client, server, made["id"], as_json=as_json)
-        case [] if server and job and not (output or restart or model or suffix or chosen or seed):
+        case [] if server and job and not (is_here or model or suffix or chosen or seed):
             client = RemoteFinetuning(server, api_key)
             if cancel:
                 client.cancel(job)
@@ -76,11 +86,7 @@ def finetune(
             raise FlextronError(_USAGE)
 
 
-def _alone(
-    directory: Path, data: Path, output: Path, chosen: dict[str, Any], seed: int, *, restart: bool, as_json: bool
-) -> None:
-    with progress("finetuning") as step:
-        result = api.finetune(directory, data, output, seed=seed, restart=restart, on_step=step, **chosen)
+def _report(result: api.FinetuneResult, *, as_json: bool) -> None:
     if result.num_truncated:
         message(f"note: {result.num_truncated} examples were cut to the allowed length")
     row = {
@@ -92,7 +98,7 @@ def _alone(
         "tokens_per_second": round(result.tokens_per_second, 1),
         "loss": result.losses[-1],
     }
-    show([row], title=str(output), as_json=as_json, result=result.to_dict())
+    show([row], title=str(result.adapter), as_json=as_json, result=result.to_dict())
 
 
 def _watch(client: RemoteFinetuning, server: str, job_id: str, *, as_json: bool) -> None:
