@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from flextron.jobs.hyperparameters import Hyperparameters
 from flextron.jobs.jobs import Jobs, JobsSettings
 from flextron.jobs.records import Job, Status
+from flextron.jobs.trainer import MakeTrainer
 from flextron.workflows.tiny import tiny_model
 from tests.jobs.bigram import BigramMaker
 from tests.server.running import wait_until
@@ -38,7 +39,7 @@ def jsonl(records: Iterable[Any]) -> bytes:
 
 
 def new_jobs(
-    path: Path, maker: BigramMaker | None = None, on_adapter: Any = None, on_deleted: Any = None, **settings: Any
+    path: Path, maker: MakeTrainer | None = None, on_adapter: Any = None, on_deleted: Any = None, **settings: Any
 ) -> Jobs:
     """A state is saved after every step unless the test says otherwise."""
     return Jobs(

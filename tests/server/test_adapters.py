@@ -14,7 +14,9 @@ import openai
 import pytest
 from openai import OpenAI
 
+import flextron
 from flextron import ElasticModel, FlextronError
+from flextron.jobs.lora import LoraTrainers
 from flextron.jobs.records import Checkpoint
 from flextron.model.adapter import Adapter
 from flextron.model.peft_layout import write_adapter
@@ -87,6 +89,38 @@ def test_from_upload_to_an_answer_in_the_adapter(served: Tuning, model: ElasticM
     first = next(stream)
     assert (first.model, first.flextron["adapter"]) == (job.fine_tuned_model, job.fine_tuned_model)  # type: ignore[attr-defined]
     assert sum(len(chunk.choices) for chunk in stream) > 1
+
+
+CAPITALS = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Norway": "Oslo"}
+
+
+def test_what_was_learnt_is_answered(model: ElasticModel, tmp_path: Path) -> None:
+    records = [{"prompt": f"The capital of {a} is", "completion": f" {b}"} for a, b in CAPITALS.items()]
+    trainers = LoraTrainers(model.decoder, "tiny")
+    with tuning(model, tmp_path / "state", maker=trainers) as made:
+        client = made.client()
+        job = client.fine_tuning.jobs.create(
+            model="tiny",
+            training_file=made.upload(client, records),
+            seed=0,
+            hyperparameters={"n_epochs": 40, "batch_size": 4, "learning_rate": 1e-2, "checkpoint_every": 10},  # type: ignore[typeddict-unknown-key]
+        )
+        name = made.wait(client, job.id, "succeeded").fine_tuned_model
+        checkpoints = list(client.fine_tuning.jobs.checkpoints.list(job.id))
+        assert [c.step_number for c in checkpoints] == [40, 30, 20, 10]
+        assert checkpoints[0].metrics.train_loss < 0.2 < checkpoints[-1].metrics.train_loss  # type: ignore[operator]
+        prompts = [record["prompt"] for record in records]
+        answers = complete(client, name, prompt=prompts).choices
+        assert [answer.text for answer in answers] == [f" {b}" for b in CAPITALS.values()]
+        assert {answer.finish_reason for answer in answers} == {"stop"}
+        wanted = flextron.Engine(model, kv_cache_gb=0.005).generate(
+            prompts,
+            flextron.SamplingParams(max_tokens=12),
+            adapter=next(path for checkpoint, path in made.adapters if checkpoint.name == name),
+        )
+        assert [answer.text for answer in answers] == [answer.text for answer in wanted]
+        without = complete(client, "tiny", prompt=prompts).choices
+        assert not {answer.text for answer in without} & {answer.text for answer in answers}
 
 
 def test_adapters_are_listed(served: Tuning) -> None:

@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from flextron import ElasticModel
-from tests.jobs.bigram import is_whole
+from tests.jobs.bigram import BigramMaker, is_whole
 from tests.jobs.making import RECORDS, jsonl
 from tests.server.test_openapi import check_operations
 from tests.server.test_refusals import assert_refused
@@ -205,6 +205,7 @@ def test_a_full_disk_is_told(served: Tuning) -> None:
     client = served.client()
     job = client.fine_tuning.jobs.create(model="tiny", training_file=served.upload(client), hyperparameters=LONG)
     served.wait(client, job.id, "running")
+    assert isinstance(served.maker, BigramMaker)
     served.maker.disk_is_full.set()
     try:
         served.wait(client, job.id, "paused")

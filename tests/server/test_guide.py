@@ -11,6 +11,7 @@ import pytest
 
 from flextron import ElasticModel
 from flextron.jobs.hyperparameters import Hyperparameters
+from flextron.jobs.lora import LoraTrainers
 from tests.server.running import Running
 from tests.server.tuning import tuning
 from tests.tiny import make_tiny_llama
@@ -44,11 +45,13 @@ def test_the_guide_to_finetuning(model: ElasticModel, tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     make_tiny_llama(tmp_path / "tiny-llama")
     space: dict[str, Any] = {"__name__": "__main__"}
-    with tuning(model, tmp_path / "state") as made:
+    model.save("tiny")
+    with tuning(model, tmp_path / "state", maker=LoraTrainers(model.decoder, "tiny")) as made:
         for snippet in snippets(FINETUNING):
             code = snippet.replace("http://127.0.0.1:8000", made.server.url).replace('"smollm2"', '"tiny"')
             exec(compile(code, str(FINETUNING), "exec"), space)
         assert space["job"].status == "succeeded"
+        assert space["answer"].flextron["adapter"] == space["job"].fine_tuned_model
         space["client"].close()
 
 

@@ -14,6 +14,7 @@ from flextron import ElasticModel
 from flextron.jobs.jobs import Jobs, OnAdapter
 from flextron.jobs.loop import TrainingLoop
 from flextron.jobs.records import Checkpoint
+from flextron.jobs.trainer import MakeTrainer
 from flextron.server.adapters import AdapterNames
 from tests.jobs.bigram import BigramMaker
 from tests.jobs.making import CHAT_TEMPLATE, RECORDS, jsonl, new_jobs
@@ -33,7 +34,7 @@ class Tuning:
 
     server: Running
     jobs: Jobs
-    maker: BigramMaker
+    maker: MakeTrainer
     adapters: list[tuple[Checkpoint, Path]] = field(default_factory=list)
     """What the hook was told."""
 
@@ -63,7 +64,7 @@ def tuning(
     seconds: float = 0.0,
     on_adapter: OnAdapter | None = None,
     *,
-    maker: BigramMaker | None = None,
+    maker: MakeTrainer | None = None,
     **settings: Any,
 ) -> Iterator[Tuning]:
     """Serve and train; a step takes at least so many seconds."""
