@@ -122,6 +122,7 @@ def test_adapters_and_targets_in_one_batch(engine: Engine, model: ElasticModel, 
     randomize(first, seed=3)
     text = "The city was in the north of the country"
     (changed,) = engine.generate(text, params, adapter=first)
+    assert model.tokenizer is not None
     decoder, stop = merged(model.decoder, first), replace(params, stop_token_ids=engine._stop_tokens)
     assert [list(changed.token_ids)] == generate(decoder, [model.tokenizer.encode(text)], model.space.full, stop)
     assert (changed.token_ids,) != tuple(c.token_ids for c in engine.generate(text, params, adapter=adapters[0]))

@@ -7,6 +7,7 @@ import random
 import weakref
 from collections.abc import Sequence as Items
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ def test_answers_are_those_of_peft(case: str, tmp_path: Path) -> None:
         write_adapter(adapter, tmp_path / f"{i}")
         write_adapter(adapter.narrowed(narrow), tmp_path / f"{i}-narrow")
         read = read_adapter(tmp_path / f"{i}", config)
-        theirs = PeftModel.from_pretrained(random_model(case), tmp_path / f"{i}").eval()
+        theirs: Any = PeftModel.from_pretrained(random_model(case), tmp_path / f"{i}").eval()
         asked.append((config.full_spec, read))
         wanted.append(hf_greedy(theirs, PROMPTS[i], 7))
         theirs = PeftModel.from_pretrained(stock(tmp_path / "narrow"), tmp_path / f"{i}-narrow").eval()

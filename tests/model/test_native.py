@@ -109,8 +109,8 @@ def assert_iterations_agree(
     if native.weights == "int8":
         rows, scales = quantize_rows(decoder.head_weight)
         head = rows * scales[:, None]
-    wanted = (reference(Batch.ragged(sequences, specs, adapters=adapters)) @ head.t()).detach()
-    compiled_adapters = {a: NativeAdapter(a) for a in adapters if a is not None}
+    wanted: Tensor = (reference(Batch.ragged(sequences, specs, adapters=adapters)) @ head.t()).detach()
+    natives = [None if a is None else NativeAdapter(a) for a in adapters]
     pages = Pages(decoder, specs)
     got: list[list[tuple[int, Tensor]]] = [[] for _ in LENGTHS]
     for parts in ITERATIONS:
@@ -128,13 +128,13 @@ def assert_iterations_agree(
             per_layer([pages.offsets[i] for i in owners]),
             pages.cache,
             wished,
-            None if not compiled_adapters else [compiled_adapters.get(adapters[i]) for i in owners],
+            [natives[i] for i in owners] if any(natives) else None,
         )
         for t, row in zip(wished, scores, strict=True):
             got[owners[t]].append((int(positions[t]), row))
-    for rows, whole in zip(got, wanted.split(list(LENGTHS)), strict=True):
-        assert rows
-        for position, row in rows:
+    for seen, whole in zip(got, wanted.split(list(LENGTHS)), strict=True):
+        assert seen
+        for position, row in seen:
             torch.testing.assert_close(row, whole[position], rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
 
 

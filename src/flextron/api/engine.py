@@ -108,7 +108,8 @@ class Engine:
         tokens = self._encode(prompts)
         each_params = _one_each(params or SamplingParams(), len(tokens), SamplingParams, "params")
         asked = _one_each(target, len(tokens), Target | SubnetSpec | None, "target")
-        adapters = [self._adapter(a) for a in _one_each(adapter, len(tokens), Adapter | str | Path | None, "adapter")]
+        beside: list[Beside] = _one_each(adapter, len(tokens), Adapter | str | Path | None, "adapter")
+        adapters = [self._adapter(a) for a in beside]
         networks = [self._network(t, router, a) for t, a in zip(asked, adapters, strict=True)]
         stops = [stop] if isinstance(stop, str) else list(stop)
         answers: dict[Running, Answer] = {}

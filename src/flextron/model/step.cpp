@@ -361,6 +361,27 @@ inline float inner(const float* x, const float* y, long size) {
     return total;
 }
 
+// y += scale * z B^T for n tokens, z (n, ldz), and at most kChunk rows of B, (rows, rank); y is (n, ldy). For several
+// tokens B is turned round piece by piece, for sums across a vector cost more than the products.
+void add_products(const float* b, long rows, long rank, float scale, const float* z, long ldz, float* y, long ldy,
+                  long n) {
+    constexpr long kPiece = 16;
+    float turned[kPiece][kChunk];
+    if (n < 3) {
+        for (long t = 0; t < n; t++)
+            for (long r = 0; r < rows; r++) y[t * ldy + r] += scale * inner(b + r * rank, z + t * ldz, rank);
+        return;
+    }
+    for (long j = 0; j < rank; j += kPiece) {
+        const long count = std::min(kPiece, rank - j);
+        for (long r = 0; r < rows; r++)
+            for (long c = 0; c < count; c++) turned[c][r] = scale * b[r * rank + j + c];
+        for (long t = 0; t < n; t++)
+            for (long c = 0; c < count; c++)
+                for (long r = 0; r < rows; r++) y[t * ldy + r] += z[t * ldz + j + c] * turned[c][r];
+    }
+}
+
 enum Target { kQ, kK, kV, kO, kGate, kUp, kDown, kTargets };
 
 // What the adapters of a batch change: y = W x becomes W x + scale * B (A x), with A and B of each token's own adapter
@@ -385,6 +406,17 @@ struct Bypasses {
             if (const Bypass* own = b.adapters[order.tokens[i]]) f(i, own[l * kTargets + target]);
     }
 
+    // Calls f(i, count, bypass) for neighbours below n whose tokens have the same adapter.
+    template <class F>
+    void runs(long l, Target target, const Order& order, long n, F f) const {
+        if (!b.adapters) return;
+        for (long i = 0, end; i < n; i = end) {
+            const Bypass* own = b.adapters[order.tokens[i]];
+            for (end = i + 1; end < n && b.adapters[order.tokens[end]] == own;) end++;
+            if (own) f(i, end - i, own[l * kTargets + target]);
+        }
+    }
+
     // From this thread's tokens, which it has just normalised, (order.size(), D).
     void read(long l, std::initializer_list<Target> targets, const Order& order, const float* x, int id, int nt) {
         for (Target target : targets)
@@ -398,13 +430,13 @@ struct Bypasses {
 
     // To rows first to first + rows of n tokens' outputs, (n, ldo).
     void add(long l, Target target, const Order& order, long first, long rows, float* out, long ldo, long n) const {
-        each(l, target, order, 0, 1, n, [&](long i, const Bypass& own) {
+        runs(l, target, order, n, [&](long i, long count, const Bypass& own) {
             float* y = out + i * ldo;
             const float* z = low.data() + (target * N + i) * rank;
-            if (own.b)
-                for (long r = 0; r < rows; r++) y[r] += own.scale * inner(own.b + (first + r) * own.rank, z, own.rank);
+            if (own.b) add_products(own.b + first * own.rank, rows, own.rank, own.scale, z, rank, y, ldo, count);
             if (own.outputs)
-                for (long r = 0; r < rows; r++) y[r] *= own.outputs[first + r];
+                for (long t = 0; t < count; t++)
+                    for (long r = 0; r < rows; r++) y[t * ldo + r] *= own.outputs[first + r];
         });
     }
 
