@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import core, routing, serving
+from benchmarks import core, coserving, routing, serving
 
-SUITES = {"core": core.run, "routing": routing.run, "serving": serving.run}
+SUITES = {"core": core.run, "routing": routing.run, "serving": serving.run, "coserving": coserving.run}
 
 
 def main() -> int:

@@ -23,6 +23,7 @@ from flextron.files import read_json, write_json
 from flextron.jobs.dataset import Dataset, DatasetError, read_dataset
 from flextron.jobs.directory import durable_directory, lock_directory
 from flextron.jobs.hyperparameters import Hyperparameters
+from flextron.jobs.lora import LoraTrainers
 from flextron.jobs.trainer import StepMetrics, Trainer
 from flextron.spec import SubnetSpec, Target
 
@@ -95,8 +96,6 @@ def finetune(
         FlextronError: a file or a hyperparameter is no good, `output` exists, or an unfinished training there is of
             other arguments, or nothing is within the target.
     """
-    from flextron.jobs.lora import LoraTrainers
-
     chosen = Hyperparameters.from_dict(hyperparameters)
     data, output = Path(data).expanduser(), Path(output).expanduser()
     if not data.is_file():

@@ -10,6 +10,7 @@ from flextron.api.model import ElasticModel
 from flextron.api.texts import needed
 from flextron.errors import FlextronError
 from flextron.jobs.jobs import Jobs, JobsSettings
+from flextron.jobs.lora import LoraTrainers
 from flextron.server.adapters import AdapterNames, adapter_reader
 
 __all__ = ["named_adapters", "open_jobs"]
@@ -56,8 +57,6 @@ def open_jobs(
     Raises:
         FlextronError: as for `Jobs`, or the model has no tokenizer.
     """
-    from flextron.jobs.lora import LoraTrainers
-
     return Jobs(
         directory.expanduser(),
         model=name,

@@ -126,6 +126,8 @@ class EngineCore:
             if not all(spec.is_nested_in(decoder.widths) for spec in settings.speculation.drafts):
                 raise FlextronError("a sub-network that is to draft is not nested in the model")
             self.speculator = Speculator(settings.speculation, self.runner, self.scheduler)
+        self.num_tokens = 0
+        """That the last step computed, drafts that were checked included."""
         self._networks: dict[tuple[SubnetSpec, int, int], Network] = {}
         self._names = count()
         self._leaving: set[Network] = set()
@@ -228,6 +230,7 @@ class EngineCore:
         """One iteration; the tokens of all requests that got some, those of one request in order."""
         # neighbours of one network share a segment
         plan = sorted(self.scheduler.plan(), key=lambda item: id(item[0].network))
+        self.num_tokens = sum(n for _, n in plan)
         if not plan:
             return []
         drafts = {} if self.speculator is None else self.speculator.draft(plan)

@@ -259,6 +259,10 @@ class Jobs:
         self._news.wait(seconds)
         self._news.clear()
 
+    def wake(self) -> None:
+        """End a `wait`; callable from any thread."""
+        self._news.set()
+
     def close(self) -> None:
         """Save what is in training and give the directory back; the training thread must have ended."""
         self._preparer.close()

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from flextron.jobs.hyperparameters import Hyperparameters
 
-__all__ = ["Example", "MakeTrainer", "StepMetrics", "Trainer"]
+__all__ = ["Example", "MakeTrainer", "StepMetrics", "Trainer", "UnitTrainer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +59,25 @@ class Trainer(Protocol):
 
     def save_adapter(self, directory: Path) -> None:
         """Write the adapter into an empty directory, as it is served."""
+
+
+class UnitTrainer(Trainer, Protocol):
+    """A trainer whose steps can be cut into units of a chosen size, with anything between them."""
+
+    @property
+    def unit(self) -> str:
+        """Kind of the next unit; those of one kind take about the same time a token."""
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that the next unit can have at most."""
+
+    def run(self, num_tokens: int) -> StepMetrics | None:
+        """Run the next unit with at most so many tokens; the step's metrics if it was the step's last.
+
+        Raises:
+            FlextronError: as for `step`.
+        """
 
 
 class MakeTrainer(Protocol):

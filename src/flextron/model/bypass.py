@@ -156,7 +156,9 @@ class Bypasses:
         y_ND = self._contracted(target, own, num_tokens, read, linear, blocks)
         low = {}
         for rows, b in own:
-            parts = [b.read(_rows_of(part, rows), s) for part, s in zip(h, spans, strict=True) if rows.start < len(part)]
+            parts = [
+                b.read(_rows_of(part, rows), s) for part, s in zip(h, spans, strict=True) if rows.start < len(part)
+            ]
             low[rows.start] = None if parts[0] is None else sum(cast("list[Tensor]", parts[1:]), parts[0])
         return _each(y_ND, own, lambda b, y, start: b.add(y, low[start], _WHOLE))
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from enum import Enum
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,6 +114,13 @@ class Finetuning:
         if self.stage is Stage.HEAD:
             return len(self._rows) - self._num_done
         return len(self._pending) * self.num_tokens - self._num_done
+
+    @property
+    def num_left_of_layer(self) -> int:
+        """Of these, tokens that the next unit can have: those of its layer."""
+        if self.stage is None:
+            return 0
+        return (len(self._rows) if self.stage is Stage.HEAD else self.num_tokens) - self._num_done
 
     @property
     def num_weighted(self) -> int:

@@ -12,7 +12,7 @@ from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
-from flextron.engine import EngineCore
+from flextron.engine import EngineCore, Filler
 from flextron.engine import Sequence as Running
 from flextron.errors import FlextronError
 from flextron.model.adapter import Adapter
@@ -84,19 +84,22 @@ Post = Callable[[list[tuple[Job, Event]]], None]
 class Worker(threading.Thread):
     """Owns the engine from `start` on."""
 
-    def __init__(self, core: EngineCore, tokenizer: PreTrainedTokenizerBase, post: Post) -> None:
+    def __init__(
+        self, core: EngineCore, tokenizer: PreTrainedTokenizerBase, post: Post, filler: Filler | None = None
+    ) -> None:
         """Take the engine.
 
         Args:
             core: the engine.
             tokenizer: for the answers' text.
             post: called in this thread with what happened to jobs; must pass it on to their listeners.
+            filler: of the time between iterations, if there is something to train.
         """
         super().__init__(name="flextron-engine", daemon=True)
         self.core = core
         self.load = Load()
         """Replaced as a whole, so that other threads may read it."""
-        self._tokenizer, self._post = tokenizer, post
+        self._tokenizer, self._post, self._filler = tokenizer, post, filler
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._jobs: dict[Running, tuple[Job, Answer]] = {}
         self._num_prompt_tokens = 0
@@ -116,6 +119,10 @@ class Worker(threading.Thread):
         """Let go of an adapter that no job will name any more."""
         self._commands.put(partial(self.core.forget, adapter))
 
+    def wake(self) -> None:
+        """There is something to train."""
+        self._commands.put(lambda: None)
+
     def shut_down(self) -> None:
         """End the thread after the step that runs."""
         self._commands.put(None)
@@ -126,6 +133,8 @@ class Worker(threading.Thread):
             while self._obey():
                 self._step()
                 self._report()
+                if self._filler is not None:
+                    self._filler.fill(lambda: not self._commands.empty())
         except Exception:
             _log.exception("the engine has stopped")
         finally:
@@ -138,7 +147,8 @@ class Worker(threading.Thread):
 
     def _obey(self) -> bool:
         """Carry out what is queued; waits for a command if there is nothing else to do. False: end."""
-        must_wait = not self.core.has_unfinished
+        has_training = self._filler is not None and self._filler.work.unit is not None
+        must_wait = not self.core.has_unfinished and not has_training
         while must_wait or not self._commands.empty():
             command = self._commands.get()
             if command is None:
@@ -165,10 +175,12 @@ class Worker(threading.Thread):
             if job.running is not None:
                 self.core.abort(job.running)
                 self._jobs.pop(job.running, None)
+                if self._filler is not None:
+                    self._filler.forget(job.running)
 
     def _step(self) -> None:
         events: list[tuple[Job, Event]] = []
-        for output in self.core.step():
+        for output in (self._filler or self.core).step():
             if output.sequence not in self._jobs:
                 continue  # a stop string ended it with an earlier token of this step
             job, answer = self._jobs[output.sequence]

@@ -1,0 +1,200 @@
+"""Training in the time that serving leaves (FlexLLM's hybrid token scheduler), with deadlines instead of a fixed budget.
+
+Work comes in units whose size is chosen: so many tokens of one layer. After each iteration of the engine, units run as
+long as every request can still get its next token in time. What a unit and an iteration take is learnt while they run,
+each kind by itself, for a backward pass costs other than a forward pass. A request that arrives waits for one unit at
+most, and training rests while prompts are late.
+
+A request's next token is due when its mean time per token would pass the objective, but never later than two such times
+after its last token. So what training may take follows from what each request has had, and a slow iteration (a long
+prompt of somebody else) is made up for. As requests may come that nobody foresees, some of the objective is held in
+reserve: more after a request that missed it, less after each that did not.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Protocol
+
+from flextron.engine.engine import EngineCore, StepOutput
+from flextron.engine.sequence import Sequence
+from flextron.engine.speculation import TimeLine
+from flextron.errors import FlextronError
+
+__all__ = ["CoServing", "Filler", "Work"]
+
+_MOST_TOKENS = 512
+_PROBE_TOKENS = 32
+_FEWEST_TOKENS = 8
+_RESERVE = (0.05, 0.6)
+"""Least and most of the objective that is held back."""
+_AFTER_MISS, _AFTER_HIT = 0.05, 0.0025
+"""What a request adds to the reserve, or takes from it: training causes about one miss in twenty, at most."""
+_MOST_GAP = 2.0
+"""Objectives between two tokens of a request."""
+_MOST_FIXED = 1 / 3
+"""Of a unit's time, that does not depend on its tokens; smaller units wait until there is time for more."""
+
+
+class Work(Protocol):
+    """What fills the time; its methods are called by the engine's thread."""
+
+    @property
+    def unit(self) -> Hashable | None:
+        """Kind of the next unit, those of one kind taking about the same time a token; None if there is none now."""
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that the next unit can have at most."""
+
+    def run_unit(self, num_tokens: int) -> None:
+        """Run the next unit with at most so many tokens."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CoServing:
+    """What training must respect."""
+
+    tpot_ms: float | None = None
+    """Objective for the mean time per token after the first; by default twice what the model takes alone."""
+    ttft_ms: float | None = None
+    """Objective for the time to the first token; by default training rests until prompts are computed."""
+    max_unit_ms: float = 40.0
+    """Longest unit: so long a request that arrives may have to wait for training."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name in ("tpot_ms", "ttft_ms", "max_unit_ms"):
+            value = getattr(self, name)
+            if value is not None and not (0 < value < math.inf):
+                raise FlextronError(f"{name} must be a number above 0")
+
+
+class Filler:
+    """Decides what training may run, between iterations of an engine."""
+
+    def __init__(
+        self, core: EngineCore, work: Work, settings: CoServing | None = None, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Take both sides.
+
+        Args:
+            core: the engine.
+            work: the training.
+            settings: objectives.
+            now: a clock in seconds, that of the requests' `arrived`.
+        """
+        self.core, self.work, self.settings = core, work, settings or CoServing()
+        self.reserve = _RESERVE[0]
+        """Part of the objective that training leaves alone."""
+        self.seconds = 0.0
+        """That training took."""
+        self._now = now
+        self._iterations, self._units = TimeLine(), dict[Hashable, TimeLine]()
+        self._alone = math.inf
+        """Seconds of the shortest iteration that decoded."""
+        self._tokens: dict[Sequence, tuple[float, float, int]] = {}
+        """When a running request got its first and last token, and how many it has."""
+
+    def step(self) -> list[StepOutput]:
+        """An iteration of the engine, from whose time and outputs deadlines follow."""
+        began = self._now()
+        outputs = self.core.step()
+        ended = self._now()
+        num_tokens = self.core.num_tokens
+        if num_tokens:
+            self._iterations.add(num_tokens, ended - began)
+            if outputs:
+                self._alone = min(self._alone, ended - began)
+        for output in outputs:
+            first, _, count = self._tokens.get(output.sequence, (ended, ended, 0))
+            self._tokens[output.sequence] = first, ended, count + 1
+            if output.finish_reason is not None:
+                self._finished(output.sequence)
+        return outputs
+
+    def forget(self, sequence: Sequence) -> None:
+        """A request was aborted."""
+        self._tokens.pop(sequence, None)
+
+    def fill(self, must_stop: Callable[[], bool]) -> None:
+        """Run units while there is time, or a single one if nothing is being served.
+
+        Args:
+            must_stop: asked after each unit; True if somebody waits for the engine.
+        """
+        while (unit := self.work.unit) is not None:
+            size = self._size(unit, min(self.budget(), self.settings.max_unit_ms / 1e3))
+            if size == 0:
+                return
+            began = self._now()
+            self.work.run_unit(size)
+            seconds = self._now() - began
+            self.seconds += seconds
+            self._units.setdefault(unit, TimeLine()).add(size, seconds)
+            if must_stop() or not self.core.has_unfinished:
+                return
+
+    def budget(self) -> float:
+        """Seconds until the next iteration must begin; infinite if nothing is being served."""
+        scheduler = self.core.scheduler
+        if not self.core.has_unfinished:
+            return math.inf
+        now, budget = self._now(), math.inf
+        decoding = [s for s in scheduler.running if s in self._tokens and s.num_new == 1]
+        if decoding and self._iterations:
+            objective = self.objective * (1 - self.reserve)
+            for sequence in decoding:
+                first, last, count = self._tokens[sequence]
+                budget = min(budget, first + count * objective - now, last + _MOST_GAP * objective - now)
+            budget -= self._iterations(len(decoding))
+        late = [s for s in scheduler if s.num_new > 1 or s not in self._tokens]
+        if late:
+            if self.settings.ttft_ms is None or not self._iterations:
+                return -math.inf
+            objective = self.settings.ttft_ms / 1e3 * (1 - self.reserve)
+            num_new = 0
+            # in the order in which they will be computed
+            for sequence in late:
+                num_new += sequence.num_new
+                budget = min(budget, sequence.arrived + objective - now - self._prompt_seconds(num_new))
+        return budget
+
+    @property
+    def objective(self) -> float:
+        """Seconds per token."""
+        tpot_ms = self.settings.tpot_ms
+        return 2 * self._alone if tpot_ms is None else tpot_ms / 1e3
+
+    def _prompt_seconds(self, num_tokens: int) -> float:
+        """Until so many tokens of prompts are computed, iteration by iteration."""
+        most = self.core.settings.max_num_batched_tokens
+        return num_tokens // most * self._iterations(most) + self._iterations(num_tokens % most)
+
+    def _size(self, unit: Hashable, seconds: float) -> int:
+        """Tokens of a unit that ends within a time; 0 if it should not run now."""
+        left = min(self.work.num_left, _MOST_TOKENS)
+        times = self._units.get(unit)
+        longest = self.settings.max_unit_ms / 1e3
+        if times is None:
+            # nothing is known of it: a small one, when there is as much time as there will ever be
+            return min(left, _PROBE_TOKENS) if seconds >= longest / 2 else 0
+        least = min(left, _FEWEST_TOKENS)
+        fixed = max(times(0), 0.0)
+        a_token = max((times(_MOST_TOKENS) - fixed) / _MOST_TOKENS, 1e-9)
+        size = min(left, int((seconds - fixed) / a_token)) if seconds > fixed else 0
+        enough = min(left, int((longest - fixed) / a_token), math.ceil(fixed * (1 / _MOST_FIXED - 1) / a_token))
+        if size >= max(least, enough):
+            return size
+        # even the smallest unit may take longer than the longest: then it waits for a pause
+        return least if seconds == longest and least * a_token + fixed > longest else 0
+
+    def _finished(self, sequence: Sequence) -> None:
+        first, last, count = self._tokens.pop(sequence)
+        if count > 1:
+            has_missed = (last - first) / (count - 1) > self.objective
+            change = _AFTER_MISS if has_missed else -_AFTER_HIT
+            self.reserve = min(max(self.reserve + change, _RESERVE[0]), _RESERVE[1])

@@ -1,0 +1,260 @@
+"""Trains the LoRA adapter of a job, in units of work that fit between a server's iterations.
+
+A step is a batch of examples, packed side by side; each pack goes forward and backward (`model/windowed.py`), then the
+optimizer takes its step: AdamW, clipped gradients, a rate that rises for a few steps and then falls to zero.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from flextron.errors import FlextronError
+from flextron.jobs.hyperparameters import TARGET_MODULES, Hyperparameters
+from flextron.jobs.trainer import Example, StepMetrics
+from flextron.model import packing
+from flextron.model.adapter import Adapter, linear_shapes
+from flextron.model.decoder import Decoder
+from flextron.model.peft_layout import write_adapter
+from flextron.model.recompute import KEEPABLE
+from flextron.model.windowed import Finetuning, Stage
+from flextron.spec import SubnetSpec
+
+__all__ = ["UPDATE", "LoraTrainer", "LoraTrainers"]
+
+UPDATE = "update"
+"""The unit in which the optimizer takes its step; its tokens are one."""
+_WARM_UP = 0.03
+_MOST_NORM = 1.0
+_STEP_TOKENS = 1024
+"""Of a unit when nothing waits for it."""
+_TENSORS, _STATE = "tensors.safetensors", "state.json"
+
+
+class LoraTrainers:
+    """Makes trainers for the jobs of one model; see `flextron.jobs.trainer.MakeTrainer`."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        base_model: str,
+        *,
+        spec: SubnetSpec | None = None,
+        pack_tokens: int = 1024,
+        saved_gb: float = 1.0,
+    ) -> None:
+        """Take the model.
+
+        Args:
+            decoder: frozen; others may use it at the same time.
+            base_model: its name, for the adapters' configs.
+            spec: sub-network to train in; by default the full model.
+            pack_tokens: of examples that are run side by side, unless a single one has more.
+            saved_gb: what may be kept of a pack to save time, 10^9 bytes. Without that, a quarter of it is.
+        """
+        self.decoder, self.base_model = decoder, base_model
+        self.spec = spec or decoder.config.full_spec
+        self.pack_tokens, self.saved_gb = pack_tokens, saved_gb
+
+    def __call__(
+        self, hyperparameters: Hyperparameters, examples: Sequence[Example], seed: int, resume: Path | None
+    ) -> LoraTrainer:
+        """See `MakeTrainer`."""
+        return LoraTrainer(self, hyperparameters, examples, seed, resume)
+
+    def kept(self, num_tokens: int) -> frozenset[str]:
+        """The linears whose products are kept for a pack of so many tokens."""
+        shapes = [linear_shapes(self.decoder.config, layer) for layer in self.spec.layers]
+        rows = sum(of_layer[t].outputs for of_layer in shapes for t in KEEPABLE & of_layer.keys())
+        return KEEPABLE if rows * num_tokens * self.decoder.dtype.itemsize <= self.saved_gb * 1e9 else frozenset()
+
+
+class LoraTrainer:
+    """One job; see `flextron.jobs.trainer.Trainer`. `run` takes a step unit by unit."""
+
+    def __init__(
+        self,
+        made_by: LoraTrainers,
+        hyperparameters: Hyperparameters,
+        examples: Sequence[Example],
+        seed: int,
+        resume: Path | None,
+    ) -> None:
+        """Begin, or go on where a state ends.
+
+        Raises:
+            FlextronError: the model has none of the linears, or the state is of another job.
+        """
+        self._made_by, self._chosen, self._examples, self._seed = made_by, hyperparameters, examples, seed
+        config = made_by.decoder.config
+        named = {name.removesuffix("_proj") for name in hyperparameters.target_modules}
+        present = linear_shapes(config, config.full_spec.layers[0]).keys()
+        if hyperparameters.target_modules == TARGET_MODULES:
+            named &= present
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.adapter = Adapter.lora(
+                config, rank=hyperparameters.rank, alpha=hyperparameters.alpha, targets=sorted(named)
+            ).to(made_by.decoder.device)
+        self._parameters = dict(self.adapter.named_parameters())
+        rate = hyperparameters.learning_rate * hyperparameters.learning_rate_multiplier
+        self._rate = rate
+        self._optimizer = torch.optim.AdamW(self.adapter.parameters(), lr=rate, weight_decay=0.0, fused=True)
+        self.step_number = 0
+        self._work: Finetuning | None = None
+        self._packs: Iterator[Finetuning] = iter(())
+        self._sums = [0.0, 0, 0, 0]
+        if resume is not None:
+            self._load(resume)
+        if self.step_number < self.num_steps:
+            self._begin()
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps in all."""
+        return self._chosen.n_epochs * self._steps_of_epoch
+
+    @property
+    def _steps_of_epoch(self) -> int:
+        return -(-len(self._examples) // self._chosen.batch_size)
+
+    @property
+    def unit(self) -> str:
+        """Kind of the next unit; units of one kind take about the same time a token."""
+        return UPDATE if self._work is None else self._stage.value
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that the next unit has at most."""
+        if self._work is None:
+            return 1
+        return self._work.num_left_of_layer
+
+    @property
+    def _stage(self) -> Stage:
+        assert self._work is not None
+        assert self._work.stage is not None
+        return self._work.stage
+
+    def run(self, num_tokens: int) -> StepMetrics | None:
+        """Run the next unit, with at most so many tokens; the step's metrics if it was the step's last.
+
+        Raises:
+            FlextronError: the loss is no number; the adapter stays as it was before this step.
+        """
+        if self._work is None:
+            return self._update()
+        self._work.run(num_tokens)
+        if self._work.stage is None:
+            self._sums[0] += self._work.loss
+            self._sums[1] += self._work.num_right
+            self._sums[2] += self._work.num_weighted
+            self._sums[3] += self._work.num_tokens
+            self._work = next(self._packs, None)
+        return None
+
+    def step(self) -> StepMetrics:
+        """Take a whole step; see `Trainer`."""
+        while True:
+            metrics = self.run(_STEP_TOKENS)
+            if metrics is not None:
+                return metrics
+
+    def save_state(self, directory: Path) -> None:
+        """See `Trainer`; a step that has begun is begun again."""
+        tensors = {f"adapter.{name}": p.detach() for name, p in self._parameters.items()}
+        for name, p in self._parameters.items():
+            for key, value in self._optimizer.state[p].items():
+                tensors[f"{key}.{name}"] = value
+        save_file({key: t.contiguous() for key, t in tensors.items()}, directory / _TENSORS)
+        state = {"step_number": self.step_number, "num_steps": self.num_steps}
+        (directory / _STATE).write_text(json.dumps(state), encoding="utf-8")
+
+    def save_adapter(self, directory: Path) -> None:
+        """See `Trainer`; in peft's layout."""
+        write_adapter(self.adapter, directory, base_model=self._made_by.base_model, overwrite=True)
+
+    def _load(self, directory: Path) -> None:
+        state: dict[str, Any] = json.loads((directory / _STATE).read_text(encoding="utf-8"))
+        tensors = load_file(directory / _TENSORS)
+        wanted = {f"adapter.{name}": p.shape for name, p in self._parameters.items()}
+        if state["num_steps"] != self.num_steps or any(
+            key not in tensors or tensors[key].shape != shape for key, shape in wanted.items()
+        ):
+            raise FlextronError("the saved state is of a job with other examples or hyperparameters; begin anew")
+        self.step_number = int(state["step_number"])
+        with torch.no_grad():
+            for name, p in self._parameters.items():
+                p.copy_(tensors[f"adapter.{name}"])
+                moments = {key: tensors.get(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
+                if all(m is not None for m in moments.values()):
+                    self._optimizer.state[p] = {key: m.to(p.device) for key, m in moments.items() if m is not None}
+
+    def _begin(self) -> None:
+        """Lay out the packs of the next step."""
+        epoch, index = divmod(self.step_number, self._steps_of_epoch)
+        generator = torch.Generator().manual_seed(self._seed + epoch)
+        order = torch.randperm(len(self._examples), generator=generator).tolist()
+        size = self._chosen.batch_size
+        batch = [self._examples[i] for i in order[index * size : (index + 1) * size]]
+        total = float(sum(sum(e.is_trained) for e in batch))
+        self._sums = [0.0, 0, 0, 0]
+        self._packs = iter([self._pack(pack, total) for pack in _packs(batch, self._made_by.pack_tokens)])
+        self._work = next(self._packs)
+
+    def _pack(self, examples: Sequence[Example], total: float) -> Finetuning:
+        made_by = self._made_by
+        tensors = [
+            packing.Example(_integers(e.token_ids), torch.tensor(list(e.is_trained), dtype=torch.float32))
+            for e in examples
+        ]
+        keep = made_by.kept(sum(len(e.token_ids) for e in examples))
+        return Finetuning(made_by.decoder, self.adapter, tensors, spec=made_by.spec, total_weight=total, keep=keep)
+
+    def _update(self) -> StepMetrics:
+        loss, num_right, num_weighted, num_tokens = self._sums
+        metrics = StepMetrics(loss=loss, num_tokens=int(num_tokens), accuracy=num_right / max(1, num_weighted))
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._rate * _share_of_rate(self.step_number, self.num_steps)
+        norm = torch.nn.utils.clip_grad_norm_(self.adapter.parameters(), _MOST_NORM)
+        if not torch.isfinite(norm):
+            raise FlextronError(
+                f"the gradients became {float(norm)} at step {self.step_number + 1} (loss {loss:g}); "
+                "lower learning_rate_multiplier, or look for odd examples"
+            )
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.step_number += 1
+        if self.step_number < self.num_steps:
+            self._begin()
+        return metrics
+
+
+def _share_of_rate(step: int, num_steps: int) -> float:
+    """Rises linearly to 1 over the first steps, then falls linearly to 0 after the last."""
+    warm = max(1, round(_WARM_UP * num_steps))
+    return (step + 1) / warm if step < warm else (num_steps - step) / max(1, num_steps - warm)
+
+
+def _packs(examples: Sequence[Example], num_tokens: int) -> Iterator[list[Example]]:
+    """Examples side by side up to so many tokens, in their order; a longer one is alone."""
+    pack: list[Example] = []
+    size = 0
+    for example in examples:
+        own = len(example.token_ids) - 1
+        if pack and size + own > num_tokens:
+            yield pack
+            pack, size = [], 0
+        pack.append(example)
+        size += own
+    yield pack
+
+
+def _integers(token_ids: Sequence[int]) -> Tensor:
+    return torch.tensor(list(token_ids), dtype=torch.long)
