@@ -66,6 +66,17 @@ class Bigram:
         self.step_number += 1
         return StepMetrics(loss=float(loss.detach()), num_tokens=sum(len(example.token_ids) for example in chosen))
 
+    @property
+    def unit(self) -> str:
+        return "step"
+
+    @property
+    def num_left(self) -> int:
+        return 1
+
+    def run(self, num_tokens: int) -> StepMetrics:
+        return self.step()
+
     def save_state(self, directory: Path) -> None:
         momentum: Tensor = self.optimizer.state[self.weight_VV].get("momentum_buffer", torch.zeros(SIZE, SIZE))
         save_file({"weight": self.weight_VV.detach(), "momentum": momentum}, directory / "state.safetensors")

@@ -12,7 +12,6 @@ from openai import OpenAI
 
 from flextron import ElasticModel
 from flextron.jobs.jobs import Jobs, OnAdapter
-from flextron.jobs.loop import TrainingLoop
 from flextron.jobs.records import Checkpoint
 from flextron.jobs.trainer import MakeTrainer
 from flextron.server.adapters import AdapterNames
@@ -77,12 +76,8 @@ def tuning(
         names.add_checkpoint(checkpoint, directory)
 
     jobs = new_jobs(state, maker, on_adapter or told, names.remove_checkpoint)
-    loop = TrainingLoop(jobs)
     try:
         with running(model, jobs=jobs, adapters=names, **settings) as server:
-            loop.start()
             yield Tuning(server, jobs, maker, adapters)
     finally:
-        if loop.is_alive():
-            loop.stop()
         jobs.close()

@@ -50,14 +50,15 @@ def create_app(
         model: an elastic model, which must not change while it is served.
         settings: limits of the server.
         engine: sizes of the engine.
-        jobs: finetuning, if it is offered; the caller has it trained and closes it.
+        jobs: finetuning, if it is offered; its trainers take steps in units (`UnitTrainer`), between the engine's
+            iterations. The caller closes it when the application has ended.
         adapters: that requests may name; `jobs` should tell it of what it makes.
 
     Raises:
         FlextronError: the model has no tokenizer, or its name does not fit.
     """
     settings = settings or ServerSettings()
-    service = Service(model, settings, engine or EngineSettings(), adapters)
+    service = Service(model, settings, engine or EngineSettings(), adapters, jobs)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

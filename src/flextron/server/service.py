@@ -7,9 +7,11 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from flextron.engine import EngineCore, EngineSettings
+from flextron.engine import CoServing, EngineCore, EngineSettings, Filler
 from flextron.engine.runner import make_network
 from flextron.errors import FlextronError
+from flextron.jobs.feeder import Feeder
+from flextron.jobs.jobs import Jobs
 from flextron.server.adapters import AdapterNames, LoadedAdapters, NamedAdapter, adapter_reader
 from flextron.server.adaptive import WINDOW_SECONDS, Adaptive, Objective
 from flextron.server.answer import stop_tokens
@@ -34,6 +36,7 @@ class Service:
         settings: ServerSettings,
         engine: EngineSettings,
         adapters: AdapterNames | None = None,
+        jobs: Jobs | None = None,
     ) -> None:
         """Reserve the KV cache; the arguments are those of `create_app`.
 
@@ -54,7 +57,13 @@ class Service:
         self.names = TokenNames(self.tokenizer)
         self.stop_tokens = stop_tokens(self.tokenizer, model.hf_config.get("eos_token_id"))
         self.core = EngineCore(model.decoder, engine)
-        self.worker = Worker(self.core, self.tokenizer, self._post)
+        self._feeder: Feeder | None = None
+        filler: Filler | None = None
+        if jobs is not None:
+            self._feeder = Feeder(jobs, lambda: self.worker.wake())
+            objectives = CoServing(tpot_ms=settings.slo_tpot_ms, ttft_ms=settings.slo_ttft_ms)
+            filler = Filler(self.core, self._feeder, objectives)
+        self.worker = Worker(self.core, self.tokenizer, self._post, filler)
         self.adapters = LoadedAdapters(
             names, adapter_reader(model.decoder), settings.max_loaded_adapters, self.worker.forget
         )
@@ -73,19 +82,24 @@ class Service:
         self._most_chars = 2 * longest * model.decoder.config.max_position_embeddings
 
     def start(self) -> None:
-        """Start the engine's thread; to be called in the event loop."""
+        """Start the engine's thread, and training; to be called in the event loop."""
         self._loop = asyncio.get_running_loop()
         self._is_idle.set()
         self.worker.start()
+        if self._feeder is not None:
+            self._feeder.start()
         if self.adaptive is not None:
             self._adapting = asyncio.create_task(self._adapt(self.adaptive))
 
     async def stop(self) -> None:
-        """End the engine's thread."""
+        """End the engine's thread, and training."""
         if self._adapting is not None:
             self._adapting.cancel()
         self.worker.shut_down()
         await asyncio.to_thread(self.worker.join)
+        if self._feeder is not None:
+            # after the worker, in whose hands a step may be
+            await asyncio.to_thread(self._feeder.stop)
         self._encoder.shutdown()
         self.adapters.close()
 
