@@ -30,8 +30,8 @@ def engine(model: ElasticModel) -> Engine:
 
 
 def test_mixed_targets_in_one_batch(engine: Engine, model: ElasticModel) -> None:
-    specs = [model.select(latency=0.8), model.space.full, model.select(latency=0.5), model.select(params=90_000)]
-    targets: list[Target | SubnetSpec | None] = [Target(latency=0.8), None, specs[2], Target(params=90_000)]
+    specs = [model.select(latency=0.8), model.space.full, model.select(latency=0.5), model.select(params=200_000)]
+    targets: list[Target | SubnetSpec | None] = [Target(latency=0.8), None, specs[2], Target(params=200_000)]
     found = engine.generate(PROMPTS, SamplingParams(max_tokens=24), target=targets)
     for prompt, spec, completion in zip(PROMPTS, specs, found, strict=True):
         assert completion.text == model.generate(prompt, spec=spec, max_tokens=24)

@@ -162,7 +162,7 @@ def test_a_burst_gets_narrower_sub_networks(model: ElasticModel) -> None:
         assert kept["spec"] == model.space.full.to_dict()
         assert ask(made, "tiny@0.8", min_latency_target=0.9)["flextron"]["target"] == {"latency": 0.8}
         # there is no narrower target of these kinds
-        assert ask(made, params=90_000)["flextron"]["target"] == {"params": 90_000}
+        assert ask(made, params=200_000)["flextron"]["target"] == {"params": 200_000}
         assert model.token_router is not None
         routed = {"latency": max(model.token_router.specs), "router": "token"}
         assert ask(made, **routed)["flextron"]["target"] == routed
@@ -200,7 +200,7 @@ def test_without_objectives_nothing_is_narrowed(server: Running) -> None:
     assert server.service.adaptive is None
     assert ask(server, min_latency_target=0.5)["flextron"]["target"] is None
     assert samples(server)["flextron:latency_cap", ""] == 1
-    for bad in ({"params": 90_000}, {"latency": 0.8, "router": "token"}):
+    for bad in ({"params": 200_000}, {"latency": 0.8, "router": "token"}):
         with pytest.raises(openai.BadRequestError, match="min_latency_target goes with a latency target"):
             server.client().completions.create(
                 model="tiny", prompt="a", extra_body={"flextron": bad | {"min_latency_target": 0.5}}

@@ -31,7 +31,7 @@ def test_everything_is_counted(model: ElasticModel) -> None:
         for name, tokens in (("tiny", 6), ("tiny@0.6", 4), ("tiny@0.6", 5)):
             client.completions.create(model=name, prompt=prompt, max_tokens=tokens, temperature=0)
         client.completions.create(
-            model="tiny", prompt=prompt, max_tokens=3, extra_body={"flextron": {"params": 90_000 + 17}}
+            model="tiny", prompt=prompt, max_tokens=3, extra_body={"flextron": {"params": 200_000 + 17}}
         )
         made.wait_until_idle()
         wait_until(lambda: samples(made)["vllm:num_requests_running", ""] == 0)
