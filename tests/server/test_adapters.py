@@ -105,10 +105,15 @@ def test_what_was_learnt_is_answered(model: ElasticModel, tmp_path: Path) -> Non
             seed=0,
             hyperparameters={"n_epochs": 40, "batch_size": 4, "learning_rate": 1e-2, "checkpoint_every": 10},  # type: ignore[typeddict-unknown-key]
         )
-        name = made.wait(client, job.id, "succeeded").fine_tuned_model
+        trained = made.wait(client, job.id, "succeeded")
+        name = trained.fine_tuned_model
         checkpoints = list(client.fine_tuning.jobs.checkpoints.list(job.id))
         assert [c.step_number for c in checkpoints] == [40, 30, 20, 10]
         assert checkpoints[0].metrics.train_loss < 0.2 < checkpoints[-1].metrics.train_loss  # type: ignore[operator]
+        assert (
+            f"flextron:trained_tokens_total {trained.trained_tokens:.1f}\n"
+            in httpx.get(f"{made.server.url}/metrics").text
+        )
         prompts = [record["prompt"] for record in records]
         answers = complete(client, name, prompt=prompts).choices
         assert [answer.text for answer in answers] == [f" {b}" for b in CAPITALS.values()]

@@ -20,16 +20,19 @@ _WHOLE = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0)
 class Metrics:
     """Counters of one server, in a registry of its own."""
 
-    def __init__(self, model_name: str, load: Callable[[], Load], cap: Callable[[], float]) -> None:
+    def __init__(
+        self, model_name: str, load: Callable[[], Load], cap: Callable[[], float], trained: Callable[[], int]
+    ) -> None:
         """Start at 0.
 
         Args:
             model_name: a label of all series under vLLM's names.
             load: gives the engine's load when it is asked for.
             cap: gives the widest latency target of requests that allow a narrower one.
+            trained: gives the tokens of finetuning so far.
         """
         self.registry = CollectorRegistry()
-        self.registry.register(_LoadCollector(model_name, load))
+        self.registry.register(_LoadCollector(model_name, load, trained))
 
         def counter(name: str, text: str) -> Counter:
             return Counter(name, text, ["model_name"], registry=self.registry)
@@ -79,8 +82,8 @@ class Metrics:
 class _LoadCollector(Collector):
     """Reads the engine's load at the moment of a scrape."""
 
-    def __init__(self, model_name: str, load: Callable[[], Load]) -> None:
-        self._name, self._load = model_name, load
+    def __init__(self, model_name: str, load: Callable[[], Load], trained: Callable[[], int]) -> None:
+        self._name, self._load, self._trained = model_name, load, trained
 
     def collect(self) -> Iterator[Metric]:
         load = self._load()
@@ -104,3 +107,4 @@ class _LoadCollector(Collector):
             family = CounterMetricFamily(name, text, labels=["model_name"])
             family.add_metric([self._name], value)
             yield family
+        yield CounterMetricFamily("flextron:trained_tokens", "Tokens of finetuning.", self._trained())

@@ -67,7 +67,7 @@ class Service:
         self.adapters = LoadedAdapters(
             names, adapter_reader(model.decoder), settings.max_loaded_adapters, self.worker.forget
         )
-        self.metrics = Metrics(settings.name, lambda: self.worker.load, lambda: self.cap)
+        self.metrics = Metrics(settings.name, lambda: self.worker.load, lambda: self.cap, self._num_trained)
         self.started_at = int(time.time())
         self._most_jobs = engine.max_num_seqs + settings.max_queue
         self.is_draining = False
@@ -112,6 +112,9 @@ class Service:
     def cap(self) -> float:
         """The widest latency target of requests that allow a narrower one; 1: all run as they ask."""
         return 1.0 if self.adaptive is None else self.adaptive.cap
+
+    def _num_trained(self) -> int:
+        return 0 if self._feeder is None else self._feeder.num_tokens
 
     def choose(self, body: GenerationBody) -> Choice:
         """What a request that arrives now runs in.
