@@ -180,13 +180,13 @@ def test_bypasses_add_no_collective_and_no_byte(ranks: Ranks, case: str) -> None
 
 
 def train_in_windows(device: torch.device, case: str, keep: tuple[str, ...]) -> list[list[tuple[str, int]]]:
-    """Three steps of stochastic gradient descent, accumulated from windows; the collectives of one pass."""
+    """Two steps of stochastic gradient descent, accumulated from windows; the collectives of one pass."""
     decoder, ranks = whole_decoder(case, device), TensorParallel()
     spec = specs_of(decoder)[3]
     adapter = random_lora(decoder.config).double().to(device)
     shard, share = ranks.decoder(decoder), ranks.adapter(adapter)
     optimizers = [torch.optim.SGD(a.parameters(), lr=1e-3, momentum=0.9) for a in (adapter, share)]
-    for step in range(3):
+    for step in range(2):
         examples = examples_of([13, 6, 9], seed=step)
         if device.type == "cpu":
             loss = plain(decoder, adapter, examples, spec)
@@ -253,7 +253,7 @@ def compare_parts(device: torch.device, case: str) -> None:
         for ours, theirs in zip(whole.parameters(), adapter.parameters(), strict=True):
             assert torch.equal(ours, theirs)
         count, own = (sum(p.numel() for p in a.parameters()) for a in (adapter, share))
-        assert count / 2 <= own < count
+        assert count / 2 <= own <= count
     shard = ranks.decoder(decoder)
     halves = (p.numel() for p in shard.layers.parameters() if p.dim() > 1)
     assert case == "llama-mqa" or 2 * sum(halves) == sum(p.numel() for p in decoder.layers.parameters() if p.dim() > 1)

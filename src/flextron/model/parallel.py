@@ -1,11 +1,11 @@
 """Tensor parallelism: a decoder and its adapters on several ranks, each with an equal share of every sub-network.
 
-The weights are cut as Megatron-LM cuts them (arXiv 1909.08053). q, k, v, gate and up are cut along their outputs, o and
-down along their inputs: always along the nested dimension. A half of a layer starts from the same input on all ranks and
-ends with a sum over them (one all-reduce forward); its gradient by the input is summed in the same way (one backward).
-Unit j of the nested dimension (a neuron, or an attention group with all its rows) goes to rank j mod W. So a rank's own
-units are in nested order again, the leading w units of the model are the leading w / W of every rank, and a shard is
-nothing but a decoder with narrower widths: batches, caches and finetuning run on it with `TensorParallel.spec`'s specs.
+The weights are cut as Megatron-LM cuts them (arXiv 1909.08053): q, k, v, gate and up along their outputs, o and down
+along their inputs, hence always along the nested dimension. Each half of a layer reads the same input on all ranks and
+ends with a sum over them (one all-reduce forward); the gradient by its input is summed likewise (one backward). Unit j of
+the nested dimension (a neuron, or an attention group with all its rows) goes to rank j mod W. So a rank's own units are
+in nested order again, the leading w units of the model are the leading w / W of every rank, and a shard is nothing but a
+decoder with narrower widths: batches, caches and windowed finetuning run on it with the specs of `TensorParallel.spec`.
 
 Bypasses follow their linears (FlexLLM's dependent parallelization, arXiv 2402.18789). What lies along the nested
 dimension is cut as the weight is; the rest is whole on every rank. LoRA adds s · (x A) Bᵀ:
@@ -18,12 +18,12 @@ dimension is cut as the weight is; the rest is whole on every rank. LoRA adds s 
 Beside o and down, the low-rank sum is never formed: Σ (x_r A_r) Bᵀ = (Σ x_r A_r) Bᵀ, so each rank adds its term to its
 term of the frozen product, and the half's one all-reduce sums both. Beside the others, what the bypass sends back to x
 joins the frozen product's gradient before the half's one all-reduce. IA3's factors of a nested dimension are cut; its
-factors of a half's output scale the rank's term, and those of a half's input scale what all ranks read. So a bypass adds
-no collective to a forward or backward pass, nor a byte to one.
+factors of a half's output scale the rank's term, and those of a half's input scale what all ranks read. So a bypass
+adds no collective to a forward or backward pass, nor a byte to one.
 
-What remains are the gradients of parameters that every rank holds whole: each rank has a term. They are no work per token,
-and `sum_gradients` sums all of them in one flat all-reduce an optimizer step. Cutting these parameters along the rank r
-instead would need no such sum, but a collective for x A in every linear, pass and window.
+What remains are the gradients of parameters that every rank holds whole: each rank has a term. They are no work per
+token: `sum_gradients` sums them all in one flat all-reduce an optimizer step. Cutting these parameters along the LoRA
+rank instead would need no such sum, but a collective for x A in every linear, pass and window.
 
 With a single KV head (multi-query), k and v and their bypasses are whole on every rank: query heads are cut.
 
