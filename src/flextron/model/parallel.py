@@ -2,10 +2,11 @@
 
 The weights are cut as Megatron-LM cuts them (arXiv 1909.08053): q, k, v, gate and up along their outputs, o and down
 along their inputs, hence always along the nested dimension. Each half of a layer reads the same input on all ranks and
-ends with a sum over them (one all-reduce forward); the gradient by its input is summed likewise (one backward). Unit j of
-the nested dimension (a neuron, or an attention group with all its rows) goes to rank j mod W. So a rank's own units are
-in nested order again, the leading w units of the model are the leading w / W of every rank, and a shard is nothing but a
-decoder with narrower widths: batches, caches and windowed finetuning run on it with the specs of `TensorParallel.spec`.
+ends with a sum over them (one all-reduce forward); the gradient by its input is summed likewise (one backward). Unit j
+of the nested dimension (a neuron, or an attention group with all its rows) goes to rank j mod W. So a rank's own units
+are in nested order again, the leading w units of the model are the leading w / W of every rank, and a shard is nothing
+but a decoder with narrower widths: batches, caches and windowed finetuning run on it, with specs of
+`TensorParallel.spec`.
 
 Bypasses follow their linears (FlexLLM's dependent parallelization, arXiv 2402.18789). What lies along the nested
 dimension is cut as the weight is; the rest is whole on every rank. LoRA adds s · (x A) Bᵀ:
@@ -153,7 +154,8 @@ class TensorParallel:
 
     def _own(self, whole: Tensor, unit: int) -> Tensor:
         """This rank's units of the first dimension, of `unit` rows each."""
-        return whole.unflatten(0, (-1, self.size, unit))[:, self.rank].flatten(0, 1).contiguous()
+        units: Tensor = whole.unflatten(0, (-1, self.size, unit))
+        return units[:, self.rank].flatten(0, 1).contiguous()
 
     def _joined(self, own: Tensor, unit: int) -> Tensor:
         """The inverse of `_own`."""
