@@ -5,7 +5,8 @@ from __future__ import annotations
 import multiprocessing as mp
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -17,40 +18,54 @@ from torch.utils._pytree import tree_leaves
 
 
 class Ranks:
-    """Workers that stay; importing torch is dear."""
+    """Workers that stay, since importing torch is dear; after a failure new ones are started."""
 
     def __init__(self, backend: str, count: int, directory: Path) -> None:
-        context = mp.get_context("spawn")
-        self._pipes, self._processes = [], []
-        for rank in range(count):
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_work, args=(theirs, backend, rank, count, directory / "rendezvous"), daemon=True
-            )
-            process.start()
-            theirs.close()
-            self._pipes.append(ours)
-            self._processes.append(process)
+        self._backend, self._count, self._directory = backend, count, directory
+        self._workers: list[tuple[Connection, SpawnProcess]] = []
+        self._num_groups = 0
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """What `function(device, *args)` returns, by rank; it is a module's own function."""
-        for pipe in self._pipes:
+        if not self._workers:
+            self._start()
+        for pipe, _ in self._workers:
             pipe.send((function, args))
-        answers = []
-        for rank, pipe in enumerate(self._pipes):
-            assert pipe.poll(120), f"rank {rank} hangs"
-            answers.append(pipe.recv())
-        failures = [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(answers) if not ok]
-        assert not failures, "\n".join(failures)
-        return [value for _, value in answers]
+        waiting = {pipe: rank for rank, (pipe, _) in enumerate(self._workers)}
+        answers: dict[int, Any] = {}
+        while waiting:
+            ready = wait(list(waiting), timeout=120)
+            failures = [] if ready else [f"ranks {sorted(waiting.values())} hang"]
+            for pipe in ready:
+                rank = waiting.pop(pipe)  # type: ignore[arg-type]
+                succeeded, answers[rank] = pipe.recv()  # type: ignore[union-attr]
+                if not succeeded:
+                    failures.append(f"rank {rank}:\n{answers[rank]}")
+            if failures:  # others may wait for it for ever
+                self.close()
+                raise AssertionError("\n".join(failures))
+        return [answers[rank] for rank in range(self._count)]
 
     def close(self) -> None:
         """End the workers."""
-        for process in self._processes:
+        for pipe, process in self._workers:
             process.kill()
             process.join()
-        for pipe in self._pipes:
             pipe.close()
+        self._workers = []
+
+    def _start(self) -> None:
+        context = mp.get_context("spawn")
+        rendezvous = self._directory / str(self._num_groups)
+        self._num_groups += 1
+        for rank in range(self._count):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_work, args=(theirs, self._backend, rank, self._count, rendezvous), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self._workers.append((ours, process))
 
 
 def _work(pipe: Connection, backend: str, rank: int, count: int, rendezvous: Path) -> None:
