@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
 from flextron import ElasticModel, Engine, FlextronError, SamplingParams, Target
+from flextron.model.adapter import Adapter
+from flextron.model.generation import generate
 from flextron.model.native import Weights, why_not_native
+from flextron.model.peft_layout import write_adapter
 from flextron.spec import SubnetSpec
+from tests.model.adapter_cases import merged, random_lora, randomize
 from tests.trained import trained_model
 
 PROMPTS = ["The city was", "In 1998", "Once upon a time there", "a"]
@@ -76,6 +83,8 @@ def test_stop_strings(engine: Engine) -> None:
         ({"prompts": ["a"], "target": Target(latency=0.01)}, "spans 0.5 to 1"),
         ({"prompts": ["a"], "params": SamplingParams(max_tokens=1000)}, "128 positions"),
         ({"prompts": ["a"], "stop": ["", "b"]}, "stop string is empty"),
+        ({"prompts": ["a"], "adapter": [None, None]}, "2 entries of adapter for 1 prompts"),
+        ({"prompts": ["a"], "adapter": "nowhere"}, "does not exist"),
     ],
 )
 def test_bad_requests_leave_nothing_behind(engine: Engine, arguments: dict[str, object], said: str) -> None:
@@ -89,6 +98,34 @@ def test_settings_and_models_are_checked(model: ElasticModel) -> None:
         Engine(model, speed=2)
     with pytest.raises(FlextronError, match="no directory"):
         Engine("nowhere")
+
+
+def test_adapters_and_targets_in_one_batch(engine: Engine, model: ElasticModel, tmp_path: Path) -> None:
+    config, params = model.decoder.config, SamplingParams(max_tokens=12)
+    first, second = random_lora(config, rank=4), random_lora(config, rank=2, seed=1, targets=["q", "down"])
+    write_adapter(first, tmp_path / "first")
+    adapters: list[Adapter | str | Path | None] = [tmp_path / "first", None, second, str(tmp_path / "first")]
+    specs: list[Target | SubnetSpec | None] = [None, None, model.select(latency=0.5), model.select(latency=0.8)]
+    found = engine.generate(PROMPTS, params, target=specs, adapter=adapters)
+    assert len(engine._adapters) == 1
+    for prompt, spec, adapter, completion in zip(PROMPTS, specs, (first, None, second, first), found, strict=True):
+        assert model.tokenizer is not None
+        assert isinstance(spec, SubnetSpec | None)
+        decoder = model.decoder if adapter is None else merged(model.decoder, adapter)
+        stop = replace(params, stop_token_ids=engine._stop_tokens)
+        (wanted,) = generate(decoder, [model.tokenizer.encode(prompt)], spec or model.space.full, stop)
+        assert list(completion.token_ids) == wanted
+    everywhere = engine.generate(PROMPTS, params, adapter=first)
+    assert everywhere[0].token_ids == found[0].token_ids
+    assert everywhere[1].token_ids != found[1].token_ids
+    # an adapter that has changed between two calls is not mistaken for what it was
+    randomize(first, seed=3)
+    text = "The city was in the north of the country"
+    (changed,) = engine.generate(text, params, adapter=first)
+    assert model.tokenizer is not None
+    decoder, stop = merged(model.decoder, first), replace(params, stop_token_ids=engine._stop_tokens)
+    assert [list(changed.token_ids)] == generate(decoder, [model.tokenizer.encode(text)], model.space.full, stop)
+    assert (changed.token_ids,) != tuple(c.token_ids for c in engine.generate(text, params, adapter=adapters[0]))
 
 
 @pytest.mark.parametrize("weights", ["float32", "int8"])

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
 
 from flextron.errors import FlextronError
+from flextron.model.adapter import Adapter
 from flextron.model.batch import Batch
+from flextron.model.config import DecoderConfig
 from flextron.model.decoder import Decoder
 from flextron.model.native import NativeStep, load_library, quantize_rows, why_not_native
+from flextron.model.native_adapter import NativeAdapter, why_adapter_not_native
 from flextron.spec import SubnetSpec
+from tests.model.adapter_cases import random_ia3, random_lora
 from tests.model.families_cases import CASES
 from tests.random_decoders import ragged_specs, random_decoder
 
@@ -59,6 +65,8 @@ def test_iterations_agree_with_the_decoder(name: str) -> None:
             NativeStep(decoder, PAGE)
         return
     assert_iterations_agree(NativeStep(decoder, PAGE), decoder, decoder)
+    for adapters in adapters_of(decoder.config):
+        assert_iterations_agree(NativeStep(decoder, PAGE), decoder, decoder, adapters)
 
 
 @compiled
@@ -76,9 +84,23 @@ def test_int8_iterations_agree_with_the_rounded_weights(name: str) -> None:
         rounded.positions.weight.copy_(decoder.positions.weight)
     native = NativeStep(decoder, PAGE, "int8")
     assert_iterations_agree(native, decoder, rounded)
+    for adapters in adapters_of(decoder.config):
+        assert_iterations_agree(native, decoder, rounded, adapters)
 
 
-def assert_iterations_agree(native: NativeStep, decoder: Decoder, reference: Decoder) -> None:
+def adapters_of(config: DecoderConfig) -> list[list[Adapter | None]]:
+    """Of the sequences in two runs: ranks around the kernels' width, some linears, and both methods."""
+    lora, wide = random_lora(config, rank=5), random_lora(config, rank=61, seed=1, targets=["k", "o", "up"])
+    ia3 = random_ia3(config)
+    return [
+        [lora, None, wide, lora],
+        [ia3, random_lora(config, rank=16, seed=2, targets=["q", "v", "down"]), ia3, None],
+    ]
+
+
+def assert_iterations_agree(
+    native: NativeStep, decoder: Decoder, reference: Decoder, adapters: Sequence[Adapter | None] = (None,) * 4
+) -> None:
     """Prompts in chunks and single tokens of ragged sub-networks give what whole sequences give."""
     specs = ragged_specs(decoder.config, len(LENGTHS))
     sequences = [torch.randint(decoder.config.vocab_size, (n,)) for n in LENGTHS]
@@ -87,7 +109,8 @@ def assert_iterations_agree(native: NativeStep, decoder: Decoder, reference: Dec
     if native.weights == "int8":
         rows, scales = quantize_rows(decoder.head_weight)
         head = rows * scales[:, None]
-    wanted = reference(Batch.ragged(sequences, specs)) @ head.t()
+    wanted: Tensor = (reference(Batch.ragged(sequences, specs, adapters=adapters)) @ head.t()).detach()
+    natives = [None if a is None else NativeAdapter(a) for a in adapters]
     pages = Pages(decoder, specs)
     got: list[list[tuple[int, Tensor]]] = [[] for _ in LENGTHS]
     for parts in ITERATIONS:
@@ -105,13 +128,23 @@ def assert_iterations_agree(native: NativeStep, decoder: Decoder, reference: Dec
             per_layer([pages.offsets[i] for i in owners]),
             pages.cache,
             wished,
+            [natives[i] for i in owners] if any(natives) else None,
         )
         for t, row in zip(wished, scores, strict=True):
             got[owners[t]].append((int(positions[t]), row))
-    for rows, whole in zip(got, wanted.split(list(LENGTHS)), strict=True):
-        assert rows
-        for position, row in rows:
+    for seen, whole in zip(got, wanted.split(list(LENGTHS)), strict=True):
+        assert seen
+        for position, row in seen:
             torch.testing.assert_close(row, whole[position], rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+
+
+def test_adapters_without_kernels_say_why() -> None:
+    config = random_decoder("llama").config
+    assert why_adapter_not_native(random_ia3(config)) is None
+    adapter = random_ia3(config, targets=["v"], input_targets=["v"])
+    assert why_adapter_not_native(adapter) == "there are no kernels for factors of the inputs of v"
+    with pytest.raises(FlextronError, match="inputs of v"):
+        NativeAdapter(adapter)
 
 
 def test_without_a_compiler_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,10 @@ from flextron.api.texts import needed
 from flextron.engine import EngineCore, EngineSettings, FinishReason, Logprobs, Network, Speculation
 from flextron.engine import Sequence as Running
 from flextron.errors import FlextronError
+from flextron.model.adapter import Adapter
 from flextron.model.generation import SamplingParams
 from flextron.model.native import Weights
+from flextron.model.peft_layout import read_adapter
 from flextron.routing.token_router import PricedRouter
 from flextron.server.answer import Answer, stop_tokens
 from flextron.spec import SubnetSpec, Target
@@ -26,6 +28,8 @@ _DRAFT_LATENCIES = (0.75, 0.5)
 """Targets whose sub-networks are tried as drafts."""
 Asked = Target | SubnetSpec | None
 """What a prompt runs in: the best sub-network for a target, a given one, or the full one."""
+Beside = Adapter | str | Path | None
+"""What a prompt runs with: an adapter, one in a directory in peft's layout, or none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +73,8 @@ class Engine:
         self._stop_tokens = stop_tokens(self._tokenizer, self.model.hf_config.get("eos_token_id"))
         # one object a target, because the engine tells routers apart by identity
         self._routed: dict[Target, tuple[SubnetSpec, PricedRouter]] = {}
+        # and one a directory
+        self._adapters: dict[Path, Adapter] = {}
 
     def generate(
         self,
@@ -77,6 +83,7 @@ class Engine:
         *,
         target: Asked | Sequence[Asked] = None,
         router: Literal["token"] | None = None,
+        adapter: Beside | Sequence[Beside] = None,
         stop: str | Sequence[str] = (),
     ) -> list[Completion]:
         """Continue prompts, all in one batch.
@@ -86,19 +93,24 @@ class Engine:
             params: how tokens are chosen, for all prompts or one entry each.
             target: a `Target`, a sub-network, or None for the full one; for all prompts or one entry each.
             router: `token` routes each token by itself, so that they cost a `latency` target on average.
+            adapter: an `Adapter`, its directory in peft's layout, which is read once, or None for the model alone; for
+                all prompts or one entry each. It is sliced to the sub-network as the weights are. Only with those
+                from directories do equal beginnings of prompts stay in the cache for the next call.
             stop: strings that end a text.
 
         Returns:
             Completions in the order of the prompts.
 
         Raises:
-            FlextronError: numbers of prompts, params and targets differ, nothing is within a target, or a prompt is
-                empty or too long.
+            FlextronError: numbers of prompts, params, targets and adapters differ, nothing is within a target, an
+                adapter is damaged or does not fit, or a prompt is empty or too long.
         """
         tokens = self._encode(prompts)
         each_params = _one_each(params or SamplingParams(), len(tokens), SamplingParams, "params")
         asked = _one_each(target, len(tokens), Target | SubnetSpec | None, "target")
-        networks = [self._network(t, router) for t in asked]
+        beside: list[Beside] = _one_each(adapter, len(tokens), Adapter | str | Path | None, "adapter")
+        adapters = [self._adapter(a) for a in beside]
+        networks = [self._network(t, router, a) for t, a in zip(asked, adapters, strict=True)]
         stops = [stop] if isinstance(stop, str) else list(stop)
         answers: dict[Running, Answer] = {}
         try:
@@ -110,6 +122,9 @@ class Engine:
         finally:
             for sequence in answers:
                 self._core.abort(sequence)
+            for given in adapters:
+                if given is not None and given not in self._adapters.values():  # it may change until the next call
+                    self._core.forget(given)
         return [_completion(sequence, answer) for sequence, answer in answers.items()]
 
     def _run(self, answers: dict[Running, Answer]) -> None:
@@ -127,16 +142,24 @@ class Engine:
         encode = self._tokenizer.encode
         return [encode(p, add_special_tokens=False) if isinstance(p, str) else list(p) for p in given]
 
-    def _network(self, asked: Asked, router: str | None) -> Network:
+    def _adapter(self, given: Beside) -> Adapter | None:
+        if given is None or isinstance(given, Adapter):
+            return given
+        path = Path(given).resolve()
+        if path not in self._adapters:
+            self._adapters[path] = read_adapter(path, self.model.decoder.config, self.model.decoder.widths)
+        return self._adapters[path]
+
+    def _network(self, asked: Asked, router: str | None, adapter: Adapter | None) -> Network:
         if router is None:
             if isinstance(asked, Target):
                 asked = self.model.select(**asdict(asked))
-            return self._core.network(asked or self.model.space.full)
+            return self._core.network(asked or self.model.space.full, adapter=adapter)
         if router != "token" or not isinstance(asked, Target):
             raise FlextronError("router is None or 'token', and 'token' needs a target by latency for every prompt")
         if asked not in self._routed:
             self._routed[asked] = self.model.routed(asked)
-        return self._core.network(*self._routed[asked])
+        return self._core.network(*self._routed[asked], adapter)
 
 
 def speculation_of(model: ElasticModel, weights: Weights) -> Speculation:

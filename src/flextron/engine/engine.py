@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from itertools import count
 from time import perf_counter
 from typing import get_args
 
@@ -21,7 +22,8 @@ from flextron.engine.scheduler import Scheduler
 from flextron.engine.sequence import Chunk, FinishReason, Network, Sequence
 from flextron.engine.speculation import Speculation, Speculator, verified
 from flextron.errors import FlextronError
-from flextron.model.batch import TokenChoice
+from flextron.model.adapter import Adapter
+from flextron.model.batch import Segment, TokenChoice
 from flextron.model.decoder import Decoder
 from flextron.model.generation import SamplingParams, sample
 from flextron.model.native import Weights
@@ -125,8 +127,11 @@ class EngineCore:
                 raise FlextronError("a sub-network that is to draft is not nested in the model")
             self.speculator = Speculator(settings.speculation, self.runner, self.scheduler)
         self.num_tokens = 0
-        """That the last step computed, drafts that were checked included."""
-        self._networks: dict[tuple[SubnetSpec, int], Network] = {}
+        """That the last step computed, drafts left out."""
+        self._networks: dict[tuple[SubnetSpec, int, int], Network] = {}
+        self._names = count()
+        self._leaving: set[Network] = set()
+        """Of adapters that were forgotten while requests ran."""
         self._generator = torch.Generator(decoder.device)
         self._generator.seed()
 
@@ -135,21 +140,47 @@ class EngineCore:
         """Whether any request waits or runs."""
         return bool(self.scheduler.running or self.scheduler.waiting)
 
-    def network(self, spec: SubnetSpec, router: TokenChoice | None = None) -> Network:
+    def network(self, spec: SubnetSpec, router: TokenChoice | None = None, adapter: Adapter | None = None) -> Network:
         """The engine's form of a sub-network; the same one for the same arguments.
 
+        Args:
+            spec: the sub-network.
+            router: chooses the MLP width of each token; by default all have the spec's.
+            adapter: what stands beside the linears; must not change until `forget`.
+
         Raises:
-            FlextronError: it is not nested in the model, or the router is another model's.
+            FlextronError: the sub-network is not nested in the model or in the adapter's widths, router or adapter are
+                another model's, or the two cannot run together.
         """
-        key = (spec, id(router))
+        key = (spec, id(router), id(adapter))
         if key not in self._networks:
+            config = self.decoder.config
             if not spec.is_nested_in(self.decoder.widths):
                 raise FlextronError(f"the sub-network {spec.describe()} is not nested in the model")
             if router is not None:
-                router.check(self.decoder.config, spec)
-            name = f"{len(self._networks)}"
-            self._networks[key] = make_network(self.decoder.config, spec, router, name)
+                router.check(config, spec)
+            if adapter is not None and adapter.config != config:
+                raise FlextronError("the adapter is for another model; give one that was made for this one")
+            Segment(spec, (), router=router, adapter=adapter)  # refuses what does not fit together
+            self._networks[key] = make_network(config, spec, router, f"{next(self._names)}", adapter)
         return self._networks[key]
+
+    def forget(self, adapter: Adapter) -> None:
+        """Let go of an adapter, at once or with the last request that uses it; `network` takes it again at any time."""
+        own = [key for key, network in self._networks.items() if network.adapter is adapter]
+        self._leaving.update(self._networks.pop(key) for key in own)
+        self._drop_unused()
+
+    def _drop_unused(self) -> None:
+        """Let go of the forgotten networks that no request uses."""
+        if not self._leaving:
+            return
+        unused = self._leaving - {s.network for s in self.scheduler}
+        self._leaving -= unused
+        for adapter in {n.adapter for n in unused if n.adapter is not None}:
+            self.runner.forget(adapter)
+            if self.speculator is not None:
+                self.speculator.forget(adapter)
 
     def add(self, request_id: str, prompt: Items[int], params: SamplingParams, network: Network) -> Sequence:
         """Queue a request.
@@ -192,6 +223,7 @@ class EngineCore:
         if sequence.finish_reason is None:
             sequence.finish_reason = FinishReason.ABORT
             self.scheduler.remove(sequence)
+            self._drop_unused()
 
     @torch.inference_mode()
     def step(self) -> list[StepOutput]:
@@ -220,6 +252,7 @@ class EngineCore:
             outputs += self._append(sequence, num_new, tokens, logits_TV)
         if self.speculator is not None and all(s.network is plan[0][0].network for s, _ in plan):
             self.speculator.learn(plan[0][0].network, sum(len(c.tokens) for c in chunks), seconds, kept)
+        self._drop_unused()
         return outputs
 
     def _append(self, sequence: Sequence, num_new: int, tokens: Items[int], logits_TV: Tensor) -> list[StepOutput]:

@@ -10,15 +10,20 @@ import torch
 from torch import Tensor
 
 from flextron.engine.sequence import Chunk, Network
+from flextron.model.adapter import Adapter
 from flextron.model.attention import sdpa, window_mask
 from flextron.model.batch import Batch, TokenChoice
 from flextron.model.config import DecoderConfig
 from flextron.model.decoder import Decoder
 from flextron.model.decoding import unit_offsets
 from flextron.model.native import NativeStep, Weights, why_not_native
+from flextron.model.native_adapter import NativeAdapter, why_adapter_not_native
 from flextron.spec import SubnetSpec
 
 __all__ = ["PagedAttention", "Runner", "make_network", "nested_network", "unit_bytes"]
+
+
+_COMPILED, _ADAPTED_MLP, _OTHER = "compiled", "adapted MLP", "other"
 
 
 def unit_bytes(decoder: Decoder, page_size: int) -> int:
@@ -26,7 +31,9 @@ def unit_bytes(decoder: Decoder, page_size: int) -> int:
     return 2 * page_size * decoder.config.head_dim * decoder.dtype.itemsize
 
 
-def make_network(config: DecoderConfig, spec: SubnetSpec, router: TokenChoice | None, name: str) -> Network:
+def make_network(
+    config: DecoderConfig, spec: SubnetSpec, router: TokenChoice | None, name: str, adapter: Adapter | None = None
+) -> Network:
     """How the engine runs a sub-network.
 
     Args:
@@ -34,13 +41,17 @@ def make_network(config: DecoderConfig, spec: SubnetSpec, router: TokenChoice | 
         spec: the sub-network.
         router: of its tokens' MLP widths, if any.
         name: differs for networks whose keys and values differ.
+        adapter: what stands beside its linears, if anything.
     """
     *offsets, num_units = unit_offsets(config, spec)
-    return Network(spec, router, num_units=num_units, unit_offsets=tuple(offsets), key=name.encode())
+    return Network(spec, router, adapter, num_units=num_units, unit_offsets=tuple(offsets), key=name.encode())
 
 
 def nested_network(own: Network, spec: SubnetSpec) -> Network:
-    """A sub-network of `own`, at most as wide as `spec`, that reads and writes the pages of `own`'s sequences."""
+    """A sub-network of `own`, at most as wide as `spec`, that reads and writes the pages of `own`'s sequences.
+
+    It keeps `own`'s adapter, sliced as the weights are: its tokens are to be those that `own` would choose.
+    """
     return replace(own, spec=own.spec.narrowed_to(spec))
 
 
@@ -116,11 +127,19 @@ class Runner:
             wanted -= {"float32"}  # PyTorch's operators run these
         self._native = {w: NativeStep(decoder, page_size, w) for w in sorted(wanted)}
         self._columns: dict[tuple[tuple[Network, int], ...], tuple[Tensor, Tensor, Tensor]] = {}
+        self._adapters: dict[Adapter, NativeAdapter | None] = {}
+        """None for those that run by operators only."""
 
     @property
     def is_native(self) -> bool:
-        """Whether static sub-networks run in the compiled iteration."""
+        """Whether static sub-networks run in the compiled iteration, those with adapters that it knows included."""
         return self._weights in self._native
+
+    def forget(self, adapter: Adapter) -> None:
+        """Drop what is kept of an adapter and of networks with it."""
+        self._adapters.pop(adapter, None)
+        used = {key: columns for key, columns in self._columns.items() if all(n.adapter is not adapter for n, _ in key)}
+        self._columns = used
 
     @torch.inference_mode()
     def run(self, chunks: Items[Chunk], weights: Weights | None = None) -> Tensor:
@@ -133,18 +152,54 @@ class Runner:
         Returns:
             Scores over the vocabulary where the chunks want them, (positions, vocabulary), in their order.
         """
+        native = self._native.get(weights or self._weights)
+        groups = self._groups(chunks, native is not None)
+        if len(groups) == 1:
+            return self._run_group(chunks, native if _COMPILED in groups else None)
+        scores: dict[int, Tensor] = {}
+        for kind, members in groups.items():
+            own = [chunks[i] for i in members]
+            parts = self._run_group(own, native if kind == _COMPILED else None).split([c.num_scores for c in own])
+            scores |= dict(zip(members, parts, strict=True))
+        return torch.cat([scores[i] for i in range(len(chunks))])
+
+    def _groups(self, chunks: Items[Chunk], has_native: bool) -> dict[str, list[int]]:
+        """Which chunks run together, by index, so that how a request runs does not depend on what runs beside it."""
+        is_routed = any(c.network.router is not None for c in chunks)
+        groups: dict[str, list[int]] = {}
+        for i, chunk in enumerate(chunks):
+            adapter = chunk.network.adapter
+            if has_native and chunk.network.router is None and (adapter is None or self._compiled(adapter) is not None):
+                kind = _COMPILED
+            else:  # the decoder has no bypasses in the MLPs of a routed batch
+                kind = _ADAPTED_MLP if is_routed and adapter is not None and adapter.has_mlp else _OTHER
+            groups.setdefault(kind, []).append(i)
+        return groups
+
+    def _compiled(self, adapter: Adapter) -> NativeAdapter | None:
+        """For the compiled iteration; None if it does not run there."""
+        if adapter not in self._adapters:
+            runs = why_adapter_not_native(adapter) is None
+            self._adapters[adapter] = NativeAdapter(adapter) if runs else None
+        return self._adapters[adapter]
+
+    def _run_group(self, chunks: Items[Chunk], native: NativeStep | None) -> Tensor:
+        """As `run`, compiled or by PyTorch's operators."""
         device = self.decoder.device
         tokens_N = torch.tensor([t for c in chunks for t in c.tokens], device=device)
         positions_N = torch.tensor([p for c in chunks for p in range(c.start, c.start + len(c.tokens))], device=device)
         ends = accumulate(len(c.tokens) for c in chunks)
         rows = [row for end, c in zip(ends, chunks, strict=True) for row in range(end - c.num_scores, end)]
-        native = self._native.get(weights or self._weights)
-        if native is None or any(c.network.router is not None for c in chunks):
+        if native is None:
             hidden_ND = self._with_operators(tokens_N, positions_N, chunks)
             return self.decoder.logits(hidden_ND[torch.tensor(rows, device=device, dtype=torch.long)])
         tables = [c.sequence.table for c in chunks for _ in c.tokens]
         widths_LN, groups_LN, offsets_LN = self._layout(chunks)
-        return native(tokens_N, positions_N, widths_LN, groups_LN, tables, offsets_LN, self.cache, rows)
+        adapters = None
+        if any(c.network.adapter is not None for c in chunks):
+            each = [None if c.network.adapter is None else self._adapters[c.network.adapter] for c in chunks]
+            adapters = [a for a, c in zip(each, chunks, strict=True) for _ in c.tokens]
+        return native(tokens_N, positions_N, widths_LN, groups_LN, tables, offsets_LN, self.cache, rows, adapters)
 
     def _with_operators(self, tokens_N: Tensor, positions_N: Tensor, chunks: Items[Chunk]) -> Tensor:
         """Final hidden states by PyTorch's operators; (N, D)."""
@@ -153,6 +208,7 @@ class Runner:
             [c.network.spec for c in chunks],
             [c.start for c in chunks],
             [c.network.router for c in chunks],
+            [c.network.adapter for c in chunks],
         )
         left = iter(chunks)
         segments = [[next(left) for _ in segment.lengths] for segment in batch.segments]

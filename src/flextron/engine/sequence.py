@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flextron.engine.pages import Page
+from flextron.model.adapter import Adapter
 from flextron.model.batch import TokenChoice
 from flextron.model.generation import SamplingParams
 from flextron.spec import SubnetSpec
@@ -31,6 +32,8 @@ class Network:
 
     spec: SubnetSpec
     router: TokenChoice | None
+    adapter: Adapter | None
+    """What stands beside its linears."""
     num_units: int
     """Units of a page: KV heads of all layers."""
     unit_offsets: tuple[int, ...]

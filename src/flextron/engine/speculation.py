@@ -24,6 +24,7 @@ from flextron.engine.runner import Runner, nested_network
 from flextron.engine.scheduler import Scheduler
 from flextron.engine.sequence import Chunk, Network, Sequence
 from flextron.errors import FlextronError
+from flextron.model.adapter import Adapter
 from flextron.model.generation import SamplingParams, most_likely, probabilities, sample
 from flextron.model.native import Weights
 from flextron.spec import SubnetSpec
@@ -186,6 +187,12 @@ class Speculator:
             self.num_drafted += num_drafted
             if self._used is not None:
                 self._used.learn(num_accepted, num_drafted)
+        self._used = None
+
+    def forget(self, adapter: Adapter) -> None:
+        """Drop what was measured of networks with an adapter."""
+        self._candidates = {n: found for n, found in self._candidates.items() if n.adapter is not adapter}
+        self._own = {n: line for n, line in self._own.items() if n.adapter is not adapter}
 
     def _choose(self, own: Network, num_seqs: int) -> tuple[_Candidate, int]:
         """The candidate and length with the most tokens a second; 0 tokens if not to draft is best."""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from flextron.errors import FlextronError
 from flextron.model.decoder import Decoder
 from flextron.model.layers import rotary_tables
+from flextron.model.native_adapter import NativeAdapter
 
 __all__ = ["NativeStep", "Weights", "load_library", "quantize_rows", "why_not_native"]
 
@@ -73,7 +74,9 @@ class _Tokens(ctypes.Structure):
     _fields_ = (
         ("num_tokens", ctypes.c_int64),
         *((name, _Pointer) for name in ("ids", "positions", "mlp_widths", "num_groups", "tables", "table_rows")),
-        *((name, _Pointer) for name in ("unit_offsets", "cos", "sin", "cache")),
+        *((name, _Pointer) for name in ("unit_offsets", "cos", "sin", "adapters")),
+        ("max_rank", ctypes.c_int64),
+        ("cache", _Pointer),
         ("num_scores", ctypes.c_int64),
         *((name, _Pointer) for name in ("rows", "scores")),
     )
@@ -230,6 +233,7 @@ class NativeStep:
         unit_offsets_LN: Tensor,
         cache: Tensor,
         rows: Sequence[int],
+        adapters: Sequence[NativeAdapter | None] | None = None,
     ) -> Tensor:
         """Run all tokens through the decoder.
 
@@ -242,6 +246,7 @@ class NativeStep:
             unit_offsets_LN: first unit of each layer in a row of that table, int32.
             cache: (units, 2, page size, head size), float32.
             rows: tokens after which scores are wanted.
+            adapters: of each token, at least as wide as the token's sub-network, or None; none by default.
 
         Returns:
             Scores over the vocabulary after these, (rows, vocabulary).
@@ -249,6 +254,7 @@ class NativeStep:
         addresses = torch.tensor([t.data_ptr() for t in tables])
         lengths = torch.tensor([t.shape[1] for t in tables])
         wanted = torch.tensor(rows, dtype=torch.int64)
+        owned = None if adapters is None else torch.tensor([0 if a is None else a.address for a in adapters])
         scores_RV = torch.empty(len(rows), self._shape.vocab_size)
         cos, sin = self._rotations(positions_N)
         tokens = _Tokens(
@@ -262,6 +268,8 @@ class NativeStep:
             unit_offsets=_address(unit_offsets_LN),
             cos=_address(cos),
             sin=_address(sin),
+            adapters=_address(owned),
+            max_rank=max((a.max_rank for a in adapters or () if a is not None), default=0),
             cache=_address(cache),
             num_scores=len(rows),
             rows=_address(wanted),

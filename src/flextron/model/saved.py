@@ -54,7 +54,7 @@ class Saved:
 
 
 def put_rows(where: dict[Any, Tensor], key: Any, rows: Tensor, start: int, total: int) -> None:
-    """Write a window's rows into a tensor of `total` rows, which the first window makes; all rows are kept as they are."""
+    """Write a window's rows into a tensor of `total` rows, which the first makes; all rows are kept as they are."""
     if len(rows) == total:
         where[key] = rows
         return

@@ -7,12 +7,16 @@
 // Every weight has its nested dimension first. `expand` takes dot products with rows, `contract` adds multiples of
 // rows. The MLP is one pass: neuron f reads its rows of gate, up and down, and leaves nothing in memory.
 //
+// Tokens may have adapters of their own. What these add is computed token by token beside the dense products, which stay
+// the same for all (`Bypasses`).
+//
 // Shapes: N tokens, D hidden size, F neurons, H query heads, K KV heads, d head size, P tokens of a page.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <numeric>
 #include <omp.h>
 #include <vector>
@@ -215,6 +219,17 @@ struct Shape {
     float norm_eps;
 };
 
+// What an adapter has beside one linear: LoRA's matrices, IA3's factors, or nothing. All lie along the linear's inputs
+// or outputs as its weight does, so a sub-network uses the leading rows.
+struct Bypass {
+    const float* a;        // (inputs, rank), or null
+    const float* b;        // (outputs, rank), or null
+    const float* inputs;   // factors, or null; beside `o` and `down` only
+    const float* outputs;  // factors, or null
+    int64_t rank;
+    float scale;
+};
+
 // Tokens of one iteration. Widths are (layers, N); a layer's units of a page are its KV heads.
 struct Tokens {
     int64_t num_tokens;
@@ -227,6 +242,8 @@ struct Tokens {
     const int32_t* unit_offsets;    // (layers, N): first entry of a layer
     const float* cos;               // (N, rotated)
     const float* sin;               // signed
+    const Bypass* const* adapters;  // (N,): (layers, targets) of each token's adapter, or null; null if none has one
+    int64_t max_rank;               // of all adapters
     float* cache;                   // (units, 2, P, d)
     int64_t num_scores;
     const int64_t* rows;            // (num_scores,): tokens after which scores are wanted
@@ -317,12 +334,164 @@ inline void finish(const Linear& linear, long first, long rows, long n, float* o
             for (long r = 0; r < rows; r++) out[t * ldo + r] += linear.bias[first + r];
 }
 
+// z += x A for V vectors of the columns of A, (rows, rank); 2 * V sums are in flight.
+template <int V>
+void multiply_columns(const float* x, const float* a, long rows, long rank, float* z) {
+    Vec even[V], odd[V];
+    for (int v = 0; v < V; v++) even[v] = load(z + v * kLanes), odd[v] = Vec{};
+    long c = 0;
+    for (; c + 2 <= rows; c += 2)
+        for (int v = 0; v < V; v++) {
+            even[v] = fma(load(a + c * rank + v * kLanes), Vec{} + x[c], even[v]);
+            odd[v] = fma(load(a + (c + 1) * rank + v * kLanes), Vec{} + x[c + 1], odd[v]);
+        }
+    for (int v = 0; v < V; v++) {
+        if (c < rows) even[v] = fma(load(a + c * rank + v * kLanes), Vec{} + x[c], even[v]);
+        store(z + v * kLanes, even[v] + odd[v]);
+    }
+}
+
+// z += x A for A (rows, rank).
+void multiply(const float* x, const float* a, long rows, long rank, float* z) {
+    long j = 0;
+    for (; j + 4 * kLanes <= rank; j += 4 * kLanes) multiply_columns<4>(x, a + j, rows, rank, z + j);
+    for (; j + 2 * kLanes <= rank; j += 2 * kLanes) multiply_columns<2>(x, a + j, rows, rank, z + j);
+    for (; j + kLanes <= rank; j += kLanes) multiply_columns<1>(x, a + j, rows, rank, z + j);
+    for (; j < rank; j++)
+        for (long c = 0; c < rows; c++) z[j] += x[c] * a[c * rank + j];
+}
+
+// Dot product of vectors of any size.
+inline float inner(const float* x, const float* y, long size) {
+    Vec acc{};
+    long j = 0;
+    for (; j + kLanes <= size; j += kLanes) acc = fma(load(x + j), load(y + j), acc);
+    float total = sum(acc);
+    for (; j < size; j++) total += x[j] * y[j];
+    return total;
+}
+
+// y += scale * z B^T for n tokens, z (n, ldz), and at most kChunk rows of B, (rows, rank); y is (n, ldy). For several
+// tokens B is turned round piece by piece, for sums across a vector cost more than the products.
+void add_products(const float* b, long rows, long rank, float scale, const float* z, long ldz, float* y, long ldy,
+                  long n) {
+    constexpr long kPiece = 16;
+    float turned[kPiece][kChunk];
+    if (n < 3) {
+        for (long t = 0; t < n; t++)
+            for (long r = 0; r < rows; r++) y[t * ldy + r] += scale * inner(b + r * rank, z + t * ldz, rank);
+        return;
+    }
+    for (long j = 0; j < rank; j += kPiece) {
+        const long count = std::min(kPiece, rank - j);
+        for (long r = 0; r < rows; r++)
+            for (long c = 0; c < count; c++) turned[c][r] = scale * b[r * rank + j + c];
+        for (long t = 0; t < n; t++)
+            for (long c = 0; c < count; c++)
+                for (long r = 0; r < rows; r++) y[t * ldy + r] += z[t * ldz + j + c] * turned[c][r];
+    }
+}
+
+enum Target { kQ, kK, kV, kO, kGate, kUp, kDown, kTargets };
+
+// What the adapters of a batch change: y = W x becomes W x + scale * B (A x), with A and B of each token's own adapter
+// (LoRA), or the inputs or outputs get factors (IA3). Into a nested dimension, `read` makes z = A x of whole tokens and
+// `add` takes rows of B; out of it, `read_rows` makes each thread's part of z and `add_whole` takes them together. All
+// of it is over at once in a batch without adapters.
+struct Bypasses {
+    const Tokens& b;
+    const long N, D, rank;
+    std::vector<float> low;    // (kTargets, N, rank): z, by a token's place in the order
+    std::vector<float> parts;  // (threads, N, rank)
+
+    Bypasses(const Tokens& b, long D, int threads) : b(b), N(b.num_tokens), D(D), rank(b.max_rank) {
+        if (b.adapters) low.resize(kTargets * N * rank), parts.resize(threads * N * rank);
+    }
+
+    // Calls f(i, bypass) for those of places first, first + step, ... below n whose token has an adapter.
+    template <class F>
+    void each(long l, Target target, const Order& order, long first, long step, long n, F f) const {
+        if (!b.adapters) return;
+        for (long i = first; i < n; i += step)
+            if (const Bypass* own = b.adapters[order.tokens[i]]) f(i, own[l * kTargets + target]);
+    }
+
+    // Calls f(i, count, bypass) for neighbours below n whose tokens have the same adapter.
+    template <class F>
+    void runs(long l, Target target, const Order& order, long n, F f) const {
+        if (!b.adapters) return;
+        for (long i = 0, end; i < n; i = end) {
+            const Bypass* own = b.adapters[order.tokens[i]];
+            for (end = i + 1; end < n && b.adapters[order.tokens[end]] == own;) end++;
+            if (own) f(i, end - i, own[l * kTargets + target]);
+        }
+    }
+
+    // From this thread's tokens, which it has just normalised, (order.size(), D).
+    void read(long l, std::initializer_list<Target> targets, const Order& order, const float* x, int id, int nt) {
+        for (Target target : targets)
+            each(l, target, order, id, nt, order.size(), [&](long i, const Bypass& own) {
+                if (!own.a) return;
+                float* z = low.data() + (target * N + i) * rank;
+                std::fill(z, z + own.rank, 0.0f);
+                multiply(x + i * D, own.a, D, own.rank, z);
+            });
+    }
+
+    // To rows first to first + rows of n tokens' outputs, (n, ldo).
+    void add(long l, Target target, const Order& order, long first, long rows, float* out, long ldo, long n) const {
+        runs(l, target, order, n, [&](long i, long count, const Bypass& own) {
+            float* y = out + i * ldo;
+            const float* z = low.data() + (target * N + i) * rank;
+            if (own.b) add_products(own.b + first * own.rank, rows, own.rank, own.scale, z, rank, y, ldo, count);
+            if (own.outputs)
+                for (long t = 0; t < count; t++)
+                    for (long r = 0; r < rows; r++) y[t * ldo + r] *= own.outputs[first + r];
+        });
+    }
+
+    void clear_parts(int id) {
+        if (b.adapters) std::fill_n(parts.data() + id * N * rank, N * rank, 0.0f);
+    }
+
+    // From rows first to first + rows of n tokens' inputs h, (n, ldh), which get their factors.
+    void read_rows(long l, Target target, const Order& order, long first, long rows, float* h, long ldh, long n,
+                   int id) {
+        each(l, target, order, 0, 1, n, [&](long i, const Bypass& own) {
+            float* z = parts.data() + (id * N + i) * rank;
+            if (own.a) multiply(h + i * ldh, own.a + first * own.rank, rows, own.rank, z);
+            if (own.inputs)
+                for (long r = 0; r < rows; r++) h[i * ldh + r] *= own.inputs[first + r];
+        });
+    }
+
+    // To place i's token x, (D,), which has all threads' dense products `partial`, (nt, N, D), and the bias already.
+    void add_whole(long l, Target target, const Order& order, long i, const float* partial, const float* bias, int nt,
+                   float* x) {
+        each(l, target, order, i, 1, i + 1, [&](long, const Bypass& own) {
+            if (own.b) {
+                float* z = parts.data() + i * rank;
+                for (int p = 1; p < nt; p++)
+                    for (long j = 0; j < own.rank; j++) z[j] += parts[(p * N + i) * rank + j];
+                for (long c = 0; c < D; c++) x[c] += own.scale * inner(own.b + c * own.rank, z, own.rank);
+            }
+            if (own.outputs)
+                for (long c = 0; c < D; c++) {
+                    float y = bias ? bias[c] : 0.0f;
+                    for (int p = 0; p < nt; p++) y += partial[(p * N + i) * D + c];
+                    x[c] += y * (own.outputs[c] - 1.0f);
+                }
+        });
+    }
+};
+
 template <class W>
 struct Step {
     const Shape& s;
     const LayerWeights* layers;
     const Ends& ends;
     const Tokens& b;
+    Bypasses bypasses;
     std::vector<Order> attention, mlp;
     std::vector<float> x, xn, q, k, v, heads, partial;
     long D, N, d, kv_max, q_max;
@@ -330,7 +499,7 @@ struct Step {
     long kv_rows(long groups) const { return d * (s.is_multi_query ? std::min(groups, 1L) : groups); }
 
     Step(const Shape& s, const LayerWeights* layers, const Ends& ends, const Tokens& b, int threads)
-        : s(s), layers(layers), ends(ends), b(b) {
+        : s(s), layers(layers), ends(ends), b(b), bypasses(b, s.hidden_size, threads) {
         D = s.hidden_size, N = b.num_tokens, d = s.head_dim;
         attention.resize(s.num_layers), mlp.resize(s.num_layers);
         long groups = 0;
@@ -349,10 +518,22 @@ struct Step {
             normalize(&x[order.tokens[i] * D], norm, s.is_layer_norm, s.norm_eps, D, out + i * D);
     }
 
-    void project(const Order& order, long unit, const Linear& linear, float* out, long ldo, int id, int nt) const {
+    void attention_input(long l, float* out, int id, int nt) {
+        norms(attention[l], layers[l].attention_norm, out, id, nt);
+        bypasses.read(l, {kQ, kK, kV}, attention[l], out, id, nt);
+    }
+
+    void mlp_input(long l, float* out, int id, int nt) {
+        norms(mlp[l], layers[l].mlp_norm, out, id, nt);
+        bypasses.read(l, {kGate, kUp}, mlp[l], out, id, nt);
+    }
+
+    void project(long l, Target target, const Order& order, long unit, const Linear& linear, float* out, long ldo,
+                 int id, int nt) const {
         share_rows(order, unit, id, nt, [&](long a, long e, long n) {
             dot_rows(static_cast<const W*>(linear.weight) + a * D, D, e - a, xn.data(), D, n, D, out + a, ldo);
             finish(linear, a, e - a, n, out + a, ldo);
+            bypasses.add(l, target, order, a, e - a, out + a, ldo, n);
         });
     }
 
@@ -423,8 +604,8 @@ struct Step {
                      d, per_kv, d);
     }
 
-    // x += what all threads' partial sums say, and the bias.
-    void residual(const Order& order, const float* bias, int id, int nt) {
+    // x += what all threads' partial sums say, the bias, and what bypasses make of it.
+    void residual(long l, Target target, const Order& order, const float* bias, int id, int nt) {
         for (long i = id; i < order.size(); i += nt) {
             float* own = &x[order.tokens[i] * D];
             for (int p = 0; p < nt; p++) {
@@ -433,13 +614,16 @@ struct Step {
             }
             if (bias)
                 for (long c = 0; c < D; c++) own[c] += bias[c];
+            bypasses.add_whole(l, target, order, i, partial.data(), bias, nt, own);
         }
     }
 
-    // Neurons f to f + rows of n tokens, with their biases; (n, kChunk).
-    void neurons(const Linear& linear, long f, long rows, const float* in, long n, float* out) const {
+    // Neurons f to f + rows of n tokens, with their biases and bypasses; (n, kChunk).
+    void neurons(long l, Target target, const Linear& linear, long f, long rows, const float* in, long n,
+                 float* out) const {
         dot_rows(static_cast<const W*>(linear.weight) + f * D, D, rows, in, D, n, D, out, kChunk);
         finish(linear, f, rows, n, out, kChunk);
+        bypasses.add(l, target, mlp[l], f, rows, out, kChunk, n);
     }
 
     // own += h times rows first to first + rows; h, (n, ldh), is used up.
@@ -450,18 +634,19 @@ struct Step {
         add_rows(static_cast<const W*>(linear.weight) + first * D, D, rows, h, ldh, own, D, n, D);
     }
 
-    void feed_forward(long l, const float* in, float* own, int id, int nt) const {
+    void feed_forward(long l, const float* in, float* own, int id, int nt) {
         const LayerWeights& w = layers[l];
         std::vector<float> up(kChunk * N), gate(w.gate.weight ? kChunk * N : 0);
         share_rows(mlp[l], 1, id, nt, [&](long a, long e, long n) {
-            neurons(w.up, a, e - a, in, n, up.data());
+            neurons(l, kUp, w.up, a, e - a, in, n, up.data());
             if (w.gate.weight) {
-                neurons(w.gate, a, e - a, in, n, gate.data());
+                neurons(l, kGate, w.gate, a, e - a, in, n, gate.data());
                 activate(gate.data(), kChunk * n, s.activation);
                 for (long i = 0; i < kChunk * n; i++) up[i] *= gate[i];
             } else {
                 activate(up.data(), kChunk * n, s.activation);
             }
+            bypasses.read_rows(l, kDown, mlp[l], a, e - a, up.data(), kChunk, n, id);
             contract(w.down, a, e - a, up.data(), kChunk, own, n);
         });
     }
@@ -497,11 +682,11 @@ struct Step {
             const LayerWeights& w = layers[l];
             const Order &heads_of = attention[l], &neurons_of = mlp[l];
             if (heads_of.size()) {
-                norms(heads_of, w.attention_norm, xa, id, nt);
-                if (s.parallel_residual && neurons_of.size()) norms(neurons_of, w.mlp_norm, xm, id, nt);
+                attention_input(l, xa, id, nt);
+                if (s.parallel_residual && neurons_of.size()) mlp_input(l, xm, id, nt);
 #pragma omp barrier
-                project(heads_of, s.query_rows_per_group, w.q, q.data(), q_max, id, nt);
-                project_kv(heads_of, w, id, nt);
+                project(l, kQ, heads_of, s.query_rows_per_group, w.q, q.data(), q_max, id, nt);
+                project_kv(l, id, nt);
 #pragma omp barrier
                 place(l, id, nt);
 #pragma omp barrier
@@ -510,40 +695,45 @@ struct Step {
                     for (long h = 0; h < kv_rows(heads_of.widths[i]) / d; h++, task++)
                         if (task % nt == id) attend(l, i, h, scores);
                 std::fill(own, own + heads_of.size() * D, 0.0f);
+                bypasses.clear_parts(id);
 #pragma omp barrier
                 share_rows(heads_of, s.query_rows_per_group, id, nt, [&](long a, long e, long n) {
+                    bypasses.read_rows(l, kO, heads_of, a, e - a, heads.data() + a, q_max, n, id);
                     contract(w.o, a, e - a, heads.data() + a, q_max, own, n);
                 });
 #pragma omp barrier
-                residual(heads_of, w.o.bias, id, nt);
+                residual(l, kO, heads_of, w.o.bias, id, nt);
 #pragma omp barrier
             } else if (s.parallel_residual && neurons_of.size()) {
-                norms(neurons_of, w.mlp_norm, xm, id, nt);
+                mlp_input(l, xm, id, nt);
 #pragma omp barrier
             }
             if (neurons_of.size()) {
-                if (!s.parallel_residual) norms(neurons_of, w.mlp_norm, xm, id, nt);
+                if (!s.parallel_residual) mlp_input(l, xm, id, nt);
                 std::fill(own, own + neurons_of.size() * D, 0.0f);
+                bypasses.clear_parts(id);
 #pragma omp barrier
                 feed_forward(l, xm, own, id, nt);
 #pragma omp barrier
-                residual(neurons_of, w.down.bias, id, nt);
+                residual(l, kDown, neurons_of, w.down.bias, id, nt);
 #pragma omp barrier
             }
         }
         score(id, nt);
     }
 
-    void project_kv(const Order& order, const LayerWeights& w, int id, int nt) {
+    void project_kv(long l, int id, int nt) {
+        const Order& order = attention[l];
+        const LayerWeights& w = layers[l];
         if (!s.is_multi_query) {
-            project(order, d, w.k, k.data(), kv_max, id, nt);
-            project(order, d, w.v, v.data(), kv_max, id, nt);
+            project(l, kK, order, d, w.k, k.data(), kv_max, id, nt);
+            project(l, kV, order, d, w.v, v.data(), kv_max, id, nt);
             return;
         }
         Order one = order;  // all share one KV head
         std::fill(one.widths.begin(), one.widths.end(), 1);
-        project(one, d, w.k, k.data(), kv_max, id, nt);
-        project(one, d, w.v, v.data(), kv_max, id, nt);
+        project(l, kK, one, d, w.k, k.data(), kv_max, id, nt);
+        project(l, kV, one, d, w.v, v.data(), kv_max, id, nt);
     }
 };
 
