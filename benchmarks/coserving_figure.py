@@ -27,7 +27,7 @@ def draw(sweeps: Sequence[dict[str, Any]], path: Path) -> None:
         axes.plot(share, [100 * row["attainment_alone"] for row in served], "s--", label="attainment, inference alone")
         axes.plot(share, [100 * row["attainment"] for row in served], "x-", label="attainment beside finetuning")
         axes.set(
-            title=f"{sweep['model']}: TPOT within {sweep['tpot_slo_ms']:.3g} ms, TTFT within {sweep['ttft_slo_ms']:.3g} ms",
+            title="{model}: TPOT within {tpot_slo_ms:.3g} ms, TTFT within {ttft_slo_ms:.3g} ms".format(**sweep),
             xlabel="load, % of capacity",
             ylabel="%",
             ylim=(0, 105),

@@ -121,7 +121,7 @@ def test_an_idle_engine_trains_all_the_time_in_units_of_bounded_length() -> None
 
 @pytest.mark.parametrize("tpot_ms", [14.0, 20.0, 40.0])
 def test_decoding_takes_the_objective_and_training_the_rest(tpot_ms: float) -> None:
-    clock, core, work, filler = system(CoServing(tpot_ms=tpot_ms, max_unit_ms=20))
+    clock, core, _, filler = system(CoServing(tpot_ms=tpot_ms, max_unit_ms=20))
     warm(filler)
     sequences = [core.ask(45) for _ in range(3)]
     times: dict[Sequence, list[float]] = {}
@@ -192,32 +192,37 @@ def test_an_objective_below_the_iteration_leaves_nothing() -> None:
     assert filler.reserve > 0.05
 
 
+def _share_in_time(seed: int, tpot_ms: float, *, with_training: bool) -> float:
+    """Of 30 requests."""
+    clock, core, _, filler = system(CoServing(tpot_ms=tpot_ms, max_unit_ms=15))
+    rng = random.Random(seed)
+    if with_training:
+        warm(filler)
+    arrivals = sorted(clock.now + 8 * rng.random() for _ in range(30))
+    times: dict[Sequence, list[float]] = {}
+
+    def is_due() -> bool:
+        return bool(arrivals) and arrivals[0] <= clock.now
+
+    while arrivals or core.has_unfinished:
+        while is_due():
+            arrivals.pop(0)
+            core.ask(rng.randint(2, 40), [rng.randrange(50) for _ in range(rng.randint(1, 24))])
+        if core.has_unfinished:
+            tokens_of(filler, times)
+        elif not with_training:
+            clock.now = arrivals[0]
+        if with_training:
+            filler.fill(is_due)
+    assert len(times) == 30
+    return sum(tpot(t) <= tpot_ms / 1e3 for t in times.values()) / 30
+
+
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**20), tpot_ms=st.floats(25, 80))
 def test_random_arrivals_meet_what_inference_alone_would_meet(seed: int, tpot_ms: float) -> None:
     """Most of those that would be in time alone are in time beside training; all finish; nothing runs late for long."""
-    shares = []
-    for with_training in (False, True):
-        clock, core, _, filler = system(CoServing(tpot_ms=tpot_ms, max_unit_ms=15))
-        rng = random.Random(seed)
-        arrivals = sorted(clock.now + 2 * rng.random() * 4 for _ in range(30))
-        if with_training:
-            warm(filler)
-            arrivals = [a + clock.now - 100 for a in arrivals]
-        times: dict[Sequence, list[float]] = {}
-        while arrivals or core.has_unfinished:
-            while arrivals and arrivals[0] <= clock.now:
-                arrivals.pop(0)
-                core.ask(rng.randint(2, 40), [rng.randrange(50) for _ in range(rng.randint(1, 24))])
-            if core.has_unfinished:
-                tokens_of(filler, times)
-            elif not with_training:
-                clock.now = arrivals[0]
-            if with_training:
-                filler.fill(lambda: bool(arrivals) and arrivals[0] <= clock.now)
-        assert len(times) == 30
-        shares.append(sum(tpot(t) <= tpot_ms / 1e3 for t in times.values()) / 30)
-    alone, beside = shares
+    alone, beside = (_share_in_time(seed, tpot_ms, with_training=w) for w in (False, True))
     assert beside >= alone - 0.1
 
 

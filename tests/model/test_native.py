@@ -90,7 +90,7 @@ def test_int8_iterations_agree_with_the_rounded_weights(name: str) -> None:
 
 def adapters_of(config: DecoderConfig) -> list[list[Adapter | None]]:
     """Of the sequences in two runs: ranks around the kernels' width, some linears, and both methods."""
-    lora, wide = random_lora(config, rank=5), random_lora(config, rank=17, seed=1, targets=["k", "o", "up"])
+    lora, wide = random_lora(config, rank=5), random_lora(config, rank=61, seed=1, targets=["k", "o", "up"])
     ia3 = random_ia3(config)
     return [
         [lora, None, wide, lora],

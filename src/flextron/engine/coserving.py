@@ -1,4 +1,4 @@
-"""Training in the time that serving leaves (FlexLLM's hybrid token scheduler), with deadlines instead of a fixed budget.
+"""Training in the time that serving leaves: FlexLLM's hybrid token scheduler, with deadlines for a fixed budget.
 
 Work comes in units whose size is chosen: so many tokens of one layer. After each iteration of the engine, units run as
 long as every request can still get its next token in time. What a unit and an iteration take is learnt while they run,

@@ -127,7 +127,7 @@ class EngineCore:
                 raise FlextronError("a sub-network that is to draft is not nested in the model")
             self.speculator = Speculator(settings.speculation, self.runner, self.scheduler)
         self.num_tokens = 0
-        """That the last step computed, drafts that were checked included."""
+        """That the last step computed, drafts left out."""
         self._networks: dict[tuple[SubnetSpec, int, int], Network] = {}
         self._names = count()
         self._leaving: set[Network] = set()

@@ -78,7 +78,9 @@ class Lora(Bypass):
     def add(self, y: Tensor, z: Tensor | None, rows: slice) -> Tensor:
         """See `Bypass`."""
         assert z is not None
-        return torch.addmm(y, z, self.b[rows].to(y.dtype).t(), alpha=self.scale)
+        # in place where autograd does not look: `y` is a fresh product
+        add = torch.addmm if torch.is_grad_enabled() else torch.Tensor.addmm_
+        return add(y, z, self.b[rows].to(y.dtype).t(), alpha=self.scale)
 
     def narrowed(self, shape: Shape) -> Lora:
         """See `Bypass`."""

@@ -130,6 +130,8 @@ def load_library() -> ctypes.CDLL | str:
 def why_not_native(decoder: Decoder) -> str | None:
     """Why a decoder cannot run in the compiled iteration, in one sentence; None if it can."""
     config = decoder.config
+    if decoder.num_ranks > 1:
+        return f"the weights are shared by {decoder.num_ranks} ranks"
     if decoder.device.type != "cpu":
         return f"the weights lie on {decoder.device.type}"
     if decoder.dtype != torch.float32:

@@ -54,7 +54,10 @@ class Saved:
 
 
 def put_rows(where: dict[Any, Tensor], key: Any, rows: Tensor, start: int, total: int) -> None:
-    """Write a window's rows into a tensor of `total` rows, which the first window makes."""
+    """Write a window's rows into a tensor of `total` rows, which the first makes; all rows are kept as they are."""
+    if len(rows) == total:
+        where[key] = rows
+        return
     if key not in where:
         where[key] = rows.new_empty(total, *rows.shape[1:])
     where[key][start : start + len(rows)] = rows

@@ -334,19 +334,29 @@ inline void finish(const Linear& linear, long first, long rows, long n, float* o
             for (long r = 0; r < rows; r++) out[t * ldo + r] += linear.bias[first + r];
 }
 
-// z += x A for A (rows, rank), some columns after the other, so that the sums stay in registers.
+// z += x A for V vectors of the columns of A, (rows, rank); 2 * V sums are in flight.
+template <int V>
+void multiply_columns(const float* x, const float* a, long rows, long rank, float* z) {
+    Vec even[V], odd[V];
+    for (int v = 0; v < V; v++) even[v] = load(z + v * kLanes), odd[v] = Vec{};
+    long c = 0;
+    for (; c + 2 <= rows; c += 2)
+        for (int v = 0; v < V; v++) {
+            even[v] = fma(load(a + c * rank + v * kLanes), Vec{} + x[c], even[v]);
+            odd[v] = fma(load(a + (c + 1) * rank + v * kLanes), Vec{} + x[c + 1], odd[v]);
+        }
+    for (int v = 0; v < V; v++) {
+        if (c < rows) even[v] = fma(load(a + c * rank + v * kLanes), Vec{} + x[c], even[v]);
+        store(z + v * kLanes, even[v] + odd[v]);
+    }
+}
+
+// z += x A for A (rows, rank).
 void multiply(const float* x, const float* a, long rows, long rank, float* z) {
     long j = 0;
-    for (; j + kLanes <= rank; j += kLanes) {
-        Vec even = load(z + j), odd{};
-        long c = 0;
-        for (; c + 2 <= rows; c += 2) {
-            even = fma(load(a + c * rank + j), Vec{} + x[c], even);
-            odd = fma(load(a + (c + 1) * rank + j), Vec{} + x[c + 1], odd);
-        }
-        if (c < rows) even = fma(load(a + c * rank + j), Vec{} + x[c], even);
-        store(z + j, even + odd);
-    }
+    for (; j + 4 * kLanes <= rank; j += 4 * kLanes) multiply_columns<4>(x, a + j, rows, rank, z + j);
+    for (; j + 2 * kLanes <= rank; j += 2 * kLanes) multiply_columns<2>(x, a + j, rows, rank, z + j);
+    for (; j + kLanes <= rank; j += kLanes) multiply_columns<1>(x, a + j, rows, rank, z + j);
     for (; j < rank; j++)
         for (long c = 0; c < rows; c++) z[j] += x[c] * a[c * rank + j];
 }
