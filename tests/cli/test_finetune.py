@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from tests.cli.test_cli import assert_refused
 from tests.jobs.lora_maker import LoraMaker
 from tests.jobs.making import RECORDS, jsonl
 from tests.model.adapter_cases import random_lora
+from tests.server.running import wait_until
 from tests.server.tuning import Tuning, tuning
 from tests.trained import trained_model
 
@@ -188,10 +190,13 @@ def serving(checkpoint: Path, *options: object) -> Iterator[str]:
         assert child.stderr is not None
         try:
             line = next(line for line in child.stderr if line.startswith("serving "))
+            # the log of requests would fill the pipe
+            reader = threading.Thread(target=child.stderr.read, daemon=True)
+            reader.start()
             yield line.split()[3]
             child.send_signal(signal.SIGTERM)
-            child.stderr.read()
             assert child.wait(20) == 0
+            reader.join()
         finally:
             child.kill()
 
@@ -202,13 +207,22 @@ def test_serving_adapters_and_jobs(run: Any, model: ElasticModel, checkpoint: Pa
     with serving(checkpoint, *options) as url, OpenAI(base_url=url, api_key="none") as client:
         assert client.completions.create(model="mine@0.6", prompt="a", max_tokens=2).model == "mine@0.6"
         file = client.files.create(file=data, purpose="fine-tune")
-        job = client.fine_tuning.jobs.create(model="tiny", training_file=file.id)
+        jobs = client.fine_tuning.jobs
+        job = jobs.create(model="tiny", training_file=file.id, hyperparameters={"n_epochs": 100, "batch_size": 4})
+        wait_until(lambda: (jobs.retrieve(job.id).trained_tokens or 0) > 0, 60)
         refused = run("serve", checkpoint, "--port", 0, "--state-directory", tmp_path / "state")
         assert_refused(refused, "is in use by another process")
     other = run("serve", checkpoint, "--port", 0, "--name", "other", "--state-directory", tmp_path / "state")
     assert_refused(other, "is of the model 'tiny'")
     with serving(checkpoint, *options) as url, OpenAI(base_url=url, api_key="none") as client:
-        assert client.fine_tuning.jobs.retrieve(job.id).training_file == file.id
+        jobs = client.fine_tuning.jobs
+        wait_until(lambda: jobs.retrieve(job.id).status == "succeeded", 100)
+        name = jobs.retrieve(job.id).fine_tuned_model
+        assert name is not None
+        assert client.completions.create(model=name, prompt="a", max_tokens=2).model == name
+        told = [event.message for event in jobs.list_events(job.id, limit=100)]
+        assert [message for message in told if message.startswith("resumed after step")]
+        assert len([message for message in told if message.startswith("step ")]) == 300
 
 
 @pytest.mark.parametrize(
