@@ -1,4 +1,4 @@
-"""The trainer of LoRA adapters against a plain loop of autograd and AdamW: cut into units, whole, killed and resumed."""
+"""The trainer of LoRA adapters against a plain loop of autograd and AdamW: in units, whole, killed and resumed."""
 
 from __future__ import annotations
 

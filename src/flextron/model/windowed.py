@@ -88,6 +88,7 @@ class Finetuning:
         self._packed = Packed(decoder.config, examples, total_weight, decoder.device)
         self._trained = self._trained_layers()
         (self._rows,) = self._packed.weights_T.nonzero(as_tuple=True)
+        self._parameters = list(adapter.parameters())
         self._versions = self._adapter_versions()
         self.saved = Saved()
         self._loss = torch.zeros((), dtype=torch.float64, device=decoder.device)
@@ -244,7 +245,7 @@ class Finetuning:
         return tuple(i for i in self.spec.kept_layers if i >= adapted[0])
 
     def _adapter_versions(self) -> list[int]:
-        return [p._version for p in self._adapter.parameters()]
+        return [p._version for p in self._parameters]
 
     def _batch(self, start: int, stop: int) -> Batch:
         window, packed = slice(start, stop), self._packed
