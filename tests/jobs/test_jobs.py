@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from flextron.errors import FlextronError
 from flextron.jobs.dataset import read_dataset
 from flextron.jobs.jobs import Jobs
-from flextron.jobs.loop import TrainingLoop
 from flextron.jobs.records import Checkpoint, Status
 from flextron.jobs.store import UnknownIdError
 from tests.jobs.bigram import BigramMaker, is_whole, train_alone
@@ -449,8 +448,15 @@ def test_bad_files_fail_their_jobs(jobs: Jobs) -> None:
 
 def test_many_threads_at_once(jobs: Jobs) -> None:
     """Clients create, pause, resume and cancel while training goes on; the books balance."""
-    loop = TrainingLoop(jobs)
-    loop.start()
+    is_ending = threading.Event()
+
+    def train() -> None:
+        while not is_ending.is_set():
+            if not jobs.step():
+                jobs.wait(0.05)
+
+    trainer = threading.Thread(target=train)
+    trainer.start()
     file = upload(jobs)
     faults: list[Exception] = []
 
@@ -473,7 +479,8 @@ def test_many_threads_at_once(jobs: Jobs) -> None:
         thread.join()
     assert not faults
     wait_until(lambda: not jobs.journal.with_status(Status.VALIDATING, Status.QUEUED, Status.RUNNING), 60)
-    loop.stop()
+    is_ending.set()
+    trainer.join()
     statuses = [job.status for job in jobs.journal.page(after=None, limit=100)[0]]
     assert len(statuses) == 20
     assert set(statuses) <= {Status.SUCCEEDED, Status.CANCELLED, Status.PAUSED}

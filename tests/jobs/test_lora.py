@@ -21,7 +21,7 @@ from flextron.model.adapter import Adapter
 from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
 from flextron.model.peft_layout import read_adapter
-from tests.random_decoders import random_decoder
+from tests.random_decoders import ragged_specs, random_decoder
 
 CHOSEN = Hyperparameters(n_epochs=3, batch_size=3, rank=4, alpha=8.0, learning_rate=0.02)
 
@@ -133,6 +133,27 @@ def test_the_adapter_is_in_pefts_layout(tmp_path: Path) -> None:
     again = read_adapter(tmp_path, decoder.config)
     by_name: dict[str, Tensor] = dict(again.named_parameters())
     assert all(torch.equal(p, by_name[name]) for name, p in work.adapter.named_parameters())
+
+
+def test_what_a_sub_network_learns_is_all_that_wider_ones_get() -> None:
+    decoder = random_decoder("llama")
+    spec = ragged_specs(decoder.config, 2)[0]
+    work = trainer(decoder, examples(6), spec=spec)
+    finish(work, [50])
+    tokens = torch.tensor(examples(1)[0].token_ids)
+    narrow = work.adapter.narrowed(spec)
+    wide = Adapter.lora(decoder.config, rank=CHOSEN.rank, alpha=CHOSEN.alpha)
+    for i in range(len(spec.layers)):
+        for target, bypass in wide.at(i).items():
+            with torch.no_grad():
+                for name, parameter in bypass.named_parameters():
+                    own = dict(narrow.at(i)[target].named_parameters())[name] if target in narrow.at(i) else None
+                    parameter.zero_()
+                    if own is not None:
+                        parameter[: len(own)] = own
+    hidden = [decoder(Batch.ragged([tokens], [decoder.widths], adapters=[a])) for a in (work.adapter, wide)]
+    assert torch.allclose(hidden[0], hidden[1], atol=1e-6)
+    assert not torch.allclose(hidden[0], decoder(Batch.ragged([tokens], [decoder.widths])), atol=1e-3)
 
 
 def test_units_tell_what_they_are() -> None:

@@ -20,6 +20,7 @@ from flextron.jobs.hyperparameters import TARGET_MODULES, Hyperparameters
 from flextron.jobs.trainer import Example, StepMetrics
 from flextron.model import packing
 from flextron.model.adapter import Adapter, linear_shapes
+from flextron.model.bypass import Lora
 from flextron.model.decoder import Decoder
 from flextron.model.peft_layout import write_adapter
 from flextron.model.recompute import KEEPABLE
@@ -102,6 +103,7 @@ class LoraTrainer:
             self.adapter = Adapter.lora(
                 config, rank=hyperparameters.rank, alpha=hyperparameters.alpha, targets=sorted(named)
             ).to(made_by.decoder.device)
+        _leave_out(self.adapter, made_by.spec)
         self._parameters = dict(self.adapter.named_parameters())
         rate = hyperparameters.learning_rate * hyperparameters.learning_rate_multiplier
         self._rate = rate
@@ -234,6 +236,17 @@ class LoraTrainer:
         if self.step_number < self.num_steps:
             self._begin()
         return metrics
+
+
+@torch.no_grad()
+def _leave_out(adapter: Adapter, spec: SubnetSpec) -> None:
+    """Zero what reads neurons and heads that a sub-network does not have: it would stay as it was drawn."""
+    for i, widths in enumerate(spec.layers):
+        shapes, bypasses = linear_shapes(adapter.config, widths), adapter.at(i)
+        for target in bypasses.keys() & {"o", "down"}:
+            bypass = bypasses[target]
+            assert isinstance(bypass, Lora)
+            bypass.a[shapes[target].inputs if target in shapes else 0 :] = 0
 
 
 def _share_of_rate(step: int, num_steps: int) -> float:

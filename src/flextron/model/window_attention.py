@@ -146,7 +146,8 @@ class _Blockwise(torch.autograd.Function):
 
 def _rows(x_NHd: Tensor, num_kv: int) -> Tensor:
     """A view by KV heads, (K, r, N, d)."""
-    return x_NHd.unflatten(1, (num_kv, -1)).permute(1, 2, 0, 3)
+    by_head: Tensor = x_NHd.unflatten(1, (num_kv, -1))
+    return by_head.permute(1, 2, 0, 3)
 
 
 class _Known(torch.autograd.Function):
