@@ -61,6 +61,7 @@ _SECONDS = {"SmolLM2-135M": 45.0, "tiny": 15.0}
 _OBJECTIVES = {"SmolLM2-135M": (3.0, 60.0), "tiny": (40.0, 400.0)}
 """For the time per token and to the first, as multiples of the time per token of a request that is alone; the tiny
 model's iteration takes less than any unit of training."""
+_SWEEP, _PICTURE = RESULTS / "sweeps" / "coserving.json", Path("docs/images/coserving.png")
 _ATTAINED = 0.95
 _TEMPORAL = ((1, 0.0), (1, 3.0), (4, 0.0), (16, 0.0), (64, 0.0))
 """Optimizer steps of one sequence whenever nothing is served, and rest after them, in times of their length."""
@@ -390,10 +391,10 @@ def _limit(requests: Sequence[Arrival], iterations: Sequence[tuple[int, float]],
 @cache
 def _sweeps() -> tuple[Sweep, Sweep]:
     sweeps = _sweep("SmolLM2-135M", _smollm2()), _sweep("tiny", _tiny())
-    RESULTS.mkdir(exist_ok=True)
-    text = json.dumps([sweep.to_dict() for sweep in sweeps], indent=1)
-    (RESULTS / "coserving-sweep.json").write_text(text + "\n", encoding="utf-8")
-    draw([sweep.to_dict() for sweep in sweeps], RESULTS / "coserving-sweep.png")
+    written = [sweep.to_dict() for sweep in sweeps]
+    _SWEEP.parent.mkdir(parents=True, exist_ok=True)
+    _SWEEP.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+    draw(written, _PICTURE)
     return sweeps
 
 
