@@ -134,7 +134,14 @@ def test_a_server_that_is_away_for_a_while(served: Tuning, monkeypatch: pytest.M
 def test_ctrl_c_leaves_the_job(served: Tuning, data: Path) -> None:
     url = served.server.url
     command = [sys.executable, "-m", "flextron", "finetune", "--server", url, "--model", "tiny", "--epochs", "1000"]
-    with subprocess.Popen([*command, "--api-key", "a-key", str(data)], stderr=subprocess.PIPE, text=True) as child:
+    child = subprocess.Popen(
+        [*command, "--api-key", "a-key", str(data)],
+        stderr=subprocess.PIPE,
+        text=True,
+        # a parent in the background ignores it, and children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    with child:
         assert child.stderr is not None
         job_id = next(line.split()[-1] for line in child.stderr if line.startswith("created finetuning job"))
         next(line for line in child.stderr if "1 of" in line)

@@ -20,7 +20,7 @@ from flextron.model.decoder import Decoder
 from flextron.model.generation import SamplingParams, generate
 from flextron.model.native import why_not_native
 from flextron.model.parallel import TensorParallel
-from flextron.model.windowed import Finetuning
+from flextron.model.windowed import Finetuning, Stage
 from flextron.spec import SubnetSpec
 from tests.model.adapter_cases import random_ia3, random_lora, targets_of
 from tests.model.families_cases import CASES, random_tokens, relative_error
@@ -196,10 +196,10 @@ def train_in_windows(device: torch.device, case: str, keep: tuple[str, ...]) -> 
             loss = reference.loss
         with Collectives() as forward:
             work = Finetuning(shard, share, examples, spec=ranks.spec(spec), keep=keep)
-            while work.forward(10):  # 25 tokens: windows of 10, 10 and 5
-                pass
+            while work.stage is not Stage.BACKWARD:
+                work.run(10)  # 25 tokens: windows of 10, 10 and 5
         with Collectives() as backward:
-            while work.backward(10):
+            while work.run(10):
                 pass
         assert work.loss == pytest.approx(loss, rel=BAR)
         ranks.sum_gradients(share)
@@ -219,7 +219,7 @@ def test_finetuning_in_windows(ranks: Ranks, case: str, keep: tuple[str, ...]) -
     assert one == other
     forward, backward = one
     windows = [("allreduce_", n * CASES[case].hidden_size * 8) for n in (10, 10, 5)]
-    assert forward == [w for w in windows for _ in range(6)]
+    assert forward == [w for _ in range(3) for w in windows for _ in range(2)]  # layer by layer
     # A layer sends back two sums, the lowest none to its input; what attention gave is summed again unless it is kept
     # or nothing reads it, as where attention and MLP run side by side.
     again = 0 if keep or case == "neox" else 1

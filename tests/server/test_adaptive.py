@@ -99,6 +99,23 @@ def test_a_burst_narrows_and_a_pause_widens() -> None:
     assert max(queues[1].waits) < 0.4 * max(queues[0].waits)
 
 
+def test_training_narrows_nobody_and_holds_nobody_back() -> None:
+    """It takes what the objectives leave, so that times are near them or a little beyond."""
+    policy = Adaptive(Objective(tpot_ms=50), (1.0, 0.75, 0.5))
+
+    def windows(count: int, tpot: float, training: float) -> None:
+        for _ in range(count):
+            policy.token(tpot, is_first=False)
+            policy.end_window(0.5, num_running=1, num_waiting=0, oldest=0, training=training)
+
+    windows(20, 0.052, training=0.3)
+    assert policy.cap == 1
+    windows(20, 0.052, training=0.0)
+    assert policy.cap == 0.5
+    windows(20, 0.049, training=0.3)
+    assert policy.cap == 1
+
+
 def test_the_queue_tells_before_the_wait_is_long() -> None:
     """Ten in the queue, of which one a window gets its turn, will take five seconds, though nobody waited two yet."""
     policy = Adaptive(Objective(ttft_ms=4000), RUNGS)

@@ -109,7 +109,9 @@ class Adaptive:
         """A token came, so long after the one before it, or after its request's arrival."""
         (self._first if is_first else self._next).add(seconds)
 
-    def end_window(self, seconds: float, *, num_running: int, num_waiting: int, oldest: float) -> None:
+    def end_window(
+        self, seconds: float, *, num_running: int, num_waiting: int, oldest: float, training: float = 0.0
+    ) -> None:
         """Set the cap for the next window.
 
         Args:
@@ -117,6 +119,8 @@ class Adaptive:
             num_running: requests that the engine works on.
             num_waiting: requests in its queue.
             oldest: seconds since the oldest request without a token arrived; 0 if there is none.
+            training: seconds of the window that went to training. It takes what the objectives leave, so without it
+                times would be shorter by that share; no request gets narrower for it.
         """
         # an iteration may take longer than a window: then the last one counts
         if self._next.count or not num_running:
@@ -127,7 +131,8 @@ class Adaptive:
             self._rate = rate if self._rate is None else (1 - _NEW) * self._rate + _NEW * rate
         self._was_waiting = num_waiting > 0
         wait = num_waiting / self._rate if self._rate else 0.0
-        self._cap.update(self._objective.load(self._tpot, max(self._first.value, oldest, wait)))
+        served = max(0.0, 1 - training / seconds)
+        self._cap.update(served * self._objective.load(self._tpot, max(self._first.value, oldest, wait)))
         self._first, self._next = _Mean(), _Mean()
 
 

@@ -51,19 +51,20 @@ class Service:
         self.adaptive: Adaptive | None = None
         if settings.slo_tpot_ms is not None or settings.slo_ttft_ms is not None:
             objective = Objective(tpot_ms=settings.slo_tpot_ms, ttft_ms=settings.slo_ttft_ms)
-            # says why there are no narrower sub-networks to turn to
-            model.select(latency=1.0)
-            self.adaptive = Adaptive(objective, self.catalog.rungs)
+            if jobs is None or model.frontier is not None:
+                # says why there are no narrower sub-networks to turn to
+                model.select(latency=1.0)
+                self.adaptive = Adaptive(objective, self.catalog.rungs)
         self.names = TokenNames(self.tokenizer)
         self.stop_tokens = stop_tokens(self.tokenizer, model.hf_config.get("eos_token_id"))
         self.core = EngineCore(model.decoder, engine)
         self._feeder: Feeder | None = None
-        filler: Filler | None = None
+        self._filler: Filler | None = None
         if jobs is not None:
             self._feeder = Feeder(jobs, lambda: self.worker.wake())
             objectives = CoServing(tpot_ms=settings.slo_tpot_ms, ttft_ms=settings.slo_ttft_ms)
-            filler = Filler(self.core, self._feeder, objectives)
-        self.worker = Worker(self.core, self.tokenizer, self._post, filler)
+            self._filler = Filler(self.core, self._feeder, objectives)
+        self.worker = Worker(self.core, self.tokenizer, self._post, self._filler)
         self.adapters = LoadedAdapters(
             names, adapter_reader(model.decoder), settings.max_loaded_adapters, self.worker.forget
         )
@@ -127,13 +128,19 @@ class Service:
     async def _adapt(self, adaptive: Adaptive) -> None:
         """Tell the policy what clients see, window by window."""
         loop = asyncio.get_running_loop()
-        begun = loop.time()
+        begun, trained = loop.time(), 0.0
         while True:
             await asyncio.sleep(WINDOW_SECONDS)
             now, load = loop.time(), self.worker.load
-            oldest = max((s.unanswered_for for s in self._sessions), default=0.0)
-            adaptive.end_window(now - begun, num_running=load.num_running, num_waiting=load.num_waiting, oldest=oldest)
-            begun = now
+            training = 0.0 if self._filler is None else self._filler.seconds
+            adaptive.end_window(
+                now - begun,
+                num_running=load.num_running,
+                num_waiting=load.num_waiting,
+                oldest=max((s.unanswered_for for s in self._sessions), default=0.0),
+                training=training - trained,
+            )
+            begun, trained = now, training
 
     async def drain(self) -> None:
         """Take nothing new; wait for what runs, as long as the settings say, then break it off."""
