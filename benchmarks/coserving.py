@@ -55,15 +55,15 @@ from flextron.workflows.tiny import tiny_model
 
 __all__ = ["run"]
 
-_SHARES = (0.0, 0.05, 0.15, 0.25, 0.35, 0.5, 0.75)
+_SHARES = (0.0, 0.05, 0.15, 0.25, 0.35, 0.5)
 """Of the capacity; the second is the light load."""
-_SECONDS = {"SmolLM2-135M": 45.0, "tiny": 15.0}
+_SECONDS = {"SmolLM2-135M": 30.0, "tiny": 10.0}
 _OBJECTIVES = {"SmolLM2-135M": (3.0, 60.0), "tiny": (40.0, 400.0)}
 """For the time per token and to the first, as multiples of the time per token of a request that is alone; the tiny
 model's iteration takes less than any unit of training."""
 _SWEEP, _PICTURE = RESULTS / "sweeps" / "coserving.json", Path("docs/images/coserving.png")
 _ATTAINED = 0.95
-_TEMPORAL = ((1, 0.0), (1, 3.0), (4, 0.0), (16, 0.0), (64, 0.0))
+_TEMPORAL = ((1, 0.0), (1, 3.0), (8, 0.0), (64, 0.0))
 """Optimizer steps of one sequence whenever nothing is served, and rest after them, in times of their length."""
 
 
@@ -221,7 +221,7 @@ def peak_throughput() -> Figure:
 def instruct_throughput() -> Figure:
     """Finetuning alone against peft and transformers, prompts and answers of many lengths."""
     rng = random.Random("instruct")
-    text = smollm2.eval_windows(24 * 512, 512)
+    text = smollm2.eval_windows(16 * 512, 512)
     rows = [(row[:n], (torch.arange(n) >= n // 2).float()) for row in text for n in [_length(rng)]]
     batches = [rows[k : k + 8] for k in range(0, len(rows), 8)]
     return _against_peft("8 prompts with answers a step, the answers learnt", batches)
@@ -261,7 +261,7 @@ def _against_peft(name: str, batches: Sequence[Sequence[tuple[Tensor, Tensor]]])
             optimizers[1].zero_grad()
 
     jobs = {"peft": peft, "kept": lambda: ours(("q", "o", "gate", "up")), "recomputed": lambda: ours(())}
-    times = interleaved_seconds(jobs, 3)
+    times = interleaved_seconds(jobs, 2)
     spread = median(ratios(times, "peft", "kept"))
     lean = median(ratios(times, "peft", "recomputed"))[1]
     count = sum(len(t) for batch in batches for t, _ in batch)
