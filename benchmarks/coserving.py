@@ -55,7 +55,7 @@ from flextron.workflows.tiny import tiny_model
 
 __all__ = ["run"]
 
-_SHARES = (0.0, 0.05, 0.15, 0.25, 0.35, 0.5)
+_SHARES = (0.0, 0.05, 0.15, 0.25, 0.35, 0.45)
 """Of the capacity; the second is the light load."""
 _SECONDS = {"SmolLM2-135M": 30.0, "tiny": 10.0}
 _OBJECTIVES = {"SmolLM2-135M": (3.0, 60.0), "tiny": (40.0, 400.0)}

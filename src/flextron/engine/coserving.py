@@ -8,7 +8,8 @@ most, and training rests while prompts are late.
 A request's next token is due when its mean time per token would pass the objective, but never later than two such times
 after its last token. So what training may take follows from what each request has had, and a slow iteration (a long
 prompt of somebody else) is made up for. As requests may come that nobody foresees, some of the objective is held in
-reserve: more after a request that missed it, less after each that did not.
+reserve: more after a request that missed it, less after each that did not; and the next iteration is expected to take
+as long as the longest one lately, for it may have somebody's prompt in it.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ _PROBE_TOKENS = 32
 _FEWEST_TOKENS = 8
 _RESERVE = (0.05, 0.6)
 """Least and most of the objective that is held back."""
+_FIRST_RESERVE = 0.1
+_REMEMBER = 0.99
+"""What is left of the longest iteration with each that was shorter."""
 _AFTER_MISS, _AFTER_HIT = 0.05, 0.0025
 """What a request adds to the reserve, or takes from it: training causes about one miss in twenty, at most."""
 _MOST_GAP = 2.0
@@ -88,7 +92,7 @@ class Filler:
             now: a clock in seconds, that of the requests' `arrived`.
         """
         self.core, self.work, self.settings = core, work, settings or CoServing()
-        self.reserve = _RESERVE[0]
+        self.reserve = _FIRST_RESERVE
         """Part of the objective that training leaves alone."""
         self.seconds = 0.0
         """That training took."""
@@ -96,6 +100,8 @@ class Filler:
         self._iterations, self._units = TimeLine(), dict[Hashable, TimeLine]()
         self._alone = math.inf
         """Seconds of the shortest iteration that decoded."""
+        self._longest = 0.0
+        """Seconds of the longest iteration lately: the next one may have somebody's prompt in it, too."""
         self._tokens: dict[Sequence, tuple[float, float, int]] = {}
         """When a running request got its first and last token, and how many it has."""
 
@@ -107,6 +113,7 @@ class Filler:
         num_tokens = self.core.num_tokens
         if num_tokens:
             self._iterations.add(num_tokens, ended - began)
+            self._longest = max(ended - began, _REMEMBER * self._longest)
             if outputs:
                 self._alone = min(self._alone, ended - began)
         for output in outputs:
@@ -145,12 +152,12 @@ class Filler:
             return math.inf
         now, budget = self._now(), math.inf
         decoding = [s for s in scheduler.running if s in self._tokens and s.num_new == 1]
-        if decoding and self._iterations:
+        if decoding:
             objective = self.objective * (1 - self.reserve)
             for sequence in decoding:
                 first, last, count = self._tokens[sequence]
                 budget = min(budget, first + count * objective - now, last + _MOST_GAP * objective - now)
-            budget -= self._iterations(len(decoding))
+            budget -= self._longest
         late = [s for s in scheduler if s.num_new > 1 or s not in self._tokens]
         if late:
             if self.settings.ttft_ms is None or not self._iterations:
