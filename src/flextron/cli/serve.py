@@ -41,7 +41,10 @@ def serve(
         Weights | None, typer.Option(help="Draft tokens in this precision and check them: faster with few requests.")
     ] = None,
     slo_tpot_ms: Annotated[
-        float | None, typer.Option(help="Time between two tokens that narrower sub-networks shall hold under load.")
+        float | None,
+        typer.Option(
+            help="Time between two tokens that narrower sub-networks shall hold under load, and training respect."
+        ),
     ] = None,
     slo_ttft_ms: Annotated[float | None, typer.Option(help="Likewise, time to the first token.")] = None,
     min_latency_target: Annotated[
