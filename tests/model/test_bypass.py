@@ -126,6 +126,10 @@ def test_adapters_of_attention_run_beside_token_routers_and_others_are_refused()
     assert relative_error(ours, theirs) <= 1e-5
     with pytest.raises(FlextronError, match="token router"):
         Segment(decoder.widths, (3,), router=router, adapter=random_lora(decoder.config))
+    both = [decoder.widths] * 2
+    mixed = Batch.ragged([tokens, tokens], both, routers=[router, None], adapters=[None, random_lora(decoder.config)])
+    with pytest.raises(FlextronError, match="run them apart"):
+        decoder(mixed)
 
 
 def test_bad_adapters_are_refused() -> None:

@@ -151,8 +151,15 @@ class Batch:
 
     @cached_property
     def is_routed(self) -> bool:
-        """Whether any segment's tokens choose their own MLP widths."""
-        return any(s.router is not None for s in self.segments)
+        """Whether any segment's tokens choose their own MLP widths.
+
+        Raises:
+            FlextronError: another segment has an adapter of MLP linears.
+        """
+        is_routed = any(s.router is not None for s in self.segments)
+        if is_routed and any(s.adapter is not None and s.adapter.has_mlp for s in self.segments):
+            raise FlextronError("an adapter of MLP linears cannot share a batch with routed tokens; run them apart")
+        return is_routed
 
     @cached_property
     def is_adapted(self) -> bool:
