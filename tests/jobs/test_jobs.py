@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from flextron.errors import FlextronError
 from flextron.jobs.dataset import read_dataset
+from flextron.jobs.feeder import Feeder
 from flextron.jobs.jobs import Jobs
 from flextron.jobs.records import Checkpoint, Status
 from flextron.jobs.store import UnknownIdError
@@ -444,6 +445,26 @@ def test_bad_files_fail_their_jobs(jobs: Jobs) -> None:
     assert job.error is not None
     assert (job.error.code, job.error.param) == ("invalid_training_file", "training_file")
     assert job.error.message.startswith("line 13 ")
+
+
+def test_a_step_that_ends_with_the_feeder_is_in_the_books(tmp_path: Path) -> None:
+    made = new_jobs(tmp_path / "state")
+    job = settled(made)
+    feeder = Feeder(made)
+    feeder.start()
+    for step in (1, 2, 3):
+        wait_until(lambda: feeder.unit is not None)
+        if step == 3:
+            feeder._is_ending.set()
+        while feeder.unit is not None:
+            feeder.run_unit(1)
+    feeder.stop()
+    made.close()
+    again = new_jobs(tmp_path / "state")
+    wait_until(lambda: job.id in again._preparer.held())
+    assert train(again) == NUM_STEPS - 3
+    assert [step for step, _ in again.journal.steps(job.id)] == list(range(1, NUM_STEPS + 1))
+    again.close()
 
 
 def test_many_threads_at_once(jobs: Jobs) -> None:

@@ -96,8 +96,8 @@ class Feeder(threading.Thread):
             return
         self._on_work()
         self._is_taken.wait()
-        if self._is_ending.is_set():
-            return
+        # a step that was taken is written down even at the end, or its trainer would be a step ahead of the books; None
+        # if it was not taken
         outcome = self._outcome
         if isinstance(outcome, StepMetrics):
             self._jobs.record(run, outcome)
