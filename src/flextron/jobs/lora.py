@@ -24,7 +24,7 @@ from flextron.model.bypass import Lora
 from flextron.model.decoder import Decoder
 from flextron.model.peft_layout import write_adapter
 from flextron.model.recompute import KEEPABLE
-from flextron.model.windowed import Finetuning, Stage
+from flextron.model.windowed import Finetuning
 from flextron.spec import SubnetSpec
 
 __all__ = ["UPDATE", "LoraTrainer", "LoraTrainers"]
@@ -105,9 +105,8 @@ class LoraTrainer:
             ).to(made_by.decoder.device)
         _leave_out(self.adapter, made_by.spec)
         self._parameters = dict(self.adapter.named_parameters())
-        rate = hyperparameters.learning_rate * hyperparameters.learning_rate_multiplier
-        self._rate = rate
-        self._optimizer = torch.optim.AdamW(self.adapter.parameters(), lr=rate, weight_decay=0.0, fused=True)
+        self._rate = hyperparameters.learning_rate * hyperparameters.learning_rate_multiplier
+        self._optimizer = torch.optim.AdamW(self.adapter.parameters(), lr=self._rate, weight_decay=0.0, fused=True)
         self.step_number = 0
         self._work: Finetuning | None = None
         self._packs: Iterator[Finetuning] = iter(())
@@ -129,7 +128,10 @@ class LoraTrainer:
     @property
     def unit(self) -> str:
         """Kind of the next unit; units of one kind take about the same time a token."""
-        return UPDATE if self._work is None else self._stage.value
+        if self._work is None:
+            return UPDATE
+        assert self._work.stage is not None
+        return self._work.stage.value
 
     @property
     def num_left(self) -> int:
@@ -137,12 +139,6 @@ class LoraTrainer:
         if self._work is None:
             return 1
         return self._work.num_left_of_layer
-
-    @property
-    def _stage(self) -> Stage:
-        assert self._work is not None
-        assert self._work.stage is not None
-        return self._work.stage
 
     def run(self, num_tokens: int) -> StepMetrics | None:
         """Run the next unit, with at most so many tokens; the step's metrics if it was the step's last.

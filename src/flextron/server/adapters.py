@@ -23,13 +23,18 @@ from flextron.model.decoder import Decoder
 from flextron.model.peft_layout import read_adapter
 from flextron.server.errors import ApiError, not_found
 
-__all__ = ["AdapterNames", "LoadedAdapters", "NamedAdapter", "adapter_reader"]
+__all__ = ["AdapterNames", "LoadedAdapters", "NamedAdapter", "adapter_reader", "is_word"]
 
 _log = logging.getLogger("flextron.server")
 _FINETUNED = "ft:"
 """Begins the names of those that jobs made."""
 
 ReadAdapter = Callable[[Path], Adapter]
+
+
+def is_word(name: str) -> bool:
+    """Whether a model's or an adapter's name can stand before `@` and a target."""
+    return bool(name) and "@" not in name and name.isprintable() and not any(c.isspace() for c in name)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -62,7 +67,7 @@ class AdapterNames:
         Raises:
             FlextronError: the name does not fit or is taken, or there is no adapter for this model.
         """
-        if not name or "@" in name or not name.isprintable() or any(c.isspace() for c in name):
+        if not is_word(name):
             raise FlextronError(f"the adapter's name {name!r} must be a word without @")
         if name.startswith(_FINETUNED):
             raise FlextronError(f"the adapter's name {name!r} begins with {_FINETUNED}, as only finetuned models' do")

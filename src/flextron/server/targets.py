@@ -17,7 +17,7 @@ from flextron.errors import FlextronError
 from flextron.model.decoder import Decoder
 from flextron.routing import Frontier
 from flextron.routing.token_router import PricedRouter
-from flextron.server.adapters import AdapterNames, NamedAdapter
+from flextron.server.adapters import AdapterNames, NamedAdapter, is_word
 from flextron.server.bodies import TargetBody
 from flextron.server.errors import bad_request, not_found
 from flextron.spec import SearchSpace, SubnetSpec, Target
@@ -119,7 +119,7 @@ class Catalog:
         Raises:
             FlextronError: the name cannot stand before a target.
         """
-        if not name or "@" in name or not name.isprintable() or any(c.isspace() for c in name):
+        if not is_word(name):
             raise FlextronError(f"the name {name!r} must be a word without @; choose one with --name")
         self._model, self.name, self._least = model, name, min_latency_target
         self._adapters = adapters or AdapterNames()
