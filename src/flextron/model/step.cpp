@@ -17,6 +17,7 @@
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <new>
 #include <numeric>
 #include <omp.h>
 #include <vector>
@@ -58,27 +59,63 @@ inline void keep(Vec& v) {
 #endif
 }
 
+typedef float Four __attribute__((vector_size(16)));
+
+// The sums of four vectors.
+inline Four sums(Vec a, Vec b, Vec c, Vec d) {
+    const Vec ab = __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13) +
+                   __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
+    const Vec cd = __builtin_shufflevector(c, d, 0, 8, 1, 9, 4, 12, 5, 13) +
+                   __builtin_shufflevector(c, d, 2, 10, 3, 11, 6, 14, 7, 15);
+    const Vec all = __builtin_shufflevector(ab, cd, 0, 1, 8, 9, 4, 5, 12, 13) +
+                    __builtin_shufflevector(ab, cd, 2, 3, 10, 11, 6, 7, 14, 15);
+    return __builtin_shufflevector(all, all, 0, 1, 2, 3) + __builtin_shufflevector(all, all, 4, 5, 6, 7);
+}
+
+// Floats that begin at a line of the cache: vectors that lie in two lines take twice the time.
+constexpr long kLine = 64;  // bytes
+template <class T>
+struct Aligned {
+    typedef T value_type;
+    T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(kLine))); }
+    void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(kLine)); }
+    bool operator==(const Aligned&) const { return true; }
+    bool operator!=(const Aligned&) const { return false; }
+};
+typedef std::vector<float, Aligned<float>> Floats;
+
 // Rows of a chunk, and tokens of a tile: a chunk of weights and a tile of tokens lie in the second-level cache together.
 constexpr long kChunk = 48;
 constexpr long kTile = 64;
-constexpr long kLine = 64;  // bytes of a cache line
 
-// Asks memory for the part of the next four rows that is as long as what one step of a stream over four rows uses.
+// Asks memory for the part of the next R rows that is as long as what one step of a stream over R rows uses.
 template <int R, class W>
-inline void ask_for(const W* p) {
-    if (R != 4) return;
+__attribute__((always_inline)) inline void ask_for(const W* p) {
     for (unsigned i = 0; i < R * kLanes; i += kLine / sizeof(W)) __builtin_prefetch(p + i, 0, 3);
+}
+
+// Up to so many tokens a product waits for memory, and asks for the next rows at every step; with more it computes, and
+// asks seldom for more at once.
+constexpr long kStreamed = 12;
+
+// Asks for this call's part of the next three rows, if the tokens before `t` are done and there are n. (A function
+// that only asks has no effect in a compiler's eyes: its calls go away unless it is inlined.)
+template <class W>
+__attribute__((always_inline)) inline void ask_seldom(const W* next, long size, long t, long n) {
+    if (n <= kStreamed || t >= kTile) return;
+    const long calls = (std::min(n, kTile) + 3) / 4, part = (3 * size + calls - 1) / calls;
+    for (long c = 0; c < part; c += kLine / sizeof(W)) __builtin_prefetch(next + t / 4 * part + c, 0, 2);
 }
 
 // out[t][r] = dot(row r, token t) for R rows of w and T tokens of x; R * T sums are in flight. Not inlined, because all
 // registers are needed.
-template <int R, int T, class W>
+template <int R, int T, bool kAsks, class W>
 __attribute__((noinline)) void dots(const W* w, long ldw, const float* x, long ldx, long size, float* out, long ldo) {
-    Vec acc[R][T];
+    Vec acc[R * T];
 #pragma GCC unroll 16
-    for (int i = 0; i < R * T; i++) acc[i / T][i % T] = Vec{};
+    for (int i = 0; i < R * T; i++) acc[i] = Vec{};
     for (long c = 0; c < size; c += kLanes) {
-        ask_for<R>(w + R * ldw + R * c);
+        if (kAsks) ask_for<R>(w + R * ldw + R * c);
         Vec rows[R];
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++) {
@@ -90,24 +127,37 @@ __attribute__((noinline)) void dots(const W* w, long ldw, const float* x, long l
             Vec token = load(x + t * ldx + c);
             keep(token);
 #pragma GCC unroll 16
-            for (int r = 0; r < R; r++) acc[r][t] = fma(rows[r], token, acc[r][t]);
+            for (int r = 0; r < R; r++) acc[r * T + t] = fma(rows[r], token, acc[r * T + t]);
         }
     }
+    constexpr int kInFours = R * T / 4 * 4;
 #pragma GCC unroll 16
-    for (int i = 0; i < R * T; i++) out[i % T * ldo + i / T] = sum(acc[i / T][i % T]);
+    for (int i = 0; i < kInFours; i += 4) {
+        const Four four = sums(acc[i], acc[i + 1], acc[i + 2], acc[i + 3]);
+#pragma GCC unroll 16
+        for (int j = 0; j < 4; j++) out[(i + j) % T * ldo + (i + j) / T] = four[j];
+    }
+#pragma GCC unroll 16
+    for (int i = kInFours; i < R * T; i++) out[i % T * ldo + i / T] = sum(acc[i]);
+}
+
+// The same for n tokens, up to four.
+template <int R, bool kAsks, class W>
+inline void dots_few(const W* w, long ldw, const float* x, long ldx, long n, long size, float* out, long ldo) {
+    if (n == 4) return dots<R, 4, kAsks>(w, ldw, x, ldx, size, out, ldo);
+    if (n == 3) return dots<R, 3, kAsks>(w, ldw, x, ldx, size, out, ldo);
+    if (n == 2) return dots<R, 2, kAsks>(w, ldw, x, ldx, size, out, ldo);
+    return dots<R, 1, kAsks>(w, ldw, x, ldx, size, out, ldo);
 }
 
 template <int R, int T, class W>
 inline void dots_all_rows(const W* w, long ldw, long count, const float* x, long ldx, long size, float* out, long ldo) {
     long r = 0;
-    for (; r + R <= count; r += R) dots<R, T>(w + r * ldw, ldw, x, ldx, size, out + r, ldo);
-    for (; r < count; r++) dots<1, T>(w + r * ldw, ldw, x, ldx, size, out + r, ldo);
+    for (; r + R <= count; r += R) dots<R, T, true>(w + r * ldw, ldw, x, ldx, size, out + r, ldo);
+    for (; r < count; r++) dots<1, T, false>(w + r * ldw, ldw, x, ldx, size, out + r, ldo);
 }
 
-// How many numbers of the next three rows to ask for, each time that four of n tokens are done.
-inline long ahead_of_three(long size, long n) { return (3 * size * 4 + n - 1) / n; }
-
-// Dot products of `count` rows with n tokens. With up to three tokens each row is read once, from memory; with more,
+// Dot products of `count` rows with n tokens. With up to six tokens each row is read once, from memory; with more,
 // three rows go to the first-level cache and meet the tokens four by four.
 template <class W>
 inline void dot_rows(const W* w, long ldw, long count, const float* x, long ldx, long n, long size, float* out,
@@ -115,71 +165,86 @@ inline void dot_rows(const W* w, long ldw, long count, const float* x, long ldx,
     if (n == 1) return dots_all_rows<4, 1>(w, ldw, count, x, ldx, size, out, ldo);
     if (n == 2) return dots_all_rows<4, 2>(w, ldw, count, x, ldx, size, out, ldo);
     if (n == 3) return dots_all_rows<4, 3>(w, ldw, count, x, ldx, size, out, ldo);
+    if (n == 4) return dots_all_rows<3, 4>(w, ldw, count, x, ldx, size, out, ldo);
+    if (n == 5) return dots_all_rows<2, 5>(w, ldw, count, x, ldx, size, out, ldo);
+    if (n == 6) return dots_all_rows<2, 6>(w, ldw, count, x, ldx, size, out, ldo);
     for (long tile = 0; tile < n; tile += kTile) {
         const long end = std::min(tile + kTile, n);
-        const long ahead = tile ? 0 : ahead_of_three(size, n);
         long r = 0;
-        for (; r + 3 <= count; r += 3) {
-            long t = tile;
-            const W* next = w + (r + 3) * ldw;
-            for (; t + 4 <= end; t += 4, next += ahead) {
-                for (long c = 0; c < ahead; c += kLine / sizeof(W)) __builtin_prefetch(next + c, 0, 2);
-                dots<3, 4>(w + r * ldw, ldw, x + t * ldx, ldx, size, out + t * ldo + r, ldo);
+        for (; r + 3 <= count; r += 3)
+            for (long t = tile; t < end; t += 4) {
+                ask_seldom(w + (r + 3) * ldw, size, t, n);
+                const auto few = n <= kStreamed ? dots_few<3, true, W> : dots_few<3, false, W>;
+                few(w + r * ldw, ldw, x + t * ldx, ldx, std::min(end - t, 4L), size, out + t * ldo + r, ldo);
             }
-            for (; t < end; t++) dots<3, 1>(w + r * ldw, ldw, x + t * ldx, ldx, size, out + t * ldo + r, ldo);
-        }
         for (; r < count; r++)
-            for (long t = tile; t < end; t++) dots<1, 1>(w + r * ldw, ldw, x + t * ldx, ldx, size, out + t * ldo + r, ldo);
+            for (long t = tile; t < end; t += 4)
+                dots_few<1, false>(w + r * ldw, ldw, x + t * ldx, ldx, std::min(end - t, 4L), size, out + t * ldo + r,
+                                   ldo);
     }
 }
 
 // y[t] += sum over R rows of h[t][r] * row r, for T tokens: a stream over the rows.
-template <int R, int T, class W>
+template <int R, int T, bool kAsks, class W>
 __attribute__((noinline)) void adds(const W* w, long ldw, const float* h, long ldh, float* y, long ldy, long size) {
     Vec factors[R][T];
+#pragma GCC unroll 16
     for (int r = 0; r < R; r++)
+#pragma GCC unroll 16
         for (int t = 0; t < T; t++) factors[r][t] = Vec{} + h[t * ldh + r];
     for (long c = 0; c < size; c += kLanes) {
-        ask_for<R>(w + R * ldw + R * c);
+        if (kAsks) ask_for<R>(w + R * ldw + R * c);
         Vec rows[R];
+#pragma GCC unroll 16
         for (int r = 0; r < R; r++) rows[r] = load(w + r * ldw + c);
+#pragma GCC unroll 16
         for (int t = 0; t < T; t++) {
             Vec acc = load(y + t * ldy + c);
+#pragma GCC unroll 16
             for (int r = 0; r < R; r++) acc = fma(rows[r], factors[r][t], acc);
             store(y + t * ldy + c, acc);
         }
     }
 }
 
+template <int R, bool kAsks, class W>
+inline void adds_few(const W* w, long ldw, const float* h, long ldh, float* y, long ldy, long n, long size) {
+    if (n == 4) return adds<R, 4, kAsks>(w, ldw, h, ldh, y, ldy, size);
+    if (n == 3) return adds<R, 3, kAsks>(w, ldw, h, ldh, y, ldy, size);
+    if (n == 2) return adds<R, 2, kAsks>(w, ldw, h, ldh, y, ldy, size);
+    return adds<R, 1, kAsks>(w, ldw, h, ldh, y, ldy, size);
+}
+
 template <int R, int T, class W>
 inline void adds_all_rows(const W* w, long ldw, long count, const float* h, long ldh, float* y, long ldy, long size) {
     long r = 0;
-    for (; r + R <= count; r += R) adds<R, T>(w + r * ldw, ldw, h + r, ldh, y, ldy, size);
-    for (; r < count; r++) adds<1, T>(w + r * ldw, ldw, h + r, ldh, y, ldy, size);
+    for (; r + R <= count; r += R) adds<R, T, true>(w + r * ldw, ldw, h + r, ldh, y, ldy, size);
+    for (; r < count; r++) adds<1, T, false>(w + r * ldw, ldw, h + r, ldh, y, ldy, size);
 }
 
-// The same for `count` rows and n tokens.
+// The same for `count` rows and n tokens, in the order of `dot_rows`.
 template <class W>
 inline void add_rows(const W* w, long ldw, long count, const float* h, long ldh, float* y, long ldy, long n,
                      long size) {
     if (n == 1) return adds_all_rows<4, 1>(w, ldw, count, h, ldh, y, ldy, size);
     if (n == 2) return adds_all_rows<4, 2>(w, ldw, count, h, ldh, y, ldy, size);
     if (n == 3) return adds_all_rows<4, 3>(w, ldw, count, h, ldh, y, ldy, size);
+    if (n == 4) return adds_all_rows<3, 4>(w, ldw, count, h, ldh, y, ldy, size);
+    if (n == 5) return adds_all_rows<2, 5>(w, ldw, count, h, ldh, y, ldy, size);
+    if (n == 6) return adds_all_rows<2, 6>(w, ldw, count, h, ldh, y, ldy, size);
     for (long tile = 0; tile < n; tile += kTile) {
         const long end = std::min(tile + kTile, n);
-        const long ahead = tile ? 0 : ahead_of_three(size, n);
         long r = 0;
-        for (; r + 3 <= count; r += 3) {
-            long t = tile;
-            const W* next = w + (r + 3) * ldw;
-            for (; t + 4 <= end; t += 4, next += ahead) {
-                for (long c = 0; c < ahead; c += kLine / sizeof(W)) __builtin_prefetch(next + c, 0, 2);
-                adds<3, 4>(w + r * ldw, ldw, h + t * ldh + r, ldh, y + t * ldy, ldy, size);
+        for (; r + 3 <= count; r += 3)
+            for (long t = tile; t < end; t += 4) {
+                ask_seldom(w + (r + 3) * ldw, size, t, n);
+                const auto few = n <= kStreamed ? adds_few<3, true, W> : adds_few<3, false, W>;
+                few(w + r * ldw, ldw, h + t * ldh + r, ldh, y + t * ldy, ldy, std::min(end - t, 4L), size);
             }
-            for (; t < end; t++) adds<3, 1>(w + r * ldw, ldw, h + t * ldh + r, ldh, y + t * ldy, ldy, size);
-        }
         for (; r < count; r++)
-            for (long t = tile; t < end; t++) adds<1, 1>(w + r * ldw, ldw, h + t * ldh + r, ldh, y + t * ldy, ldy, size);
+            for (long t = tile; t < end; t += 4)
+                adds_few<1, false>(w + r * ldw, ldw, h + t * ldh + r, ldh, y + t * ldy, ldy, std::min(end - t, 4L),
+                                   size);
     }
 }
 
@@ -401,8 +466,8 @@ enum Target { kQ, kK, kV, kO, kGate, kUp, kDown, kTargets };
 struct Bypasses {
     const Tokens& b;
     const long N, D, rank;
-    std::vector<float> low;    // (kTargets, N, rank): z, by a token's place in the order
-    std::vector<float> parts;  // (threads, N, rank)
+    Floats low;    // (kTargets, N, rank): z, by a token's place in the order
+    Floats parts;  // (threads, N, rank)
 
     Bypasses(const Tokens& b, long D, int threads) : b(b), N(b.num_tokens), D(D), rank(b.max_rank) {
         if (b.adapters) low.resize(kTargets * N * rank), parts.resize(threads * N * rank);
@@ -493,7 +558,7 @@ struct Step {
     const Tokens& b;
     Bypasses bypasses;
     std::vector<Order> attention, mlp;
-    std::vector<float> x, xn, q, k, v, heads, partial;
+    Floats x, xn, q, k, v, heads, partial;
     long D, N, d, kv_max, q_max;
 
     long kv_rows(long groups) const { return d * (s.is_multi_query ? std::min(groups, 1L) : groups); }
@@ -576,7 +641,7 @@ struct Step {
     }
 
     // Heads of one token over one KV head.
-    void attend(long l, long i, long kv_head, std::vector<float>& scores) {
+    void attend(long l, long i, long kv_head, Floats& scores) {
         const Order& order = attention[l];
         const long token = order.tokens[i], P = s.page_size, last = b.positions[token];
         const long per_kv = s.is_multi_query ? order.widths[i] : s.query_rows_per_group / d;
@@ -636,7 +701,7 @@ struct Step {
 
     void feed_forward(long l, const float* in, float* own, int id, int nt) {
         const LayerWeights& w = layers[l];
-        std::vector<float> up(kChunk * N), gate(w.gate.weight ? kChunk * N : 0);
+        Floats up(kChunk * N), gate(w.gate.weight ? kChunk * N : 0);
         share_rows(mlp[l], 1, id, nt, [&](long a, long e, long n) {
             neurons(l, kUp, w.up, a, e - a, in, n, up.data());
             if (w.gate.weight) {
@@ -673,7 +738,7 @@ struct Step {
     }
 
     void run(int id, int nt) {
-        std::vector<float> scores;
+        Floats scores;
         embed(id, nt);
 #pragma omp barrier
         float* own = &partial[(long)id * N * D];
