@@ -94,6 +94,11 @@ __attribute__((always_inline)) inline void ask_for(const W* p) {
     for (unsigned i = 0; i < R * kLanes; i += kLine / sizeof(W)) __builtin_prefetch(p + i, 0, 3);
 }
 
+// Asks for all of a page's keys or values: where the next page lies, no processor can foresee.
+__attribute__((always_inline)) inline void ask_for_page(const float* page, long size) {
+    for (long i = 0; i < size; i += kLine / sizeof(float)) __builtin_prefetch(page + i, 0, 2);
+}
+
 // Up to so many tokens a product waits for memory, and asks for the next rows at every step; with more it computes, and
 // asks seldom for more at once.
 constexpr long kStreamed = 12;
@@ -650,8 +655,11 @@ struct Step {
         float* own_q = &q[i * q_max + kv_head * per_kv * d];
         float* out = &heads[i * q_max + kv_head * per_kv * d];
         if ((long)scores.size() < per_kv * ld) scores.resize(per_kv * ld);
-        for (long p = start; p <= last; p += P)
+        for (long p = start; p <= last; p += P) {
+            ask_for_page(p + P <= last ? unit(l, token, p / P + 1, kv_head) : unit(l, token, start / P, kv_head) + P * d,
+                         P * d);
             dot_rows(unit(l, token, p / P, kv_head), d, P, own_q, d, per_kv, d, &scores[p - start], ld);
+        }
         const float scale = 1.0f / std::sqrt((float)d);
         for (long h = 0; h < per_kv; h++) {
             float* row = &scores[h * ld];
@@ -664,9 +672,11 @@ struct Step {
             std::fill(row + e, row + ld, 0.0f);
         }
         std::fill(out, out + per_kv * d, 0.0f);
-        for (long p = start; p <= last; p += P)
+        for (long p = start; p <= last; p += P) {
+            if (p + P <= last) ask_for_page(unit(l, token, p / P + 1, kv_head) + P * d, P * d);
             add_rows(unit(l, token, p / P, kv_head) + P * d, d, std::min(P, last + 1 - p), &scores[p - start], ld, out,
                      d, per_kv, d);
+        }
     }
 
     // x += what all threads' partial sums say, the bias, and what bypasses make of it.
