@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,9 @@ from flextron.errors import FlextronError
 from flextron.model.decoder import Decoder
 from flextron.model.layers import rotary_tables
 from flextron.model.native_adapter import NativeAdapter
+from flextron.model.quantization import GROUP, pack_groups, quantize_groups, quantize_rows
 
-__all__ = ["NativeStep", "Weights", "load_library", "quantize_rows", "why_not_native"]
+__all__ = ["NativeStep", "Weights", "load_library", "why_not_native"]
 
 _LANES = 8
 _COMPILE = ("-std=c++17", "-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC", "-c")
@@ -34,7 +35,8 @@ _LINK = ("-fopenmp", "-shared")
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_new": 2, "gelu_fast": 2, "gelu_pytorch_tanh": 2, "relu": 3}
 
 _Pointer = ctypes.c_void_p
-Weights = Literal["float32", "int8"]
+Weights = Literal["float32", "int8", "int4"]
+_WEIGHTS = get_args(Weights)
 
 
 class _Norm(ctypes.Structure):
@@ -42,7 +44,7 @@ class _Norm(ctypes.Structure):
 
 
 class _Linear(ctypes.Structure):
-    _fields_ = (("weight", _Pointer), ("bias", _Pointer), ("scales", _Pointer))
+    _fields_ = (("weight", _Pointer), ("bias", _Pointer), ("scales", _Pointer), ("group_scales", _Pointer))
 
 
 class _LayerWeights(ctypes.Structure):
@@ -65,7 +67,7 @@ class _Shape(ctypes.Structure):
             for name in ("hidden_size", "head_dim", "vocab_size", "num_layers", "rotated", "window")
         ),
         *((name, ctypes.c_int64) for name in ("page_size", "query_rows_per_group", "is_multi_query")),
-        *((name, ctypes.c_int64) for name in ("parallel_residual", "is_layer_norm", "activation", "is_int8")),
+        *((name, ctypes.c_int64) for name in ("parallel_residual", "is_layer_norm", "activation", "weights")),
         ("norm_eps", ctypes.c_float),
     )
 
@@ -142,18 +144,6 @@ def why_not_native(decoder: Decoder) -> str | None:
     return library if isinstance(library, str) else None
 
 
-def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric int8 by rows: the nearest of 255 multiples of each row's scale.
-
-    Rows are the nested dimension, so that a sub-network's prefix has the same numbers as the whole.
-
-    Returns:
-        (rows, columns) int8, and (rows,) float32 scales.
-    """
-    scales = weight.detach().float().abs().amax(1).clamp_min(1e-12) / 127
-    return (weight.detach() / scales[:, None]).round().to(torch.int8), scales
-
-
 def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
@@ -162,20 +152,25 @@ class NativeStep:
     """A decoder as one call, from token ids to scores. Weights stay where they are; the decoder must outlive this."""
 
     def __init__(self, decoder: Decoder, page_size: int, weights: Weights = "float32") -> None:
-        """Collect pointers; with `int8`, quantize a copy.
+        """Collect pointers; with `int8` and `int4`, quantize a copy.
 
         Args:
             decoder: in float32 on the CPU.
             page_size: tokens of a page of the KV cache.
-            weights: `int8` reads an eight-bit copy of all matrices, a scale a row (norms and biases stay as they are).
+            weights: `int8` reads an eight-bit copy of all matrices, a scale a row (norms and biases stay as they are);
+                `int4` one of four bits, a scale for 32 columns of a row, and the head in eight bits.
 
         Raises:
-            FlextronError: `why_not_native` has a reason.
+            FlextronError: `why_not_native` has a reason, or `int4` is asked for and rows cannot be cut into groups.
         """
         reason = why_not_native(decoder)
         library = load_library()
         if reason is not None or isinstance(library, str):
             raise FlextronError(f"no compiled iteration: {reason}")
+        if weights == "int4" and decoder.config.hidden_size % GROUP:
+            raise FlextronError(
+                f"int4 needs a hidden size that is a multiple of {GROUP}, not {decoder.config.hidden_size}; use int8"
+            )
         self.weights: Weights = weights
         """Precision of the matrices."""
         self._library, self._decoder = library, decoder
@@ -193,7 +188,7 @@ class NativeStep:
             parallel_residual=config.parallel_residual,
             is_layer_norm=config.norm == "layer",
             activation=_ACTIVATIONS[config.activation],
-            is_int8=weights == "int8",
+            weights=_WEIGHTS.index(weights),
             norm_eps=config.norm_eps,
         )
         self._layers = (_LayerWeights * config.num_hidden_layers)()
@@ -213,15 +208,20 @@ class NativeStep:
             embedding=_address(decoder.embedding.weight),
             positions=None if positions is None else _address(positions.weight),
             final_norm=_Norm(_address(norm.weight), _address(getattr(norm, "bias", None))),
-            head=self._linear(decoder.head_weight, None, weights),
+            head=self._linear(decoder.head_weight, None, "float32" if weights == "float32" else "int8"),
         )
 
     def _linear(self, weight: Tensor, bias: int | None, weights: Weights) -> _Linear:
         if weights == "float32":
-            return _Linear(_address(weight), bias, None)
-        rows, scales = quantize_rows(weight)
-        self._quantized += [rows, scales]
-        return _Linear(_address(rows), bias, _address(scales))
+            return _Linear(_address(weight), bias)
+        if weights == "int8":
+            rows, scales = quantize_rows(weight)
+            self._quantized += [rows, scales]
+            return _Linear(_address(rows), bias, scales=_address(scales))
+        numbers, scales = quantize_groups(weight)
+        packed = pack_groups(numbers)
+        self._quantized += [packed, scales]
+        return _Linear(_address(packed), bias, group_scales=_address(scales))
 
     def __call__(
         self,

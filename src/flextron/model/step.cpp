@@ -183,14 +183,168 @@ inline void add_rows(const W* w, long ldw, long count, const float* h, long ldh,
     }
 }
 
+// Four-bit weights, in groups of 32 columns. 16 bits hold columns i, 8 + i, 16 + i and 24 + i, each + 8, the first in the
+// lowest bits. A mask alone makes 16^k times such a number, and what it meets is divided by 16^k, which is exact.
+constexpr long kGroup = 32;
+constexpr int kParts = kGroup / kLanes;
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes), aligned(4)));
+
+struct FourBit {
+    const uint16_t* numbers;  // (rows, columns / 4)
+    const uint16_t* scales;   // (rows, columns / 32): upper halves of floats
+    FourBit from(long row, long size) const { return {numbers + row * size / kParts, scales + row * size / kGroup}; }
+};
+
+inline float scale_of(uint16_t half) {
+    const uint32_t bits = (uint32_t)half << 16;
+    float scale;
+    std::memcpy(&scale, &bits, sizeof scale);
+    return scale;
+}
+
+inline Ints load_group(const uint16_t* p) {
+#ifdef __AVX2__
+    return (Ints)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+    typedef uint16_t Halves __attribute__((vector_size(2 * kLanes), aligned(2)));
+    return __builtin_convertvector(*reinterpret_cast<const Halves*>(p), Ints);
+#endif
+}
+
+// 16^k times the columns of part k of a group.
+inline Vec part(Ints group, int k) { return __builtin_convertvector(group & (15 << 4 * k), Vec); }
+constexpr float kUnits[kParts] = {1.0f, 1.0f / 16, 1.0f / 256, 1.0f / 4096};
+
+// Memory of this thread for what one call needs.
+inline float* room(long size) {
+    thread_local std::vector<float> floats;
+    if ((long)floats.size() < size) floats.resize(size);
+    return floats.data();
+}
+
+// Rows of four-bit weights as floats.
+void expand(FourBit w, long count, long size, float* out) {
+    for (long g = 0; g < count * size / kGroup; g++) {
+        const Ints group = load_group(w.numbers + g * kLanes);
+        const float scale = scale_of(w.scales[g]);
+        const Vec least = Vec{} - 8 * scale;
+#pragma GCC unroll 4
+        for (int k = 0; k < kParts; k++)
+            store(out + g * kGroup + k * kLanes, fma(part(group, k), Vec{} + scale * kUnits[k], least));
+    }
+}
+
+// Dot products of R rows with one token, which lies as `dot_rows` has prepared it.
+template <int R>
+void group_dots(const uint16_t* w, const float* scales, const float* x, long groups, float* out) {
+    Vec acc[R];
+    for (int r = 0; r < R; r++) acc[r] = Vec{};
+    for (long g = 0; g < groups; g++) {
+        const float* token = x + g * (kParts + 1) * kLanes;
+        Vec parts[kParts];
+        for (int k = 0; k < kParts; k++) {
+            parts[k] = load(token + k * kLanes);
+            keep(parts[k]);
+        }
+        if (R == 4) __builtin_prefetch(w + (R * groups + R * g) * kLanes, 0, 3);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+            const Ints group = load_group(w + (r * groups + g) * kLanes);
+            Vec sum = load(token + kParts * kLanes);
+#pragma GCC unroll 4
+            for (int k = 0; k < kParts; k++) sum = fma(part(group, k), parts[k], sum);
+            acc[r] = fma(sum, Vec{} + scales[r * groups + g], acc[r]);
+        }
+    }
+    for (int r = 0; r < R; r++) out[r] = sum(acc[r]);
+}
+
+// Rows of four-bit weights that become floats at once, in the first-level cache, to meet several tokens.
+constexpr long kExpanded = 12;
+
+inline void dot_rows(FourBit w, long, long count, const float* x, long ldx, long n, long size, float* out, long ldo) {
+    if (n > 1) {
+        float* rows = room(kExpanded * size);
+        for (long r = 0; r < count; r += kExpanded) {
+            const long some = std::min(kExpanded, count - r);
+            expand(w.from(r, size), some, size, rows);
+            dot_rows<float>(rows, size, some, x, ldx, n, size, out + r, ldo);
+        }
+        return;
+    }
+    // of each group the token's parts in units of 16^k, and what the numbers' offsets of 8 make of it
+    const long groups = size / kGroup;
+    float* token = room(groups * (kParts + 1) * kLanes + count * groups);
+    float* scales = token + groups * (kParts + 1) * kLanes;
+    for (long g = 0; g < groups; g++) {
+        float* to = token + g * (kParts + 1) * kLanes;
+        Vec sum{};
+        for (int k = 0; k < kParts; k++) {
+            const Vec part = load(x + g * kGroup + k * kLanes);
+            store(to + k * kLanes, part * kUnits[k]);
+            sum += part;
+        }
+        store(to + kParts * kLanes, sum * -8.0f);
+    }
+    for (long i = 0; i < count * groups; i++) scales[i] = scale_of(w.scales[i]);
+    long r = 0;
+    for (; r + 4 <= count; r += 4)
+        group_dots<4>(w.numbers + r * groups * kLanes, scales + r * groups, token, groups, out + r);
+    for (; r < count; r++)
+        group_dots<1>(w.numbers + r * groups * kLanes, scales + r * groups, token, groups, out + r);
+}
+
+// y += sum over R rows of factors[r][g] * group g of row r, for one token.
+template <int R>
+void group_adds(const uint16_t* w, const float* factors, float* y, long groups) {
+    for (long g = 0; g < groups; g++) {
+        Vec acc[kParts], total{};
+        for (int k = 0; k < kParts; k++) acc[k] = Vec{};
+        if (R == 4) __builtin_prefetch(w + (R * groups + R * g) * kLanes, 0, 3);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+            const Ints group = load_group(w + (r * groups + g) * kLanes);
+            Vec factor = Vec{} + factors[r * groups + g];
+            keep(factor);
+            total += factor;
+#pragma GCC unroll 4
+            for (int k = 0; k < kParts; k++) acc[k] = fma(part(group, k), factor, acc[k]);
+        }
+        for (int k = 0; k < kParts; k++) {
+            float* to = y + g * kGroup + k * kLanes;
+            store(to, fma(acc[k], Vec{} + kUnits[k], fma(total, Vec{} - 8.0f, load(to))));
+        }
+    }
+}
+
+inline void add_rows(FourBit w, long, long count, const float* h, long ldh, float* y, long ldy, long n, long size) {
+    const long groups = size / kGroup;
+    if (n > 1) {
+        float* rows = room(kExpanded * size);
+        for (long r = 0; r < count; r += kExpanded) {
+            const long some = std::min(kExpanded, count - r);
+            expand(w.from(r, size), some, size, rows);
+            add_rows<float>(rows, size, some, h + r, ldh, y, ldy, n, size);
+        }
+        return;
+    }
+    float* factors = room(count * groups);
+    for (long r = 0; r < count; r++)
+        for (long g = 0; g < groups; g++) factors[r * groups + g] = h[r] * scale_of(w.scales[r * groups + g]);
+    long r = 0;
+    for (; r + 4 <= count; r += 4) group_adds<4>(w.numbers + r * groups * kLanes, factors + r * groups, y, groups);
+    for (; r < count; r++) group_adds<1>(w.numbers + r * groups * kLanes, factors + r * groups, y, groups);
+}
+
 }  // namespace
 
 extern "C" {
 
 struct Linear {
-    const void* weight;  // rows nested; float, or int8 with scales
-    const float* bias;   // of the outputs, or null
-    const float* scales; // of the rows, or null
+    const void* weight;           // rows nested; float, int8 with scales, or four bits with scales of groups
+    const float* bias;            // of the outputs, or null
+    const float* scales;          // of the rows, or null
+    const uint16_t* group_scales; // or null
 };
 
 struct Norm {
@@ -215,7 +369,7 @@ struct Ends {
 
 struct Shape {
     int64_t hidden_size, head_dim, vocab_size, num_layers, rotated, window, page_size;
-    int64_t query_rows_per_group, is_multi_query, parallel_residual, is_layer_norm, activation, is_int8;
+    int64_t query_rows_per_group, is_multi_query, parallel_residual, is_layer_norm, activation, weights;
     float norm_eps;
 };
 
@@ -252,6 +406,22 @@ struct Tokens {
 }
 
 namespace {
+
+enum Weights { kFloat32, kInt8, kInt4 };
+
+// The weight from row `row` on, as the kernels take it.
+template <class W>
+struct Rows {
+    static const W* of(const Linear& linear, long row, long size) {
+        return static_cast<const W*>(linear.weight) + row * size;
+    }
+};
+template <>
+struct Rows<FourBit> {
+    static FourBit of(const Linear& linear, long row, long size) {
+        return FourBit{static_cast<const uint16_t*>(linear.weight), linear.group_scales}.from(row, size);
+    }
+};
 
 enum Activation { kSilu, kGelu, kGeluTanh, kRelu };
 
@@ -485,7 +655,8 @@ struct Bypasses {
     }
 };
 
-template <class W>
+// W is the type of the layers' weights, H the head's.
+template <class W, class H>
 struct Step {
     const Shape& s;
     const LayerWeights* layers;
@@ -531,7 +702,7 @@ struct Step {
     void project(long l, Target target, const Order& order, long unit, const Linear& linear, float* out, long ldo,
                  int id, int nt) const {
         share_rows(order, unit, id, nt, [&](long a, long e, long n) {
-            dot_rows(static_cast<const W*>(linear.weight) + a * D, D, e - a, xn.data(), D, n, D, out + a, ldo);
+            dot_rows(Rows<W>::of(linear, a, D), D, e - a, xn.data(), D, n, D, out + a, ldo);
             finish(linear, a, e - a, n, out + a, ldo);
             bypasses.add(l, target, order, a, e - a, out + a, ldo, n);
         });
@@ -621,7 +792,7 @@ struct Step {
     // Neurons f to f + rows of n tokens, with their biases and bypasses; (n, kChunk).
     void neurons(long l, Target target, const Linear& linear, long f, long rows, const float* in, long n,
                  float* out) const {
-        dot_rows(static_cast<const W*>(linear.weight) + f * D, D, rows, in, D, n, D, out, kChunk);
+        dot_rows(Rows<W>::of(linear, f, D), D, rows, in, D, n, D, out, kChunk);
         finish(linear, f, rows, n, out, kChunk);
         bypasses.add(l, target, mlp[l], f, rows, out, kChunk, n);
     }
@@ -631,7 +802,7 @@ struct Step {
         if (linear.scales)
             for (long t = 0; t < n; t++)
                 for (long r = 0; r < rows; r++) h[t * ldh + r] *= linear.scales[first + r];
-        add_rows(static_cast<const W*>(linear.weight) + first * D, D, rows, h, ldh, own, D, n, D);
+        add_rows(Rows<W>::of(linear, first, D), D, rows, h, ldh, own, D, n, D);
     }
 
     void feed_forward(long l, const float* in, float* own, int id, int nt) {
@@ -667,7 +838,7 @@ struct Step {
         const long last = n ? V * (id + 1) / nt : 0;
         for (long a = V * id / nt; a < last; a += kChunk) {
             const long count = std::min(kChunk, last - a);
-            dot_rows(static_cast<const W*>(ends.head.weight) + a * D, D, count, xn.data(), D, n, D, b.scores + a, V);
+            dot_rows(Rows<H>::of(ends.head, a, D), D, count, xn.data(), D, n, D, b.scores + a, V);
             finish(ends.head, a, count, n, b.scores + a, V);
         }
     }
@@ -737,9 +908,9 @@ struct Step {
     }
 };
 
-template <class W>
+template <class W, class H>
 void run_step(const Shape& shape, const LayerWeights* layers, const Ends& ends, const Tokens& tokens, int threads) {
-    Step<W> step(shape, layers, ends, tokens, threads);
+    Step<W, H> step(shape, layers, ends, tokens, threads);
 #pragma omp parallel num_threads(threads)
     step.run(omp_get_thread_num(), omp_get_num_threads());
 }
@@ -751,7 +922,9 @@ extern "C" {
 // Scores after the wanted tokens; keys and values go to the cache's pages.
 void flextron_step(const Shape* shape, const LayerWeights* layers, const Ends* ends, const Tokens* tokens,
                    int threads) {
-    if (shape->is_int8) return run_step<int8_t>(*shape, layers, *ends, *tokens, threads);
-    run_step<float>(*shape, layers, *ends, *tokens, threads);
+    const auto run = shape->weights == kInt4   ? run_step<FourBit, int8_t>
+                     : shape->weights == kInt8 ? run_step<int8_t, int8_t>
+                                               : run_step<float, float>;
+    run(*shape, layers, *ends, *tokens, threads);
 }
 }

@@ -1,0 +1,86 @@
+"""Weights of eight and of four bits, for the compiled iteration.
+
+Rows are the nested dimension of every matrix, and no scale spans two rows: a sub-network's prefix has the same numbers
+as the whole.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["GROUP", "pack_groups", "quantize_groups", "quantize_rows"]
+
+GROUP = 32
+"""Columns that share a scale of four-bit weights."""
+_STEPS = (-8.0, -7.4, -8.7, -6.9, 7.6, -9.5)
+"""What the number of largest magnitude in a group becomes, before rounding, in the scales that are tried."""
+_BLOCK = 2**16
+"""Numbers that are quantized at once: they stay in the cache."""
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 by rows: the nearest of 255 multiples of each row's scale.
+
+    Args:
+        weight: (rows, columns).
+
+    Returns:
+        (rows, columns) int8, and (rows,) float32 scales.
+    """
+    scales = weight.detach().float().abs().amax(1).clamp_min(1e-12) / 127
+    return (weight.detach() / scales[:, None]).round().to(torch.int8), scales
+
+
+def quantize_groups(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Four bits by groups of 32 columns: multiples, -8 to 7, of each group's scale, which may be negative.
+
+    Of a few scales that map the number of largest magnitude near to -8, each group gets the one with the least sum of
+    squared errors.
+
+    Args:
+        weight: (rows, columns); columns a multiple of 32.
+
+    Returns:
+        (rows, columns) int8, and (rows, columns / 32) bfloat16 scales.
+    """
+    groups = weight.detach().float().reshape(-1, GROUP)
+    numbers = torch.empty(groups.shape, dtype=torch.int8)
+    scales = torch.empty(len(groups), dtype=torch.bfloat16)
+    for block, own, scale in zip(
+        *(t.split(_BLOCK // GROUP) for t in (groups, numbers, scales)),
+        strict=True,
+    ):
+        _quantize_block(block, own, scale)
+    return numbers.view(weight.shape), scales.view(len(weight), -1)
+
+
+def _quantize_block(groups: Tensor, numbers: Tensor, scales: Tensor) -> None:
+    """(groups, 32) into numbers and scales, in place."""
+    largest = groups.gather(1, groups.abs().argmax(1, keepdim=True))
+    best = torch.full_like(largest, -1.0)
+    chosen, factor = torch.zeros_like(groups), torch.zeros_like(largest)
+    # the error is sum(w^2) - sum(w q)^2 / sum(q^2), with the best scale for these q
+    for step in _STEPS:
+        q = (groups * (step / largest).nan_to_num_(0, 0, 0)).round_().clamp_(-8, 7)
+        product, square = (groups * q).sum(1, keepdim=True), (q * q).sum(1, keepdim=True).clamp_min_(1)
+        gain = product * product / square
+        better = gain > best
+        best = torch.where(better, gain, best)
+        chosen = torch.where(better, q, chosen)
+        factor = torch.where(better, product / square, factor)
+    numbers.copy_(chosen)
+    scales.copy_(factor[:, 0])
+
+
+def pack_groups(numbers: Tensor) -> Tensor:
+    """Four-bit numbers as the kernels read them: 16 bits hold columns i, 8 + i, 16 + i and 24 + i of a group, each + 8.
+
+    Args:
+        numbers: (rows, columns) int8, -8 to 7.
+
+    Returns:
+        (rows, columns / 4) int16, the first of the four in the lowest bits.
+    """
+    parts = (numbers + 8).view(len(numbers), -1, 4, GROUP // 4).to(torch.int16)
+    return (parts[:, :, 0] | parts[:, :, 1] << 4 | parts[:, :, 2] << 8 | parts[:, :, 3] << 12).flatten(1)
