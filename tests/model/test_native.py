@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from flextron.model.adapter import Adapter
 from flextron.model.batch import Batch
 from flextron.model.config import DecoderConfig
 from flextron.model.decoder import Decoder
-from flextron.model.native import NativeStep, load_library, quantize_rows, why_not_native
+from flextron.model.native import NativeStep, Weights, load_library, why_not_native
 from flextron.model.native_adapter import NativeAdapter, why_adapter_not_native
+from flextron.model.quantization import GROUP, quantize_groups, quantize_rows
 from flextron.spec import SubnetSpec
 from tests.model.adapter_cases import random_ia3, random_lora
 from tests.model.families_cases import CASES
@@ -69,23 +71,34 @@ def test_iterations_agree_with_the_decoder(name: str) -> None:
         assert_iterations_agree(NativeStep(decoder, PAGE), decoder, decoder, adapters)
 
 
-@compiled
-@pytest.mark.parametrize("name", ["llama", "gpt2", "neox"])
-def test_int8_iterations_agree_with_the_rounded_weights(name: str) -> None:
-    decoder, rounded = random_decoder(name), random_decoder(name)
-    for matrix in rounded.parameters():
+def rounded(matrix: Tensor, weights: Weights) -> Tensor:
+    """The numbers that stand for a matrix."""
+    if weights == "int8":
+        rows, scales = quantize_rows(matrix)
+        return rows * scales[:, None]
+    numbers, scales = quantize_groups(matrix)
+    return numbers * scales.float().repeat_interleave(GROUP, 1)
+
+
+def rounded_decoder(decoder: Decoder, weights: Weights) -> Decoder:
+    """A copy with those. Embeddings are looked up as they are, and the head is in eight bits."""
+    copy = deepcopy(decoder)
+    for matrix in copy.layers.parameters():
         if matrix.dim() == 2:
-            rows, scales = quantize_rows(matrix)
-            assert (rows * scales[:, None] - matrix).abs().max() <= scales.max() / 2 + 1e-6
-            matrix.copy_(rows * scales[:, None])
-    # embeddings are looked up as they are
-    rounded.embedding.weight.copy_(decoder.embedding.weight)
-    if decoder.config.rope is None:
-        rounded.positions.weight.copy_(decoder.positions.weight)
-    native = NativeStep(decoder, PAGE, "int8")
-    assert_iterations_agree(native, decoder, rounded)
+            matrix.copy_(rounded(matrix, weights))
+    return copy
+
+
+@compiled
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "neox"])
+def test_quantized_iterations_agree_with_the_rounded_weights(name: str, weights: Weights) -> None:
+    decoder = random_decoder(name)
+    reference = rounded_decoder(decoder, weights)
+    native = NativeStep(decoder, PAGE, weights)
+    assert_iterations_agree(native, decoder, reference)
     for adapters in adapters_of(decoder.config):
-        assert_iterations_agree(native, decoder, rounded, adapters)
+        assert_iterations_agree(native, decoder, reference, adapters)
 
 
 def adapters_of(config: DecoderConfig) -> list[list[Adapter | None]]:
@@ -105,10 +118,7 @@ def assert_iterations_agree(
     specs = ragged_specs(decoder.config, len(LENGTHS))
     sequences = [torch.randint(decoder.config.vocab_size, (n,)) for n in LENGTHS]
     # a tied head is rounded, the embedding that is looked up is not
-    head = reference.head_weight
-    if native.weights == "int8":
-        rows, scales = quantize_rows(decoder.head_weight)
-        head = rows * scales[:, None]
+    head = decoder.head_weight if native.weights == "float32" else rounded(decoder.head_weight, "int8")
     wanted: Tensor = (reference(Batch.ragged(sequences, specs, adapters=adapters)) @ head.t()).detach()
     natives = [None if a is None else NativeAdapter(a) for a in adapters]
     pages = Pages(decoder, specs)

@@ -12,7 +12,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -24,7 +24,7 @@ from flextron.errors import FlextronError
 from flextron.model.decoder import Decoder
 from flextron.model.layers import rotary_tables
 from flextron.model.native_adapter import NativeAdapter
-from flextron.model.quantization import GROUP, pack_groups, quantize_groups, quantize_rows
+from flextron.model.quantization import GROUP, pack_groups, pack_pairs, quantize_groups, quantize_rows
 
 __all__ = ["NativeStep", "Weights", "load_library", "why_not_native"]
 
@@ -201,7 +201,8 @@ class NativeStep:
                 if name.endswith("norm"):
                     setattr(native, name, _Norm(_address(module.weight), bias))
                 else:
-                    setattr(native, name, self._linear(module.weight, bias, weights))
+                    pack = pack_pairs if name in ("o", "down") else pack_groups
+                    setattr(native, name, self._linear(module.weight, bias, weights, pack))
         norm: Any = decoder.final_norm
         positions: Any = getattr(decoder, "positions", None)
         self._ends = _Ends(
@@ -211,7 +212,7 @@ class NativeStep:
             head=self._linear(decoder.head_weight, None, "float32" if weights == "float32" else "int8"),
         )
 
-    def _linear(self, weight: Tensor, bias: int | None, weights: Weights) -> _Linear:
+    def _linear(self, weight: Tensor, bias: int | None, weights: Weights, pack: Callable[[Tensor], Tensor] = pack_groups) -> _Linear:
         if weights == "float32":
             return _Linear(_address(weight), bias)
         if weights == "int8":
@@ -219,7 +220,7 @@ class NativeStep:
             self._quantized += [rows, scales]
             return _Linear(_address(rows), bias, scales=_address(scales))
         numbers, scales = quantize_groups(weight)
-        packed = pack_groups(numbers)
+        packed = pack(numbers)
         self._quantized += [packed, scales]
         return _Linear(_address(packed), bias, group_scales=_address(scales))
 

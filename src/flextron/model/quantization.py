@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["GROUP", "pack_groups", "quantize_groups", "quantize_rows"]
+__all__ = ["GROUP", "pack_groups", "pack_pairs", "quantize_groups", "quantize_rows"]
 
 GROUP = 32
 """Columns that share a scale of four-bit weights."""
@@ -74,13 +74,29 @@ def _quantize_block(groups: Tensor, numbers: Tensor, scales: Tensor) -> None:
 
 
 def pack_groups(numbers: Tensor) -> Tensor:
-    """Four-bit numbers as the kernels read them: 16 bits hold columns i, 8 + i, 16 + i and 24 + i of a group, each + 8.
+    """Four-bit numbers as dot products read them: byte i of a group holds columns i and 16 + i, each + 8.
 
     Args:
         numbers: (rows, columns) int8, -8 to 7.
 
     Returns:
-        (rows, columns / 4) int16, the first of the four in the lowest bits.
+        (rows, columns / 2) uint8, the first of the two in the low bits.
     """
-    parts = (numbers + 8).view(len(numbers), -1, 4, GROUP // 4).to(torch.int16)
-    return (parts[:, :, 0] | parts[:, :, 1] << 4 | parts[:, :, 2] << 8 | parts[:, :, 3] << 12).flatten(1)
+    parts = (numbers + 8).to(torch.uint8).view(len(numbers), -1, 2, GROUP // 2)
+    return (parts[:, :, 0] | parts[:, :, 1] << 4).flatten(1)
+
+
+def pack_pairs(numbers: Tensor) -> Tensor:
+    """As sums over rows read them: two bytes with columns i, 8 + i, 16 + i and 24 + i, beside those of the next row.
+
+    Args:
+        numbers: (rows, columns) int8, -8 to 7.
+
+    Returns:
+        (rows / 2 rounded up, columns) uint8.
+    """
+    rows = torch.nn.functional.pad(numbers + 8, (0, 0, 0, len(numbers) % 2))
+    parts = rows.to(torch.uint8).view(len(rows) // 2, 2, -1, 4, GROUP // 4)
+    low, high = parts[:, :, :, 0] | parts[:, :, :, 1] << 4, parts[:, :, :, 2] | parts[:, :, :, 3] << 4
+    # (pairs, 2 rows, groups, 8, 2 bytes) to (pairs, groups, 8, rows, bytes)
+    return torch.stack([low, high], -1).permute(0, 2, 3, 1, 4).flatten(1)

@@ -19,6 +19,7 @@
 #include <initializer_list>
 #include <numeric>
 #include <omp.h>
+#include <type_traits>
 #include <vector>
 #ifdef __AVX2__
 #include <immintrin.h>
@@ -183,16 +184,18 @@ inline void add_rows(const W* w, long ldw, long count, const float* h, long ldh,
     }
 }
 
-// Four-bit weights, in groups of 32 columns. 16 bits hold columns i, 8 + i, 16 + i and 24 + i, each + 8, the first in the
-// lowest bits. A mask alone makes 16^k times such a number, and what it meets is divided by 16^k, which is exact.
+// Four-bit weights: numbers of 0 to 15, 8 more than what they stand for, in groups of 32 columns with a scale each. What
+// they meet gets 16 bits in groups of its own, because products and sums of whole numbers take a third of the instructions
+// that floats need; its error, 1/65,534 of the largest in the group, is near that of sums of floats.
 constexpr long kGroup = 32;
 constexpr int kParts = kGroup / kLanes;
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes), aligned(4)));
+typedef int16_t Shorts __attribute__((vector_size(4 * kLanes), aligned(2)));
+typedef uint16_t Ushorts __attribute__((vector_size(4 * kLanes), aligned(2)));
 
 struct FourBit {
-    const uint16_t* numbers;  // (rows, columns / 4)
-    const uint16_t* scales;   // (rows, columns / 32): upper halves of floats
-    FourBit from(long row, long size) const { return {numbers + row * size / kParts, scales + row * size / kGroup}; }
+    const uint8_t* numbers;
+    const uint16_t* scales;  // (rows, columns / 32): upper halves of floats
 };
 
 inline float scale_of(uint16_t half) {
@@ -202,138 +205,210 @@ inline float scale_of(uint16_t half) {
     return scale;
 }
 
-inline Ints load_group(const uint16_t* p) {
+inline Ints load(const int32_t* p) { return *reinterpret_cast<const Ints*>(p); }
+inline Vec floats(Ints v) { return __builtin_convertvector(v, Vec); }
+// Sums of two neighbours' products.
+inline Ints pair_products(Shorts a, Shorts b) {
 #ifdef __AVX2__
-    return (Ints)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 #else
-    typedef uint16_t Halves __attribute__((vector_size(2 * kLanes), aligned(2)));
-    return __builtin_convertvector(*reinterpret_cast<const Halves*>(p), Ints);
+    const Ints low_a = (Ints)a << 16 >> 16, low_b = (Ints)b << 16 >> 16;
+    return low_a * low_b + ((Ints)a >> 16) * ((Ints)b >> 16);
 #endif
 }
 
-// 16^k times the columns of part k of a group.
-inline Vec part(Ints group, int k) { return __builtin_convertvector(group & (15 << 4 * k), Vec); }
-constexpr float kUnits[kParts] = {1.0f, 1.0f / 16, 1.0f / 256, 1.0f / 4096};
-
 // Memory of this thread for what one call needs.
-inline float* room(long size) {
-    thread_local std::vector<float> floats;
-    if ((long)floats.size() < size) floats.resize(size);
-    return floats.data();
+template <class T>
+inline T* room(long size) {
+    thread_local std::vector<T> numbers;
+    if ((long)numbers.size() < size) numbers.resize(size);
+    return numbers.data();
 }
 
-// Rows of four-bit weights as floats.
-void expand(FourBit w, long count, long size, float* out) {
-    for (long g = 0; g < count * size / kGroup; g++) {
-        const Ints group = load_group(w.numbers + g * kLanes);
-        const float scale = scale_of(w.scales[g]);
-        const Vec least = Vec{} - 8 * scale;
-#pragma GCC unroll 4
-        for (int k = 0; k < kParts; k++)
-            store(out + g * kGroup + k * kLanes, fma(part(group, k), Vec{} + scale * kUnits[k], least));
+// A token for dot products with four-bit rows: for each group 32 numbers of 16 bits, 8 sums that undo the weights' offset,
+// and a scale; in 32-bit units.
+constexpr long kTokenGroup = kGroup / 2 + kLanes;
+inline long token_size(long size) { return size / kGroup * (kTokenGroup + 1); }
+
+void prepare_token(const float* x, long size, int32_t* token) {
+    float* scales = reinterpret_cast<float*>(token + size / kGroup * kTokenGroup);
+    for (long g = 0; g < size / kGroup; g++, x += kGroup, token += kTokenGroup) {
+        float most = 1e-30f;
+        for (int i = 0; i < kGroup; i++) most = std::max(most, std::fabs(x[i]));
+        int16_t numbers[kGroup];
+        for (int i = 0; i < kGroup; i++) numbers[i] = (int16_t)std::nearbyint(x[i] * (32767.0f / most));
+        std::memcpy(token, numbers, sizeof numbers);
+        for (int j = 0; j < kLanes; j++)
+            token[kGroup / 2 + j] = -8 * (numbers[2 * j] + numbers[2 * j + 1] + numbers[16 + 2 * j] + numbers[17 + 2 * j]);
+        scales[g] = most / 32767.0f;
     }
 }
 
-// Dot products of R rows with one token, which lies as `dot_rows` has prepared it.
-template <int R>
-void group_dots(const uint16_t* w, const float* scales, const float* x, long groups, float* out) {
-    Vec acc[R];
-    for (int r = 0; r < R; r++) acc[r] = Vec{};
+// Byte i of a group holds columns i and 16 + i.
+inline Shorts load_bytes(const uint8_t* p) {
+#ifdef __AVX2__
+    return (Shorts)_mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+    typedef uint8_t Group __attribute__((vector_size(kGroup / 2), aligned(1)));
+    return __builtin_convertvector(*reinterpret_cast<const Group*>(p), Shorts);
+#endif
+}
+
+// Dot products of R rows with T prepared tokens.
+template <int R, int T>
+__attribute__((noinline)) void group_dots(const uint8_t* w, const float* scales, const int32_t* x, long ldx,
+                                          long groups, float* out, long ldo) {
+    Vec acc[R][T];
+#pragma GCC unroll 16
+    for (int i = 0; i < R * T; i++) acc[i / T][i % T] = Vec{};
     for (long g = 0; g < groups; g++) {
-        const float* token = x + g * (kParts + 1) * kLanes;
-        Vec parts[kParts];
-        for (int k = 0; k < kParts; k++) {
-            parts[k] = load(token + k * kLanes);
-            keep(parts[k]);
-        }
-        if (R == 4) __builtin_prefetch(w + (R * groups + R * g) * kLanes, 0, 3);
+        if (R == 4) __builtin_prefetch(w + (R * groups + R * g) * kGroup / 2, 0, 3);
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
-            const Ints group = load_group(w + (r * groups + g) * kLanes);
-            Vec sum = load(token + kParts * kLanes);
+            const Shorts bytes = load_bytes(w + (r * groups + g) * kGroup / 2);
+            const Shorts low = bytes & 15, high = (Shorts)((Ushorts)bytes >> 4);
+            const float scale = scales[r * groups + g];
 #pragma GCC unroll 4
-            for (int k = 0; k < kParts; k++) sum = fma(part(group, k), parts[k], sum);
-            acc[r] = fma(sum, Vec{} + scales[r * groups + g], acc[r]);
+            for (int t = 0; t < T; t++) {
+                const int32_t* token = x + t * ldx + g * kTokenGroup;
+                const Ints sum = load(token + kGroup / 2) + pair_products(low, (Shorts)load(token)) +
+                                 pair_products(high, (Shorts)load(token + kLanes));
+                const float* own = reinterpret_cast<const float*>(x + t * ldx + groups * kTokenGroup);
+                acc[r][t] = fma(floats(sum), (Vec{} + scale) * own[g], acc[r][t]);
+            }
         }
     }
-    for (int r = 0; r < R; r++) out[r] = sum(acc[r]);
+#pragma GCC unroll 16
+    for (int i = 0; i < R * T; i++) out[i % T * ldo + i / T] = sum(acc[i / T][i % T]);
 }
 
-// Rows of four-bit weights that become floats at once, in the first-level cache, to meet several tokens.
-constexpr long kExpanded = 12;
-
-inline void dot_rows(FourBit w, long, long count, const float* x, long ldx, long n, long size, float* out, long ldo) {
-    if (n > 1) {
-        float* rows = room(kExpanded * size);
-        for (long r = 0; r < count; r += kExpanded) {
-            const long some = std::min(kExpanded, count - r);
-            expand(w.from(r, size), some, size, rows);
-            dot_rows<float>(rows, size, some, x, ldx, n, size, out + r, ldo);
-        }
-        return;
-    }
-    // of each group the token's parts in units of 16^k, and what the numbers' offsets of 8 make of it
-    const long groups = size / kGroup;
-    float* token = room(groups * (kParts + 1) * kLanes + count * groups);
-    float* scales = token + groups * (kParts + 1) * kLanes;
-    for (long g = 0; g < groups; g++) {
-        float* to = token + g * (kParts + 1) * kLanes;
-        Vec sum{};
-        for (int k = 0; k < kParts; k++) {
-            const Vec part = load(x + g * kGroup + k * kLanes);
-            store(to + k * kLanes, part * kUnits[k]);
-            sum += part;
-        }
-        store(to + kParts * kLanes, sum * -8.0f);
-    }
-    for (long i = 0; i < count * groups; i++) scales[i] = scale_of(w.scales[i]);
+template <int R, int T>
+inline void group_dots_all_rows(const uint8_t* w, const float* scales, long count, const int32_t* x, long ldx,
+                                long groups, float* out, long ldo) {
+    const long bytes = groups * kGroup / 2;
     long r = 0;
-    for (; r + 4 <= count; r += 4)
-        group_dots<4>(w.numbers + r * groups * kLanes, scales + r * groups, token, groups, out + r);
-    for (; r < count; r++)
-        group_dots<1>(w.numbers + r * groups * kLanes, scales + r * groups, token, groups, out + r);
+    for (; r + R <= count; r += R) group_dots<R, T>(w + r * bytes, scales + r * groups, x, ldx, groups, out + r, ldo);
+    for (; r < count; r++) group_dots<1, T>(w + r * bytes, scales + r * groups, x, ldx, groups, out + r, ldo);
 }
 
-// y += sum over R rows of factors[r][g] * group g of row r, for one token.
-template <int R>
-void group_adds(const uint16_t* w, const float* factors, float* y, long groups) {
+// Dot products of rows first to first + count with n prepared tokens.
+void dot_groups(FourBit w, long first, long count, const int32_t* x, long n, long size, float* out, long ldo) {
+    const long groups = size / kGroup, ldx = token_size(size);
+    const uint8_t* numbers = w.numbers + first * size / 2;
+    float* scales = room<float>(count * groups);
+    for (long i = 0; i < count * groups; i++) scales[i] = scale_of(w.scales[first * groups + i]);
+    long t = 0;
+    for (; t + 3 <= n; t += 3)
+        group_dots_all_rows<4, 3>(numbers, scales, count, x + t * ldx, ldx, groups, out + t * ldo, ldo);
+    x += t * ldx, out += t * ldo;
+    if (n - t == 2) group_dots_all_rows<4, 2>(numbers, scales, count, x, ldx, groups, out, ldo);
+    if (n - t == 1) group_dots_all_rows<4, 1>(numbers, scales, count, x, ldx, groups, out, ldo);
+}
+
+// For sums over rows two rows lie together, 32 bytes a group: 16 bits hold columns i, 8 + i, 16 + i and 24 + i of a row,
+// the first in the lowest bits, and beside them those of the next row.
+inline Shorts part(Shorts group, int k) {
+    return k == 3 ? (Shorts)((Ushorts)group >> 12) : group & (Shorts)(Shorts{} + (int16_t)(15 << 4 * k));
+}
+constexpr float kUnits[kParts] = {1.0f, 1.0f / 16, 1.0f / 256, 1.0f};
+
+// Rows whose products with 16 bits can be added up in 32 bits.
+constexpr long kSummed = 16;
+
+// y[t] += sum over kSummed / 2 pairs of rows of products with factors, which `add_groups` has prepared, for T tokens.
+template <int T>
+__attribute__((noinline)) void group_adds(const uint8_t* w, const int32_t* factors, const float* units,
+                                          const float* offsets, long pairs, long groups, float* y, long ldy) {
     for (long g = 0; g < groups; g++) {
-        Vec acc[kParts], total{};
-        for (int k = 0; k < kParts; k++) acc[k] = Vec{};
-        if (R == 4) __builtin_prefetch(w + (R * groups + R * g) * kLanes, 0, 3);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++) {
-            const Ints group = load_group(w + (r * groups + g) * kLanes);
-            Vec factor = Vec{} + factors[r * groups + g];
-            keep(factor);
-            total += factor;
-#pragma GCC unroll 4
-            for (int k = 0; k < kParts; k++) acc[k] = fma(part(group, k), factor, acc[k]);
+        Ints acc[T][kParts];
+        for (int i = 0; i < T * kParts; i++) acc[i / kParts][i % kParts] = Ints{};
+#pragma GCC unroll 8
+        for (long p = 0; p < pairs; p++) {
+            const Shorts group = (Shorts)load(reinterpret_cast<const int32_t*>(w + (p * groups + g) * kGroup));
+            Shorts parts[kParts];
+            for (int k = 0; k < kParts; k++) parts[k] = part(group, k);
+            for (int t = 0; t < T; t++) {
+                const Shorts factor = (Shorts)(Ints{} + factors[(t * kSummed / 2 + p) * groups + g]);
+                for (int k = 0; k < kParts; k++) acc[t][k] += pair_products(parts[k], factor);
+            }
         }
-        for (int k = 0; k < kParts; k++) {
-            float* to = y + g * kGroup + k * kLanes;
-            store(to, fma(acc[k], Vec{} + kUnits[k], fma(total, Vec{} - 8.0f, load(to))));
+        for (int t = 0; t < T; t++)
+            for (int k = 0; k < kParts; k++) {
+                float* to = y + t * ldy + g * kGroup + k * kLanes;
+                store(to, fma(floats(acc[t][k]), Vec{} + units[t * groups + g] * kUnits[k],
+                              load(to) + offsets[t * groups + g]));
+            }
+    }
+}
+
+// Factors of rows first to first + kSummed, as 16 bits, for one token; those of rows outside [from, to) are 0.
+void prepare_factors(FourBit w, long first, long from, long to, const float* h, long groups, float* products,
+                     int32_t* factors, float* units, float* offsets) {
+    float* most = units;
+    std::fill(most, most + groups, 1e-30f);
+    for (long r = 0; r < kSummed; r++) {
+        float* own = products + r * groups;
+        if (first + r < from || first + r >= to) {
+            std::fill(own, own + groups, 0.0f);
+            continue;
+        }
+        const uint16_t* scales = w.scales + (first + r) * groups;
+        const float factor = h[first + r - from];
+        for (long g = 0; g < groups; g++) {
+            own[g] = factor * scale_of(scales[g]);
+            most[g] = std::max(most[g], std::fabs(own[g]));
+        }
+    }
+    float* inverse = products + kSummed * groups;
+    for (long g = 0; g < groups; g++) inverse[g] = 32767.0f / most[g], units[g] = most[g] / 32767.0f, offsets[g] = 0;
+    for (long p = 0; p < kSummed / 2; p++) {
+        const float *even = products + 2 * p * groups, *odd = even + groups;
+        for (long g = 0; g < groups; g++) {
+            const int32_t a = (int32_t)std::nearbyint(even[g] * inverse[g]);
+            const int32_t b = (int32_t)std::nearbyint(odd[g] * inverse[g]);
+            factors[p * groups + g] = (a & 0xFFFF) | (int32_t)((uint32_t)b << 16);
+            offsets[g] -= 8 * units[g] * (float)(a + b);
         }
     }
 }
 
-inline void add_rows(FourBit w, long, long count, const float* h, long ldh, float* y, long ldy, long n, long size) {
+// Pairs of rows as floats, from row first, which is even; count is even, too.
+void expand_pairs(FourBit w, long first, long count, long size, float* out) {
     const long groups = size / kGroup;
-    if (n > 1) {
-        float* rows = room(kExpanded * size);
-        for (long r = 0; r < count; r += kExpanded) {
-            const long some = std::min(kExpanded, count - r);
-            expand(w.from(r, size), some, size, rows);
-            add_rows<float>(rows, size, some, h + r, ldh, y, ldy, n, size);
+    for (long r = 0; r < count; r += 2)
+        for (long g = 0; g < groups; g++) {
+            const Ints both = load(reinterpret_cast<const int32_t*>(w.numbers + (first + r) * size / 2 + g * kGroup));
+#pragma GCC unroll 2
+            for (int own = 0; own < 2; own++) {
+                const float scale = scale_of(w.scales[(first + r + own) * groups + g]);
+                float* to = out + (r + own) * size + g * kGroup;
+#pragma GCC unroll 4
+                for (int k = 0; k < kParts; k++)
+                    store(to + k * kLanes, fma(floats(both >> (16 * own + 4 * k) & 15), Vec{} + scale, Vec{} - 8 * scale));
+            }
         }
-        return;
+}
+
+// y[t] += sum over rows first to first + count of h[t][r] * row r, for n tokens.
+void add_groups(FourBit w, long first, long count, const float* h, long ldh, float* y, long ldy, long n, long size) {
+    const long groups = size / kGroup, to = first + count;
+    float* room_floats = room<float>((kSummed + 1 + 4) * groups);
+    float *units = room_floats + (kSummed + 1) * groups, *offsets = units + 2 * groups;
+    int32_t* factors = room<int32_t>(kSummed * groups);
+    for (long row = first & ~1L; row < to; row += kSummed) {
+        const long pairs = std::min(kSummed, to - row + 1) / 2;
+        const uint8_t* numbers = w.numbers + row * size / 2;
+        for (long t = 0; t < n; t += 2) {
+            const long some = std::min(2L, n - t);
+            for (long i = 0; i < some; i++)
+                prepare_factors(w, row, first, to, h + (t + i) * ldh, groups, room_floats,
+                                factors + i * kSummed / 2 * groups, units + i * groups, offsets + i * groups);
+            if (some == 2)
+                group_adds<2>(numbers, factors, units, offsets, pairs, groups, y + t * ldy, ldy);
+            else
+                group_adds<1>(numbers, factors, units, offsets, pairs, groups, y + t * ldy, ldy);
+        }
     }
-    float* factors = room(count * groups);
-    for (long r = 0; r < count; r++)
-        for (long g = 0; g < groups; g++) factors[r * groups + g] = h[r] * scale_of(w.scales[r * groups + g]);
-    long r = 0;
-    for (; r + 4 <= count; r += 4) group_adds<4>(w.numbers + r * groups * kLanes, factors + r * groups, y, groups);
-    for (; r < count; r++) group_adds<1>(w.numbers + r * groups * kLanes, factors + r * groups, y, groups);
 }
 
 }  // namespace
@@ -408,20 +483,6 @@ struct Tokens {
 namespace {
 
 enum Weights { kFloat32, kInt8, kInt4 };
-
-// The weight from row `row` on, as the kernels take it.
-template <class W>
-struct Rows {
-    static const W* of(const Linear& linear, long row, long size) {
-        return static_cast<const W*>(linear.weight) + row * size;
-    }
-};
-template <>
-struct Rows<FourBit> {
-    static FourBit of(const Linear& linear, long row, long size) {
-        return FourBit{static_cast<const uint16_t*>(linear.weight), linear.group_scales}.from(row, size);
-    }
-};
 
 enum Activation { kSilu, kGelu, kGeluTanh, kRelu };
 
@@ -658,6 +719,7 @@ struct Bypasses {
 // W is the type of the layers' weights, H the head's.
 template <class W, class H>
 struct Step {
+    static constexpr bool kIsFourBit = std::is_same<W, FourBit>::value;
     const Shape& s;
     const LayerWeights* layers;
     const Ends& ends;
@@ -665,6 +727,7 @@ struct Step {
     Bypasses bypasses;
     std::vector<Order> attention, mlp;
     std::vector<float> x, xn, q, k, v, heads, partial;
+    std::vector<int32_t> prepared;  // tokens of xn for four-bit weights
     long D, N, d, kv_max, q_max;
 
     long kv_rows(long groups) const { return d * (s.is_multi_query ? std::min(groups, 1L) : groups); }
@@ -681,12 +744,16 @@ struct Step {
         }
         q_max = groups * s.query_rows_per_group, kv_max = kv_rows(groups);
         x.resize(N * D), xn.resize(2 * N * D), q.resize(N * q_max), k.resize(N * kv_max), v.resize(N * kv_max);
+        if (kIsFourBit) prepared.resize(2 * N * token_size(D));
         heads.resize(N * q_max), partial.resize((long)threads * N * D);
     }
 
-    void norms(const Order& order, const Norm& norm, float* out, int id, int nt) const {
-        for (long i = id; i < order.size(); i += nt)
+    void norms(const Order& order, const Norm& norm, float* out, int id, int nt) {
+        for (long i = id; i < order.size(); i += nt) {
             normalize(&x[order.tokens[i] * D], norm, s.is_layer_norm, s.norm_eps, D, out + i * D);
+            if (kIsFourBit)
+                prepare_token(out + i * D, D, prepared.data() + ((out - xn.data()) / D + i) * token_size(D));
+        }
     }
 
     void attention_input(long l, float* out, int id, int nt) {
@@ -699,10 +766,21 @@ struct Step {
         bypasses.read(l, {kGate, kUp}, mlp[l], out, id, nt);
     }
 
+    // Products of rows first to first + rows with n tokens of `in`, which is a part of `xn`; (n, ldo).
+    void products(const Linear& linear, long first, long rows, const float* in, long n, float* out, long ldo) const {
+        if constexpr (kIsFourBit) {
+            const int32_t* tokens = prepared.data() + (in - xn.data()) / D * token_size(D);
+            dot_groups({static_cast<const uint8_t*>(linear.weight), linear.group_scales}, first, rows, tokens, n, D, out,
+                       ldo);
+        } else {
+            dot_rows(static_cast<const W*>(linear.weight) + first * D, D, rows, in, D, n, D, out, ldo);
+        }
+    }
+
     void project(long l, Target target, const Order& order, long unit, const Linear& linear, float* out, long ldo,
                  int id, int nt) const {
         share_rows(order, unit, id, nt, [&](long a, long e, long n) {
-            dot_rows(Rows<W>::of(linear, a, D), D, e - a, xn.data(), D, n, D, out + a, ldo);
+            products(linear, a, e - a, xn.data(), n, out + a, ldo);
             finish(linear, a, e - a, n, out + a, ldo);
             bypasses.add(l, target, order, a, e - a, out + a, ldo, n);
         });
@@ -792,7 +870,7 @@ struct Step {
     // Neurons f to f + rows of n tokens, with their biases and bypasses; (n, kChunk).
     void neurons(long l, Target target, const Linear& linear, long f, long rows, const float* in, long n,
                  float* out) const {
-        dot_rows(Rows<W>::of(linear, f, D), D, rows, in, D, n, D, out, kChunk);
+        products(linear, f, rows, in, n, out, kChunk);
         finish(linear, f, rows, n, out, kChunk);
         bypasses.add(l, target, mlp[l], f, rows, out, kChunk, n);
     }
@@ -802,7 +880,11 @@ struct Step {
         if (linear.scales)
             for (long t = 0; t < n; t++)
                 for (long r = 0; r < rows; r++) h[t * ldh + r] *= linear.scales[first + r];
-        add_rows(Rows<W>::of(linear, first, D), D, rows, h, ldh, own, D, n, D);
+        if constexpr (kIsFourBit)
+            add_groups({static_cast<const uint8_t*>(linear.weight), linear.group_scales}, first, rows, h, ldh, own, D, n,
+                       D);
+        else
+            add_rows(static_cast<const W*>(linear.weight) + first * D, D, rows, h, ldh, own, D, n, D);
     }
 
     void feed_forward(long l, const float* in, float* own, int id, int nt) {
@@ -838,7 +920,7 @@ struct Step {
         const long last = n ? V * (id + 1) / nt : 0;
         for (long a = V * id / nt; a < last; a += kChunk) {
             const long count = std::min(kChunk, last - a);
-            dot_rows(Rows<H>::of(ends.head, a, D), D, count, xn.data(), D, n, D, b.scores + a, V);
+            dot_rows(static_cast<const H*>(ends.head.weight) + a * D, D, count, xn.data(), D, n, D, b.scores + a, V);
             finish(ends.head, a, count, n, b.scores + a, V);
         }
     }
