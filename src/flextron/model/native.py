@@ -221,8 +221,9 @@ class NativeStep:
             return _Linear(_address(rows), bias, scales=_address(scales))
         numbers, scales = quantize_groups(weight)
         packed = pack(numbers)
+        scales = torch.nn.functional.pad(scales.flatten(), (1, _LANES))  # the kernels read vectors around them
         self._quantized += [packed, scales]
-        return _Linear(_address(packed), bias, group_scales=_address(scales))
+        return _Linear(_address(packed), bias, group_scales=_address(scales[1:]))
 
     def __call__(
         self,

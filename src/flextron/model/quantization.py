@@ -74,16 +74,21 @@ def _quantize_block(groups: Tensor, numbers: Tensor, scales: Tensor) -> None:
 
 
 def pack_groups(numbers: Tensor) -> Tensor:
-    """Four-bit numbers as dot products read them: byte i of a group holds columns i and 16 + i, each + 8.
+    """Four-bit numbers as dot products read them, in blocks of two groups, the last one filled up.
+
+    Two bytes hold column i of the first group, columns i and 16 + i of the second, and column 16 + i of the first, each
+    + 8, from the lowest bits.
 
     Args:
         numbers: (rows, columns) int8, -8 to 7.
 
     Returns:
-        (rows, columns / 2) uint8, the first of the two in the low bits.
+        (rows, columns / 2) uint8, columns rounded up to a multiple of 64.
     """
-    parts = (numbers + 8).to(torch.uint8).view(len(numbers), -1, 2, GROUP // 2)
-    return (parts[:, :, 0] | parts[:, :, 1] << 4).flatten(1)
+    filled = torch.nn.functional.pad(numbers + 8, (0, numbers.shape[1] % (2 * GROUP)))
+    parts = filled.to(torch.uint8).view(len(numbers), -1, 4, GROUP // 2)
+    low, high = parts[:, :, 0] | parts[:, :, 2] << 4, parts[:, :, 3] | parts[:, :, 1] << 4
+    return torch.stack([low, high], -1).flatten(1)
 
 
 def pack_pairs(numbers: Tensor) -> Tensor:

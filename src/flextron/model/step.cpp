@@ -53,7 +53,8 @@ inline float sum(Vec v) {
     return v[0];
 }
 // Keeps a value in a register: compilers would rather load it again at every use.
-inline void keep(Vec& v) {
+template <class V>
+inline void keep(V& v) {
 #ifdef __x86_64__
     asm("" : "+x"(v));
 #endif
@@ -185,36 +186,51 @@ inline void add_rows(const W* w, long ldw, long count, const float* h, long ldh,
 }
 
 // Four-bit weights: numbers of 0 to 15, 8 more than what they stand for, in groups of 32 columns with a scale each. What
-// they meet gets 16 bits in groups of its own, because products and sums of whole numbers take a third of the instructions
-// that floats need; its error, 1/65,534 of the largest in the group, is near that of sums of floats.
+// they meet gets 16 bits in groups of its own, because products and sums of whole numbers take fewer instructions than
+// floats need; its error, 1/65,534 of the largest in the group, is near that of sums of floats.
 constexpr long kGroup = 32;
-constexpr int kParts = kGroup / kLanes;
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes), aligned(4)));
 typedef int16_t Shorts __attribute__((vector_size(4 * kLanes), aligned(2)));
 typedef uint16_t Ushorts __attribute__((vector_size(4 * kLanes), aligned(2)));
 
 struct FourBit {
     const uint8_t* numbers;
-    const uint16_t* scales;  // (rows, columns / 32): upper halves of floats
+    const uint16_t* scales;  // (rows, columns / 32): upper halves of floats; one before and 8 after may be read, too
 };
 
-inline float scale_of(uint16_t half) {
-    const uint32_t bits = (uint32_t)half << 16;
-    float scale;
-    std::memcpy(&scale, &bits, sizeof scale);
-    return scale;
-}
-
 inline Ints load(const int32_t* p) { return *reinterpret_cast<const Ints*>(p); }
+inline void store(int32_t* p, Ints v) { *reinterpret_cast<Ints*>(p) = v; }
 inline Vec floats(Ints v) { return __builtin_convertvector(v, Vec); }
+inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+inline Vec magnitudes(Vec v) { return (Vec)((Ints)v & 0x7FFFFFFF); }
+inline Ints nearest(Vec v) {
+#ifdef __AVX2__
+    return (Ints)_mm256_cvtps_epi32((__m256)v);
+#else
+    return __builtin_convertvector(v + (v > 0 ? Vec{} + 0.5f : Vec{} - 0.5f), Ints);
+#endif
+}
 // Sums of two neighbours' products.
 inline Ints pair_products(Shorts a, Shorts b) {
 #ifdef __AVX2__
     return (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 #else
-    const Ints low_a = (Ints)a << 16 >> 16, low_b = (Ints)b << 16 >> 16;
-    return low_a * low_b + ((Ints)a >> 16) * ((Ints)b >> 16);
+    return ((Ints)a << 16 >> 16) * ((Ints)b << 16 >> 16) + ((Ints)a >> 16) * ((Ints)b >> 16);
 #endif
+}
+inline Vec load_scales(const uint16_t* p) {
+#ifdef __AVX2__
+    return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16);
+#else
+    typedef uint16_t Halves __attribute__((vector_size(2 * kLanes), aligned(2)));
+    return (Vec)(__builtin_convertvector(*reinterpret_cast<const Halves*>(p), Ints) << 16);
+#endif
+}
+// One scale for all lanes.
+inline Vec same_scale(const uint16_t* p) {
+    int32_t two;
+    std::memcpy(&two, p - 1, sizeof two);
+    return (Vec)((Ints{} + two) & (int32_t)0xFFFF0000);
 }
 
 // Memory of this thread for what one call needs.
@@ -225,84 +241,109 @@ inline T* room(long size) {
     return numbers.data();
 }
 
-// A token for dot products with four-bit rows: for each group 32 numbers of 16 bits, 8 sums that undo the weights' offset,
-// and a scale; in 32-bit units.
-constexpr long kTokenGroup = kGroup / 2 + kLanes;
-inline long token_size(long size) { return size / kGroup * (kTokenGroup + 1); }
+// A token for dot products with four-bit rows: for each group 32 numbers of 16 bits, a scale, and what undoes the weights'
+// offset in each of eight lanes; in 32-bit units.
+constexpr long kTokenGroup = kGroup / 2 + 2;
+inline long token_size(long size) { return size / kGroup * kTokenGroup; }
 
 void prepare_token(const float* x, long size, int32_t* token) {
-    float* scales = reinterpret_cast<float*>(token + size / kGroup * kTokenGroup);
     for (long g = 0; g < size / kGroup; g++, x += kGroup, token += kTokenGroup) {
+        Vec high = larger(larger(magnitudes(load(x)), magnitudes(load(x + 8))),
+                          larger(magnitudes(load(x + 16)), magnitudes(load(x + 24))));
         float most = 1e-30f;
-        for (int i = 0; i < kGroup; i++) most = std::max(most, std::fabs(x[i]));
+        for (int i = 0; i < kLanes; i++) most = std::max(most, high[i]);
         int16_t numbers[kGroup];
-        for (int i = 0; i < kGroup; i++) numbers[i] = (int16_t)std::nearbyint(x[i] * (32767.0f / most));
+        for (int i = 0; i < kGroup; i += kLanes) {
+            const Ints part = nearest(load(x + i) * (32767.0f / most));
+            for (int j = 0; j < kLanes; j++) numbers[i + j] = (int16_t)part[j];
+        }
         std::memcpy(token, numbers, sizeof numbers);
-        for (int j = 0; j < kLanes; j++)
-            token[kGroup / 2 + j] = -8 * (numbers[2 * j] + numbers[2 * j + 1] + numbers[16 + 2 * j] + numbers[17 + 2 * j]);
-        scales[g] = most / 32767.0f;
+        int32_t total = 0;
+        for (int i = 0; i < kGroup; i++) total += numbers[i];
+        const float scale = most / 32767.0f, ends[2] = {scale / (g % 2 ? 16 : 1), -8.0f / kLanes * scale * (float)total};
+        std::memcpy(token + kGroup / 2, ends, sizeof ends);
     }
 }
 
-// Byte i of a group holds columns i and 16 + i.
-inline Shorts load_bytes(const uint8_t* p) {
-#ifdef __AVX2__
-    return (Shorts)_mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-#else
-    typedef uint8_t Group __attribute__((vector_size(kGroup / 2), aligned(1)));
-    return __builtin_convertvector(*reinterpret_cast<const Group*>(p), Shorts);
-#endif
+// Rows for dot products lie in blocks of two groups, the last one filled up. 16 bits hold, from the lowest, column i of the
+// first group, columns i and 16 + i of the second, and column 16 + i of the first. The second group's come out 16 times as
+// large, which its scale in prepared tokens makes good.
+constexpr long kBlockBytes = kGroup;
+inline long row_bytes(long groups) { return (groups + 1) / 2 * kBlockBytes; }
+
+// Adds R rows' products with T prepared tokens in group G of a block.
+template <int R, int T, int G>
+inline void add_group(const Shorts (&blocks)[R], const uint16_t* scales, const int32_t* x, long ldx, long groups,
+                      Vec (&acc)[R][T]) {
+    Shorts low[R], high[R];
+    Vec scale[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+        low[r] = G ? blocks[r] & 0xF0 : blocks[r] & 0xF;
+        high[r] = G ? (Shorts)((Ushorts)blocks[r] >> 4) & 0xF0 : (Shorts)((Ushorts)blocks[r] >> 12);
+        scale[r] = same_scale(scales + r * groups);
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < T; t++) {
+        const int32_t* token = x + t * ldx;
+        Shorts first = (Shorts)load(token), second = (Shorts)load(token + kLanes);
+        const float* ends = reinterpret_cast<const float*>(token + kGroup / 2);
+        Vec own = Vec{} + ends[0], offset = Vec{} + ends[1];
+        keep(first), keep(second), keep(own), keep(offset);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+            const Ints sum = pair_products(low[r], first) + pair_products(high[r], second);
+            acc[r][t] = fma(fma(floats(sum), own, offset), scale[r], acc[r][t]);
+        }
+    }
 }
 
 // Dot products of R rows with T prepared tokens.
 template <int R, int T>
-__attribute__((noinline)) void group_dots(const uint8_t* w, const float* scales, const int32_t* x, long ldx,
+__attribute__((noinline)) void group_dots(const uint8_t* w, const uint16_t* scales, const int32_t* x, long ldx,
                                           long groups, float* out, long ldo) {
+    const long ldw = row_bytes(groups);
     Vec acc[R][T];
 #pragma GCC unroll 16
     for (int i = 0; i < R * T; i++) acc[i / T][i % T] = Vec{};
-    for (long g = 0; g < groups; g++) {
-        if (R == 4) __builtin_prefetch(w + (R * groups + R * g) * kGroup / 2, 0, 3);
+    for (long g = 0; g < groups; g += 2, w += kBlockBytes, scales += 2, x += 2 * kTokenGroup) {
+        Shorts blocks[R];
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
-            const Shorts bytes = load_bytes(w + (r * groups + g) * kGroup / 2);
-            const Shorts low = bytes & 15, high = (Shorts)((Ushorts)bytes >> 4);
-            const float scale = scales[r * groups + g];
-#pragma GCC unroll 4
-            for (int t = 0; t < T; t++) {
-                const int32_t* token = x + t * ldx + g * kTokenGroup;
-                const Ints sum = load(token + kGroup / 2) + pair_products(low, (Shorts)load(token)) +
-                                 pair_products(high, (Shorts)load(token + kLanes));
-                const float* own = reinterpret_cast<const float*>(x + t * ldx + groups * kTokenGroup);
-                acc[r][t] = fma(floats(sum), (Vec{} + scale) * own[g], acc[r][t]);
-            }
+            if (r % 2 == 0) __builtin_prefetch(w + R * ldw + (R - 1) * g / 2 * kBlockBytes + r * kBlockBytes, 0, 3);
+            blocks[r] = (Shorts)load(reinterpret_cast<const int32_t*>(w + r * ldw));
+            keep(blocks[r]);
         }
+        add_group<R, T, 0>(blocks, scales, x, ldx, groups, acc);
+        if (g + 1 < groups) add_group<R, T, 1>(blocks, scales + 1, x + kTokenGroup, ldx, groups, acc);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < R * T; i++) out[i % T * ldo + i / T] = sum(acc[i / T][i % T]);
 }
 
 template <int R, int T>
-inline void group_dots_all_rows(const uint8_t* w, const float* scales, long count, const int32_t* x, long ldx,
-                                long groups, float* out, long ldo) {
-    const long bytes = groups * kGroup / 2;
+inline void group_dots_all_rows(FourBit w, long first, long count, const int32_t* x, long ldx, long groups, float* out,
+                                long ldo) {
+    const long bytes = row_bytes(groups);
+    const uint8_t* numbers = w.numbers + first * bytes;
+    const uint16_t* scales = w.scales + first * groups;
     long r = 0;
-    for (; r + R <= count; r += R) group_dots<R, T>(w + r * bytes, scales + r * groups, x, ldx, groups, out + r, ldo);
-    for (; r < count; r++) group_dots<1, T>(w + r * bytes, scales + r * groups, x, ldx, groups, out + r, ldo);
+    for (; r + R <= count; r += R)
+        group_dots<R, T>(numbers + r * bytes, scales + r * groups, x, ldx, groups, out + r, ldo);
+    for (; r < count; r++)
+        group_dots<1, T>(numbers + r * bytes, scales + r * groups, x, ldx, groups, out + r, ldo);
 }
 
 // Dot products of rows first to first + count with n prepared tokens.
 void dot_groups(FourBit w, long first, long count, const int32_t* x, long n, long size, float* out, long ldo) {
     const long groups = size / kGroup, ldx = token_size(size);
-    const uint8_t* numbers = w.numbers + first * size / 2;
-    float* scales = room<float>(count * groups);
-    for (long i = 0; i < count * groups; i++) scales[i] = scale_of(w.scales[first * groups + i]);
     long t = 0;
-    for (; t + 3 <= n; t += 3)
-        group_dots_all_rows<4, 3>(numbers, scales, count, x + t * ldx, ldx, groups, out + t * ldo, ldo);
+    for (; t + 4 <= n; t += 4)
+        group_dots_all_rows<2, 4>(w, first, count, x + t * ldx, ldx, groups, out + t * ldo, ldo);
     x += t * ldx, out += t * ldo;
-    if (n - t == 2) group_dots_all_rows<4, 2>(numbers, scales, count, x, ldx, groups, out, ldo);
-    if (n - t == 1) group_dots_all_rows<4, 1>(numbers, scales, count, x, ldx, groups, out, ldo);
+    if (n - t == 3) group_dots_all_rows<2, 3>(w, first, count, x, ldx, groups, out, ldo);
+    if (n - t == 2) group_dots_all_rows<2, 2>(w, first, count, x, ldx, groups, out, ldo);
+    if (n - t == 1) group_dots_all_rows<4, 1>(w, first, count, x, ldx, groups, out, ldo);
 }
 
 // For sums over rows two rows lie together, 32 bytes a group: 16 bits hold columns i, 8 + i, 16 + i and 24 + i of a row,
@@ -310,103 +351,97 @@ void dot_groups(FourBit w, long first, long count, const int32_t* x, long n, lon
 inline Shorts part(Shorts group, int k) {
     return k == 3 ? (Shorts)((Ushorts)group >> 12) : group & (Shorts)(Shorts{} + (int16_t)(15 << 4 * k));
 }
+constexpr int kParts = kGroup / kLanes;
 constexpr float kUnits[kParts] = {1.0f, 1.0f / 16, 1.0f / 256, 1.0f};
 
-// Rows whose products with 16 bits can be added up in 32 bits.
-constexpr long kSummed = 16;
+// Pairs of rows whose products with 16 bits can be added up in 32 bits.
+constexpr long kPairs = 8;
 
-// y[t] += sum over kSummed / 2 pairs of rows of products with factors, which `add_groups` has prepared, for T tokens.
-template <int T>
-__attribute__((noinline)) void group_adds(const uint8_t* w, const int32_t* factors, const float* units,
-                                          const float* offsets, long pairs, long groups, float* y, long ldy) {
+// What T tokens have for kPairs pairs of rows: factors in 16 bits, and for each group their unit and what undoes the offset.
+struct Factors {
+    int32_t* pairs;  // (T, kPairs, ld)
+    float *units, *offsets;  // (T, ld)
+    long ld;                 // groups, filled up to whole vectors
+};
+
+// y[t] += sum over pairs of rows of products with T tokens' factors.
+template <int T, int P>
+__attribute__((noinline)) void group_adds(const uint8_t* w, const Factors& f, long groups, float* y, long ldy) {
     for (long g = 0; g < groups; g++) {
         Ints acc[T][kParts];
+#pragma GCC unroll 8
         for (int i = 0; i < T * kParts; i++) acc[i / kParts][i % kParts] = Ints{};
 #pragma GCC unroll 8
-        for (long p = 0; p < pairs; p++) {
-            const Shorts group = (Shorts)load(reinterpret_cast<const int32_t*>(w + (p * groups + g) * kGroup));
-            Shorts parts[kParts];
-            for (int k = 0; k < kParts; k++) parts[k] = part(group, k);
-            for (int t = 0; t < T; t++) {
-                const Shorts factor = (Shorts)(Ints{} + factors[(t * kSummed / 2 + p) * groups + g]);
-                for (int k = 0; k < kParts; k++) acc[t][k] += pair_products(parts[k], factor);
+        for (int p = 0; p < P; p++) {
+            if (P == kPairs && p % 2) __builtin_prefetch(w + (P * (groups + g) + p) * kGroup, 0, 3);
+            Shorts group = (Shorts)load(reinterpret_cast<const int32_t*>(w + (p * groups + g) * kGroup));
+            keep(group);
+#pragma GCC unroll 4
+            for (int k = 0; k < kParts; k++) {
+                const Shorts own = part(group, k);
+#pragma GCC unroll 2
+                for (int t = 0; t < T; t++)
+                    acc[t][k] += pair_products(own, (Shorts)(Ints{} + f.pairs[(t * kPairs + p) * f.ld + g]));
             }
         }
-        for (int t = 0; t < T; t++)
+#pragma GCC unroll 2
+        for (int t = 0; t < T; t++) {
+            const Vec unit = Vec{} + f.units[t * f.ld + g], offset = Vec{} + f.offsets[t * f.ld + g];
+#pragma GCC unroll 4
             for (int k = 0; k < kParts; k++) {
                 float* to = y + t * ldy + g * kGroup + k * kLanes;
-                store(to, fma(floats(acc[t][k]), Vec{} + units[t * groups + g] * kUnits[k],
-                              load(to) + offsets[t * groups + g]));
+                store(to, fma(floats(acc[t][k]), unit * kUnits[k], load(to) + offset));
             }
-    }
-}
-
-// Factors of rows first to first + kSummed, as 16 bits, for one token; those of rows outside [from, to) are 0.
-void prepare_factors(FourBit w, long first, long from, long to, const float* h, long groups, float* products,
-                     int32_t* factors, float* units, float* offsets) {
-    float* most = units;
-    std::fill(most, most + groups, 1e-30f);
-    for (long r = 0; r < kSummed; r++) {
-        float* own = products + r * groups;
-        if (first + r < from || first + r >= to) {
-            std::fill(own, own + groups, 0.0f);
-            continue;
-        }
-        const uint16_t* scales = w.scales + (first + r) * groups;
-        const float factor = h[first + r - from];
-        for (long g = 0; g < groups; g++) {
-            own[g] = factor * scale_of(scales[g]);
-            most[g] = std::max(most[g], std::fabs(own[g]));
-        }
-    }
-    float* inverse = products + kSummed * groups;
-    for (long g = 0; g < groups; g++) inverse[g] = 32767.0f / most[g], units[g] = most[g] / 32767.0f, offsets[g] = 0;
-    for (long p = 0; p < kSummed / 2; p++) {
-        const float *even = products + 2 * p * groups, *odd = even + groups;
-        for (long g = 0; g < groups; g++) {
-            const int32_t a = (int32_t)std::nearbyint(even[g] * inverse[g]);
-            const int32_t b = (int32_t)std::nearbyint(odd[g] * inverse[g]);
-            factors[p * groups + g] = (a & 0xFFFF) | (int32_t)((uint32_t)b << 16);
-            offsets[g] -= 8 * units[g] * (float)(a + b);
         }
     }
 }
 
-// Pairs of rows as floats, from row first, which is even; count is even, too.
-void expand_pairs(FourBit w, long first, long count, long size, float* out) {
-    const long groups = size / kGroup;
-    for (long r = 0; r < count; r += 2)
-        for (long g = 0; g < groups; g++) {
-            const Ints both = load(reinterpret_cast<const int32_t*>(w.numbers + (first + r) * size / 2 + g * kGroup));
-#pragma GCC unroll 2
-            for (int own = 0; own < 2; own++) {
-                const float scale = scale_of(w.scales[(first + r + own) * groups + g]);
-                float* to = out + (r + own) * size + g * kGroup;
-#pragma GCC unroll 4
-                for (int k = 0; k < kParts; k++)
-                    store(to + k * kLanes, fma(floats(both >> (16 * own + 4 * k) & 15), Vec{} + scale, Vec{} - 8 * scale));
-            }
+// Makes token t's factors for 2 * kPairs rows from row first on; those of rows outside [from, to) are 0. `h` is for `from`.
+void prepare_factors(FourBit w, long first, long from, long to, const float* h, long groups, const Factors& f, long t,
+                     float* products) {
+    for (long g = 0; g < groups; g += kLanes) {
+        Vec most = Vec{} + 1e-30f;
+        for (long r = 0; r < 2 * kPairs; r++) {
+            const long row = first + r;
+            const Vec own = row < from || row >= to ? Vec{} : load_scales(w.scales + row * groups + g) * h[row - from];
+            store(products + r * kLanes, own);
+            most = larger(most, magnitudes(own));
         }
+        const Vec unit = most * (1 / 32767.0f), inverse = 32767.0f / most;
+        Ints total{};
+        for (long p = 0; p < kPairs; p++) {
+            const Ints even = nearest(load(products + 2 * p * kLanes) * inverse);
+            const Ints odd = nearest(load(products + (2 * p + 1) * kLanes) * inverse);
+            store(f.pairs + (t * kPairs + p) * f.ld + g, (even & 0xFFFF) | odd << 16);
+            total += even + odd;
+        }
+        store(f.units + t * f.ld + g, unit);
+        store(f.offsets + t * f.ld + g, floats(total) * unit * -8.0f);
+    }
 }
 
 // y[t] += sum over rows first to first + count of h[t][r] * row r, for n tokens.
 void add_groups(FourBit w, long first, long count, const float* h, long ldh, float* y, long ldy, long n, long size) {
-    const long groups = size / kGroup, to = first + count;
-    float* room_floats = room<float>((kSummed + 1 + 4) * groups);
-    float *units = room_floats + (kSummed + 1) * groups, *offsets = units + 2 * groups;
-    int32_t* factors = room<int32_t>(kSummed * groups);
-    for (long row = first & ~1L; row < to; row += kSummed) {
-        const long pairs = std::min(kSummed, to - row + 1) / 2;
-        const uint8_t* numbers = w.numbers + row * size / 2;
+    const long groups = size / kGroup, to = first + count, ld = (groups + kLanes - 1) / kLanes * kLanes;
+    float* memory = room<float>(4 * ld);
+    const Factors f{room<int32_t>(2 * kPairs * ld), memory, memory + 2 * ld, ld};
+    float products[2 * kPairs * kLanes];
+    for (long row = first & ~1L; row < to; row += 2 * kPairs) {
+        const long pairs = std::min(2 * kPairs, to - row + 1) / 2;
         for (long t = 0; t < n; t += 2) {
             const long some = std::min(2L, n - t);
             for (long i = 0; i < some; i++)
-                prepare_factors(w, row, first, to, h + (t + i) * ldh, groups, room_floats,
-                                factors + i * kSummed / 2 * groups, units + i * groups, offsets + i * groups);
-            if (some == 2)
-                group_adds<2>(numbers, factors, units, offsets, pairs, groups, y + t * ldy, ldy);
-            else
-                group_adds<1>(numbers, factors, units, offsets, pairs, groups, y + t * ldy, ldy);
+                prepare_factors(w, row, first, to, h + (t + i) * ldh, groups, f, i, products);
+            // whole blocks at once, what is left pair by pair
+            for (long p = 0; p < pairs; p += pairs == kPairs ? kPairs : 1) {
+                const uint8_t* numbers = w.numbers + (row / 2 + p) * size;
+                Factors own = f;
+                own.pairs += p * ld;
+                if (p) std::fill(memory + 2 * ld, memory + 4 * ld, 0.0f);  // offsets are those of all pairs
+                const auto add = pairs == kPairs ? (some == 2 ? group_adds<2, kPairs> : group_adds<1, kPairs>)
+                                                 : (some == 2 ? group_adds<2, 1> : group_adds<1, 1>);
+                add(numbers, own, groups, y + t * ldy, ldy);
+            }
         }
     }
 }
