@@ -6,6 +6,7 @@ All on SmolLM2-135M and two threads or as many as PyTorch has. Sub-networks are 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from functools import cache, partial
 from itertools import cycle, islice
 from pathlib import Path
@@ -136,6 +137,12 @@ def float32_against_llamacpp() -> Figure:
 def int8_against_llamacpp() -> Figure:
     """Decode at batch 1 in int8 against llama.cpp's Q8_0."""
     return _decode_against_llamacpp("int8", "Q8_0")
+
+
+def int4_against_llamacpp() -> Figure:
+    """Decode at batch 1 in int4 against llama.cpp's Q4_0."""
+    figure = _decode_against_llamacpp("int4", "Q4_0")
+    return replace(figure, note=f"{figure.note}; both have the head in eight bits")
 
 
 def _decode_against_llamacpp(weights: Any, kind: Any) -> Figure:
@@ -399,6 +406,7 @@ def run() -> bool:
             bandwidth,
             float32_against_llamacpp,
             int8_against_llamacpp,
+            int4_against_llamacpp,
             throughput_against_transformers,
             throughput_against_llamacpp,
             subnet_time,

@@ -230,7 +230,9 @@ inline Vec load_scales(const uint16_t* p) {
 inline Vec same_scale(const uint16_t* p) {
     int32_t two;
     std::memcpy(&two, p - 1, sizeof two);
-    return (Vec)((Ints{} + two) & (int32_t)0xFFFF0000);
+    Ints all = Ints{} + two;
+    keep(all);  // from memory to all lanes at once, which compilers would not do
+    return (Vec)(all & (int32_t)0xFFFF0000);
 }
 
 // Memory of this thread for what one call needs.
@@ -271,29 +273,29 @@ void prepare_token(const float* x, long size, int32_t* token) {
 constexpr long kBlockBytes = kGroup;
 inline long row_bytes(long groups) { return (groups + 1) / 2 * kBlockBytes; }
 
+inline const float* ends_of(const int32_t* token) { return reinterpret_cast<const float*>(token + kGroup / 2); }
+
 // Adds R rows' products with T prepared tokens in group G of a block.
 template <int R, int T, int G>
 inline void add_group(const Shorts (&blocks)[R], const uint16_t* scales, const int32_t* x, long ldx, long groups,
                       Vec (&acc)[R][T]) {
-    Shorts low[R], high[R];
-    Vec scale[R];
+    Shorts first = (Shorts)load(x), second = (Shorts)load(x + kLanes);
+    Vec own = Vec{} + ends_of(x)[0], offset = Vec{} + ends_of(x)[1];
+    if (T == 1) keep(first), keep(second), keep(own), keep(offset);
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
-        low[r] = G ? blocks[r] & 0xF0 : blocks[r] & 0xF;
-        high[r] = G ? (Shorts)((Ushorts)blocks[r] >> 4) & 0xF0 : (Shorts)((Ushorts)blocks[r] >> 12);
-        scale[r] = same_scale(scales + r * groups);
-    }
+        const Shorts low = G ? blocks[r] & 0xF0 : blocks[r] & 0xF;
+        const Shorts high = G ? (Shorts)((Ushorts)blocks[r] >> 4) & 0xF0 : (Shorts)((Ushorts)blocks[r] >> 12);
+        const Vec scale = same_scale(scales + r * groups);
 #pragma GCC unroll 4
-    for (int t = 0; t < T; t++) {
-        const int32_t* token = x + t * ldx;
-        Shorts first = (Shorts)load(token), second = (Shorts)load(token + kLanes);
-        const float* ends = reinterpret_cast<const float*>(token + kGroup / 2);
-        Vec own = Vec{} + ends[0], offset = Vec{} + ends[1];
-        keep(first), keep(second), keep(own), keep(offset);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++) {
-            const Ints sum = pair_products(low[r], first) + pair_products(high[r], second);
-            acc[r][t] = fma(fma(floats(sum), own, offset), scale[r], acc[r][t]);
+        for (int t = 0; t < T; t++) {
+            if (T > 1) {
+                const int32_t* token = x + t * ldx;
+                first = (Shorts)load(token), second = (Shorts)load(token + kLanes);
+                own = Vec{} + ends_of(token)[0], offset = Vec{} + ends_of(token)[1];
+            }
+            const Ints sum = pair_products(low, first) + pair_products(high, second);
+            acc[r][t] = fma(fma(floats(sum), own, offset), scale, acc[r][t]);
         }
     }
 }
