@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
+from functools import cache
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig
 
 from flextron.errors import FlextronError
 from flextron.model.adapter import Adapter
 from flextron.model.batch import Batch
 from flextron.model.config import DecoderConfig
 from flextron.model.decoder import Decoder
+from flextron.model.families import config_from_hf
 from flextron.model.native import NativeStep, Weights, load_library, why_not_native
 from flextron.model.native_adapter import NativeAdapter, why_adapter_not_native
 from flextron.model.quantization import GROUP, quantize_groups, quantize_rows
-from flextron.spec import SubnetSpec
+from flextron.spec import LayerSpec, SubnetSpec
 from tests.model.adapter_cases import random_ia3, random_lora
-from tests.model.families_cases import CASES
+from tests.model.families_cases import CASES, HEADS, SIZES
 from tests.random_decoders import ragged_specs, random_decoder
 
 PAGE = 4
@@ -101,6 +104,54 @@ def test_quantized_iterations_agree_with_the_rounded_weights(name: str, weights:
         assert_iterations_agree(native, decoder, reference, adapters)
 
 
+@cache
+def wide_decoders() -> tuple[Decoder, Decoder]:
+    """One of three groups of 32 columns, an odd number, and its rounded copy."""
+    sizes = SIZES | {"hidden_size": 96, "intermediate_size": 75, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    decoder = Decoder(config_from_hf(LlamaConfig(**sizes, **HEADS).to_dict())).eval().requires_grad_(False)
+    for p in decoder.parameters():
+        p.normal_(0, 0.2) if p.dim() > 1 else p.normal_(1, 0.3)
+    return decoder, rounded_decoder(decoder, "int4")
+
+
+@compiled
+@pytest.mark.parametrize("num_tokens", range(1, 21))
+def test_int4_with_any_number_of_tokens(num_tokens: int) -> None:
+    """A sequence in the full network beside one in a sub-network of odd widths."""
+    decoder, reference = wide_decoders()
+    config = decoder.config
+    narrow = LayerSpec(intermediate_size=37, num_groups=1)
+    specs = [config.full_spec, SubnetSpec(layers=(narrow,) * config.num_hidden_layers)]
+    lengths = [num_tokens - num_tokens // 3, num_tokens // 3]
+    sequences = [torch.randint(config.vocab_size, (n,)) for n in lengths if n]
+    owners = [i for i, n in enumerate(lengths) for _ in range(n)]
+    units = config.num_hidden_layers * config.num_groups
+    tables = torch.arange(2 * 5 * units, dtype=torch.int32).view(2, 5, units)
+    got = NativeStep(decoder, PAGE, "int4")(
+        torch.cat(sequences),
+        torch.cat([torch.arange(n) for n in lengths]),
+        per_layer([[layer.intermediate_size for layer in specs[i].layers] for i in owners]),
+        per_layer([[layer.num_groups for layer in specs[i].layers] for i in owners]),
+        [tables[i] for i in owners],
+        per_layer([[config.num_groups * layer for layer in range(config.num_hidden_layers)] for _ in owners]),
+        torch.full((2 * 5 * units, 2, PAGE, config.head_dim), float("nan")),
+        range(num_tokens),
+    )
+    head = rounded(decoder.head_weight, "int8")
+    wanted = reference(Batch.ragged(sequences, specs[: len(sequences)])) @ head.t()
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+
+
+@compiled
+def test_int4_needs_whole_groups() -> None:
+    sizes, heads = SIZES | {"hidden_size": 40}, HEADS | {"num_attention_heads": 5, "num_key_value_heads": 5}
+    decoder = Decoder(config_from_hf(LlamaConfig(**sizes, **heads).to_dict())).requires_grad_(False)
+    NativeStep(decoder, PAGE, "int8")
+    with pytest.raises(FlextronError, match="multiple of 32, not 40; use int8"):
+        NativeStep(decoder, PAGE, "int4")
+
+
 def adapters_of(config: DecoderConfig) -> list[list[Adapter | None]]:
     """Of the sequences in two runs: ranks around the kernels' width, some linears, and both methods."""
     lora, wide = random_lora(config, rank=5), random_lora(config, rank=61, seed=1, targets=["k", "o", "up"])
@@ -142,10 +193,11 @@ def assert_iterations_agree(
         )
         for t, row in zip(wished, scores, strict=True):
             got[owners[t]].append((int(positions[t]), row))
+    near = 1e-4 if native.weights == "int4" else 1e-5  # activations have 16 bits beside weights of four
     for seen, whole in zip(got, wanted.split(list(LENGTHS)), strict=True):
         assert seen
         for position, row in seen:
-            torch.testing.assert_close(row, whole[position], rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+            torch.testing.assert_close(row, whole[position], rtol=near, atol=near * float(wanted.abs().max()))
 
 
 def test_adapters_without_kernels_say_why() -> None:
