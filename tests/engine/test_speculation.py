@@ -85,7 +85,8 @@ def test_drafts_of_few_bits_serve_the_same_answers(weights: Weights, drafts: Wei
         answers.append(sequence.answer)
     assert answers[0] == answers[1]
     assert drafted.speculator is not None
-    assert drafted.speculator.num_accepted > drafted.speculator.num_drafted / 2
+    least = 0.5 if drafts == "int8" else 0.2
+    assert drafted.speculator.num_accepted > least * drafted.speculator.num_drafted
 
 
 def test_a_stop_token_within_a_draft_ends_the_request() -> None:

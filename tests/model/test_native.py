@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import deepcopy
 from functools import cache
 
 import pytest
@@ -19,11 +18,10 @@ from flextron.model.decoder import Decoder
 from flextron.model.families import config_from_hf
 from flextron.model.native import NativeStep, Weights, load_library, why_not_native
 from flextron.model.native_adapter import NativeAdapter, why_adapter_not_native
-from flextron.model.quantization import GROUP, quantize_groups, quantize_rows
 from flextron.spec import LayerSpec, SubnetSpec
 from tests.model.adapter_cases import random_ia3, random_lora
 from tests.model.families_cases import CASES, HEADS, SIZES
-from tests.random_decoders import ragged_specs, random_decoder
+from tests.random_decoders import ragged_specs, random_decoder, rounded, rounded_decoder
 
 PAGE = 4
 LENGTHS = (7, 1, 13, 9)
@@ -74,24 +72,6 @@ def test_iterations_agree_with_the_decoder(name: str) -> None:
         assert_iterations_agree(NativeStep(decoder, PAGE), decoder, decoder, adapters)
 
 
-def rounded(matrix: Tensor, weights: Weights) -> Tensor:
-    """The numbers that stand for a matrix."""
-    if weights == "int8":
-        rows, scales = quantize_rows(matrix)
-        return rows * scales[:, None]
-    numbers, scales = quantize_groups(matrix)
-    return numbers * scales.float().repeat_interleave(GROUP, 1)
-
-
-def rounded_decoder(decoder: Decoder, weights: Weights) -> Decoder:
-    """A copy with those. Embeddings are looked up as they are, and the head is in eight bits."""
-    copy = deepcopy(decoder)
-    for matrix in copy.layers.parameters():
-        if matrix.dim() == 2:
-            matrix.copy_(rounded(matrix, weights))
-    return copy
-
-
 @compiled
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "neox"])
@@ -140,7 +120,7 @@ def test_int4_with_any_number_of_tokens(num_tokens: int) -> None:
     )
     head = rounded(decoder.head_weight, "int8")
     wanted = reference(Batch.ragged(sequences, specs[: len(sequences)])) @ head.t()
-    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+    torch.testing.assert_close(got, wanted, rtol=5e-4, atol=5e-4 * float(wanted.abs().max()))
 
 
 @compiled
@@ -193,7 +173,7 @@ def assert_iterations_agree(
         )
         for t, row in zip(wished, scores, strict=True):
             got[owners[t]].append((int(positions[t]), row))
-    near = 1e-4 if native.weights == "int4" else 1e-5  # activations have 16 bits beside weights of four
+    near = 5e-4 if native.weights == "int4" else 1e-5  # int4: activations have 16 bits, in each layer
     for seen, whole in zip(got, wanted.split(list(LENGTHS)), strict=True):
         assert seen
         for position, row in seen:

@@ -212,7 +212,9 @@ class NativeStep:
             head=self._linear(decoder.head_weight, None, "float32" if weights == "float32" else "int8"),
         )
 
-    def _linear(self, weight: Tensor, bias: int | None, weights: Weights, pack: Callable[[Tensor], Tensor] = pack_groups) -> _Linear:
+    def _linear(
+        self, weight: Tensor, bias: int | None, weights: Weights, pack: Callable[[Tensor], Tensor] = pack_groups
+    ) -> _Linear:
         if weights == "float32":
             return _Linear(_address(weight), bias)
         if weights == "int8":
