@@ -19,6 +19,7 @@ from benchmarks import smollm2
 from benchmarks.core import demo_record
 from benchmarks.harness import Figure, interleaved, median, ratios, run_suite
 from benchmarks.llamacpp import LlamaCpp
+from benchmarks.rounding import perplexity
 from benchmarks.transformers_peer import ContinuousBatching, dense, greedy
 from benchmarks.workload import Decoding, mixed_arrival, offline, requests
 from flextron.api import ElasticModel, load
@@ -142,7 +143,10 @@ def int8_against_llamacpp() -> Figure:
 def int4_against_llamacpp() -> Figure:
     """Decode at batch 1 in int4 against llama.cpp's Q4_0."""
     figure = _decode_against_llamacpp("int4", "Q4_0")
-    return replace(figure, note=f"{figure.note}; both have the head in eight bits")
+    losses = {w: perplexity(_original(), w) for w in ("float32", "int8", "int4")}
+    rises = ", ".join(f"{w} {100 * (losses[w] / losses['float32'] - 1):.1f} %" for w in ("int8", "int4"))
+    note = f"{figure.note}; both have the head in eight bits; perplexity rises over float32: {rises}"
+    return replace(figure, note=note)
 
 
 def _decode_against_llamacpp(weights: Any, kind: Any) -> Figure:

@@ -183,9 +183,7 @@ def speculation_of(model: ElasticModel, weights: Weights) -> Speculation:
         if spec not in (model.space.full, *drafts):
             drafts.append(spec)
     if not drafts:
-        raise FlextronError(
-            "there are no narrow sub-networks to draft with; run flextron profile, or draft in int8 or int4"
-        )
+        raise FlextronError("there are no narrow sub-networks to draft with; run flextron profile, or draft in int8")
     return Speculation(drafts=tuple(drafts), weights=weights)
 
 
