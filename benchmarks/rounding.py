@@ -1,4 +1,4 @@
-"""What weights of few bits cost in perplexity: the decoder with the numbers that the compiled iteration multiplies with."""
+"""What weights of few bits cost in perplexity, by the decoder with the numbers that the compiled iteration reads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks import smollm2
 from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
 from flextron.model.native import Weights
-from flextron.model.quantization import GROUP, quantize_groups, quantize_rows
+from flextron.model.quantization import GROUP, column_scales, quantize_groups, quantize_rows
 
 __all__ = ["perplexity"]
 
@@ -24,9 +24,11 @@ def perplexity(decoder: Decoder, weights: Weights, num_tokens: int = 4096) -> fl
     head, model = decoder.head_weight, decoder
     if weights != "float32":
         model, head = deepcopy(decoder), _rounded(head, "int8")
-        for matrix in model.layers.parameters():
+        for name, matrix in model.layers.named_parameters():
             if matrix.dim() == 2:
-                matrix.copy_(_rounded(matrix, weights))
+                is_output = name.endswith((".o.weight", ".down.weight"))
+                columns = column_scales(matrix) if is_output else torch.ones(())
+                matrix.copy_(columns * _rounded(matrix / columns, weights))
     windows = smollm2.eval_windows(num_tokens)
     losses = [_losses(model, head, window) for window in windows]
     return math.exp(float(torch.cat(losses).mean()))

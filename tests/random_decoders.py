@@ -12,7 +12,7 @@ from flextron.model.config import DecoderConfig
 from flextron.model.decoder import Decoder
 from flextron.model.families import config_from_hf
 from flextron.model.native import Weights
-from flextron.model.quantization import GROUP, quantize_groups, quantize_rows
+from flextron.model.quantization import GROUP, column_scales, quantize_groups, quantize_rows
 from flextron.spec import LayerSpec, SubnetSpec
 from tests.model.families_cases import CASES
 
@@ -52,9 +52,11 @@ def rounded(matrix: Tensor, weights: Weights) -> Tensor:
 def rounded_decoder(decoder: Decoder, weights: Weights) -> Decoder:
     """A copy with those; embeddings are looked up as they are, and a head of its own is in eight bits."""
     copy = deepcopy(decoder)
-    for matrix in copy.layers.parameters():
+    for name, matrix in copy.layers.named_parameters():
         if matrix.dim() == 2:
-            matrix.copy_(rounded(matrix, weights))
+            is_output = name.endswith((".o.weight", ".down.weight"))
+            columns = column_scales(matrix) if is_output else torch.ones(())
+            matrix.copy_(columns * rounded(matrix / columns, weights))
     if copy.head_weight is not copy.embedding.weight:
         copy.head_weight.copy_(rounded(copy.head_weight, "int8"))
     return copy

@@ -12,19 +12,20 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from flextron.errors import FlextronError
 from flextron.model.decoder import Decoder
 from flextron.model.layers import rotary_tables
 from flextron.model.native_adapter import NativeAdapter
-from flextron.model.quantization import GROUP, pack_groups, pack_pairs, quantize_groups, quantize_rows
+from flextron.model.quantization import GROUP, column_scales, pack_groups, pack_pairs, quantize_groups, quantize_rows
 
 __all__ = ["NativeStep", "Weights", "load_library", "why_not_native"]
 
@@ -44,7 +45,13 @@ class _Norm(ctypes.Structure):
 
 
 class _Linear(ctypes.Structure):
-    _fields_ = (("weight", _Pointer), ("bias", _Pointer), ("scales", _Pointer), ("group_scales", _Pointer))
+    _fields_ = (
+        ("weight", _Pointer),
+        ("bias", _Pointer),
+        ("scales", _Pointer),
+        ("group_scales", _Pointer),
+        ("column_scales", _Pointer),
+    )
 
 
 class _LayerWeights(ctypes.Structure):
@@ -201,8 +208,8 @@ class NativeStep:
                 if name.endswith("norm"):
                     setattr(native, name, _Norm(_address(module.weight), bias))
                 else:
-                    pack = pack_pairs if name in ("o", "down") else pack_groups
-                    setattr(native, name, self._linear(module.weight, bias, weights, pack))
+                    linear = self._linear(module.weight, bias, weights, sums_rows=name in ("o", "down"))
+                    setattr(native, name, linear)
         norm: Any = decoder.final_norm
         positions: Any = getattr(decoder, "positions", None)
         self._ends = _Ends(
@@ -212,20 +219,25 @@ class NativeStep:
             head=self._linear(decoder.head_weight, None, "float32" if weights == "float32" else "int8"),
         )
 
-    def _linear(
-        self, weight: Tensor, bias: int | None, weights: Weights, pack: Callable[[Tensor], Tensor] = pack_groups
-    ) -> _Linear:
+    def _linear(self, weight: Tensor, bias: int | None, weights: Weights, *, sums_rows: bool = False) -> _Linear:
+        """With a quantized copy, but for float32; `sums_rows` where rows are inputs, not outputs."""
         if weights == "float32":
             return _Linear(_address(weight), bias)
+        columns = column_scales(weight) if sums_rows else None
+        if columns is not None:
+            weight = weight / columns
         if weights == "int8":
-            rows, scales = quantize_rows(weight)
-            self._quantized += [rows, scales]
-            return _Linear(_address(rows), bias, scales=_address(scales))
-        numbers, scales = quantize_groups(weight)
-        packed = pack(numbers)
-        scales = torch.nn.functional.pad(scales.flatten(), (1, _LANES))  # the kernels read vectors around them
-        self._quantized += [packed, scales]
-        return _Linear(_address(packed), bias, group_scales=_address(scales[1:]))
+            numbers, scales = quantize_rows(weight)
+            linear = _Linear(_address(numbers), bias, scales=_address(scales), column_scales=_address(columns))
+        else:
+            numbers, scales = quantize_groups(weight)
+            numbers = pack_pairs(numbers) if sums_rows else pack_groups(numbers)
+            scales = pad(scales.flatten(), (1, _LANES))  # the kernels read vectors around them
+            linear = _Linear(
+                _address(numbers), bias, group_scales=_address(scales[1:]), column_scales=_address(columns)
+            )
+        self._quantized += [numbers, scales, *([] if columns is None else [columns])]
+        return linear
 
     def __call__(
         self,

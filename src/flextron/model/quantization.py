@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["GROUP", "pack_groups", "pack_pairs", "quantize_groups", "quantize_rows"]
+__all__ = ["GROUP", "column_scales", "pack_groups", "pack_pairs", "quantize_groups", "quantize_rows"]
 
 GROUP = 32
 """Columns that share a scale of four-bit weights."""
@@ -17,6 +17,21 @@ _STEPS = (-8.0, -7.4, -8.7, -6.9, 7.6, -9.5)
 """What the number of largest magnitude in a group becomes, before rounding, in the scales that are tried."""
 _BLOCK = 2**16
 """Numbers that are quantized at once: they stay in the cache."""
+
+
+def column_scales(weight: Tensor) -> Tensor:
+    """Root mean squares of columns.
+
+    Where columns are outputs, some are many times as large as others, and would take all the steps of the scales that
+    they share. Divided by these before they are rounded, all have the same size; a product is multiplied at its end.
+
+    Args:
+        weight: (rows, columns).
+
+    Returns:
+        (columns,) float32.
+    """
+    return weight.detach().float().square().mean(0).sqrt().clamp_min(1e-30)
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -457,6 +457,7 @@ struct Linear {
     const float* bias;            // of the outputs, or null
     const float* scales;          // of the rows, or null
     const uint16_t* group_scales; // or null
+    const float* column_scales;   // by which sums over rows are multiplied at the end, or null
 };
 
 struct Norm {
@@ -891,11 +892,14 @@ struct Step {
     }
 
     // x += what all threads' partial sums say, the bias, and what bypasses make of it.
-    void residual(long l, Target target, const Order& order, const float* bias, int id, int nt) {
+    void residual(long l, Target target, const Order& order, const Linear& linear, int id, int nt) {
+        const float* bias = linear.bias;
         for (long i = id; i < order.size(); i += nt) {
             float* own = &x[order.tokens[i] * D];
             for (int p = 0; p < nt; p++) {
-                const float* y = &partial[((long)p * N + i) * D];
+                float* y = &partial[((long)p * N + i) * D];
+                if (linear.column_scales)
+                    for (long c = 0; c < D; c++) y[c] *= linear.column_scales[c];
                 for (long c = 0; c < D; c++) own[c] += y[c];
             }
             if (bias)
@@ -992,7 +996,7 @@ struct Step {
                     contract(w.o, a, e - a, heads.data() + a, q_max, own, n);
                 });
 #pragma omp barrier
-                residual(l, kO, heads_of, w.o.bias, id, nt);
+                residual(l, kO, heads_of, w.o, id, nt);
 #pragma omp barrier
             } else if (s.parallel_residual && neurons_of.size()) {
                 mlp_input(l, xm, id, nt);
@@ -1005,7 +1009,7 @@ struct Step {
 #pragma omp barrier
                 feed_forward(l, xm, own, id, nt);
 #pragma omp barrier
-                residual(l, kDown, neurons_of, w.down.bias, id, nt);
+                residual(l, kDown, neurons_of, w.down, id, nt);
 #pragma omp barrier
             }
         }
