@@ -26,9 +26,11 @@ def perplexity(decoder: Decoder, weights: Weights, num_tokens: int = 4096) -> fl
         model, head = deepcopy(decoder), _rounded(head, "int8")
         for name, matrix in model.layers.named_parameters():
             if matrix.dim() == 2:
-                is_output = name.endswith((".o.weight", ".down.weight"))
-                columns = column_scales(matrix) if is_output else torch.ones(())
-                matrix.copy_(columns * _rounded(matrix / columns, weights))
+                if name.endswith((".o.weight", ".down.weight")):
+                    columns = column_scales(matrix)
+                    matrix.copy_(columns * _rounded(matrix / columns, "int8"))
+                else:
+                    matrix.copy_(_rounded(matrix, weights))
     windows = smollm2.eval_windows(num_tokens)
     losses = [_losses(model, head, window) for window in windows]
     return math.exp(float(torch.cat(losses).mean()))

@@ -54,9 +54,11 @@ def rounded_decoder(decoder: Decoder, weights: Weights) -> Decoder:
     copy = deepcopy(decoder)
     for name, matrix in copy.layers.named_parameters():
         if matrix.dim() == 2:
-            is_output = name.endswith((".o.weight", ".down.weight"))
-            columns = column_scales(matrix) if is_output else torch.ones(())
-            matrix.copy_(columns * rounded(matrix / columns, weights))
+            if name.endswith((".o.weight", ".down.weight")):
+                columns = column_scales(matrix)
+                matrix.copy_(columns * rounded(matrix / columns, "int8"))
+            else:
+                matrix.copy_(rounded(matrix, weights))
     if copy.head_weight is not copy.embedding.weight:
         copy.head_weight.copy_(rounded(copy.head_weight, "int8"))
     return copy

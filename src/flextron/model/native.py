@@ -25,7 +25,7 @@ from flextron.errors import FlextronError
 from flextron.model.decoder import Decoder
 from flextron.model.layers import rotary_tables
 from flextron.model.native_adapter import NativeAdapter
-from flextron.model.quantization import GROUP, column_scales, pack_groups, pack_pairs, quantize_groups, quantize_rows
+from flextron.model.quantization import GROUP, column_scales, pack_groups, quantize_groups, quantize_rows
 
 __all__ = ["NativeStep", "Weights", "load_library", "why_not_native"]
 
@@ -165,7 +165,7 @@ class NativeStep:
             decoder: in float32 on the CPU.
             page_size: tokens of a page of the KV cache.
             weights: `int8` reads an eight-bit copy of all matrices, a scale a row (norms and biases stay as they are);
-                `int4` one of four bits, a scale for 32 columns of a row, and the head in eight bits.
+                `int4` one of four bits, a scale for 32 columns of a row, with `o`, `down` and the head in eight.
 
         Raises:
             FlextronError: `why_not_native` has a reason, or `int4` is asked for and rows cannot be cut into groups.
@@ -226,12 +226,12 @@ class NativeStep:
         columns = column_scales(weight) if sums_rows else None
         if columns is not None:
             weight = weight / columns
-        if weights == "int8":
+        if weights == "int8" or sums_rows:
             numbers, scales = quantize_rows(weight)
             linear = _Linear(_address(numbers), bias, scales=_address(scales), column_scales=_address(columns))
         else:
             numbers, scales = quantize_groups(weight)
-            numbers = pack_pairs(numbers) if sums_rows else pack_groups(numbers)
+            numbers = pack_groups(numbers)
             scales = pad(scales.flatten(), (1, _LANES))  # the kernels read vectors around them
             linear = _Linear(
                 _address(numbers), bias, group_scales=_address(scales[1:]), column_scales=_address(columns)

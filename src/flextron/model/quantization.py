@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["GROUP", "column_scales", "pack_groups", "pack_pairs", "quantize_groups", "quantize_rows"]
+__all__ = ["GROUP", "column_scales", "pack_groups", "quantize_groups", "quantize_rows"]
 
 GROUP = 32
 """Columns that share a scale of four-bit weights."""
@@ -104,19 +104,3 @@ def pack_groups(numbers: Tensor) -> Tensor:
     parts = filled.to(torch.uint8).view(len(numbers), -1, 4, GROUP // 2)
     low, high = parts[:, :, 0] | parts[:, :, 2] << 4, parts[:, :, 3] | parts[:, :, 1] << 4
     return torch.stack([low, high], -1).flatten(1)
-
-
-def pack_pairs(numbers: Tensor) -> Tensor:
-    """As sums over rows read them: two bytes with columns i, 8 + i, 16 + i and 24 + i, beside those of the next row.
-
-    Args:
-        numbers: (rows, columns) int8, -8 to 7.
-
-    Returns:
-        (rows / 2 rounded up, columns) uint8.
-    """
-    rows = torch.nn.functional.pad(numbers + 8, (0, 0, 0, len(numbers) % 2))
-    parts = rows.to(torch.uint8).view(len(rows) // 2, 2, -1, 4, GROUP // 4)
-    low, high = parts[:, :, :, 0] | parts[:, :, :, 1] << 4, parts[:, :, :, 2] | parts[:, :, :, 3] << 4
-    # (pairs, 2 rows, groups, 8, 2 bytes) to (pairs, groups, 8, rows, bytes)
-    return torch.stack([low, high], -1).permute(0, 2, 3, 1, 4).flatten(1)

@@ -348,106 +348,6 @@ void dot_groups(FourBit w, long first, long count, const int32_t* x, long n, lon
     if (n - t == 1) group_dots_all_rows<4, 1>(w, first, count, x, ldx, groups, out, ldo);
 }
 
-// For sums over rows two rows lie together, 32 bytes a group: 16 bits hold columns i, 8 + i, 16 + i and 24 + i of a row,
-// the first in the lowest bits, and beside them those of the next row.
-inline Shorts part(Shorts group, int k) {
-    return k == 3 ? (Shorts)((Ushorts)group >> 12) : group & (Shorts)(Shorts{} + (int16_t)(15 << 4 * k));
-}
-constexpr int kParts = kGroup / kLanes;
-constexpr float kUnits[kParts] = {1.0f, 1.0f / 16, 1.0f / 256, 1.0f};
-
-// Pairs of rows whose products with 16 bits can be added up in 32 bits.
-constexpr long kPairs = 8;
-
-// What T tokens have for kPairs pairs of rows: factors in 16 bits, and for each group their unit and what undoes the offset.
-struct Factors {
-    int32_t* pairs;  // (T, kPairs, ld)
-    float *units, *offsets;  // (T, ld)
-    long ld;                 // groups, filled up to whole vectors
-};
-
-// y[t] += sum over pairs of rows of products with T tokens' factors.
-template <int T, int P>
-__attribute__((noinline)) void group_adds(const uint8_t* w, const Factors& f, long groups, float* y, long ldy) {
-    for (long g = 0; g < groups; g++) {
-        Ints acc[T][kParts];
-#pragma GCC unroll 8
-        for (int i = 0; i < T * kParts; i++) acc[i / kParts][i % kParts] = Ints{};
-#pragma GCC unroll 8
-        for (int p = 0; p < P; p++) {
-            if (P == kPairs && p % 2) __builtin_prefetch(w + (P * (groups + g) + p) * kGroup, 0, 3);
-            Shorts group = (Shorts)load(reinterpret_cast<const int32_t*>(w + (p * groups + g) * kGroup));
-            keep(group);
-#pragma GCC unroll 4
-            for (int k = 0; k < kParts; k++) {
-                const Shorts own = part(group, k);
-#pragma GCC unroll 2
-                for (int t = 0; t < T; t++)
-                    acc[t][k] += pair_products(own, (Shorts)(Ints{} + f.pairs[(t * kPairs + p) * f.ld + g]));
-            }
-        }
-#pragma GCC unroll 2
-        for (int t = 0; t < T; t++) {
-            const Vec unit = Vec{} + f.units[t * f.ld + g], offset = Vec{} + f.offsets[t * f.ld + g];
-#pragma GCC unroll 4
-            for (int k = 0; k < kParts; k++) {
-                float* to = y + t * ldy + g * kGroup + k * kLanes;
-                store(to, fma(floats(acc[t][k]), unit * kUnits[k], load(to) + offset));
-            }
-        }
-    }
-}
-
-// Makes token t's factors for 2 * kPairs rows from row first on; those of rows outside [from, to) are 0. `h` is for `from`.
-void prepare_factors(FourBit w, long first, long from, long to, const float* h, long groups, const Factors& f, long t,
-                     float* products) {
-    for (long g = 0; g < groups; g += kLanes) {
-        Vec most = Vec{} + 1e-30f;
-        for (long r = 0; r < 2 * kPairs; r++) {
-            const long row = first + r;
-            const Vec own = row < from || row >= to ? Vec{} : load_scales(w.scales + row * groups + g) * h[row - from];
-            store(products + r * kLanes, own);
-            most = larger(most, magnitudes(own));
-        }
-        const Vec unit = most * (1 / 32767.0f), inverse = 32767.0f / most;
-        Ints total{};
-        for (long p = 0; p < kPairs; p++) {
-            const Ints even = nearest(load(products + 2 * p * kLanes) * inverse);
-            const Ints odd = nearest(load(products + (2 * p + 1) * kLanes) * inverse);
-            store(f.pairs + (t * kPairs + p) * f.ld + g, (even & 0xFFFF) | odd << 16);
-            total += even + odd;
-        }
-        store(f.units + t * f.ld + g, unit);
-        store(f.offsets + t * f.ld + g, floats(total) * unit * -8.0f);
-    }
-}
-
-// y[t] += sum over rows first to first + count of h[t][r] * row r, for n tokens.
-void add_groups(FourBit w, long first, long count, const float* h, long ldh, float* y, long ldy, long n, long size) {
-    const long groups = size / kGroup, to = first + count, ld = (groups + kLanes - 1) / kLanes * kLanes;
-    float* memory = room<float>(4 * ld);
-    const Factors f{room<int32_t>(2 * kPairs * ld), memory, memory + 2 * ld, ld};
-    float products[2 * kPairs * kLanes];
-    for (long row = first & ~1L; row < to; row += 2 * kPairs) {
-        const long pairs = std::min(2 * kPairs, to - row + 1) / 2;
-        for (long t = 0; t < n; t += 2) {
-            const long some = std::min(2L, n - t);
-            for (long i = 0; i < some; i++)
-                prepare_factors(w, row, first, to, h + (t + i) * ldh, groups, f, i, products);
-            // whole blocks at once, what is left pair by pair
-            for (long p = 0; p < pairs; p += pairs == kPairs ? kPairs : 1) {
-                const uint8_t* numbers = w.numbers + (row / 2 + p) * size;
-                Factors own = f;
-                own.pairs += p * ld;
-                if (p) std::fill(memory + 2 * ld, memory + 4 * ld, 0.0f);  // offsets are those of all pairs
-                const auto add = pairs == kPairs ? (some == 2 ? group_adds<2, kPairs> : group_adds<1, kPairs>)
-                                                 : (some == 2 ? group_adds<2, 1> : group_adds<1, 1>);
-                add(numbers, own, groups, y + t * ldy, ldy);
-            }
-        }
-    }
-}
-
 }  // namespace
 
 extern "C" {
@@ -754,8 +654,8 @@ struct Bypasses {
     }
 };
 
-// W is the type of the layers' weights, H the head's.
-template <class W, class H>
+// W is the type of the weights whose rows are outputs, E that of the head and of weights whose rows are inputs.
+template <class W, class E>
 struct Step {
     static constexpr bool kIsFourBit = std::is_same<W, FourBit>::value;
     const Shape& s;
@@ -921,11 +821,7 @@ struct Step {
         if (linear.scales)
             for (long t = 0; t < n; t++)
                 for (long r = 0; r < rows; r++) h[t * ldh + r] *= linear.scales[first + r];
-        if constexpr (kIsFourBit)
-            add_groups({static_cast<const uint8_t*>(linear.weight), linear.group_scales}, first, rows, h, ldh, own, D, n,
-                       D);
-        else
-            add_rows(static_cast<const W*>(linear.weight) + first * D, D, rows, h, ldh, own, D, n, D);
+        add_rows(static_cast<const E*>(linear.weight) + first * D, D, rows, h, ldh, own, D, n, D);
     }
 
     void feed_forward(long l, const float* in, float* own, int id, int nt) {
@@ -961,7 +857,7 @@ struct Step {
         const long last = n ? V * (id + 1) / nt : 0;
         for (long a = V * id / nt; a < last; a += kChunk) {
             const long count = std::min(kChunk, last - a);
-            dot_rows(static_cast<const H*>(ends.head.weight) + a * D, D, count, xn.data(), D, n, D, b.scores + a, V);
+            dot_rows(static_cast<const E*>(ends.head.weight) + a * D, D, count, xn.data(), D, n, D, b.scores + a, V);
             finish(ends.head, a, count, n, b.scores + a, V);
         }
     }
@@ -1031,9 +927,9 @@ struct Step {
     }
 };
 
-template <class W, class H>
+template <class W, class E>
 void run_step(const Shape& shape, const LayerWeights* layers, const Ends& ends, const Tokens& tokens, int threads) {
-    Step<W, H> step(shape, layers, ends, tokens, threads);
+    Step<W, E> step(shape, layers, ends, tokens, threads);
 #pragma omp parallel num_threads(threads)
     step.run(omp_get_thread_num(), omp_get_num_threads());
 }
