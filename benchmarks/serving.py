@@ -145,7 +145,7 @@ def int4_against_llamacpp() -> Figure:
     figure = _decode_against_llamacpp("int4", "Q4_0")
     losses = {w: perplexity(_original(), w) for w in ("float32", "int8", "int4")}
     rises = ", ".join(f"{w} {100 * (losses[w] / losses['float32'] - 1):.1f} %" for w in ("int8", "int4"))
-    note = f"{figure.note}; both have the head in eight bits; perplexity rises over float32: {rises}"
+    note = f"{figure.note}; heads have eight bits, ours `o` and `down`, too; perplexity rises over float32: {rises}"
     return replace(figure, note=note)
 
 

@@ -73,17 +73,19 @@ def quantize_groups(weight: Tensor) -> tuple[Tensor, Tensor]:
 def _quantize_block(groups: Tensor, numbers: Tensor, scales: Tensor) -> None:
     """(groups, 32) into numbers and scales, in place."""
     largest = groups.gather(1, groups.abs().argmax(1, keepdim=True))
+    groups = (groups / largest).nan_to_num_(0, 0, 0)
     best = torch.full_like(largest, -1.0)
     chosen, factor = torch.zeros_like(groups), torch.zeros_like(largest)
     # the error is sum(w^2) - sum(w q)^2 / sum(q^2), with the best scale for these q
     for step in _STEPS:
-        q = (groups * (step / largest).nan_to_num_(0, 0, 0)).round_().clamp_(-8, 7)
+        q = (groups * step).round_().clamp_(-8, 7)
         product, square = (groups * q).sum(1, keepdim=True), (q * q).sum(1, keepdim=True).clamp_min_(1)
         gain = product * product / square
         better = gain > best
         best = torch.where(better, gain, best)
         chosen = torch.where(better, q, chosen)
         factor = torch.where(better, product / square, factor)
+    factor *= largest
     numbers.copy_(chosen)
     scales.copy_(factor[:, 0])
 
