@@ -35,7 +35,7 @@ def test_errors_are_at_most_those_of_q4_0(seed: int, rows: int, groups: int, siz
     parts = weight.view(-1, GROUP) / size
     step = parts.gather(1, parts.abs().argmax(1, keepdim=True)) / -8
     simple = step * (parts / step).round().clamp(-8, 7) - parts
-    assert (errors.square().sum(1) <= simple.square().sum(1) * 1.001 + parts.square().sum(1) * 2**-17).all()
+    assert (errors.square().sum(1) <= simple.square().sum(1) * 1.001 + parts.square().sum(1) * 2**-15).all()
 
 
 @settings(max_examples=20, deadline=None)
