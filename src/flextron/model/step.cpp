@@ -55,7 +55,7 @@ inline float sum(Vec v) {
 // Keeps a value in a register: compilers would rather load it again at every use.
 template <class V>
 inline void keep(V& v) {
-#ifdef __x86_64__
+#ifdef __AVX__
     asm("" : "+x"(v));
 #endif
 }
