@@ -21,7 +21,7 @@ __all__ = ["LlamaCpp"]
 
 _SCRIPT = Path(__file__).with_name("llamacpp_peer.py")
 _files = tempfile.TemporaryDirectory(prefix="flextron-llamacpp-")
-Kind = Literal["F32", "Q8_0"]
+Kind = Literal["F32", "Q8_0", "Q4_0"]
 
 
 def _interpreter() -> str:

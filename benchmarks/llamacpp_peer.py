@@ -2,7 +2,7 @@
 
 Runs under any interpreter that has `llama_cpp` (llama-cpp-python) and needs nothing else of this project.
 
-    python llamacpp_peer.py quantize FROM.gguf TO.gguf F32|Q8_0
+    python llamacpp_peer.py quantize FROM.gguf TO.gguf F32|Q8_0|Q4_0
     python llamacpp_peer.py serve MODEL.gguf NUM_THREADS NUM_SLOTS
 """
 
@@ -145,7 +145,11 @@ def serve(path: str, num_threads: int, num_slots: int) -> None:
 def quantize(source: str, target: str, kind: str) -> None:
     """Write a GGUF file in another precision."""
     params = ll.llama_model_quantize_default_params()
-    params.ftype = {"F32": ll.LLAMA_FTYPE_ALL_F32, "Q8_0": ll.LLAMA_FTYPE_MOSTLY_Q8_0}[kind]
+    params.ftype = {
+        "F32": ll.LLAMA_FTYPE_ALL_F32,
+        "Q8_0": ll.LLAMA_FTYPE_MOSTLY_Q8_0,
+        "Q4_0": ll.LLAMA_FTYPE_MOSTLY_Q4_0,
+    }[kind]
     params.allow_requantize = True
     if ll.llama_model_quantize(source.encode(), target.encode(), params):
         raise RuntimeError(f"llama.cpp cannot write {target}")

@@ -6,6 +6,7 @@ All on SmolLM2-135M and two threads or as many as PyTorch has. Sub-networks are 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from functools import cache, partial
 from itertools import cycle, islice
 from pathlib import Path
@@ -18,6 +19,7 @@ from benchmarks import smollm2
 from benchmarks.core import demo_record
 from benchmarks.harness import Figure, interleaved, median, ratios, run_suite
 from benchmarks.llamacpp import LlamaCpp
+from benchmarks.rounding import perplexity
 from benchmarks.transformers_peer import ContinuousBatching, dense, greedy
 from benchmarks.workload import Decoding, mixed_arrival, offline, requests
 from flextron.api import ElasticModel, load
@@ -136,6 +138,15 @@ def float32_against_llamacpp() -> Figure:
 def int8_against_llamacpp() -> Figure:
     """Decode at batch 1 in int8 against llama.cpp's Q8_0."""
     return _decode_against_llamacpp("int8", "Q8_0")
+
+
+def int4_against_llamacpp() -> Figure:
+    """Decode at batch 1 in int4 against llama.cpp's Q4_0."""
+    figure = _decode_against_llamacpp("int4", "Q4_0")
+    losses = {w: perplexity(_original(), w) for w in ("float32", "int8", "int4")}
+    rises = ", ".join(f"{w} {100 * (losses[w] / losses['float32'] - 1):.1f} %" for w in ("int8", "int4"))
+    note = f"{figure.note}; heads have eight bits, ours `o` and `down`, too; perplexity rises over float32: {rises}"
+    return replace(figure, note=note)
 
 
 def _decode_against_llamacpp(weights: Any, kind: Any) -> Figure:
@@ -399,6 +410,7 @@ def run() -> bool:
             bandwidth,
             float32_against_llamacpp,
             int8_against_llamacpp,
+            int4_against_llamacpp,
             throughput_against_transformers,
             throughput_against_llamacpp,
             subnet_time,

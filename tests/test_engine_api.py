@@ -128,9 +128,9 @@ def test_adapters_and_targets_in_one_batch(engine: Engine, model: ElasticModel, 
     assert (changed.token_ids,) != tuple(c.token_ids for c in engine.generate(text, params, adapter=adapters[0]))
 
 
-@pytest.mark.parametrize("weights", ["float32", "int8"])
+@pytest.mark.parametrize("weights", ["float32", "int8", "int4"])
 def test_drafts_change_no_answer(engine: Engine, model: ElasticModel, weights: Weights) -> None:
-    if weights == "int8" and why_not_native(model.decoder) is not None:
+    if weights != "float32" and why_not_native(model.decoder) is not None:
         pytest.skip("needs the compiled iteration")
     drafting = Engine(model, speculate=weights, kv_cache_gb=0.01, max_num_seqs=3)
     params = SamplingParams(max_tokens=40)

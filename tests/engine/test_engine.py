@@ -16,9 +16,9 @@ from flextron.errors import FlextronError
 from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
 from flextron.model.generation import SamplingParams, generate
-from flextron.model.native import load_library
+from flextron.model.native import Weights, load_library
 from flextron.spec import SubnetSpec
-from tests.random_decoders import ragged_specs, random_decoder
+from tests.random_decoders import ragged_specs, random_decoder, rounded_decoder
 
 PAGE = 4
 PATHS = [False] if isinstance(load_library(), str) else [True, False]
@@ -83,6 +83,17 @@ def test_answers_are_those_of_plain_generation(name: str, native: bool) -> None:
     assert [s.answer for s in sequences] == wanted
     assert all(s.finish_reason is FinishReason.LENGTH for s in sequences)
     assert core.pool.num_used == 0
+
+
+@pytest.mark.skipif(isinstance(load_library(), str), reason="needs the compiled iteration")
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["llama", "neox"])
+def test_answers_of_quantized_engines_are_those_of_the_rounded_weights(name: str, weights: Weights) -> None:
+    decoder, rng = random_decoder(name), random.Random(4)
+    asked = requests(rng, decoder.config.vocab_size, ragged_specs(decoder.config, 3), 10)
+    sequences = serve(engine(decoder, num_pages=15, native=True, weights=weights), asked, rng)
+    reference = rounded_decoder(decoder, weights)
+    assert [s.answer for s in sequences] == [generate(reference, [r.prompt], r.spec, r.params)[0] for r in asked]
 
 
 @pytest.mark.parametrize("native", PATHS)

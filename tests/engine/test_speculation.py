@@ -65,10 +65,11 @@ def test_the_network_itself_as_draft_is_always_right() -> None:
 
 
 @pytest.mark.skipif(isinstance(load_library(), str), reason="needs the compiled iteration")
+@pytest.mark.parametrize("drafts", ["int8", "int4"])
 @pytest.mark.parametrize("weights", ["float32", "int8"])
-def test_drafts_of_eight_bits_serve_the_same_answers(weights: Weights) -> None:
+def test_drafts_of_few_bits_serve_the_same_answers(weights: Weights, drafts: Weights) -> None:
     decoder = random_decoder("llama")
-    speculation = Speculation(drafts=(decoder.config.full_spec,), weights="int8", num_tokens=4)
+    speculation = Speculation(drafts=(decoder.config.full_spec,), weights=drafts, num_tokens=4)
     size = unit_bytes(decoder, PAGE)
     plain, drafted = (
         EngineCore(
@@ -84,7 +85,8 @@ def test_drafts_of_eight_bits_serve_the_same_answers(weights: Weights) -> None:
         answers.append(sequence.answer)
     assert answers[0] == answers[1]
     assert drafted.speculator is not None
-    assert drafted.speculator.num_accepted > drafted.speculator.num_drafted / 2
+    least = 0.5 if drafts == "int8" else 0.2
+    assert drafted.speculator.num_accepted > least * drafted.speculator.num_drafted
 
 
 def test_a_stop_token_within_a_draft_ends_the_request() -> None:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig
 
 from flextron.errors import FlextronError
 from flextron.model.adapter import Adapter
 from flextron.model.batch import Batch
 from flextron.model.config import DecoderConfig
 from flextron.model.decoder import Decoder
-from flextron.model.native import NativeStep, load_library, quantize_rows, why_not_native
+from flextron.model.families import config_from_hf
+from flextron.model.native import NativeStep, Weights, load_library, why_not_native
 from flextron.model.native_adapter import NativeAdapter, why_adapter_not_native
-from flextron.spec import SubnetSpec
+from flextron.spec import LayerSpec, SubnetSpec
 from tests.model.adapter_cases import random_ia3, random_lora
-from tests.model.families_cases import CASES
-from tests.random_decoders import ragged_specs, random_decoder
+from tests.model.families_cases import CASES, HEADS, SIZES
+from tests.random_decoders import ragged_specs, random_decoder, rounded, rounded_decoder
 
 PAGE = 4
 LENGTHS = (7, 1, 13, 9)
@@ -70,22 +73,63 @@ def test_iterations_agree_with_the_decoder(name: str) -> None:
 
 
 @compiled
+@pytest.mark.parametrize("weights", ["int8", "int4"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "neox"])
-def test_int8_iterations_agree_with_the_rounded_weights(name: str) -> None:
-    decoder, rounded = random_decoder(name), random_decoder(name)
-    for matrix in rounded.parameters():
-        if matrix.dim() == 2:
-            rows, scales = quantize_rows(matrix)
-            assert (rows * scales[:, None] - matrix).abs().max() <= scales.max() / 2 + 1e-6
-            matrix.copy_(rows * scales[:, None])
-    # embeddings are looked up as they are
-    rounded.embedding.weight.copy_(decoder.embedding.weight)
-    if decoder.config.rope is None:
-        rounded.positions.weight.copy_(decoder.positions.weight)
-    native = NativeStep(decoder, PAGE, "int8")
-    assert_iterations_agree(native, decoder, rounded)
+def test_quantized_iterations_agree_with_the_rounded_weights(name: str, weights: Weights) -> None:
+    decoder = random_decoder(name)
+    reference = rounded_decoder(decoder, weights)
+    native = NativeStep(decoder, PAGE, weights)
+    assert_iterations_agree(native, decoder, reference)
     for adapters in adapters_of(decoder.config):
-        assert_iterations_agree(native, decoder, rounded, adapters)
+        assert_iterations_agree(native, decoder, reference, adapters)
+
+
+@cache
+def wide_decoders() -> tuple[Decoder, Decoder]:
+    """One of three groups of 32 columns, an odd number, and its rounded copy."""
+    sizes = SIZES | {"hidden_size": 96, "intermediate_size": 75, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    decoder = Decoder(config_from_hf(LlamaConfig(**sizes, **HEADS).to_dict())).eval().requires_grad_(False)
+    for p in decoder.parameters():
+        p.normal_(0, 0.2) if p.dim() > 1 else p.normal_(1, 0.3)
+    return decoder, rounded_decoder(decoder, "int4")
+
+
+@compiled
+@pytest.mark.parametrize("num_tokens", range(1, 21))
+def test_int4_with_any_number_of_tokens(num_tokens: int) -> None:
+    """A sequence in the full network beside one in a sub-network of odd widths."""
+    decoder, reference = wide_decoders()
+    config = decoder.config
+    narrow = LayerSpec(intermediate_size=37, num_groups=1)
+    specs = [config.full_spec, SubnetSpec(layers=(narrow,) * config.num_hidden_layers)]
+    lengths = [num_tokens - num_tokens // 3, num_tokens // 3]
+    sequences = [torch.randint(config.vocab_size, (n,)) for n in lengths if n]
+    owners = [i for i, n in enumerate(lengths) for _ in range(n)]
+    units = config.num_hidden_layers * config.num_groups
+    tables = torch.arange(2 * 5 * units, dtype=torch.int32).view(2, 5, units)
+    got = NativeStep(decoder, PAGE, "int4")(
+        torch.cat(sequences),
+        torch.cat([torch.arange(n) for n in lengths]),
+        per_layer([[layer.intermediate_size for layer in specs[i].layers] for i in owners]),
+        per_layer([[layer.num_groups for layer in specs[i].layers] for i in owners]),
+        [tables[i] for i in owners],
+        per_layer([[config.num_groups * layer for layer in range(config.num_hidden_layers)] for _ in owners]),
+        torch.full((2 * 5 * units, 2, PAGE, config.head_dim), float("nan")),
+        range(num_tokens),
+    )
+    head = rounded(decoder.head_weight, "int8")
+    wanted = reference(Batch.ragged(sequences, specs[: len(sequences)])) @ head.t()
+    torch.testing.assert_close(got, wanted, rtol=5e-4, atol=5e-4 * float(wanted.abs().max()))
+
+
+@compiled
+def test_int4_needs_whole_groups() -> None:
+    sizes, heads = SIZES | {"hidden_size": 40}, HEADS | {"num_attention_heads": 5, "num_key_value_heads": 5}
+    decoder = Decoder(config_from_hf(LlamaConfig(**sizes, **heads).to_dict())).requires_grad_(False)
+    NativeStep(decoder, PAGE, "int8")
+    with pytest.raises(FlextronError, match="multiple of 32, not 40; use int8"):
+        NativeStep(decoder, PAGE, "int4")
 
 
 def adapters_of(config: DecoderConfig) -> list[list[Adapter | None]]:
@@ -105,10 +149,7 @@ def assert_iterations_agree(
     specs = ragged_specs(decoder.config, len(LENGTHS))
     sequences = [torch.randint(decoder.config.vocab_size, (n,)) for n in LENGTHS]
     # a tied head is rounded, the embedding that is looked up is not
-    head = reference.head_weight
-    if native.weights == "int8":
-        rows, scales = quantize_rows(decoder.head_weight)
-        head = rows * scales[:, None]
+    head = decoder.head_weight if native.weights == "float32" else rounded(decoder.head_weight, "int8")
     wanted: Tensor = (reference(Batch.ragged(sequences, specs, adapters=adapters)) @ head.t()).detach()
     natives = [None if a is None else NativeAdapter(a) for a in adapters]
     pages = Pages(decoder, specs)
@@ -132,10 +173,11 @@ def assert_iterations_agree(
         )
         for t, row in zip(wished, scores, strict=True):
             got[owners[t]].append((int(positions[t]), row))
+    near = 5e-4 if native.weights == "int4" else 1e-5  # int4: activations have 16 bits, in each layer
     for seen, whole in zip(got, wanted.split(list(LENGTHS)), strict=True):
         assert seen
         for position, row in seen:
-            torch.testing.assert_close(row, whole[position], rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+            torch.testing.assert_close(row, whole[position], rtol=near, atol=near * float(wanted.abs().max()))
 
 
 def test_adapters_without_kernels_say_why() -> None:

@@ -49,8 +49,8 @@ class EngineSettings:
     native: bool | None = None
     """Whether to run the compiled CPU iteration; by default where it can."""
     weights: Weights = "float32"
-    """Precision of the matrices; `int8` keeps a copy of eight bits and reads a quarter of the bytes. Runs in the
-    compiled CPU iteration only."""
+    """Precision of the matrices; `int8` keeps a copy of eight bits and reads a quarter of the bytes, `int4` one of four
+    bits (head, `o` and `down`: eight) and reads about a fifth. Both run in the compiled CPU iteration only."""
     speculation: Speculation | None = None
     """Whether narrow sub-networks draft tokens that wider ones check."""
 

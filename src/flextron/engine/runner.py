@@ -108,11 +108,11 @@ class Runner:
             num_units: of the cache.
             page_size: tokens of a page.
             native: whether to run the compiled iteration; where it can by default.
-            weights: precision of the matrices; `int8` runs in the compiled iteration only.
+            weights: precision of the matrices; `int8` and `int4` run in the compiled iteration only.
             draft_weights: another precision that `run` may be asked for.
 
         Raises:
-            FlextronError: `native` or `int8` is asked for and not possible.
+            FlextronError: `native`, `int8` or `int4` is asked for and not possible.
         """
         config = decoder.config
         self.decoder = decoder

@@ -39,7 +39,8 @@ class Speculation:
     drafts: tuple[SubnetSpec, ...]
     """Sub-networks that may draft; the best by measurement does."""
     weights: Weights = "float32"
-    """Precision of the drafts. `int8` reads a quarter of the bytes, and keeps a copy of that size in memory."""
+    """Precision of the drafts. `int8` reads a quarter of the bytes, `int4` about a fifth, and each keeps a copy of that
+    size in memory."""
     num_tokens: int | None = None
     """Of a draft; chosen by measurement by default."""
     max_num_tokens: int = 8

@@ -15,17 +15,19 @@ import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from flextron.errors import FlextronError
 from flextron.model.decoder import Decoder
 from flextron.model.layers import rotary_tables
 from flextron.model.native_adapter import NativeAdapter
+from flextron.model.quantization import GROUP, column_scales, pack_groups, quantize_groups, quantize_rows
 
-__all__ = ["NativeStep", "Weights", "load_library", "quantize_rows", "why_not_native"]
+__all__ = ["NativeStep", "Weights", "load_library", "why_not_native"]
 
 _LANES = 8
 _COMPILE = ("-std=c++17", "-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC", "-c")
@@ -34,7 +36,8 @@ _LINK = ("-fopenmp", "-shared")
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_new": 2, "gelu_fast": 2, "gelu_pytorch_tanh": 2, "relu": 3}
 
 _Pointer = ctypes.c_void_p
-Weights = Literal["float32", "int8"]
+Weights = Literal["float32", "int8", "int4"]
+_WEIGHTS = get_args(Weights)
 
 
 class _Norm(ctypes.Structure):
@@ -42,7 +45,13 @@ class _Norm(ctypes.Structure):
 
 
 class _Linear(ctypes.Structure):
-    _fields_ = (("weight", _Pointer), ("bias", _Pointer), ("scales", _Pointer))
+    _fields_ = (
+        ("weight", _Pointer),
+        ("bias", _Pointer),
+        ("scales", _Pointer),
+        ("group_scales", _Pointer),
+        ("column_scales", _Pointer),
+    )
 
 
 class _LayerWeights(ctypes.Structure):
@@ -65,7 +74,7 @@ class _Shape(ctypes.Structure):
             for name in ("hidden_size", "head_dim", "vocab_size", "num_layers", "rotated", "window")
         ),
         *((name, ctypes.c_int64) for name in ("page_size", "query_rows_per_group", "is_multi_query")),
-        *((name, ctypes.c_int64) for name in ("parallel_residual", "is_layer_norm", "activation", "is_int8")),
+        *((name, ctypes.c_int64) for name in ("parallel_residual", "is_layer_norm", "activation", "weights")),
         ("norm_eps", ctypes.c_float),
     )
 
@@ -142,18 +151,6 @@ def why_not_native(decoder: Decoder) -> str | None:
     return library if isinstance(library, str) else None
 
 
-def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric int8 by rows: the nearest of 255 multiples of each row's scale.
-
-    Rows are the nested dimension, so that a sub-network's prefix has the same numbers as the whole.
-
-    Returns:
-        (rows, columns) int8, and (rows,) float32 scales.
-    """
-    scales = weight.detach().float().abs().amax(1).clamp_min(1e-12) / 127
-    return (weight.detach() / scales[:, None]).round().to(torch.int8), scales
-
-
 def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
@@ -162,20 +159,25 @@ class NativeStep:
     """A decoder as one call, from token ids to scores. Weights stay where they are; the decoder must outlive this."""
 
     def __init__(self, decoder: Decoder, page_size: int, weights: Weights = "float32") -> None:
-        """Collect pointers; with `int8`, quantize a copy.
+        """Collect pointers; with `int8` and `int4`, quantize a copy.
 
         Args:
             decoder: in float32 on the CPU.
             page_size: tokens of a page of the KV cache.
-            weights: `int8` reads an eight-bit copy of all matrices, a scale a row (norms and biases stay as they are).
+            weights: `int8` reads an eight-bit copy of all matrices, a scale a row (norms and biases stay as they are);
+                `int4` one of four bits, a scale for 32 columns of a row, with `o`, `down` and the head in eight.
 
         Raises:
-            FlextronError: `why_not_native` has a reason.
+            FlextronError: `why_not_native` has a reason, or `int4` is asked for and rows cannot be cut into groups.
         """
         reason = why_not_native(decoder)
         library = load_library()
         if reason is not None or isinstance(library, str):
             raise FlextronError(f"no compiled iteration: {reason}")
+        if weights == "int4" and decoder.config.hidden_size % GROUP:
+            raise FlextronError(
+                f"int4 needs a hidden size that is a multiple of {GROUP}, not {decoder.config.hidden_size}; use int8"
+            )
         self.weights: Weights = weights
         """Precision of the matrices."""
         self._library, self._decoder = library, decoder
@@ -193,7 +195,7 @@ class NativeStep:
             parallel_residual=config.parallel_residual,
             is_layer_norm=config.norm == "layer",
             activation=_ACTIVATIONS[config.activation],
-            is_int8=weights == "int8",
+            weights=_WEIGHTS.index(weights),
             norm_eps=config.norm_eps,
         )
         self._layers = (_LayerWeights * config.num_hidden_layers)()
@@ -206,22 +208,36 @@ class NativeStep:
                 if name.endswith("norm"):
                     setattr(native, name, _Norm(_address(module.weight), bias))
                 else:
-                    setattr(native, name, self._linear(module.weight, bias, weights))
+                    linear = self._linear(module.weight, bias, weights, sums_rows=name in ("o", "down"))
+                    setattr(native, name, linear)
         norm: Any = decoder.final_norm
         positions: Any = getattr(decoder, "positions", None)
         self._ends = _Ends(
             embedding=_address(decoder.embedding.weight),
             positions=None if positions is None else _address(positions.weight),
             final_norm=_Norm(_address(norm.weight), _address(getattr(norm, "bias", None))),
-            head=self._linear(decoder.head_weight, None, weights),
+            head=self._linear(decoder.head_weight, None, "float32" if weights == "float32" else "int8"),
         )
 
-    def _linear(self, weight: Tensor, bias: int | None, weights: Weights) -> _Linear:
+    def _linear(self, weight: Tensor, bias: int | None, weights: Weights, *, sums_rows: bool = False) -> _Linear:
+        """With a quantized copy, but for float32; `sums_rows` where rows are inputs, not outputs."""
         if weights == "float32":
-            return _Linear(_address(weight), bias, None)
-        rows, scales = quantize_rows(weight)
-        self._quantized += [rows, scales]
-        return _Linear(_address(rows), bias, _address(scales))
+            return _Linear(_address(weight), bias)
+        columns = column_scales(weight) if sums_rows else None
+        if columns is not None:
+            weight = weight / columns
+        if weights == "int8" or sums_rows:
+            numbers, scales = quantize_rows(weight)
+            linear = _Linear(_address(numbers), bias, scales=_address(scales), column_scales=_address(columns))
+        else:
+            numbers, scales = quantize_groups(weight)
+            numbers = pack_groups(numbers)
+            scales = pad(scales.flatten(), (1, _LANES))  # the kernels read vectors around them
+            linear = _Linear(
+                _address(numbers), bias, group_scales=_address(scales[1:]), column_scales=_address(columns)
+            )
+        self._quantized += [numbers, scales, *([] if columns is None else [columns])]
+        return linear
 
     def __call__(
         self,

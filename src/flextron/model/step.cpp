@@ -20,6 +20,7 @@
 #include <new>
 #include <numeric>
 #include <omp.h>
+#include <type_traits>
 #include <vector>
 #ifdef __AVX2__
 #include <immintrin.h>
@@ -53,8 +54,9 @@ inline float sum(Vec v) {
     return v[0];
 }
 // Keeps a value in a register: compilers would rather load it again at every use.
-inline void keep(Vec& v) {
-#ifdef __x86_64__
+template <class V>
+inline void keep(V& v) {
+#ifdef __AVX__
     asm("" : "+x"(v));
 #endif
 }
@@ -253,14 +255,179 @@ inline void add_rows(const W* w, long ldw, long count, const float* h, long ldh,
     }
 }
 
+// Four-bit weights: numbers of 0 to 15, 8 more than what they stand for, in groups of 32 columns with a scale each. What
+// they meet gets 16 bits in groups of its own, because products and sums of whole numbers take fewer instructions than
+// floats need; its error, 1/65,534 of the largest in the group, is near that of sums of floats.
+constexpr long kGroup = 32;
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes), aligned(4)));
+typedef int16_t Shorts __attribute__((vector_size(4 * kLanes), aligned(2)));
+typedef uint16_t Ushorts __attribute__((vector_size(4 * kLanes), aligned(2)));
+
+struct FourBit {
+    const uint8_t* numbers;
+    const uint16_t* scales;  // (rows, columns / 32): upper halves of floats; one before and 8 after may be read, too
+};
+
+inline Ints load(const int32_t* p) { return *reinterpret_cast<const Ints*>(p); }
+inline void store(int32_t* p, Ints v) { *reinterpret_cast<Ints*>(p) = v; }
+inline Vec floats(Ints v) { return __builtin_convertvector(v, Vec); }
+inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+inline Vec magnitudes(Vec v) { return (Vec)((Ints)v & 0x7FFFFFFF); }
+inline Ints nearest(Vec v) {
+#ifdef __AVX2__
+    return (Ints)_mm256_cvtps_epi32((__m256)v);
+#else
+    return __builtin_convertvector(v + (v > 0 ? Vec{} + 0.5f : Vec{} - 0.5f), Ints);
+#endif
+}
+// Sums of two neighbours' products.
+inline Ints pair_products(Shorts a, Shorts b) {
+#ifdef __AVX2__
+    return (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+    return ((Ints)a << 16 >> 16) * ((Ints)b << 16 >> 16) + ((Ints)a >> 16) * ((Ints)b >> 16);
+#endif
+}
+inline Vec load_scales(const uint16_t* p) {
+#ifdef __AVX2__
+    return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16);
+#else
+    typedef uint16_t Halves __attribute__((vector_size(2 * kLanes), aligned(2)));
+    return (Vec)(__builtin_convertvector(*reinterpret_cast<const Halves*>(p), Ints) << 16);
+#endif
+}
+// One scale for all lanes.
+inline Vec same_scale(const uint16_t* p) {
+    int32_t two;
+    std::memcpy(&two, p - 1, sizeof two);
+    Ints all = Ints{} + two;
+    keep(all);  // from memory to all lanes at once, which compilers would not do
+    return (Vec)(all & (int32_t)0xFFFF0000);
+}
+
+// Memory of this thread for what one call needs.
+template <class T>
+inline T* room(long size) {
+    thread_local std::vector<T> numbers;
+    if ((long)numbers.size() < size) numbers.resize(size);
+    return numbers.data();
+}
+
+// A token for dot products with four-bit rows: for each group 32 numbers of 16 bits, a scale, and what undoes the weights'
+// offset in each of eight lanes; in 32-bit units.
+constexpr long kTokenGroup = kGroup / 2 + 2;
+inline long token_size(long size) { return size / kGroup * kTokenGroup; }
+
+void prepare_token(const float* x, long size, int32_t* token) {
+    for (long g = 0; g < size / kGroup; g++, x += kGroup, token += kTokenGroup) {
+        Vec high = larger(larger(magnitudes(load(x)), magnitudes(load(x + 8))),
+                          larger(magnitudes(load(x + 16)), magnitudes(load(x + 24))));
+        float most = 1e-30f;
+        for (int i = 0; i < kLanes; i++) most = std::max(most, high[i]);
+        int16_t numbers[kGroup];
+        for (int i = 0; i < kGroup; i += kLanes) {
+            const Ints part = nearest(load(x + i) * (32767.0f / most));
+            for (int j = 0; j < kLanes; j++) numbers[i + j] = (int16_t)part[j];
+        }
+        std::memcpy(token, numbers, sizeof numbers);
+        int32_t total = 0;
+        for (int i = 0; i < kGroup; i++) total += numbers[i];
+        const float scale = most / 32767.0f, ends[2] = {scale / (g % 2 ? 16 : 1), -8.0f / kLanes * scale * (float)total};
+        std::memcpy(token + kGroup / 2, ends, sizeof ends);
+    }
+}
+
+// Rows for dot products lie in blocks of two groups, the last one filled up. 16 bits hold, from the lowest, column i of the
+// first group, columns i and 16 + i of the second, and column 16 + i of the first. The second group's come out 16 times as
+// large, which its scale in prepared tokens makes good.
+constexpr long kBlockBytes = kGroup;
+inline long row_bytes(long groups) { return (groups + 1) / 2 * kBlockBytes; }
+
+inline const float* ends_of(const int32_t* token) { return reinterpret_cast<const float*>(token + kGroup / 2); }
+
+// Adds R rows' products with T prepared tokens in group G of a block.
+template <int R, int T, int G>
+inline void add_group(const Shorts (&blocks)[R], const uint16_t* scales, const int32_t* x, long ldx, long groups,
+                      Vec (&acc)[R][T]) {
+    Shorts first = (Shorts)load(x), second = (Shorts)load(x + kLanes);
+    Vec own = Vec{} + ends_of(x)[0], offset = Vec{} + ends_of(x)[1];
+    if (T == 1) keep(first), keep(second), keep(own), keep(offset);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+        const Shorts low = G ? blocks[r] & 0xF0 : blocks[r] & 0xF;
+        const Shorts high = G ? (Shorts)((Ushorts)blocks[r] >> 4) & 0xF0 : (Shorts)((Ushorts)blocks[r] >> 12);
+        const Vec scale = same_scale(scales + r * groups);
+#pragma GCC unroll 4
+        for (int t = 0; t < T; t++) {
+            if (T > 1) {
+                const int32_t* token = x + t * ldx;
+                first = (Shorts)load(token), second = (Shorts)load(token + kLanes);
+                own = Vec{} + ends_of(token)[0], offset = Vec{} + ends_of(token)[1];
+            }
+            const Ints sum = pair_products(low, first) + pair_products(high, second);
+            acc[r][t] = fma(fma(floats(sum), own, offset), scale, acc[r][t]);
+        }
+    }
+}
+
+// Dot products of R rows with T prepared tokens.
+template <int R, int T>
+__attribute__((noinline)) void group_dots(const uint8_t* w, const uint16_t* scales, const int32_t* x, long ldx,
+                                          long groups, float* out, long ldo) {
+    const long ldw = row_bytes(groups);
+    Vec acc[R][T];
+#pragma GCC unroll 16
+    for (int i = 0; i < R * T; i++) acc[i / T][i % T] = Vec{};
+    for (long g = 0; g < groups; g += 2, w += kBlockBytes, scales += 2, x += 2 * kTokenGroup) {
+        Shorts blocks[R];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+            if (r % 2 == 0) __builtin_prefetch(w + R * ldw + (R - 1) * g / 2 * kBlockBytes + r * kBlockBytes, 0, 3);
+            blocks[r] = (Shorts)load(reinterpret_cast<const int32_t*>(w + r * ldw));
+            keep(blocks[r]);
+        }
+        add_group<R, T, 0>(blocks, scales, x, ldx, groups, acc);
+        if (g + 1 < groups) add_group<R, T, 1>(blocks, scales + 1, x + kTokenGroup, ldx, groups, acc);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < R * T; i++) out[i % T * ldo + i / T] = sum(acc[i / T][i % T]);
+}
+
+template <int R, int T>
+inline void group_dots_all_rows(FourBit w, long first, long count, const int32_t* x, long ldx, long groups, float* out,
+                                long ldo) {
+    const long bytes = row_bytes(groups);
+    const uint8_t* numbers = w.numbers + first * bytes;
+    const uint16_t* scales = w.scales + first * groups;
+    long r = 0;
+    for (; r + R <= count; r += R)
+        group_dots<R, T>(numbers + r * bytes, scales + r * groups, x, ldx, groups, out + r, ldo);
+    for (; r < count; r++)
+        group_dots<1, T>(numbers + r * bytes, scales + r * groups, x, ldx, groups, out + r, ldo);
+}
+
+// Dot products of rows first to first + count with n prepared tokens.
+void dot_groups(FourBit w, long first, long count, const int32_t* x, long n, long size, float* out, long ldo) {
+    const long groups = size / kGroup, ldx = token_size(size);
+    long t = 0;
+    for (; t + 4 <= n; t += 4)
+        group_dots_all_rows<2, 4>(w, first, count, x + t * ldx, ldx, groups, out + t * ldo, ldo);
+    x += t * ldx, out += t * ldo;
+    if (n - t == 3) group_dots_all_rows<2, 3>(w, first, count, x, ldx, groups, out, ldo);
+    if (n - t == 2) group_dots_all_rows<2, 2>(w, first, count, x, ldx, groups, out, ldo);
+    if (n - t == 1) group_dots_all_rows<4, 1>(w, first, count, x, ldx, groups, out, ldo);
+}
+
 }  // namespace
 
 extern "C" {
 
 struct Linear {
-    const void* weight;  // rows nested; float, or int8 with scales
-    const float* bias;   // of the outputs, or null
-    const float* scales; // of the rows, or null
+    const void* weight;           // rows nested; float, int8 with scales, or four bits with scales of groups
+    const float* bias;            // of the outputs, or null
+    const float* scales;          // of the rows, or null
+    const uint16_t* group_scales; // or null
+    const float* column_scales;   // by which sums over rows are multiplied at the end, or null
 };
 
 struct Norm {
@@ -285,7 +452,7 @@ struct Ends {
 
 struct Shape {
     int64_t hidden_size, head_dim, vocab_size, num_layers, rotated, window, page_size;
-    int64_t query_rows_per_group, is_multi_query, parallel_residual, is_layer_norm, activation, is_int8;
+    int64_t query_rows_per_group, is_multi_query, parallel_residual, is_layer_norm, activation, weights;
     float norm_eps;
 };
 
@@ -322,6 +489,8 @@ struct Tokens {
 }
 
 namespace {
+
+enum Weights { kFloat32, kInt8, kInt4 };
 
 enum Activation { kSilu, kGelu, kGeluTanh, kRelu };
 
@@ -555,8 +724,10 @@ struct Bypasses {
     }
 };
 
-template <class W>
+// W is the type of the weights whose rows are outputs, E that of the head and of weights whose rows are inputs.
+template <class W, class E>
 struct Step {
+    static constexpr bool kIsFourBit = std::is_same<W, FourBit>::value;
     const Shape& s;
     const LayerWeights* layers;
     const Ends& ends;
@@ -564,6 +735,7 @@ struct Step {
     Bypasses bypasses;
     std::vector<Order> attention, mlp;
     Floats x, xn, q, k, v, heads, partial;
+    std::vector<int32_t> prepared;  // tokens of xn for four-bit weights
     long D, N, d, kv_max, q_max;
 
     long kv_rows(long groups) const { return d * (s.is_multi_query ? std::min(groups, 1L) : groups); }
@@ -580,12 +752,16 @@ struct Step {
         }
         q_max = groups * s.query_rows_per_group, kv_max = kv_rows(groups);
         x.resize(N * D), xn.resize(2 * N * D), q.resize(N * q_max), k.resize(N * kv_max), v.resize(N * kv_max);
+        if (kIsFourBit) prepared.resize(2 * N * token_size(D));
         heads.resize(N * q_max), partial.resize((long)threads * N * D);
     }
 
-    void norms(const Order& order, const Norm& norm, float* out, int id, int nt) const {
-        for (long i = id; i < order.size(); i += nt)
+    void norms(const Order& order, const Norm& norm, float* out, int id, int nt) {
+        for (long i = id; i < order.size(); i += nt) {
             normalize(&x[order.tokens[i] * D], norm, s.is_layer_norm, s.norm_eps, D, out + i * D);
+            if (kIsFourBit)
+                prepare_token(out + i * D, D, prepared.data() + ((out - xn.data()) / D + i) * token_size(D));
+        }
     }
 
     void attention_input(long l, float* out, int id, int nt) {
@@ -598,10 +774,21 @@ struct Step {
         bypasses.read(l, {kGate, kUp}, mlp[l], out, id, nt);
     }
 
+    // Products of rows first to first + rows with n tokens of `in`, which is a part of `xn`; (n, ldo).
+    void products(const Linear& linear, long first, long rows, const float* in, long n, float* out, long ldo) const {
+        if constexpr (kIsFourBit) {
+            const int32_t* tokens = prepared.data() + (in - xn.data()) / D * token_size(D);
+            dot_groups({static_cast<const uint8_t*>(linear.weight), linear.group_scales}, first, rows, tokens, n, D, out,
+                       ldo);
+        } else {
+            dot_rows(static_cast<const W*>(linear.weight) + first * D, D, rows, in, D, n, D, out, ldo);
+        }
+    }
+
     void project(long l, Target target, const Order& order, long unit, const Linear& linear, float* out, long ldo,
                  int id, int nt) const {
         share_rows(order, unit, id, nt, [&](long a, long e, long n) {
-            dot_rows(static_cast<const W*>(linear.weight) + a * D, D, e - a, xn.data(), D, n, D, out + a, ldo);
+            products(linear, a, e - a, xn.data(), n, out + a, ldo);
             finish(linear, a, e - a, n, out + a, ldo);
             bypasses.add(l, target, order, a, e - a, out + a, ldo, n);
         });
@@ -680,11 +867,14 @@ struct Step {
     }
 
     // x += what all threads' partial sums say, the bias, and what bypasses make of it.
-    void residual(long l, Target target, const Order& order, const float* bias, int id, int nt) {
+    void residual(long l, Target target, const Order& order, const Linear& linear, int id, int nt) {
+        const float* bias = linear.bias;
         for (long i = id; i < order.size(); i += nt) {
             float* own = &x[order.tokens[i] * D];
             for (int p = 0; p < nt; p++) {
-                const float* y = &partial[((long)p * N + i) * D];
+                float* y = &partial[((long)p * N + i) * D];
+                if (linear.column_scales)
+                    for (long c = 0; c < D; c++) y[c] *= linear.column_scales[c];
                 for (long c = 0; c < D; c++) own[c] += y[c];
             }
             if (bias)
@@ -696,7 +886,7 @@ struct Step {
     // Neurons f to f + rows of n tokens, with their biases and bypasses; (n, kChunk).
     void neurons(long l, Target target, const Linear& linear, long f, long rows, const float* in, long n,
                  float* out) const {
-        dot_rows(static_cast<const W*>(linear.weight) + f * D, D, rows, in, D, n, D, out, kChunk);
+        products(linear, f, rows, in, n, out, kChunk);
         finish(linear, f, rows, n, out, kChunk);
         bypasses.add(l, target, mlp[l], f, rows, out, kChunk, n);
     }
@@ -706,7 +896,7 @@ struct Step {
         if (linear.scales)
             for (long t = 0; t < n; t++)
                 for (long r = 0; r < rows; r++) h[t * ldh + r] *= linear.scales[first + r];
-        add_rows(static_cast<const W*>(linear.weight) + first * D, D, rows, h, ldh, own, D, n, D);
+        add_rows(static_cast<const E*>(linear.weight) + first * D, D, rows, h, ldh, own, D, n, D);
     }
 
     void feed_forward(long l, const float* in, float* own, int id, int nt) {
@@ -742,7 +932,7 @@ struct Step {
         const long last = n ? V * (id + 1) / nt : 0;
         for (long a = V * id / nt; a < last; a += kChunk) {
             const long count = std::min(kChunk, last - a);
-            dot_rows(static_cast<const W*>(ends.head.weight) + a * D, D, count, xn.data(), D, n, D, b.scores + a, V);
+            dot_rows(static_cast<const E*>(ends.head.weight) + a * D, D, count, xn.data(), D, n, D, b.scores + a, V);
             finish(ends.head, a, count, n, b.scores + a, V);
         }
     }
@@ -777,7 +967,7 @@ struct Step {
                     contract(w.o, a, e - a, heads.data() + a, q_max, own, n);
                 });
 #pragma omp barrier
-                residual(l, kO, heads_of, w.o.bias, id, nt);
+                residual(l, kO, heads_of, w.o, id, nt);
 #pragma omp barrier
             } else if (s.parallel_residual && neurons_of.size()) {
                 mlp_input(l, xm, id, nt);
@@ -790,7 +980,7 @@ struct Step {
 #pragma omp barrier
                 feed_forward(l, xm, own, id, nt);
 #pragma omp barrier
-                residual(l, kDown, neurons_of, w.down.bias, id, nt);
+                residual(l, kDown, neurons_of, w.down, id, nt);
 #pragma omp barrier
             }
         }
@@ -812,9 +1002,9 @@ struct Step {
     }
 };
 
-template <class W>
+template <class W, class E>
 void run_step(const Shape& shape, const LayerWeights* layers, const Ends& ends, const Tokens& tokens, int threads) {
-    Step<W> step(shape, layers, ends, tokens, threads);
+    Step<W, E> step(shape, layers, ends, tokens, threads);
 #pragma omp parallel num_threads(threads)
     step.run(omp_get_thread_num(), omp_get_num_threads());
 }
@@ -826,7 +1016,9 @@ extern "C" {
 // Scores after the wanted tokens; keys and values go to the cache's pages.
 void flextron_step(const Shape* shape, const LayerWeights* layers, const Ends* ends, const Tokens* tokens,
                    int threads) {
-    if (shape->is_int8) return run_step<int8_t>(*shape, layers, *ends, *tokens, threads);
-    run_step<float>(*shape, layers, *ends, *tokens, threads);
+    const auto run = shape->weights == kInt4   ? run_step<FourBit, int8_t>
+                     : shape->weights == kInt8 ? run_step<int8_t, int8_t>
+                                               : run_step<float, float>;
+    run(*shape, layers, *ends, *tokens, threads);
 }
 }

@@ -1,0 +1,49 @@
+"""What weights of few bits cost in perplexity, by the decoder with the numbers that the compiled iteration reads."""
+
+from __future__ import annotations
+
+import math
+from copy import deepcopy
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from benchmarks import smollm2
+from flextron.model.batch import Batch
+from flextron.model.decoder import Decoder
+from flextron.model.native import Weights
+from flextron.model.quantization import GROUP, column_scales, quantize_groups, quantize_rows
+
+__all__ = ["perplexity"]
+
+
+@torch.inference_mode()
+def perplexity(decoder: Decoder, weights: Weights, num_tokens: int = 4096) -> float:
+    """Of held-out text, in windows of 256 tokens, with the full network."""
+    head, model = decoder.head_weight, decoder
+    if weights != "float32":
+        model, head = deepcopy(decoder), _rounded(head, "int8")
+        for name, matrix in model.layers.named_parameters():
+            if matrix.dim() == 2:
+                if name.endswith((".o.weight", ".down.weight")):
+                    columns = column_scales(matrix)
+                    matrix.copy_(columns * _rounded(matrix / columns, "int8"))
+                else:
+                    matrix.copy_(_rounded(matrix, weights))
+    windows = smollm2.eval_windows(num_tokens)
+    losses = [_losses(model, head, window) for window in windows]
+    return math.exp(float(torch.cat(losses).mean()))
+
+
+def _losses(decoder: Decoder, head: Tensor, tokens_T: Tensor) -> Tensor:
+    hidden_TD = decoder(Batch.ragged([tokens_T], [decoder.config.full_spec]))
+    return cross_entropy((hidden_TD @ head.t())[:-1], tokens_T[1:], reduction="none")
+
+
+def _rounded(matrix: Tensor, weights: Weights) -> Tensor:
+    if weights == "int8":
+        numbers, scales = quantize_rows(matrix)
+        return numbers * scales[:, None]
+    numbers, scales = quantize_groups(matrix)
+    return numbers * scales.float().repeat_interleave(GROUP, 1)
