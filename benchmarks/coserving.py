@@ -87,7 +87,7 @@ def gradients() -> Figure:
         for _ in range(4):
             examples = [_example(rng.randint(5, 40), rng) for _ in range(rng.randint(1, 4))]
             expected = _autograd(decoder, adapter, examples)
-            work = Finetuning(decoder, adapter, examples, keep=rng.choice([(), ("q", "o", "gate", "up")]))
+            work = Finetuning(decoder, adapter, examples, keep=rng.choice([(), KEEPABLE]))
             while work.run(rng.randint(1, 24)):
                 pass
             found = _taken(adapter)

@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from flextron.engine import EngineCore, EngineSettings, FinishReason, Sequence
 from flextron.engine.runner import unit_bytes
 from flextron.errors import FlextronError
+from flextron.model.compiled import load_library
 from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
 from flextron.model.generation import SamplingParams, generate
-from flextron.model.native import load_library
 from flextron.spec import SubnetSpec
 from tests.random_decoders import ragged_specs, random_decoder
 
 PAGE = 4
-PATHS = [False] if isinstance(load_library(), str) else [True, False]
+PATHS = [False] if isinstance(load_library("step"), str) else [True, False]
 DECODER = random_decoder("llama")
 SPECS = ragged_specs(DECODER.config, 3)
 

@@ -73,7 +73,8 @@ class Finetuning:
             spec: sub-network to train in; by default the decoder's full widths.
             total_weight: what the weighted sum of losses is divided by; by default the sum of these examples' weights.
                 With gradient accumulation, the sum over all that one step accumulates.
-            keep: linears whose products are kept instead of computed again, of q, o, gate, up: memory for time.
+            keep: what is kept instead of computed again, memory for time: products of the linears q, o, gate, up, and
+                `attention`, what the heads give.
 
         Raises:
             FlextronError: `keep` names others, an example has fewer than two tokens or other than one weight a token,
@@ -83,7 +84,7 @@ class Finetuning:
         self.spec = spec or decoder.widths
         self._decoder, self._adapter, self._keep = decoder, adapter, frozenset(keep)
         if not self._keep <= KEEPABLE:
-            raise FlextronError(f"only products of {', '.join(sorted(KEEPABLE))} can be kept, not {sorted(self._keep)}")
+            raise FlextronError(f"only {', '.join(sorted(KEEPABLE))} can be kept, not {sorted(self._keep)}")
         Segment(self.spec, (), adapter=adapter)  # refuses an adapter that does not fit
         self._packed = Packed(decoder.config, examples, total_weight, decoder.device)
         self._trained = self._trained_layers()
@@ -179,6 +180,9 @@ class Finetuning:
         if i in self._trained:
             for key, rows in kept.items():
                 put_rows(saved.products, key, rows, start, self.num_tokens)
+            if attention.given is not None and "attention" in self._keep:
+                put_rows(saved.heads, i, attention.given[0], start, self.num_tokens)
+                put_rows(saved.log_sums, i, attention.given[1], start, self.num_tokens)
         self._pass_up(x_ND, start)
         self._num_done = stop
         if stop == self.num_tokens:
@@ -274,7 +278,8 @@ class Finetuning:
             known = saved.keys[i][window], saved.values[i][window]
             if saved.key_value_gradients is None:
                 saved.key_value_gradients = _accumulator(saved.keys[i]), _accumulator(saved.values[i])
-        attention = WindowAttention(config, held, known)
+        given = (saved.heads[i][window], saved.log_sums[i][window]) if i in saved.heads else None
+        attention = WindowAttention(config, held, known, given)
         y_ND = self._run_again(i, x_ND, start, stop, attention)
 
         ends = [(y_ND, saved.stream[window])]
