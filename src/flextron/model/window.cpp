@@ -421,16 +421,10 @@ class Run {
                  [&](long i, long) { return Range{std::min(m, first_row(span, tile, i)), m}; });
     }
 
-    // Hides what a row does not see; false if that is all.
-    bool hide(float* scores, const Range& range, long num_keys) const {
-        const long end = padded(num_keys);
-        if (range.from >= range.to) {
-            std::fill(scores, scores + end, 0.0f);
-            return false;
-        }
-        std::fill(scores, scores + range.from, kHidden);
-        std::fill(scores + range.to, scores + end, kHidden);
-        return true;
+    // Puts a value in the place of what a row does not see.
+    static void fill_outside(float* row, const Range& range, long end, float value) {
+        std::fill(row, row + range.from, value);
+        std::fill(row + range.to, row + end, value);
     }
 
     void attend(const Span& span, const Floats& keys, const Floats& values, const Block& block) const {
@@ -457,8 +451,9 @@ class Run {
     // Makes shares of a row's scores, and makes smaller what it has so far if these have a larger maximum.
     void soften(const Range& range, const Meeting& tile, long i, const Block& block) const {
         float* scores = block.shares + i * kKeys;
-        if (!hide(scores, range, tile.num_keys)) return;
         const long end = padded(tile.num_keys);
+        if (range.from >= range.to) return std::fill(scores, scores + end, 0.0f);
+        fill_outside(scores, range, end, kHidden);
         Vec top = load(scores);
         for (long j = kLanes; j < end; j += kLanes) top = larger(top, load(scores + j));
         const float before = block.most[i], most = std::max(before, largest(top));
@@ -498,10 +493,14 @@ class Run {
                 products(span, tile, block.g + 0, packed(values, s, span.kv_head, tile.key), block.ds + 0);
             for (long i = 0; i < m; i++) {
                 float *shares = block.shares + i * kKeys, *ds = block.ds + i * kKeys;
-                if (!hide(shares, seen(span, tile, i), tile.num_keys)) {
+                const Range range = seen(span, tile, i);
+                if (range.from >= range.to) {
+                    std::fill(shares, shares + end, 0.0f);
                     std::fill(ds, ds + end, 0.0f);
                     continue;
                 }
+                fill_outside(shares, range, end, kHidden);
+                fill_outside(ds, range, end, 0.0f);
                 for (long j = 0; j < end; j += kLanes) {
                     const Vec share = exp_negative(load(shares + j) - block.most[i]);
                     store(shares + j, share);
@@ -523,12 +522,13 @@ class Run {
     std::vector<Sequence> sequences_;
 };
 
-// x / (1 + e^-x) and 1 / (1 + e^-x).
+// x / (1 + e^-x), and its derivative.
 struct Silu {
     explicit Silu(Vec x) {
-        const Vec e = exp_negative(x > 0.0f ? -x : x);
-        slope = (x > 0.0f ? Vec{} + 1.0f : e) / (1.0f + e);
-        value = x * slope;
+        const Vec e = exp_negative(x > 0.0f ? -x : x), factor = 1.0f / (1.0f + e);
+        const Vec share = x > 0.0f ? factor : e * factor, rest = x > 0.0f ? e * factor : factor;
+        value = x * share;
+        slope = fma(value, rest, share);
     }
     Vec value, slope;
 };
@@ -559,7 +559,7 @@ void flextron_gate_back(const float* gate, const float* up, const float* out, fl
         const Vec x = load(gate + i), g = load(out + i);
         const Silu y(x);
         store(d_up + i, g * y.value);
-        store(d_gate + i, g * load(up + i) * (y.slope + y.value * (1.0f - y.slope)));
+        store(d_gate + i, g * load(up + i) * y.slope);
     }
 }
 }
