@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from flextron.engine import EngineCore, EngineSettings, FinishReason, Sequence
 from flextron.engine.runner import unit_bytes
 from flextron.errors import FlextronError
-from flextron.model.compiled import load_library
 from flextron.model.batch import Batch
+from flextron.model.compiled import load_library
 from flextron.model.decoder import Decoder
 from flextron.model.generation import SamplingParams, generate
 from flextron.spec import SubnetSpec

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flextron.model.compiled import load_library
 from flextron.model.batch import Batch
+from flextron.model.compiled import load_library
 from flextron.model.decoding import Steps
 from tests.random_decoders import ragged_specs, random_decoder
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from flextron.errors import FlextronError
 from flextron.model.adapter import Adapter
 from flextron.model.batch import Batch
+from flextron.model.compiled import load_library
 from flextron.model.config import DecoderConfig
 from flextron.model.decoder import Decoder
-from flextron.model.compiled import load_library
 from flextron.model.native import NativeStep, quantize_rows, why_not_native
 from flextron.model.native_adapter import NativeAdapter, why_adapter_not_native
 from flextron.spec import SubnetSpec

@@ -100,9 +100,7 @@ class _Attend(torch.autograd.Function):
         q, k, v, *given = ctx.saved_tensors
         compiled = window_kernels.takes_heads(q)
         differentiate = window_kernels.attend_backward if compiled else blockwise.attend_backward
-        gradients = differentiate(
-            q, k, v, ctx.lengths, ctx.window, tuple(given), grads[0], ctx.needs_input_grad[:3]
-        )
+        gradients = differentiate(q, k, v, ctx.lengths, ctx.window, tuple(given), grads[0], ctx.needs_input_grad[:3])
         return *gradients, None, None, None
 
 

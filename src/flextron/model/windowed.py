@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,6 +88,7 @@ class Finetuning:
             raise FlextronError(f"only {', '.join(sorted(KEEPABLE))} can be kept, not {sorted(self._keep)}")
         Segment(self.spec, (), adapter=adapter)  # refuses an adapter that does not fit
         self._packed = Packed(decoder.config, examples, total_weight, decoder.device)
+        self._rotations = rotary_tables(decoder.config, self._packed.positions_T, decoder.dtype)
         self._trained = self._trained_layers()
         (self._rows,) = self._packed.weights_T.nonzero(as_tuple=True)
         self._parameters = list(adapter.parameters())
@@ -172,17 +174,16 @@ class Finetuning:
             assert where is not None
             x_ND = where[start:stop]
         attention = WindowAttention(self._decoder.config, self._held(i, start))
-        rope = rotary_tables(self._decoder.config, batch.positions_N, x_ND.dtype)
-        x_ND = self._decoder.layers[i](x_ND, batch, i, rope, attention)
+        x_ND = self._decoder.layers[i](x_ND, batch, i, self._rope(start, stop), attention)
+        made: list[tuple[dict[Any, Tensor], Any, Tensor]] = []
         if attention.new is not None:
-            put_rows(saved.keys, i, attention.new[0], start, self.num_tokens)
-            put_rows(saved.values, i, attention.new[1], start, self.num_tokens)
+            made += [(saved.keys, i, attention.new[0]), (saved.values, i, attention.new[1])]
         if i in self._trained:
-            for key, rows in kept.items():
-                put_rows(saved.products, key, rows, start, self.num_tokens)
+            made += [(saved.products, key, rows) for key, rows in kept.items()]
             if attention.given is not None and "attention" in self._keep:
-                put_rows(saved.heads, i, attention.given[0], start, self.num_tokens)
-                put_rows(saved.log_sums, i, attention.given[1], start, self.num_tokens)
+                made += [(saved.heads, i, attention.given[0]), (saved.log_sums, i, attention.given[1])]
+        for where_to, key, rows in made:
+            put_rows(where_to, key, rows, start, self.num_tokens)
         self._pass_up(x_ND, start)
         self._num_done = stop
         if stop == self.num_tokens:
@@ -256,6 +257,9 @@ class Finetuning:
         segment = Segment(self.spec, packed.lengths(start, stop), adapter=self._adapter)
         return Batch(packed.tokens_T[window], packed.positions_T[window], (segment,))
 
+    def _rope(self, start: int, stop: int) -> tuple[Tensor, Tensor] | None:
+        return None if self._rotations is None else (self._rotations[0][start:stop], self._rotations[1][start:stop])
+
     def _held(self, layer: int, start: int) -> tuple[Tensor, Tensor]:
         """Keys and values that a window's first token sees before it."""
         if layer not in self.saved.keys:
@@ -307,8 +311,7 @@ class Finetuning:
         known = {t: rows[start:stop] for (layer, t), rows in self.saved.products.items() if layer == i}
         unread = unread_linears(self._decoder.config, self.spec.layers[i]) | known.keys()
         pruned = PrunedBatch(batch.tokens_N, batch.positions_N, batch.segments, unread, known)
-        rope = rotary_tables(self._decoder.config, batch.positions_N, x_ND.dtype)
-        y_ND: Tensor = self._decoder.layers[i](x_ND, pruned, i, rope, attention)
+        y_ND: Tensor = self._decoder.layers[i](x_ND, pruned, i, self._rope(start, stop), attention)
         return y_ND
 
 
