@@ -275,8 +275,8 @@ def _against_peft(name: str, batches: Sequence[Sequence[tuple[Tensor, Tensor]]])
         peer={"name": "peft and transformers, tokens/s", "value": count / median(times["peft"])[1]},
         spread=spread,
         note=(
-            f"{count / median(times['kept'])[1]:.0f} tokens/s, rank 16, all linears; attention and products of q, o, gate, up "
-            f"kept; with the least memory (the figure of bytes) {lean:.2f}x"
+            f"{count / median(times['kept'])[1]:.0f} tokens/s, rank 16, all linears, all that can be kept is; "
+            f"with the least memory (the figure of bytes) {lean:.2f}x"
         ),
     )
 

@@ -50,6 +50,12 @@ class Saved:
         """Bytes of memory that the tensors hold."""
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.tensors()}.values())
 
+    def held(self, layer: int, seen: slice, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer's earlier tokens; empty ones, like another tensor, where it has none."""
+        if layer not in self.keys:
+            return like.new_zeros(0), like.new_zeros(0)
+        return self.keys[layer][seen], self.values[layer][seen]
+
     def _by_layer(self) -> tuple[dict[int, Tensor], ...]:
         return self.inputs, self.keys, self.values, self.heads, self.log_sums
 
