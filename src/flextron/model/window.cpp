@@ -522,6 +522,18 @@ class Run {
     std::vector<Sequence> sequences_;
 };
 
+// The first numbers of a vector, up to kLanes of them; the others are 0.
+inline Vec load(const float* p, int64_t count) {
+    if (count >= kLanes) return load(p);
+    Vec v{};
+    std::memcpy(&v, p, count * sizeof(float));
+    return v;
+}
+inline void store(float* p, Vec v, int64_t count) {
+    if (count >= kLanes) return store(p, v);
+    std::memcpy(p, &v, count * sizeof(float));
+}
+
 // x / (1 + e^-x), and its derivative.
 struct Silu {
     explicit Silu(Vec x) {
@@ -545,10 +557,13 @@ void flextron_attend_back(const Attention* attention, const Gradients* gradients
     Run(*attention).backward(*gradients);
 }
 
-// out = silu(gate) up, of `size` numbers, a multiple of 8.
+// out = silu(gate) up, of `size` numbers.
 void flextron_gate(const float* gate, const float* up, float* out, int64_t size, int64_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < size; i += kLanes) store(out + i, Silu(load(gate + i)).value * load(up + i));
+    for (int64_t i = 0; i < size; i += kLanes) {
+        const int64_t n = size - i;
+        store(out + i, Silu(load(gate + i, n)).value * load(up + i, n), n);
+    }
 }
 
 // Gradients by gate and up.
@@ -556,10 +571,11 @@ void flextron_gate_back(const float* gate, const float* up, const float* out, fl
                         int64_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < size; i += kLanes) {
-        const Vec x = load(gate + i), g = load(out + i);
-        const Silu y(x);
-        store(d_up + i, g * y.value);
-        store(d_gate + i, g * load(up + i) * y.slope);
+        const int64_t n = size - i;
+        const Vec g = load(out + i, n);
+        const Silu y(load(gate + i, n));
+        store(d_up + i, g * y.value, n);
+        store(d_gate + i, g * load(up + i, n) * y.slope, n);
     }
 }
 }
