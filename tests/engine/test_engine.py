@@ -14,14 +14,15 @@ from flextron.engine import EngineCore, EngineSettings, FinishReason, Sequence
 from flextron.engine.runner import unit_bytes
 from flextron.errors import FlextronError
 from flextron.model.batch import Batch
+from flextron.model.compiled import load_library
 from flextron.model.decoder import Decoder
 from flextron.model.generation import SamplingParams, generate
-from flextron.model.native import Weights, load_library
+from flextron.model.native import Weights
 from flextron.spec import SubnetSpec
 from tests.random_decoders import ragged_specs, random_decoder, rounded_decoder
 
 PAGE = 4
-PATHS = [False] if isinstance(load_library(), str) else [True, False]
+PATHS = [False] if isinstance(load_library("step"), str) else [True, False]
 DECODER = random_decoder("llama")
 SPECS = ragged_specs(DECODER.config, 3)
 
@@ -85,7 +86,7 @@ def test_answers_are_those_of_plain_generation(name: str, native: bool) -> None:
     assert core.pool.num_used == 0
 
 
-@pytest.mark.skipif(isinstance(load_library(), str), reason="needs the compiled iteration")
+@pytest.mark.skipif(isinstance(load_library("step"), str), reason="needs the compiled iteration")
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 @pytest.mark.parametrize("name", ["llama", "neox"])
 def test_answers_of_quantized_engines_are_those_of_the_rounded_weights(name: str, weights: Weights) -> None:

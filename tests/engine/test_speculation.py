@@ -13,8 +13,9 @@ from flextron.engine import EngineCore, EngineSettings, FinishReason, Speculatio
 from flextron.engine.runner import unit_bytes
 from flextron.engine.speculation import Draft, TimeLine, verified
 from flextron.errors import FlextronError
+from flextron.model.compiled import load_library
 from flextron.model.generation import SamplingParams, generate
-from flextron.model.native import Weights, load_library
+from flextron.model.native import Weights
 from tests.engine.test_engine import DECODER, PAGE, PATHS, SPECS, engine, requests, serve
 from tests.random_decoders import ragged_specs, random_decoder
 
@@ -64,7 +65,7 @@ def test_the_network_itself_as_draft_is_always_right() -> None:
     assert sequence.answer == generate(DECODER, [[1, 2, 3]], FULL, SamplingParams(max_tokens=13))[0]
 
 
-@pytest.mark.skipif(isinstance(load_library(), str), reason="needs the compiled iteration")
+@pytest.mark.skipif(isinstance(load_library("step"), str), reason="needs the compiled iteration")
 @pytest.mark.parametrize("drafts", ["int8", "int4"])
 @pytest.mark.parametrize("weights", ["float32", "int8"])
 def test_drafts_of_few_bits_serve_the_same_answers(weights: Weights, drafts: Weights) -> None:

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from flextron.model.batch import Batch
+from flextron.model.compiled import load_library
 from flextron.model.decoding import Steps
-from flextron.model.native import load_library
 from tests.random_decoders import ragged_specs, random_decoder
 
-PATHS = ["operators"] if isinstance(load_library(), str) else ["operators", "native"]
+PATHS = ["operators"] if isinstance(load_library("step"), str) else ["operators", "native"]
 
 
 @pytest.mark.parametrize("path", PATHS)

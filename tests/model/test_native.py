@@ -13,10 +13,11 @@ from transformers import LlamaConfig
 from flextron.errors import FlextronError
 from flextron.model.adapter import Adapter
 from flextron.model.batch import Batch
+from flextron.model.compiled import load_library
 from flextron.model.config import DecoderConfig
 from flextron.model.decoder import Decoder
 from flextron.model.families import config_from_hf
-from flextron.model.native import NativeStep, Weights, load_library, why_not_native
+from flextron.model.native import NativeStep, Weights, why_not_native
 from flextron.model.native_adapter import NativeAdapter, why_adapter_not_native
 from flextron.spec import LayerSpec, SubnetSpec
 from tests.model.adapter_cases import random_ia3, random_lora
@@ -32,7 +33,7 @@ ITERATIONS = (
     ((3, 4, 9), (0, 4, 7), (2, 12, 13)),
 )
 
-compiled = pytest.mark.skipif(isinstance(load_library(), str), reason=f"no kernels: {load_library()}")
+compiled = pytest.mark.skipif(isinstance(load_library("step"), str), reason=f"no kernels: {load_library('step')}")
 
 
 class Pages:
@@ -193,7 +194,7 @@ def test_without_a_compiler_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("CXX", "no-such-compiler")
     load_library.cache_clear()
     try:
-        said = load_library()
+        said = load_library("step")
         assert isinstance(said, str)
         assert "no-such-compiler" in said
     finally:
@@ -202,6 +203,6 @@ def test_without_a_compiler_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None
 
 @compiled
 def test_loading_leaves_denormal_numbers_alone() -> None:
-    load_library()
+    load_library("step")
     assert 5e-324 > 0
     assert float(torch.tensor(1e-40) * 1) > 0

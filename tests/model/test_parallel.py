@@ -213,7 +213,7 @@ def train_in_windows(device: torch.device, case: str, keep: tuple[str, ...]) -> 
 
 
 @pytest.mark.parametrize("case", ["llama", "qwen3", "neox"])
-@pytest.mark.parametrize("keep", [(), ("q", "o", "gate", "up")], ids=["recomputed", "kept"])
+@pytest.mark.parametrize("keep", [(), ("q", "attention", "o", "gate", "up")], ids=["recomputed", "kept"])
 def test_finetuning_in_windows(ranks: Ranks, case: str, keep: tuple[str, ...]) -> None:
     one, other = ranks.run(train_in_windows, case, keep)
     assert one == other

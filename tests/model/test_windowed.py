@@ -95,7 +95,7 @@ def doubles(case: str, make: type = random_lora, **options: object) -> tuple[Dec
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("make", [random_lora, random_ia3])
-@pytest.mark.parametrize("keep", [(), ("q", "o", "gate", "up")], ids=["recomputed", "kept"])
+@pytest.mark.parametrize("keep", [(), ("q", "attention", "o", "gate", "up")], ids=["recomputed", "kept"])
 def test_every_family_and_method(case: str, make: type, keep: tuple[str, ...]) -> None:
     decoder, adapter = doubles(case, make)
     check(decoder, adapter, [13, 6, 9], [4, 7, 1], [5, 2], keep=keep)
@@ -125,7 +125,7 @@ SIZES = st.lists(st.integers(1, 16), min_size=1, max_size=6)
     forward=SIZES,
     backward=SIZES,
     chosen=st.integers(0, 3),
-    keep=st.sets(st.sampled_from(["q", "o", "gate", "up"])),
+    keep=st.sets(st.sampled_from(["q", "attention", "o", "gate", "up"])),
 )
 def test_any_cuts_of_any_examples_in_any_sub_network(
     case: str,
@@ -202,7 +202,7 @@ def live_bytes() -> int:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("keep", [(), ("q", "up")])
+@pytest.mark.parametrize("keep", [(), ("q", "up"), ("attention",)])
 def test_what_is_counted_is_all_that_is_kept(keep: tuple[str, ...]) -> None:
     decoder, adapter = doubles("llama")
     work = Finetuning(decoder, adapter, examples_of([60, 50]), keep=keep)
@@ -232,7 +232,7 @@ def test_bad_use_is_refused() -> None:
     no_mlp = SubnetSpec.of([0] * 3, [4] * 3)
     with pytest.raises(FlextronError, match="nothing could be trained"):
         Finetuning(decoder, random_lora(decoder.config, targets=["up"]), examples_of([9]), spec=no_mlp)
-    with pytest.raises(FlextronError, match=r"gate, o, q, up can be kept, not \['v'\]"):
+    with pytest.raises(FlextronError, match=r"attention, gate, o, q, up can be kept, not \['v'\]"):
         Finetuning(decoder, adapter, examples_of([9]), keep=["v"])
     work = Finetuning(decoder, adapter, examples_of([9]))
     work.run(3)

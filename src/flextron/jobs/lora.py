@@ -23,7 +23,7 @@ from flextron.model.adapter import Adapter, linear_shapes
 from flextron.model.bypass import Lora
 from flextron.model.decoder import Decoder
 from flextron.model.peft_layout import write_adapter
-from flextron.model.recompute import KEEPABLE
+from flextron.model.recompute import KEEPABLE, num_keepable
 from flextron.model.windowed import Finetuning
 from flextron.spec import SubnetSpec
 
@@ -70,10 +70,9 @@ class LoraTrainers:
         return LoraTrainer(self, hyperparameters, examples, seed, resume)
 
     def kept(self, num_tokens: int) -> frozenset[str]:
-        """The linears whose products are kept for a pack of so many tokens."""
-        shapes = [linear_shapes(self.decoder.config, layer) for layer in self.spec.layers]
-        rows = sum(of_layer[t].outputs for of_layer in shapes for t in KEEPABLE & of_layer.keys())
-        return KEEPABLE if rows * num_tokens * self.decoder.dtype.itemsize <= self.saved_gb * 1e9 else frozenset()
+        """What is kept of a pack of so many tokens, instead of computed again."""
+        num_bytes = num_keepable(self.decoder.config, self.spec) * num_tokens * self.decoder.dtype.itemsize
+        return KEEPABLE if num_bytes <= self.saved_gb * 1e9 else frozenset()
 
 
 class LoraTrainer:

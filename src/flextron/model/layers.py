@@ -95,7 +95,7 @@ class MLP(nn.Module):
         if self.gate is None:
             return tuple(self._activation(u) for u in ups)
         gates = bypasses.expand("gate", x_ND, self.gate, blocks)
-        return tuple(self._activation(g) * u for g, u in zip(gates, ups, strict=True))
+        return tuple(bypasses.gated(self._activation, g, u) for g, u in zip(gates, ups, strict=True))
 
     def project(
         self, num_tokens: int, h: Sequence[Tensor], layout: Layout | TokenLayout, bypasses: Bypasses = NO_BYPASSES

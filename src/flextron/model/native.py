@@ -1,4 +1,4 @@
-"""The compiled iteration of `step.cpp`: built once for this processor with the machine's own C++ compiler, then kept.
+"""The compiled iteration of `step.cpp`: a decoder as one call.
 
 Where there is no compiler, or a model has a shape that the kernels do not take, the engine runs PyTorch's operators.
 """
@@ -6,15 +6,7 @@ Where there is no compiler, or a model has a shape that the kernels do not take,
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
-from functools import cache
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -22,17 +14,15 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from flextron.errors import FlextronError
+from flextron.model.compiled import load_library
 from flextron.model.decoder import Decoder
 from flextron.model.layers import rotary_tables
 from flextron.model.native_adapter import NativeAdapter
 from flextron.model.quantization import GROUP, column_scales, pack_groups, quantize_groups, quantize_rows
 
-__all__ = ["NativeStep", "Weights", "load_library", "why_not_native"]
+__all__ = ["NativeStep", "Weights", "why_not_native"]
 
 _LANES = 8
-_COMPILE = ("-std=c++17", "-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC", "-c")
-# without -ffast-math: linked with it, a library turns denormal numbers off for the whole process
-_LINK = ("-fopenmp", "-shared")
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_new": 2, "gelu_fast": 2, "gelu_pytorch_tanh": 2, "relu": 3}
 
 _Pointer = ctypes.c_void_p
@@ -91,51 +81,6 @@ class _Tokens(ctypes.Structure):
     )
 
 
-def _cache_directory() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "flextron"
-
-
-def _compiler() -> str | None:
-    return os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-
-
-@cache
-def load_library() -> ctypes.CDLL | str:
-    """The compiled kernels, or in one sentence why there are none."""
-    if os.environ.get("FLEXTRON_NATIVE") == "0":
-        return "FLEXTRON_NATIVE is 0"
-    compiler = _compiler()
-    if compiler is None:
-        return "no C++ compiler was found (install g++ for faster decoding)"
-    source = Path(__file__).with_name("step.cpp")
-    processor = Path("/proc/cpuinfo")
-    facts = [compiler, *_COMPILE, *_LINK, platform.machine(), source.read_text(encoding="utf-8")]
-    if processor.exists():  # the code is made for this processor; a shared home directory serves several
-        facts += [
-            line
-            for line in processor.read_text(encoding="utf-8").splitlines()
-            if line.startswith(("flags", "Features"))
-        ][:1]
-    digest = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
-    library = _cache_directory() / f"step-{digest}.so"
-    if not library.exists():
-        try:
-            library.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=library.parent) as directory:
-                made = Path(directory) / library.name
-                for command in ((*_COMPILE, str(source), "-o", f"{made}.o"), (*_LINK, f"{made}.o", "-o", str(made))):
-                    subprocess.run([compiler, *command], check=True, capture_output=True)
-                made.replace(library)
-        except (OSError, subprocess.CalledProcessError) as error:
-            said = getattr(error, "stderr", b"") or str(error).encode()
-            return f"the kernels did not compile ({said.decode(errors='replace').strip().splitlines()[-1]})"
-    try:
-        return ctypes.CDLL(str(library))
-    except OSError as error:
-        return f"the compiled kernels did not load ({error})"
-
-
 def why_not_native(decoder: Decoder) -> str | None:
     """Why a decoder cannot run in the compiled iteration, in one sentence; None if it can."""
     config = decoder.config
@@ -147,7 +92,7 @@ def why_not_native(decoder: Decoder) -> str | None:
         return f"the weights are {decoder.dtype}"
     if config.hidden_size % _LANES or config.head_dim % _LANES:
         return f"hidden size {config.hidden_size} or head size {config.head_dim} is no multiple of {_LANES}"
-    library = load_library()
+    library = load_library("step")
     return library if isinstance(library, str) else None
 
 
@@ -171,7 +116,7 @@ class NativeStep:
             FlextronError: `why_not_native` has a reason, or `int4` is asked for and rows cannot be cut into groups.
         """
         reason = why_not_native(decoder)
-        library = load_library()
+        library = load_library("step")
         if reason is not None or isinstance(library, str):
             raise FlextronError(f"no compiled iteration: {reason}")
         if weights == "int4" and decoder.config.hidden_size % GROUP:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flextron.errors import FlextronError
 from flextron.model.config import DecoderConfig
+from flextron.model.layers import rotary_tables
 
 __all__ = ["Example", "Packed"]
 
@@ -38,6 +39,7 @@ class Packed:
         examples: Sequence[Example],
         total_weight: float | None,
         device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         """Put them side by side.
 
@@ -46,6 +48,7 @@ class Packed:
             examples: at least one.
             total_weight: what the weights are divided by; by default their sum.
             device: where the tensors shall lie.
+            dtype: of what the decoder computes.
 
         Raises:
             FlextronError: see `Finetuning`.
@@ -68,6 +71,7 @@ class Packed:
         """What each prediction counts, float64."""
         self.positions_T = torch.cat([torch.arange(n) for n in lengths]).to(device)
         """In its example, int64."""
+        self._rope = rotary_tables(config, self.positions_T, dtype)
 
     def __len__(self) -> int:
         """T."""
@@ -77,6 +81,10 @@ class Packed:
         """Tokens of each example in a window."""
         cuts = [start, *(s for s in self._starts if start < s < stop), stop]
         return tuple(b - a for a, b in pairwise(cuts))
+
+    def rope(self, start: int, stop: int) -> tuple[Tensor, Tensor] | None:
+        """Rotations of a window's tokens; see `layers.rotary_tables`."""
+        return None if self._rope is None else (self._rope[0][start:stop], self._rope[1][start:stop])
 
     def seen(self, start: int) -> slice:
         """The tokens before a window that its first token sees."""

@@ -9,7 +9,7 @@ Shapes: N tokens of the window, r rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,18 +17,32 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flextron.model.adapter import linear_shapes
 from flextron.model.batch import Batch
-from flextron.model.bypass import Bypass, Bypasses, Linear, Lora
+from flextron.model.bypass import Bypasses, Linear, Lora
 from flextron.model.config import DecoderConfig
 from flextron.model.nested import Block, Layout
 from flextron.model.window_attention import valued
-from flextron.spec import LayerSpec
+from flextron.model.window_kernels import silu_gate, takes
+from flextron.spec import LayerSpec, SubnetSpec
 
-__all__ = ["KEEPABLE", "PrunedBatch", "RecordedBatch", "unread_linears"]
+__all__ = ["KEEPABLE", "PrunedBatch", "RecordedBatch", "num_keepable", "unread_linears"]
 
 _WHOLE = slice(None)
-KEEPABLE = frozenset({"q", "o", "gate", "up"})
-"""Linears whose products are computed twice, unless they are kept; those of the others are not needed or cached."""
+KEEPABLE = frozenset({"q", "attention", "o", "gate", "up"})
+"""What is computed twice unless it is kept: what the heads give, and products of linears; those of the others are not
+needed, or cached."""
+
+
+def num_keepable(config: DecoderConfig, spec: SubnetSpec) -> int:
+    """Numbers a token that are kept of a sub-network if all of `KEEPABLE` is."""
+    total = 0
+    for widths in spec.layers:
+        shapes = linear_shapes(config, widths)
+        total += sum(shapes[t].outputs for t in KEEPABLE & shapes.keys())
+        if "o" in shapes:
+            total += shapes["o"].inputs + shapes["o"].inputs // config.head_dim
+    return total
 
 
 def unread_linears(config: DecoderConfig, widths: LayerSpec) -> frozenset[str]:
@@ -70,7 +84,14 @@ class RecordedBatch(Batch):
         return _RecordedBypasses(self.placed(layer, layout), layer, self.keep, self.kept)
 
 
-class _RecordedBypasses(Bypasses):
+class _WindowBypasses(Bypasses):
+    """With kernels for what is between the linears."""
+
+    def gated(self, activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
+        return silu_gate(gate, up) if activation is F.silu and takes(gate) else super().gated(activation, gate, up)
+
+
+class _RecordedBypasses(_WindowBypasses):
     """Keeps results."""
 
     def __init__(self, placed: Any, layer: int, keep: frozenset[str], kept: dict[tuple[int, str], Tensor]) -> None:
@@ -92,7 +113,7 @@ class _RecordedBypasses(Bypasses):
         return y_ND
 
 
-class _PrunedBypasses(Bypasses):
+class _PrunedBypasses(_WindowBypasses):
     """Leaves out products that neither their readers nor their bypasses need."""
 
     def __init__(self, placed: Any, unread: frozenset[str], known: Mapping[str, Tensor]) -> None:
@@ -100,42 +121,47 @@ class _PrunedBypasses(Bypasses):
         self._unread, self._known = unread, known
 
     def expand(self, target: str, x_ND: Tensor, linear: Linear, blocks: tuple[Block, ...]) -> tuple[Tensor, ...]:
-        bypass = self._only(target)
-        rows = slice(blocks[0].stop)
+        rows, whole = slice(blocks[0].stop), super().expand
         bias = None if linear.bias is None else linear.bias[rows]
-        if isinstance(bypass, Lora):
-            return (self._with_lora(target, x_ND, linear.weight[rows], bias, bypass.a, bypass.b[rows], bypass.scale),)
-        if target in self._unread and (bypass is None or bypass.is_additive):
-            x = x_ND if bypass is None else bypass.before(x_ND, _WHOLE)
-            return (_product(x, linear.weight[rows], self._known.get(target)),)
-        ys = super().expand(target, x_ND, linear, blocks)
-        return (valued(ys[0], self._known[target]),) if target in self._known else ys
+        return (
+            self._pruned(
+                target,
+                (x_ND, linear.weight[rows], bias),
+                (_WHOLE, rows),
+                lambda: whole(target, x_ND, linear, blocks)[0],
+            ),
+        )
 
     def contract(
         self, target: str, num_tokens: int, h: Sequence[Tensor], linear: Linear, blocks: tuple[Block, ...]
     ) -> Tensor:
-        bypass = self._only(target)
-        rows = slice(blocks[0].stop)
-        weight = linear.weight[rows].t()
-        if isinstance(bypass, Lora):
-            return self._with_lora(target, h[0], weight, linear.bias, bypass.a[rows], bypass.b, bypass.scale)
-        if target in self._unread and (bypass is None or bypass.is_additive):
-            x = h[0] if bypass is None else bypass.before(h[0], rows)
-            return _product(x, weight, self._known.get(target))
-        y_ND = super().contract(target, num_tokens, h, linear, blocks)
-        return valued(y_ND, self._known[target]) if target in self._known else y_ND
+        rows, whole = slice(blocks[0].stop), super().contract
+        return self._pruned(
+            target,
+            (h[0], linear.weight[rows].t(), linear.bias),
+            (rows, _WHOLE),
+            lambda: whole(target, num_tokens, h, linear, blocks),
+        )
 
-    def _only(self, target: str) -> Bypass | None:
-        """What stands beside a linear: the batch has one segment."""
-        return next((bypass for _, bypass in self._beside(target)), None)
-
-    def _with_lora(
-        self, target: str, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+    def _pruned(
+        self,
+        target: str,
+        linear: tuple[Tensor, Tensor, Tensor | None],
+        spans: tuple[slice, slice],
+        whole: Callable[[], Tensor],
     ) -> Tensor:
-        value = self._known.get(target)
-        if value is None and target in self._unread:
-            value = x.new_zeros(()).expand(len(x), len(weight))
-        return _LoraLinear.apply(x, weight, bias, a, b, scale, value)  # type: ignore[no-untyped-call,no-any-return]
+        """What stands for a linear of (input, weight, bias), whose inputs and outputs are `spans` of its bypass's."""
+        x, weight, bias = linear
+        inputs, outputs = spans
+        bypass = next((b for _, b in self._beside(target)), None)  # one at most: the batch has one segment
+        value, is_unread = self._known.get(target), target in self._unread
+        if isinstance(bypass, Lora):
+            if value is None and is_unread:
+                value = x.new_zeros(()).expand(len(x), len(weight))
+            return _LoraLinear.apply(x, weight, bias, bypass.a[inputs], bypass.b[outputs], bypass.scale, value)  # type: ignore[no-untyped-call,no-any-return]
+        if is_unread and (bypass is None or bypass.is_additive):
+            return _Product.apply(x if bypass is None else bypass.before(x, inputs), weight, value)  # type: ignore[no-untyped-call,no-any-return]
+        return whole() if value is None else valued(whole(), value)
 
 
 class _Product(torch.autograd.Function):
@@ -149,10 +175,6 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         return grads[0] @ ctx.saved_tensors[0], None, None
-
-
-def _product(x: Tensor, weight: Tensor, value: Tensor | None) -> Tensor:
-    return _Product.apply(x, weight, value)  # type: ignore[no-untyped-call,no-any-return]
 
 
 class _LoraLinear(torch.autograd.Function):

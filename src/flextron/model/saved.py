@@ -1,6 +1,6 @@
 """What finetuning in windows keeps between its units of work.
 
-Shapes: T tokens of all examples that are run, D hidden size, K KV heads, d head size.
+Shapes: T tokens of all examples that are run, D hidden size, K KV heads, H query heads, d head size.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ class Saved:
     """Of each layer, (T, K, d)."""
     products: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     """What linears that the caller named gave, with their bypasses, by layer and name, (T, rows)."""
+    heads: dict[int, Tensor] = field(default_factory=dict)
+    """What each layer's heads gave, (T, H, d), where the caller wants it kept."""
+    log_sums: dict[int, Tensor] = field(default_factory=dict)
+    """Logarithms of these heads' sums of exponentials, (T, H)."""
     stream: Tensor | None = None
     """On the way up, outputs of a layer that the one above does not keep as its input, (T, D); on the way down, the
     gradient of one layer's output, whose rows become the input's one window after the other."""
@@ -34,7 +38,9 @@ class Saved:
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor that is held."""
-        yield from (*self.inputs.values(), *self.keys.values(), *self.values.values(), *self.products.values())
+        for of_layers in self._by_layer():
+            yield from of_layers.values()
+        yield from self.products.values()
         yield from self.key_value_gradients or ()
         if self.stream is not None:
             yield self.stream
@@ -44,9 +50,18 @@ class Saved:
         """Bytes of memory that the tensors hold."""
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.tensors()}.values())
 
+    def held(self, layer: int, seen: slice, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer's earlier tokens; empty ones, like another tensor, where it has none."""
+        if layer not in self.keys:
+            return like.new_zeros(0), like.new_zeros(0)
+        return self.keys[layer][seen], self.values[layer][seen]
+
+    def _by_layer(self) -> tuple[dict[int, Tensor], ...]:
+        return self.inputs, self.keys, self.values, self.heads, self.log_sums
+
     def forget(self, layer: int) -> None:
         """Give up what is kept of a layer, once nothing needs it."""
-        for of_layers in (self.inputs, self.keys, self.values):
+        for of_layers in self._by_layer():
             of_layers.pop(layer, None)
         for key in [key for key in self.products if key[0] == layer]:
             del self.products[key]

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,6 @@ from flextron.errors import FlextronError
 from flextron.model.adapter import Adapter
 from flextron.model.batch import Batch, Segment
 from flextron.model.decoder import Decoder
-from flextron.model.layers import rotary_tables
 from flextron.model.losses import summed_cross_entropy
 from flextron.model.packing import Example, Packed
 from flextron.model.recompute import KEEPABLE, PrunedBatch, RecordedBatch, unread_linears
@@ -73,7 +73,8 @@ class Finetuning:
             spec: sub-network to train in; by default the decoder's full widths.
             total_weight: what the weighted sum of losses is divided by; by default the sum of these examples' weights.
                 With gradient accumulation, the sum over all that one step accumulates.
-            keep: linears whose products are kept instead of computed again, of q, o, gate, up: memory for time.
+            keep: what is kept instead of computed again, memory for time: products of the linears q, o, gate, up, and
+                `attention`, what the heads give.
 
         Raises:
             FlextronError: `keep` names others, an example has fewer than two tokens or other than one weight a token,
@@ -83,9 +84,9 @@ class Finetuning:
         self.spec = spec or decoder.widths
         self._decoder, self._adapter, self._keep = decoder, adapter, frozenset(keep)
         if not self._keep <= KEEPABLE:
-            raise FlextronError(f"only products of {', '.join(sorted(KEEPABLE))} can be kept, not {sorted(self._keep)}")
+            raise FlextronError(f"only {', '.join(sorted(KEEPABLE))} can be kept, not {sorted(self._keep)}")
         Segment(self.spec, (), adapter=adapter)  # refuses an adapter that does not fit
-        self._packed = Packed(decoder.config, examples, total_weight, decoder.device)
+        self._packed = Packed(decoder.config, examples, total_weight, decoder.device, decoder.dtype)
         self._trained = self._trained_layers()
         (self._rows,) = self._packed.weights_T.nonzero(as_tuple=True)
         self._parameters = list(adapter.parameters())
@@ -170,15 +171,9 @@ class Finetuning:
             where = saved.inputs.get(i, saved.stream)
             assert where is not None
             x_ND = where[start:stop]
-        attention = WindowAttention(self._decoder.config, self._held(i, start))
-        rope = rotary_tables(self._decoder.config, batch.positions_N, x_ND.dtype)
-        x_ND = self._decoder.layers[i](x_ND, batch, i, rope, attention)
-        if attention.new is not None:
-            put_rows(saved.keys, i, attention.new[0], start, self.num_tokens)
-            put_rows(saved.values, i, attention.new[1], start, self.num_tokens)
-        if i in self._trained:
-            for key, rows in kept.items():
-                put_rows(saved.products, key, rows, start, self.num_tokens)
+        attention = WindowAttention(self._decoder.config, saved.held(i, self._packed.seen(start), x_ND))
+        x_ND = self._decoder.layers[i](x_ND, batch, i, self._packed.rope(start, stop), attention)
+        self._keep_rows(i, start, attention, kept)
         self._pass_up(x_ND, start)
         self._num_done = stop
         if stop == self.num_tokens:
@@ -189,6 +184,19 @@ class Finetuning:
             if not self._pending:
                 self.stage = Stage.HEAD
         return stop - start
+
+    def _keep_rows(self, i: int, start: int, attention: WindowAttention, kept: dict[tuple[int, str], Tensor]) -> None:
+        """Keep what a window of a layer made for later windows and for the way back."""
+        saved = self.saved
+        made: list[tuple[dict[Any, Tensor], Any, Tensor]] = []
+        if attention.new is not None:
+            made += [(saved.keys, i, attention.new[0]), (saved.values, i, attention.new[1])]
+        if i in self._trained:
+            made += [(saved.products, key, rows) for key, rows in kept.items()]
+            if attention.given is not None and "attention" in self._keep:
+                made += [(saved.heads, i, attention.given[0]), (saved.log_sums, i, attention.given[1])]
+        for where, key, rows in made:
+            put_rows(where, key, rows, start, self.num_tokens)
 
     def _pass_up(self, x_ND: Tensor, start: int) -> None:
         """Put a window of a layer's outputs where the next layer, or the head, finds them."""
@@ -252,21 +260,14 @@ class Finetuning:
         segment = Segment(self.spec, packed.lengths(start, stop), adapter=self._adapter)
         return Batch(packed.tokens_T[window], packed.positions_T[window], (segment,))
 
-    def _held(self, layer: int, start: int) -> tuple[Tensor, Tensor]:
-        """Keys and values that a window's first token sees before it."""
-        if layer not in self.saved.keys:
-            return self._loss.new_zeros(0), self._loss.new_zeros(0)
-        seen = self._packed.seen(start)
-        return self.saved.keys[layer][seen], self.saved.values[layer][seen]
-
     def _differentiate(self, i: int, start: int, stop: int) -> None:
         """Compute a layer again for a window, and carry the gradients from its outputs to its inputs."""
-        saved, config, window = self.saved, self._decoder.config, slice(start, stop)
+        saved, window = self.saved, slice(start, stop)
         assert saved.stream is not None
         targets = self._adapter.targets_in(i, self.spec.layers[i])
         is_lowest = i == self._trained[0]
         x_ND = saved.inputs[i][window].detach().requires_grad_(not is_lowest)
-        held, known = self._held(i, start), None
+        held, known = saved.held(i, self._packed.seen(start), x_ND), None
         if i in saved.keys:
             # in the lowest layer, earlier keys and values matter only if something in their projections is trained
             matters = len(held[0]) > 0 and (not is_lowest or not targets.isdisjoint("kv"))
@@ -274,7 +275,8 @@ class Finetuning:
             known = saved.keys[i][window], saved.values[i][window]
             if saved.key_value_gradients is None:
                 saved.key_value_gradients = _accumulator(saved.keys[i]), _accumulator(saved.values[i])
-        attention = WindowAttention(config, held, known)
+        given = (saved.heads[i][window], saved.log_sums[i][window]) if i in saved.heads else None
+        attention = WindowAttention(self._decoder.config, held, known, given)
         y_ND = self._run_again(i, x_ND, start, stop, attention)
 
         ends = [(y_ND, saved.stream[window])]
@@ -302,8 +304,7 @@ class Finetuning:
         known = {t: rows[start:stop] for (layer, t), rows in self.saved.products.items() if layer == i}
         unread = unread_linears(self._decoder.config, self.spec.layers[i]) | known.keys()
         pruned = PrunedBatch(batch.tokens_N, batch.positions_N, batch.segments, unread, known)
-        rope = rotary_tables(self._decoder.config, batch.positions_N, x_ND.dtype)
-        y_ND: Tensor = self._decoder.layers[i](x_ND, pruned, i, rope, attention)
+        y_ND: Tensor = self._decoder.layers[i](x_ND, pruned, i, self._packed.rope(start, stop), attention)
         return y_ND
 
 

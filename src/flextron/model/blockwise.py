@@ -1,0 +1,154 @@
+"""Attention of training windows in PyTorch, forward and backward, in a way that suits a CPU.
+
+PyTorch's fused kernel reaches a quarter of a CPU's arithmetic, its backward pass less, and repeats KV heads. Here the
+query heads of a KV head are rows of one product; tokens go block by block, so that what later keys would add is not
+computed. Where there is a compiler, `window_kernels` does the same in half the time.
+
+Shapes: N tokens of the window, M keys, H query heads, K KV heads, r query heads of a KV head, n tokens of a block, j of
+its keys, d head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flextron.model.attention import window_mask
+
+__all__ = ["attend", "attend_backward", "sequences"]
+
+_BLOCK = 64
+
+
+def sequences(lengths: Sequence[int], num_keys: int) -> Iterator[tuple[slice, slice]]:
+    """Rows of the window and keys of each sequence; keys from before the window are the first one's."""
+    held, start = num_keys - sum(lengths), 0
+    for k, n in enumerate(lengths):
+        yield slice(start, start + n), slice(held + start if k else 0, held + start + n)
+        start += n
+
+
+def attend(
+    q_NHd: Tensor, k_MKd: Tensor, v_MKd: Tensor, lengths: Sequence[int], window: int | None
+) -> tuple[Tensor, Tensor]:
+    """Causal attention of the last tokens of some sequences.
+
+    Args:
+        q_NHd: queries of the window.
+        k_MKd: keys of the window, and before them those that its first sequence has from before.
+        v_MKd: values.
+        lengths: tokens of each sequence in the window.
+        window: keys that a query sees, itself included; all by default.
+
+    Returns:
+        What the heads give, (N, H, d), and the logarithm of each one's sum of exponentials, (N, H), at least float32.
+    """
+    num_kv = k_MKd.shape[1]
+    out_NHd = torch.empty_like(q_NHd)
+    log_sums_NH = q_NHd.new_empty(q_NHd.shape[:2], dtype=_precise(q_NHd))
+    q, out, log_sums = (_rows(t, num_kv) for t in (q_NHd, out_NHd, log_sums_NH[..., None]))
+    k, v = k_MKd.transpose(0, 1), v_MKd.transpose(0, 1)
+    for block in _blocks(lengths, len(k_MKd), window):
+        scores = _scores(q, k, block, window)
+        sums = scores.logsumexp(-1, keepdim=True)
+        share = scores.sub_(sums).exp_().to(v.dtype)
+        out[:, :, block.rows] = torch.bmm(share, v[:, block.seen]).unflatten(1, (q.shape[1], -1))
+        log_sums[:, :, block.rows] = sums.unflatten(1, (q.shape[1], -1))
+    return out_NHd, log_sums_NH
+
+
+def attend_backward(
+    q_NHd: Tensor,
+    k_MKd: Tensor,
+    v_MKd: Tensor,
+    lengths: Sequence[int],
+    window: int | None,
+    given: tuple[Tensor, Tensor],
+    g_NHd: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of queries, keys and values.
+
+    Args:
+        q_NHd: as for `attend`, like the next four.
+        k_MKd: see there.
+        v_MKd: see there.
+        lengths: see there.
+        window: see there.
+        given: what `attend` gave.
+        g_NHd: gradient of the heads' outputs.
+        needs: which of the three are wanted; others are None.
+    """
+    out_NHd, log_sums_NH = given
+    num_kv, scale = k_MKd.shape[1], q_NHd.shape[-1] ** -0.5
+    through_NH1 = (g_NHd * out_NHd).sum(-1, keepdim=True)
+    q, g, through, log_sums = (_rows(t, num_kv) for t in (q_NHd, g_NHd, through_NH1, log_sums_NH[..., None]))
+    k, v = k_MKd.transpose(0, 1), v_MKd.transpose(0, 1)
+    need_q, need_k, need_v = needs
+    dq_NHd, dk, dv = torch.empty_like(q_NHd), torch.zeros_like(k), torch.zeros_like(v)
+    for block in _blocks(lengths, len(k_MKd), window):
+        share = _scores(q, k, block, window).sub_(_own(log_sums, block)).exp_().to(v.dtype)
+        own_g = _own(g, block)
+        if need_v:
+            dv[:, block.seen] += torch.bmm(share.transpose(1, 2), own_g)
+        if not (need_q or need_k):
+            continue
+        ds = torch.bmm(own_g, v[:, block.seen].transpose(1, 2)).sub_(_own(through, block)).mul_(share)
+        if need_q:
+            own = torch.bmm(ds, k[:, block.seen]).mul_(scale)
+            _rows(dq_NHd, num_kv)[:, :, block.rows] = own.unflatten(1, (q.shape[1], -1))
+        if need_k:
+            dk[:, block.seen] += torch.bmm(ds.transpose(1, 2), _own(q, block) * scale)
+    return (
+        dq_NHd if need_q else None,
+        dk.transpose(0, 1) if need_k else None,
+        dv.transpose(0, 1) if need_v else None,
+    )
+
+
+class _Block(NamedTuple):
+    rows: slice
+    """Of the window."""
+    seen: slice
+    """Keys that any of them sees."""
+    is_cut: bool
+    """Whether the window of the model hides some of these from some of them."""
+
+
+def _blocks(lengths: Sequence[int], num_keys: int, window: int | None) -> Iterator[_Block]:
+    for rows, keys in sequences(lengths, num_keys):
+        before = keys.stop - rows.stop
+        for a in range(rows.start, rows.stop, _BLOCK):
+            e = min(a + _BLOCK, rows.stop)
+            first = keys.start if window is None else max(keys.start, before + a + 1 - window)
+            is_cut = window is not None and before + e - keys.start > window
+            yield _Block(slice(a, e), slice(first, before + e), is_cut)
+
+
+def _scores(q: Tensor, k: Tensor, block: _Block, window: int | None) -> Tensor:
+    """Of a block's rows, (K, r n, j), at least float32; of the keys only the last n can come after a query."""
+    n, j = block.rows.stop - block.rows.start, block.seen.stop - block.seen.start
+    scores = torch.bmm(_own(q, block) * q.shape[-1] ** -0.5, k[:, block.seen].transpose(1, 2)).to(_precise(q))
+    first = 0 if block.is_cut else j - n
+    query, key = torch.arange(j - n, j), torch.arange(first, j)
+    hidden = ~window_mask(query, key, window if block.is_cut else None)
+    scores.unflatten(1, (q.shape[1], n))[..., first:].masked_fill_(hidden, -torch.inf)
+    return scores
+
+
+def _precise(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _own(x: Tensor, block: _Block) -> Tensor:
+    """A block's rows of a tensor by KV heads, (K, r n, d)."""
+    return x[:, :, block.rows].flatten(1, 2)
+
+
+def _rows(x_NHd: Tensor, num_kv: int) -> Tensor:
+    """A view by KV heads, (K, r, N, d)."""
+    by_head: Tensor = x_NHd.unflatten(1, (num_kv, -1))
+    return by_head.permute(1, 2, 0, 3)
