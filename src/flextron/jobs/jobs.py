@@ -125,15 +125,16 @@ class Jobs:
         self,
         *,
         training_file: str,
+        validation_file: str | None = None,
         suffix: str | None = None,
         hyperparameters: Hyperparameters | None = None,
         seed: int | None = None,
         metadata: dict[str, str] | None = None,
     ) -> Job:
-        """Take a job; its file is read soon after.
+        """Take a job; its files are read soon after.
 
         Raises:
-            FlextronError: the file is unknown, the suffix taken, or a hyperparameter does not go with the model.
+            FlextronError: a file is unknown, the suffix taken, or a hyperparameter does not go with the model.
         """
         chosen = hyperparameters or Hyperparameters()
         if chosen.max_tokens is not None and chosen.max_tokens > self.context:
@@ -142,6 +143,7 @@ class Jobs:
             model=self.model,
             suffix=suffix,
             training_file=training_file,
+            validation_file=validation_file,
             hyperparameters=chosen,
             seed=secrets.randbelow(2**31) if seed is None else seed,
             metadata=metadata or {},
@@ -232,7 +234,8 @@ class Jobs:
 
     def record(self, run: Run, metrics: StepMetrics) -> None:
         """Keep what the step that `run.trainer` took has given."""
-        self._shares.charge(run.job.id, metrics.num_tokens)
+        # a forward pass is a third of a step's work
+        self._shares.charge(run.job.id, metrics.num_tokens + metrics.num_valid_tokens // 3)
         try:
             step = run.record(metrics, self.settings.save_seconds)
         except Exception as error:
@@ -278,12 +281,12 @@ class Jobs:
     def _begin(self, job_id: str, status: Status) -> None:
         """Let a job train, if it is ready and there is room."""
         if job_id not in self._runs:
-            examples = self._preparer.take(job_id) if len(self._runs) < self.settings.max_training else None
-            if examples is None:
+            prepared = self._preparer.take(job_id) if len(self._runs) < self.settings.max_training else None
+            if prepared is None:
                 return
             try:
                 job = self.journal.get(job_id)
-                run = Run(job, examples, self._make_trainer, self._directory, self.journal, self.uploads)
+                run = Run(job, prepared, self._make_trainer, self._directory, self.journal, self.uploads)
             except Exception as error:
                 self._end(job_id, error)
                 return
