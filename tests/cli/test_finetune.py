@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from openai import OpenAI
 
 from flextron import ElasticModel
@@ -229,6 +230,12 @@ def test_serving_adapters_and_jobs(run: Any, model: ElasticModel, checkpoint: Pa
         assert_refused(refused, "is in use by another process")
     other = run("serve", checkpoint, "--port", 0, "--name", "other", "--state-directory", tmp_path / "state")
     assert_refused(other, "is of the model 'tiny'")
+    changed = trained_model()
+    with torch.no_grad():
+        changed.decoder.layers[2].mlp.down.weight[5] += 0.1
+    changed.save(tmp_path / "tiny")
+    refused = run("serve", tmp_path / "tiny", "--port", 0, "--state-directory", tmp_path / "state")
+    assert_refused(refused, "is of other weights", "--state-directory")
     with serving(checkpoint, *options) as url, OpenAI(base_url=url, api_key="none") as client:
         jobs = client.fine_tuning.jobs
         wait_until(lambda: jobs.retrieve(job.id).status == "succeeded", 100)

@@ -244,7 +244,7 @@ def test_a_loss_that_is_no_number(jobs: Jobs, tmp_path: Path) -> None:
     assert found.status == Status.FAILED
     assert found.error is not None
     assert "the training loss became" in found.error.message
-    assert "lower learning_rate_multiplier" in found.error.message
+    assert "lower learning_rate or learning_rate_multiplier" in found.error.message
     assert found.error.code == "training_failed"
     assert not jobs._directory.state(bad.id).exists()
     assert_as_alone(tmp_path, jobs, good.id)
@@ -430,6 +430,32 @@ def test_suffixes_are_used_once(jobs: Jobs) -> None:
     jobs.create(training_file=file)
 
 
+def test_a_deleted_adapter_frees_its_suffix(jobs: Jobs) -> None:
+    first = settled(jobs, suffix="mine", checkpoint_every=4)
+    train(jobs)
+    name = jobs.journal.get(first.id).fine_tuned_model
+    assert name is not None
+    jobs.delete_adapter(f"{name}:ckpt-step-4")
+    with pytest.raises(FlextronError, match="another job has the suffix 'mine'"):
+        jobs.create(training_file=first.training_file, suffix="mine")
+    jobs.delete_adapter(name)
+    again = jobs.create(training_file=first.training_file, suffix="mine")
+    assert jobs.journal.get(first.id).fine_tuned_model == name
+    with pytest.raises(FlextronError, match="another job has the suffix 'mine'"):
+        jobs.create(training_file=first.training_file, suffix="mine")
+    jobs.cancel(again.id)
+
+
+def test_other_weights_are_refused(tmp_path: Path) -> None:
+    new_jobs(tmp_path / "state").close()  # of an earlier version, which asked for no fingerprint
+    for _ in range(2):
+        new_jobs(tmp_path / "state", fingerprint="these").close()
+    with pytest.raises(FlextronError, match=r"is of other weights .* 'tiny' now, .* another one \(--state-directory\)"):
+        new_jobs(tmp_path / "state", fingerprint="others")
+    new_jobs(tmp_path / "state", fingerprint="these").close()
+    new_jobs(tmp_path / "another", fingerprint="others").close()
+
+
 def test_files_that_jobs_need_stay(jobs: Jobs) -> None:
     job = settled(jobs)
     with pytest.raises(FlextronError, match=f"the job {job.id} needs this file"):
@@ -508,27 +534,37 @@ def test_bad_validation_files(jobs: Jobs) -> None:
 
 
 def test_directories_of_the_format_before(tmp_path: Path) -> None:
-    """They had no validation."""
+    """They had no validation, suffixes stayed taken, and nothing was known of the weights."""
     jobs = new_jobs(tmp_path / "state")
-    job, done = settled(jobs), settled(jobs, checkpoint_every=4)
+    job, done, deleted = settled(jobs), settled(jobs, suffix="done", checkpoint_every=4), settled(jobs, suffix="free")
     jobs.pause(job.id)
     train(jobs)
     jobs.resume(job.id)
+    jobs.delete_adapter(str(jobs.journal.get(deleted.id).fine_tuned_model))
     jobs.close()
     with sqlite3.connect(tmp_path / "state" / "state.sqlite") as database:
+        database.execute("DROP INDEX one_suffix")
+        database.execute("DROP TABLE weights")
         for table, column in (
             ("jobs", "validation_file"),
+            ("jobs", "is_deleted"),
             *((table, column) for table in ("steps", "checkpoints") for column in ("valid_loss", "valid_accuracy")),
         ):
             database.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
+        database.execute("CREATE UNIQUE INDEX one_suffix ON jobs (model, suffix)")
         database.execute("PRAGMA user_version = 2")
     database.close()
-    jobs = new_jobs(tmp_path / "state")
+    jobs = new_jobs(tmp_path / "state", fingerprint="these")
     wait_until(lambda: job.id in jobs._preparer.held())
     train(jobs)
     for made in (job, done):
         assert_as_alone(tmp_path, jobs, made.id)
+    jobs.create(training_file=job.training_file, suffix="free")
+    with pytest.raises(FlextronError, match="another job has the suffix 'done'"):
+        jobs.create(training_file=job.training_file, suffix="done")
     jobs.close()
+    with pytest.raises(FlextronError, match="is of other weights"):
+        new_jobs(tmp_path / "state", fingerprint="others")
 
 
 def test_a_step_that_ends_with_the_feeder_is_in_the_books(tmp_path: Path) -> None:

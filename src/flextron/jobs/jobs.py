@@ -67,6 +67,7 @@ class Jobs:
         tokenizer: PreTrainedTokenizerBase,
         context: int,
         make_trainer: MakeTrainer,
+        fingerprint: str | None = None,
         on_adapter: OnAdapter = lambda checkpoint, directory: None,
         on_deleted: OnDeleted = lambda checkpoint: None,
         settings: JobsSettings | None = None,
@@ -79,12 +80,14 @@ class Jobs:
             tokenizer: of the model; used by a thread of its own, so nobody else may use this object.
             context: positions of the model.
             make_trainer: called for each job by the thread that calls `step`.
+            fingerprint: of the model's weights; by default the name alone says whose the directory is.
             on_adapter: called for each adapter that is there already, now, and for each new one by the training thread.
             on_deleted: called before an adapter's files are removed.
             settings: limits.
 
         Raises:
-            FlextronError: another process has the directory, it is damaged, or its jobs are for another model.
+            FlextronError: another process has the directory, it is damaged, or its jobs are for another model
+                or for other weights.
         """
         self.model, self.context, self._make_trainer = model, context, make_trainer
         self._on_adapter, self._on_deleted = on_adapter, on_deleted
@@ -101,6 +104,11 @@ class Jobs:
                 raise FlextronError(
                     f"the state directory {path} is of the model {min(others)!r}; serve it under this name, "
                     "or use another directory"
+                )
+            if fingerprint is not None and not self.journal.is_of(fingerprint):
+                raise FlextronError(
+                    f"the state directory {path} is of other weights than those that are called {model!r} now, and so "
+                    "are its jobs and adapters; give another one (--state-directory), or serve the weights of before"
                 )
         except BaseException:
             self._store.close()

@@ -115,7 +115,7 @@ class Journal:
         return [Checkpoint.of(row) for row in rows]
 
     def delete_checkpoint(self, name: str) -> Checkpoint:
-        """Enter that an adapter is deleted.
+        """Enter that an adapter is deleted; the suffix of a job whose finished one it was is free again.
 
         Raises:
             UnknownIdError: no adapter has this name, or not any more.
@@ -126,8 +126,17 @@ class Journal:
             if row is None:
                 raise UnknownIdError(f"there is no adapter {name[:200]!r}")
             database.execute("UPDATE checkpoints SET is_deleted = 1 WHERE seq = ?", (row["seq"],))
+            database.execute("UPDATE jobs SET is_deleted = 1 WHERE fine_tuned_model = ?", (name,))
             _tell(database, row["job_id"], f"deleted adapter: {name}")
         return Checkpoint.of(row)
+
+    def is_of(self, fingerprint: str) -> bool:
+        """Whether all this is of a model with these weights; the first that asks decides."""
+        with self._store.transaction() as database:
+            row = database.execute("SELECT fingerprint FROM weights").fetchone()
+            if row is None:
+                _insert(database, "weights", {"fingerprint": fingerprint})
+        return row is None or row["fingerprint"] == fingerprint
 
     def models(self) -> set[str]:
         """Names of the base models of all jobs."""

@@ -28,10 +28,10 @@ CREATE TABLE jobs (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, created_at INTEGER NOT NULL, finished_at INTEGER,
     status TEXT NOT NULL, model TEXT NOT NULL, suffix TEXT, fine_tuned_model TEXT, training_file TEXT NOT NULL,
     validation_file TEXT, hyperparameters TEXT NOT NULL, seed INTEGER NOT NULL, metadata TEXT NOT NULL, error TEXT,
-    result_file TEXT
+    result_file TEXT, is_deleted INTEGER NOT NULL DEFAULT 0
 );
 CREATE UNIQUE INDEX one_suffix ON jobs (model, suffix)
-    WHERE suffix IS NOT NULL AND status NOT IN ('failed', 'cancelled');
+    WHERE suffix IS NOT NULL AND status NOT IN ('failed', 'cancelled') AND NOT is_deleted;
 CREATE TABLE steps (
     job_id TEXT NOT NULL, step INTEGER NOT NULL, loss REAL NOT NULL, accuracy REAL, num_tokens INTEGER NOT NULL,
     valid_loss REAL, valid_accuracy REAL,
@@ -48,9 +48,16 @@ CREATE TABLE checkpoints (
     valid_loss REAL, valid_accuracy REAL,
     UNIQUE (job_id, step)
 );
+CREATE TABLE weights (fingerprint TEXT NOT NULL);
 """
 _FROM_2 = """
 ALTER TABLE jobs ADD COLUMN validation_file TEXT;
+ALTER TABLE jobs ADD COLUMN is_deleted INTEGER NOT NULL DEFAULT 0;
+UPDATE jobs SET is_deleted = 1 WHERE fine_tuned_model IN (SELECT name FROM checkpoints WHERE is_deleted);
+DROP INDEX one_suffix;
+CREATE UNIQUE INDEX one_suffix ON jobs (model, suffix)
+    WHERE suffix IS NOT NULL AND status NOT IN ('failed', 'cancelled') AND NOT is_deleted;
+CREATE TABLE weights (fingerprint TEXT NOT NULL);
 ALTER TABLE steps ADD COLUMN valid_loss REAL;
 ALTER TABLE steps ADD COLUMN valid_accuracy REAL;
 ALTER TABLE checkpoints ADD COLUMN valid_loss REAL;
