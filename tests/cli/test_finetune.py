@@ -193,7 +193,9 @@ def test_what_cannot_be_done(
     empty.touch()
     places = {"DIR": checkpoint, "DATA": data, "OUT": tmp_path / "out", "EMPTY": empty}
     given = [places.get(str(o), str(o).replace("DIR/", f"{checkpoint}/")) for o in options]
-    assert_refused(run("finetune", *given), said)
+    outcome = run("finetune", *given)
+    assert_refused(outcome, said)
+    assert outcome.err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 

@@ -49,7 +49,7 @@ def messages(jobs: Jobs, job_id: str) -> list[str]:
 def train(jobs: Jobs, num_steps: int | None = None) -> int:
     """So many steps, or all there are."""
     done = 0
-    while done != num_steps and jobs.step():
+    while done != num_steps and jobs.turns.step():
         done += 1
     return done
 
@@ -80,7 +80,7 @@ def test_a_life(tmp_path: Path) -> None:
     assert (job.status, job.finished_at, job.fine_tuned_model) == (Status.QUEUED, None, None)
     assert train(jobs, 1) == 1
     assert jobs.journal.get(job.id).status == Status.RUNNING
-    assert jobs.estimated_finish(job.id) is not None
+    assert jobs.turns.estimated_finish(job.id) is not None
     assert train(jobs) == NUM_STEPS - 1
     assert_as_alone(tmp_path, jobs, job.id)
     job = jobs.journal.get(job.id)
@@ -97,7 +97,7 @@ def test_a_life(tmp_path: Path) -> None:
     assert jobs.journal.trained_tokens(job.id) == sum(m.num_tokens for _, m in jobs.journal.steps(job.id)) > 0
     assert not jobs._directory.state(job.id).exists()
     assert messages(jobs, job.id)[-2:] == [f"new adapter: {job.fine_tuned_model}", "the job has succeeded"]
-    assert jobs.estimated_finish(job.id) is None
+    assert jobs.turns.estimated_finish(job.id) is None
     jobs.close()
     # a new start tells of what is there
     again: list[tuple[Checkpoint, Path]] = []
@@ -172,11 +172,11 @@ def test_pause_and_resume_between_two_steps(tmp_path: Path, jobs: Jobs) -> None:
 def test_a_pause_during_the_last_step(tmp_path: Path, jobs: Jobs) -> None:
     job = settled(jobs)
     train(jobs, NUM_STEPS - 1)
-    run = jobs.next()
+    run = jobs.turns.next()
     assert run is not None
     metrics = run.trainer.step()
     jobs.pause(job.id)
-    jobs.record(run, metrics)
+    jobs.turns.record(run, metrics)
     assert jobs.journal.get(job.id).status == Status.PAUSED
     assert train(jobs) == 0
     jobs.resume(job.id)
@@ -189,11 +189,11 @@ def test_a_pause_during_the_last_step(tmp_path: Path, jobs: Jobs) -> None:
 def test_cancel_during_a_step(jobs: Jobs, num_steps: int) -> None:
     job = settled(jobs, checkpoint_every=2)
     train(jobs, num_steps)
-    run = jobs.next()
+    run = jobs.turns.next()
     assert run is not None
     metrics = run.trainer.step()
     assert jobs.cancel(job.id).status == Status.CANCELLED
-    jobs.record(run, metrics)
+    jobs.turns.record(run, metrics)
     assert train(jobs) == 0
     found = jobs.journal.get(job.id)
     assert (found.status, found.fine_tuned_model, found.result_file) == (Status.CANCELLED, None, None)
@@ -327,7 +327,7 @@ from tests.jobs.making import new_jobs, settled
 jobs = new_jobs(disk / "state")
 job = settled(jobs, n_epochs=1000)
 for _ in range(4):
-    jobs.step()
+    jobs.turns.step()
 filler = disk / "filler"
 handle = os.open(filler, os.O_WRONLY | os.O_CREAT)
 try:
@@ -338,7 +338,7 @@ except OSError:
 stalls = 0
 for _ in range(300):
     try:
-        jobs.step()
+        jobs.turns.step()
     except NoSpaceError:
         stalls += 1
 try:
@@ -358,7 +358,7 @@ while job.id not in jobs._preparer.held():
     pass
 before = len(jobs.journal.steps(job.id))
 for _ in range(before + 5):
-    assert jobs.step()
+    assert jobs.turns.step()
 assert jobs.journal.get(job.id).status == Status.RUNNING
 assert len(jobs.journal.steps(job.id)) > before
 print("well", stalls)
@@ -593,8 +593,8 @@ def test_many_threads_at_once(jobs: Jobs) -> None:
 
     def train() -> None:
         while not is_ending.is_set():
-            if not jobs.step():
-                jobs.wait(0.05)
+            if not jobs.turns.step():
+                jobs.turns.wait(0.05)
 
     trainer = threading.Thread(target=train)
     trainer.start()
@@ -625,5 +625,5 @@ def test_many_threads_at_once(jobs: Jobs) -> None:
     statuses = [job.status for job in jobs.journal.page(after=None, limit=100)[0]]
     assert len(statuses) == 20
     assert set(statuses) <= {Status.SUCCEEDED, Status.CANCELLED, Status.PAUSED}
-    assert not jobs._runs
+    assert not jobs.turns._runs
     assert not jobs._preparer.held()

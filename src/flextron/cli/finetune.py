@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +15,7 @@ from flextron.api.remote import RemoteFinetuning
 from flextron.cli.console import Json, message, progress, show
 from flextron.errors import FlextronError
 from flextron.spec import Target
+from flextron.workflows.elastify import StepCallback
 
 __all__ = ["finetune"]
 
@@ -68,13 +71,12 @@ def finetune(
     is_remote = bool(server or model or suffix or checkpoint_every or job or cancel)
     match paths or []:
         case [directory, data] if output is not None and not is_remote:
-            within = None if target is None else Target(latency=target)
-            with progress("finetuning") as step:
+            with _progress_once_begun("finetuning") as step:
                 result = api.finetune(
                     directory,
                     data,
                     output,
-                    target=within,
+                    target=None if target is None else Target(latency=target),
                     validation=validation,
                     seed=seed or 0,
                     restart=restart,
@@ -89,11 +91,25 @@ def finetune(
             _watch(client, server, made["id"], as_json=as_json)
         case [] if server and job and not (is_here or model or suffix or chosen or seed or validation):
             client = RemoteFinetuning(server, api_key)
-            if cancel:
-                client.cancel(job)
+            # a job that there is, before anything is shown of it
+            client.cancel(job) if cancel else client.job(job)
             _watch(client, server, job, as_json=as_json)
         case _:
             raise FlextronError(_USAGE)
+
+
+@contextmanager
+def _progress_once_begun(description: str) -> Iterator[Callable[[int, int, dict[str, float]], None]]:
+    """`progress` from the first step on: what is wrong with the arguments is said before that."""
+    with ExitStack() as stack:
+        shown: list[StepCallback] = []
+
+        def step(done: int, total: int, figures: dict[str, float]) -> None:
+            if not shown:
+                shown.append(stack.enter_context(progress(description)))
+            shown[0](done, total, figures)
+
+        yield step
 
 
 def _report(result: api.FinetuneResult, *, as_json: bool) -> None:

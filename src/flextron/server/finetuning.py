@@ -172,7 +172,7 @@ def _written(jobs: Jobs, job: Job) -> dict[str, Any]:
         "trained_tokens": jobs.journal.trained_tokens(job.id),
         "error": None if job.error is None else asdict(job.error),
         "seed": job.seed,
-        "estimated_finish": jobs.estimated_finish(job.id),
+        "estimated_finish": jobs.turns.estimated_finish(job.id),
         "integrations": [],
         "metadata": job.metadata,
         "user_provided_suffix": job.suffix,
