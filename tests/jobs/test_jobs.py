@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import sqlite3
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from flextron.jobs.hyperparameters import Hyperparameters
 from flextron.jobs.jobs import Jobs
 from flextron.jobs.records import Checkpoint, Job, Status
 from flextron.jobs.store import UnknownIdError
+from flextron.jobs.trainer import StepMetrics
 from tests.jobs.bigram import BigramMaker, is_whole, train_alone
 from tests.jobs.making import CONTEXT, RECORDS, jsonl, new_jobs, settled, tokenizer, upload
 from tests.server.running import wait_until
@@ -248,6 +250,17 @@ def test_a_loss_that_is_no_number(jobs: Jobs, tmp_path: Path) -> None:
     assert found.error.code == "training_failed"
     assert not jobs._directory.state(bad.id).exists()
     assert_as_alone(tmp_path, jobs, good.id)
+
+
+def test_losses_that_are_no_numbers_are_named() -> None:
+    StepMetrics(loss=1.0, num_tokens=1).check(3)
+    StepMetrics(loss=1.0, num_tokens=1, valid_loss=2.0).check(3)
+    for losses, said in (
+        ({"loss": math.nan}, "the training loss became nan at step 3; lower learning_rate"),
+        ({"loss": 1.0, "valid_loss": math.inf}, "the validation loss became inf at step 3; lower learning_rate"),
+    ):
+        with pytest.raises(FlextronError, match=said):
+            StepMetrics(**losses, num_tokens=1).check(3)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,40 @@ def test_a_diverging_job_fails_and_serving_goes_on(served: Tuning) -> None:
     job = client.fine_tuning.jobs.create(model="tiny", training_file=served.upload(client), hyperparameters=chosen)
     assert "the training loss became" in served.wait(client, job.id, "failed").error.message
     assert client.completions.create(model="tiny", prompt="a", max_tokens=2).choices
+
+
+def test_a_real_adapter_that_diverges(model: ElasticModel, tmp_path: Path) -> None:
+    with tuning(model, tmp_path / "state", maker=LoraTrainers(model.decoder, "tiny")) as served:
+        client = served.client()
+
+        def answer() -> str:
+            return (
+                client.completions.create(model="tiny", prompt="The city was", max_tokens=12, temperature=0)
+                .choices[0]
+                .text
+            )
+
+        before, file = answer(), served.upload(client)
+        wild: Any = {"n_epochs": 50, "learning_rate": 1e6, "learning_rate_multiplier": 1e6, "checkpoint_every": 1}
+        job = client.fine_tuning.jobs.create(
+            model="tiny", training_file=file, validation_file=file, hyperparameters=wild
+        )
+        failed = served.wait(client, job.id, "failed")
+        assert failed.error.code == "training_failed"
+        assert re.match(r"the (gradients|training loss|validation loss).* became (nan|-?inf) at", failed.error.message)
+        assert "; lower learning_rate" in failed.error.message
+        assert answer() == before
+        after = client.fine_tuning.jobs.create(model="tiny", training_file=file, hyperparameters=SHORT)
+        served.wait(client, after.id, "succeeded")
+
+
+def test_an_example_that_is_too_long_is_cut_and_that_is_said(served: Tuning) -> None:
+    client = served.client()
+    file = served.upload(client, [*RECORDS, {"prompt": "a ", "completion": "b " * 200}])
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=file, hyperparameters=SHORT)
+    served.wait(client, job.id, "succeeded")
+    told = {e.message: e.level for e in client.fine_tuning.jobs.list_events(job.id)}
+    assert told["1 examples were cut to the allowed length"] == "warn"
 
 
 def test_files_of_running_jobs_stay(served: Tuning) -> None:

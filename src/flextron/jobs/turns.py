@@ -1,6 +1,6 @@
 """Jobs that train, one step each in turn, and what becomes of each step.
 
-All methods but those at the end belong to the thread that trains. It calls `step` while it has time for training, or, to
+All methods but the last ones belong to the thread that trains. It calls `step` while it has time for training, or, to
 cut a step into smaller pieces, `next`, then the trainer's own methods, then `record` or `fail`.
 """
 
