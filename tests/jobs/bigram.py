@@ -55,7 +55,7 @@ class Bigram:
         chosen = [self._examples[i] for i in order[at * self._batch : (at + 1) * self._batch]]
         loss = self._loss(chosen)
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.optimizer.step()
         self.step_number += 1
         is_due = self.step_number % self._per_epoch == 0 or self._chosen.has_checkpoint(self.step_number)
