@@ -191,7 +191,7 @@ def test_seconds(model: ElasticModel) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(SECONDS + 240)
+@pytest.mark.timeout(2 * SECONDS + SECONDS_FOR_ALL)
 def test_minutes(model: ElasticModel, capsys: pytest.CaptureFixture[str]) -> None:
     counts = run_soak(model, (1, 5, 17, 40), SECONDS)
     with capsys.disabled():
