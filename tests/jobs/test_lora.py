@@ -131,7 +131,7 @@ def test_validation_is_that_of_a_plain_decoder_and_changes_nothing(case: str, tm
     alone = finish(trainer(decoder, data, chosen=chosen), [50])
     for sizes, options in (([1000], {}), ([3, 7, 1], {"pack_tokens": 10})):
         work = trainer(decoder, data, validation=held_out, chosen=chosen, **options)
-        found = []
+        found: list[StepMetrics] = []
         while work.step_number < work.num_steps:
             metrics = work.run(sizes[len(found) % len(sizes)])
             if metrics is None:

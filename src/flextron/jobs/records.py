@@ -134,8 +134,8 @@ class Checkpoint:
     name: str
     loss: float
     accuracy: float | None
-    valid_loss: float | None
-    valid_accuracy: float | None
+    valid_loss: float | None = None
+    valid_accuracy: float | None = None
 
     @classmethod
     def of(cls, row: sqlite3.Row) -> Checkpoint:
