@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
 
 from flextron import ElasticModel
 from flextron.jobs.dataset import read_dataset
 from flextron.jobs.hyperparameters import Hyperparameters
-from flextron.jobs.lora import LoraTrainers
+from flextron.jobs.lora import LoraTrainer, LoraTrainers
 from flextron.model.peft_layout import read_adapter
 from tests.jobs.bigram import BigramMaker, is_whole
 from tests.jobs.making import RECORDS, jsonl
@@ -235,28 +237,30 @@ def test_a_diverging_job_fails_and_serving_goes_on(served: Tuning) -> None:
     assert client.completions.create(model="tiny", prompt="a", max_tokens=2).choices
 
 
+class Poisoned(LoraTrainers):
+    """Adapters of rank 1 are no numbers."""
+
+    def __call__(self, hyperparameters: Hyperparameters, *args: Any, **options: Any) -> LoraTrainer:
+        made = super().__call__(hyperparameters, *args, **options)
+        if hyperparameters.rank == 1:
+            with torch.no_grad():
+                next(iter(made.adapter.parameters())).fill_(math.nan)
+            made._begin()
+        return made
+
+
 def test_a_real_adapter_that_diverges(model: ElasticModel, tmp_path: Path) -> None:
-    with tuning(model, tmp_path / "state", maker=LoraTrainers(model.decoder, "tiny")) as served:
+    ask: Any = {"model": "tiny", "prompt": "The city was", "max_tokens": 12, "temperature": 0}
+    with tuning(model, tmp_path / "state", maker=Poisoned(model.decoder, "tiny")) as served:
         client = served.client()
-
-        def answer() -> str:
-            return (
-                client.completions.create(model="tiny", prompt="The city was", max_tokens=12, temperature=0)
-                .choices[0]
-                .text
-            )
-
-        before, file = answer(), served.upload(client)
-        wild: Any = {"n_epochs": 50, "learning_rate": 1e6, "learning_rate_multiplier": 1e6, "checkpoint_every": 1}
-        job = client.fine_tuning.jobs.create(
-            model="tiny", training_file=file, validation_file=file, hyperparameters=wild
-        )
+        before, file = client.completions.create(**ask).choices[0].text, served.upload(client)
+        options: Any = {"model": "tiny", "training_file": file}
+        job = client.fine_tuning.jobs.create(**options, hyperparameters=SHORT | {"rank": 1})
         failed = served.wait(client, job.id, "failed")
         assert failed.error.code == "training_failed"
-        assert re.match(r"the (gradients|training loss|validation loss).* became (nan|-?inf) at", failed.error.message)
-        assert "; lower learning_rate" in failed.error.message
-        assert answer() == before
-        after = client.fine_tuning.jobs.create(model="tiny", training_file=file, hyperparameters=SHORT)
+        assert re.match(r"the gradients .* became nan at step 1; lower learning_rate", failed.error.message)
+        assert client.completions.create(**ask).choices[0].text == before
+        after = client.fine_tuning.jobs.create(**options, hyperparameters=SHORT)
         served.wait(client, after.id, "succeeded")
 
 
