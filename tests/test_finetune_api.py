@@ -16,11 +16,14 @@ from safetensors.torch import load_file
 
 import flextron
 from flextron import ElasticModel, FlextronError
+from flextron.jobs.dataset import read_dataset
+from flextron.jobs.hyperparameters import Hyperparameters
 from flextron.jobs.lora import LoraTrainer
 from flextron.jobs.trainer import StepMetrics
 from flextron.model.peft_layout import read_adapter
 from flextron.workflows.tiny import tiny_model
 from tests.jobs.making import jsonl
+from tests.jobs.scoring import score
 from tests.trained import trained_model
 
 PAIRS = [("France", "Paris"), ("Italy", "Rome"), ("Spain", "Madrid"), ("Austria", "Vienna"), ("Norway", "Oslo")]
@@ -82,19 +85,51 @@ def test_from_examples_to_an_adapter(model: ElasticModel, data: Path, tmp_path: 
     assert json.loads((out / "adapter_config.json").read_text())["r"] == 4
 
 
-def test_a_killed_run_goes_on(model: ElasticModel, data: Path, tmp_path: Path) -> None:
-    whole = flextron.finetune(model, data, tmp_path / "whole", **CHOSEN)
+def test_validation(model: ElasticModel, data: Path, tmp_path: Path) -> None:
+    held_out = tmp_path / "valid.jsonl"
+    held_out.write_bytes(jsonl([{"prompt": "The capital of France is", "completion": " Rome"}]))
+    told: list[float | None] = []
+    result = flextron.finetune(
+        model,
+        data,
+        tmp_path / "out",
+        validation=held_out,
+        on_step=lambda done, total, figures: told.append(figures.get("validation loss")),
+        **CHOSEN,
+    )
+    assert [step for step, _, _ in result.validations] == [3, 6, 9]
+    assert [loss for loss in told if loss is not None] == [loss for _, loss, _ in result.validations]
+    assert model.tokenizer is not None
+    examples = read_dataset(held_out, model.tokenizer, Hyperparameters(), 128).examples
+    loss, accuracy = score(model.decoder, read_adapter(result.adapter, model.decoder.config), examples)
+    assert result.validations[-1] == (9, pytest.approx(loss, abs=1e-4), pytest.approx(accuracy))
+    figures = json.loads((result.adapter / "finetuning.json").read_text())
+    assert figures["validations"] == [list(v) for v in result.validations]
+    without = flextron.finetune(model, data, tmp_path / "without", **CHOSEN)
+    assert (without.losses, without.validations) == (result.losses, ())
+    with pytest.raises(FlextronError, match="nowhere is no file"):
+        flextron.finetune(model, data, tmp_path / "none", validation=tmp_path / "nowhere", **CHOSEN)
+    held_out.write_bytes(jsonl([{"prompt": "a"}]))
+    with pytest.raises(FlextronError, match=r"valid\.jsonl: line 1 must have"):
+        flextron.finetune(model, data, tmp_path / "none", validation=held_out, **CHOSEN)
+
+
+@pytest.mark.parametrize("is_validated", [False, True])
+def test_a_killed_run_goes_on(model: ElasticModel, data: Path, tmp_path: Path, is_validated: bool) -> None:
+    options = CHOSEN | ({"validation": data} if is_validated else {})
+    whole = flextron.finetune(model, data, tmp_path / "whole", **options)
     out = tmp_path / "broken"
     for number in (1, 4, 5):
         with pytest.raises(KilledError):
-            flextron.finetune(model, data, out, save_seconds=0, on_step=killed_after(number), **CHOSEN)
+            flextron.finetune(model, data, out, save_seconds=0, on_step=killed_after(number), **options)
         assert not out.exists()
     told: list[int] = []
     result = flextron.finetune(
-        model, data, out, save_seconds=0, on_step=lambda done, total, figures: told.append(done), **CHOSEN
+        model, data, out, save_seconds=0, on_step=lambda done, total, figures: told.append(done), **options
     )
     assert told[0] > 1
     assert (result.losses, result.num_tokens) == (whole.losses, whole.num_tokens)
+    assert (result.validations, len(result.validations)) == (whole.validations, 3 * is_validated)
     assert all(torch.equal(a, b) for a, b in zip(weights(out).values(), weights(whole.adapter).values(), strict=True))
     assert not (tmp_path / "broken.run").exists()
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from openai import OpenAI
 
 from flextron import ElasticModel
@@ -60,12 +61,14 @@ def served(model: ElasticModel, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 def test_alone(run: Any, checkpoint: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "adapter"
-    outcome = run("finetune", checkpoint, data, "--output", out, *SHORT, "--seed", 3, "--json")
+    outcome = run("finetune", checkpoint, data, "--output", out, *SHORT, "--seed", 3, "--validation", data, "--json")
     assert outcome.code == 0
     figures = json.loads(outcome.out)
     assert (figures["adapter"], figures["num_steps"], len(figures["losses"])) == (str(out), 2, 2)
     assert json.loads((out / "finetuning.json").read_text())["losses"] == figures["losses"]
+    assert [v[0] for v in figures["validations"]] == [2]
     assert "finetuning: 2 of 2" in outcome.err
+    assert "validation loss" in outcome.err
     assert_refused(run("finetune", checkpoint, data, "--output", out, *SHORT), "exists already", "--restart")
     assert run("finetune", checkpoint, data, "--output", out, *SHORT, "--restart").code == 0
 
@@ -73,14 +76,17 @@ def test_alone(run: Any, checkpoint: Path, data: Path, tmp_path: Path) -> None:
 def test_by_a_server(run: Any, served: Tuning, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLEXTRON_API_KEY", "a-key")
     where = ("finetune", "--server", served.server.url, "--model", "tiny")
-    outcome = run(*where, data, *SHORT, "--suffix", "mine", "--seed", 3, "--checkpoint-every", 1, "--json")
+    options = ("--suffix", "mine", "--seed", 3, "--checkpoint-every", 1, "--validation", data, "--json")
+    outcome = run(*where, data, *SHORT, *options)
     assert outcome.code == 0
     job = json.loads(outcome.out)
     assert (job["status"], job["seed"], job["user_provided_suffix"]) == ("succeeded", 3, "mine")
     assert job["hyperparameters"]["rank"] == 2
     for told in (f"created finetuning job {job['id']}", "2 of 2", "the job has succeeded"):
         assert outcome.err.count(told) == 1
+    assert "validation loss" in outcome.err
     client = served.client()
+    assert client.files.content(job["validation_file"]).content == data.read_bytes()
     assert client.files.retrieve(job["training_file"]).filename == "train.jsonl"
     assert client.files.content(job["training_file"]).content == data.read_bytes()
     assert client.completions.create(model=job["fine_tuned_model"], prompt="a", max_tokens=2).choices
@@ -171,6 +177,9 @@ def test_ctrl_c_leaves_the_job(served: Tuning, data: Path) -> None:
         (("DIR/none", "DATA", "--output", "OUT"), "no directory"),
         (("DIR", "DIR", "--output", "OUT"), "is no file"),
         (("DIR", "EMPTY", "--output", "OUT"), "has no example"),
+        (("DIR", "DATA", "--output", "OUT", "--validation", "DIR"), "is no file"),
+        (("DATA", "--server", "http://127.0.0.1:1", "--model", "a", "--validation", "DIR/none"), "does not answer"),
+        (("--server", "http://127.0.0.1:1", "--job", "a", "--validation", "DATA"), "give a checkpoint"),
         (("DIR", "DATA", "--output", "OUT", "--rank", 0), "rank must be"),
         (("DIR", "DATA", "--output", "OUT", "--target-modules", "lm_head"), "target_modules must be"),
         (("DIR", "DATA", "--output", "OUT", "--over-long", "weep"), "over_long must be"),
@@ -184,7 +193,9 @@ def test_what_cannot_be_done(
     empty.touch()
     places = {"DIR": checkpoint, "DATA": data, "OUT": tmp_path / "out", "EMPTY": empty}
     given = [places.get(str(o), str(o).replace("DIR/", f"{checkpoint}/")) for o in options]
-    assert_refused(run("finetune", *given), said)
+    outcome = run("finetune", *given)
+    assert_refused(outcome, said)
+    assert outcome.err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -221,6 +232,12 @@ def test_serving_adapters_and_jobs(run: Any, model: ElasticModel, checkpoint: Pa
         assert_refused(refused, "is in use by another process")
     other = run("serve", checkpoint, "--port", 0, "--name", "other", "--state-directory", tmp_path / "state")
     assert_refused(other, "is of the model 'tiny'")
+    changed = trained_model()
+    with torch.no_grad():
+        changed.decoder.layers[2].mlp.down.weight[5] += 0.1
+    changed.save(tmp_path / "tiny")
+    refused = run("serve", tmp_path / "tiny", "--port", 0, "--state-directory", tmp_path / "state")
+    assert_refused(refused, "is of other weights", "--state-directory")
     with serving(checkpoint, *options) as url, OpenAI(base_url=url, api_key="none") as client:
         jobs = client.fine_tuning.jobs
         wait_until(lambda: jobs.retrieve(job.id).status == "succeeded", 100)

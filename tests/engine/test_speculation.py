@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from flextron.engine import EngineCore, EngineSettings, FinishReason, Speculation
 from flextron.engine.runner import unit_bytes
-from flextron.engine.speculation import Draft, TimeLine, verified
+from flextron.engine.speculation import Draft, verified
 from flextron.errors import FlextronError
 from flextron.model.compiled import load_library
 from flextron.model.generation import SamplingParams, generate
@@ -123,16 +123,6 @@ def test_drawn_tokens_have_the_distribution_of_the_checking_network(
     p /= p.sum()
     # five standard deviations of a share
     assert ((first / count - p).abs() <= 5 * (p * (1 - p) / count).sqrt() + 1e-3).all()
-
-
-def test_a_line_through_times_finds_the_costs() -> None:
-    line, rng = TimeLine(), random.Random(0)
-    assert not line
-    for _ in range(200):
-        n = rng.randint(1, 8)
-        line.add(n, (20 + 3 * n) * rng.uniform(0.9, 1.1))
-    assert line(1) == pytest.approx(23, rel=0.1)
-    assert line(8) == pytest.approx(44, rel=0.1)
 
 
 def test_useless_drafts_are_given_up() -> None:

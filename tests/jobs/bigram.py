@@ -30,8 +30,10 @@ class Bigram:
         seed: int,
         resume: Path | None,
         maker: BigramMaker,
+        validation: Sequence[Example] = (),
     ) -> None:
         self._examples, self._seed, self._maker = examples, seed, maker
+        self._validation, self._chosen = validation, hyperparameters
         self._batch = hyperparameters.batch_size
         self._per_epoch = -(-len(examples) // self._batch)
         self.num_steps = self._per_epoch * hyperparameters.n_epochs
@@ -51,20 +53,29 @@ class Bigram:
         epoch, at = divmod(self.step_number, self._per_epoch)
         order = torch.randperm(len(self._examples), generator=torch.Generator().manual_seed(self._seed + epoch))
         chosen = [self._examples[i] for i in order[at * self._batch : (at + 1) * self._batch]]
+        loss = self._loss(chosen)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.step_number += 1
+        is_due = self.step_number % self._per_epoch == 0 or self._chosen.has_checkpoint(self.step_number)
+        return StepMetrics(
+            loss=float(loss.detach()),
+            num_tokens=sum(len(example.token_ids) for example in chosen),
+            valid_loss=float(self._loss(self._validation).detach()) if self._validation and is_due else None,
+        )
+
+    def _loss(self, examples: Sequence[Example]) -> Tensor:
         pairs = torch.tensor(
             [
                 (example.token_ids[i - 1] % SIZE, example.token_ids[i] % SIZE)
-                for example in chosen
+                for example in examples
                 for i in range(1, len(example.token_ids))
                 if example.is_trained[i]
             ]
         )
-        loss = (self.weight_VV[pairs[:, 0]] - torch.nn.functional.one_hot(pairs[:, 1], SIZE)).square().sum(1).mean()
-        self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
-        self.step_number += 1
-        return StepMetrics(loss=float(loss.detach()), num_tokens=sum(len(example.token_ids) for example in chosen))
+        wanted = torch.nn.functional.one_hot(pairs[:, 1], SIZE)
+        return (self.weight_VV[pairs[:, 0]] - wanted).square().sum(1).mean()
 
     @property
     def unit(self) -> str:
@@ -106,9 +117,14 @@ class BigramMaker:
         self.disk_is_full = threading.Event()
 
     def __call__(
-        self, hyperparameters: Hyperparameters, examples: Sequence[Example], seed: int, resume: Path | None
+        self,
+        hyperparameters: Hyperparameters,
+        examples: Sequence[Example],
+        seed: int,
+        resume: Path | None,
+        validation: Sequence[Example] = (),
     ) -> Bigram:
-        return Bigram(hyperparameters, examples, seed, resume, self)
+        return Bigram(hyperparameters, examples, seed, resume, self, validation)
 
 
 def train_alone(hyperparameters: Hyperparameters, examples: Sequence[Example], seed: int) -> tuple[list[float], Tensor]:

@@ -37,6 +37,11 @@ class LoraMaker(BigramMaker):
         return random_lora(self._config, seed=1000 * seed + step)
 
     def __call__(
-        self, hyperparameters: Hyperparameters, examples: Sequence[Example], seed: int, resume: Path | None
+        self,
+        hyperparameters: Hyperparameters,
+        examples: Sequence[Example],
+        seed: int,
+        resume: Path | None,
+        validation: Sequence[Example] = (),
     ) -> Bigram:
-        return _Drawn(hyperparameters, examples, seed, resume, self)
+        return _Drawn(hyperparameters, examples, seed, resume, self, validation)

@@ -39,7 +39,12 @@ def jsonl(records: Iterable[Any]) -> bytes:
 
 
 def new_jobs(
-    path: Path, maker: MakeTrainer | None = None, on_adapter: Any = None, on_deleted: Any = None, **settings: Any
+    path: Path,
+    maker: MakeTrainer | None = None,
+    on_adapter: Any = None,
+    on_deleted: Any = None,
+    fingerprint: str | None = None,
+    **settings: Any,
 ) -> Jobs:
     """A state is saved after every step unless the test says otherwise."""
     return Jobs(
@@ -48,6 +53,7 @@ def new_jobs(
         tokenizer=tokenizer(),
         context=CONTEXT,
         make_trainer=maker or BigramMaker(),
+        fingerprint=fingerprint,
         on_adapter=on_adapter or (lambda checkpoint, directory: None),
         on_deleted=on_deleted or (lambda checkpoint: None),
         settings=JobsSettings(**{"save_seconds": 0.0, **settings}),

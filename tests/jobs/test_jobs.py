@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import math
 import sqlite3
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +19,11 @@ from safetensors.torch import load_file
 from flextron.errors import FlextronError
 from flextron.jobs.dataset import read_dataset
 from flextron.jobs.feeder import Feeder
+from flextron.jobs.hyperparameters import Hyperparameters
 from flextron.jobs.jobs import Jobs
-from flextron.jobs.records import Checkpoint, Status
+from flextron.jobs.records import Checkpoint, Job, Status
 from flextron.jobs.store import UnknownIdError
+from flextron.jobs.trainer import StepMetrics
 from tests.jobs.bigram import BigramMaker, is_whole, train_alone
 from tests.jobs.making import CONTEXT, RECORDS, jsonl, new_jobs, settled, tokenizer, upload
 from tests.server.running import wait_until
@@ -47,7 +51,7 @@ def messages(jobs: Jobs, job_id: str) -> list[str]:
 def train(jobs: Jobs, num_steps: int | None = None) -> int:
     """So many steps, or all there are."""
     done = 0
-    while done != num_steps and jobs.step():
+    while done != num_steps and jobs.turns.step():
         done += 1
     return done
 
@@ -78,7 +82,7 @@ def test_a_life(tmp_path: Path) -> None:
     assert (job.status, job.finished_at, job.fine_tuned_model) == (Status.QUEUED, None, None)
     assert train(jobs, 1) == 1
     assert jobs.journal.get(job.id).status == Status.RUNNING
-    assert jobs.estimated_finish(job.id) is not None
+    assert jobs.turns.estimated_finish(job.id) is not None
     assert train(jobs) == NUM_STEPS - 1
     assert_as_alone(tmp_path, jobs, job.id)
     job = jobs.journal.get(job.id)
@@ -95,7 +99,7 @@ def test_a_life(tmp_path: Path) -> None:
     assert jobs.journal.trained_tokens(job.id) == sum(m.num_tokens for _, m in jobs.journal.steps(job.id)) > 0
     assert not jobs._directory.state(job.id).exists()
     assert messages(jobs, job.id)[-2:] == [f"new adapter: {job.fine_tuned_model}", "the job has succeeded"]
-    assert jobs.estimated_finish(job.id) is None
+    assert jobs.turns.estimated_finish(job.id) is None
     jobs.close()
     # a new start tells of what is there
     again: list[tuple[Checkpoint, Path]] = []
@@ -170,11 +174,11 @@ def test_pause_and_resume_between_two_steps(tmp_path: Path, jobs: Jobs) -> None:
 def test_a_pause_during_the_last_step(tmp_path: Path, jobs: Jobs) -> None:
     job = settled(jobs)
     train(jobs, NUM_STEPS - 1)
-    run = jobs.next()
+    run = jobs.turns.next()
     assert run is not None
     metrics = run.trainer.step()
     jobs.pause(job.id)
-    jobs.record(run, metrics)
+    jobs.turns.record(run, metrics)
     assert jobs.journal.get(job.id).status == Status.PAUSED
     assert train(jobs) == 0
     jobs.resume(job.id)
@@ -187,11 +191,11 @@ def test_a_pause_during_the_last_step(tmp_path: Path, jobs: Jobs) -> None:
 def test_cancel_during_a_step(jobs: Jobs, num_steps: int) -> None:
     job = settled(jobs, checkpoint_every=2)
     train(jobs, num_steps)
-    run = jobs.next()
+    run = jobs.turns.next()
     assert run is not None
     metrics = run.trainer.step()
     assert jobs.cancel(job.id).status == Status.CANCELLED
-    jobs.record(run, metrics)
+    jobs.turns.record(run, metrics)
     assert train(jobs) == 0
     found = jobs.journal.get(job.id)
     assert (found.status, found.fine_tuned_model, found.result_file) == (Status.CANCELLED, None, None)
@@ -242,10 +246,21 @@ def test_a_loss_that_is_no_number(jobs: Jobs, tmp_path: Path) -> None:
     assert found.status == Status.FAILED
     assert found.error is not None
     assert "the training loss became" in found.error.message
-    assert "lower learning_rate_multiplier" in found.error.message
+    assert "lower learning_rate or learning_rate_multiplier" in found.error.message
     assert found.error.code == "training_failed"
     assert not jobs._directory.state(bad.id).exists()
     assert_as_alone(tmp_path, jobs, good.id)
+
+
+def test_losses_that_are_no_numbers_are_named() -> None:
+    StepMetrics(loss=1.0, num_tokens=1).check(3)
+    StepMetrics(loss=1.0, num_tokens=1, valid_loss=2.0).check(3)
+    for losses, said in (
+        ({"loss": math.nan}, "the training loss became nan at step 3; lower learning_rate"),
+        ({"loss": 1.0, "valid_loss": math.inf}, "the validation loss became inf at step 3; lower learning_rate"),
+    ):
+        with pytest.raises(FlextronError, match=said):
+            StepMetrics(**losses, num_tokens=1).check(3)
 
 
 @pytest.mark.parametrize(
@@ -325,7 +340,7 @@ from tests.jobs.making import new_jobs, settled
 jobs = new_jobs(disk / "state")
 job = settled(jobs, n_epochs=1000)
 for _ in range(4):
-    jobs.step()
+    jobs.turns.step()
 filler = disk / "filler"
 handle = os.open(filler, os.O_WRONLY | os.O_CREAT)
 try:
@@ -336,7 +351,7 @@ except OSError:
 stalls = 0
 for _ in range(300):
     try:
-        jobs.step()
+        jobs.turns.step()
     except NoSpaceError:
         stalls += 1
 try:
@@ -356,7 +371,7 @@ while job.id not in jobs._preparer.held():
     pass
 before = len(jobs.journal.steps(job.id))
 for _ in range(before + 5):
-    assert jobs.step()
+    assert jobs.turns.step()
 assert jobs.journal.get(job.id).status == Status.RUNNING
 assert len(jobs.journal.steps(job.id)) > before
 print("well", stalls)
@@ -428,6 +443,32 @@ def test_suffixes_are_used_once(jobs: Jobs) -> None:
     jobs.create(training_file=file)
 
 
+def test_a_deleted_adapter_frees_its_suffix(jobs: Jobs) -> None:
+    first = settled(jobs, suffix="mine", checkpoint_every=4)
+    train(jobs)
+    name = jobs.journal.get(first.id).fine_tuned_model
+    assert name is not None
+    jobs.delete_adapter(f"{name}:ckpt-step-4")
+    with pytest.raises(FlextronError, match="another job has the suffix 'mine'"):
+        jobs.create(training_file=first.training_file, suffix="mine")
+    jobs.delete_adapter(name)
+    again = jobs.create(training_file=first.training_file, suffix="mine")
+    assert jobs.journal.get(first.id).fine_tuned_model == name
+    with pytest.raises(FlextronError, match="another job has the suffix 'mine'"):
+        jobs.create(training_file=first.training_file, suffix="mine")
+    jobs.cancel(again.id)
+
+
+def test_other_weights_are_refused(tmp_path: Path) -> None:
+    new_jobs(tmp_path / "state").close()  # of an earlier version, which asked for no fingerprint
+    for _ in range(2):
+        new_jobs(tmp_path / "state", fingerprint="these").close()
+    with pytest.raises(FlextronError, match=r"is of other weights .* 'tiny' now, .* another one \(--state-directory\)"):
+        new_jobs(tmp_path / "state", fingerprint="others")
+    new_jobs(tmp_path / "state", fingerprint="these").close()
+    new_jobs(tmp_path / "another", fingerprint="others").close()
+
+
 def test_files_that_jobs_need_stay(jobs: Jobs) -> None:
     job = settled(jobs)
     with pytest.raises(FlextronError, match=f"the job {job.id} needs this file"):
@@ -445,6 +486,98 @@ def test_bad_files_fail_their_jobs(jobs: Jobs) -> None:
     assert job.error is not None
     assert (job.error.code, job.error.param) == ("invalid_training_file", "training_file")
     assert job.error.message.startswith("line 13 ")
+
+
+def with_validation(jobs: Jobs, records: Any, **hyperparameters: Any) -> Job:
+    """As `settled`, with a second file."""
+    chosen = Hyperparameters(n_epochs=2, batch_size=3, **hyperparameters)
+    files = {"training_file": upload(jobs), "validation_file": upload(jobs, records)}
+    job = jobs.create(**files, hyperparameters=chosen, seed=1)
+    failed = Status.FAILED
+    wait_until(lambda: job.id in jobs._preparer.held() or jobs.journal.get(job.id).status == failed)
+    return jobs.journal.get(job.id)
+
+
+def test_validation(tmp_path: Path) -> None:
+    """Of the right examples after the right steps, in events, checkpoints and results, whether restarted or not."""
+    jobs = new_jobs(tmp_path / "state")
+    job = with_validation(jobs, RECORDS[:5], checkpoint_every=3)
+    assert messages(jobs, job.id)[-1] == (
+        "the file holds 12 examples, that for validation 5; the job waits for its turn"
+    )
+    with pytest.raises(FlextronError, match=f"the job {job.id} needs this file"):
+        jobs.uploads.delete(str(job.validation_file))
+    train(jobs, 4)
+    jobs.close()
+    jobs = new_jobs(tmp_path / "state")
+    wait_until(lambda: job.id in jobs._preparer.held())
+    train(jobs)
+    assert_as_alone(tmp_path, jobs, job.id)
+    (tmp_path / "valid").write_bytes(jsonl(RECORDS[:5]))
+    held_out = read_dataset(tmp_path / "valid", tokenizer(), job.hyperparameters, CONTEXT).examples
+    (tmp_path / "train").write_bytes(jsonl(RECORDS))
+    data = read_dataset(tmp_path / "train", tokenizer(), job.hyperparameters, CONTEXT).examples
+    alone = BigramMaker()(job.hyperparameters, data, 1, None, held_out)
+    losses = {step: alone.step().valid_loss for step in range(1, NUM_STEPS + 1)}
+    assert [step for step, loss in losses.items() if loss is not None] == [3, 4, 6, 8]
+    assert {step: m.valid_loss for step, m in jobs.journal.steps(job.id)} == losses
+    checkpoints = jobs.journal.checkpoints(job.id, after=None, limit=10)[0]
+    assert [(c.step, c.valid_loss) for c in checkpoints] == [(step, losses[step]) for step in (8, 6, 3)]
+    events = [e for e in jobs.journal.events(job.id, after=None, limit=100)[0] if e.type == "metrics"]
+    for event in events:
+        found = {event.data.get(key) for key in ("valid_loss", "full_valid_loss")}
+        assert found == {losses[event.data["step"]]}
+        assert ("validation loss" in event.message) == ("valid_loss" in event.data)
+    rows = csv.DictReader(jobs.uploads.path(str(jobs.journal.get(job.id).result_file)).read_text().splitlines())
+    assert [row["valid_loss"] for row in rows] == ["" if loss is None else str(loss) for loss in losses.values()]
+    jobs.close()
+
+
+def test_bad_validation_files(jobs: Jobs) -> None:
+    for records, said in (([*RECORDS[:2], {"prompt": 1}], "line 3 "), ([], "no example")):
+        job = with_validation(jobs, records)
+        assert job.status == Status.FAILED
+        assert job.error is not None
+        assert (job.error.code, job.error.param) == ("invalid_validation_file", "validation_file")
+        assert said in job.error.message
+    with pytest.raises(FlextronError, match="there is no file 'file-nothing' for finetuning"):
+        jobs.create(training_file=upload(jobs), validation_file="file-nothing")
+    long = with_validation(jobs, [{"prompt": "a", "completion": "b " * 100}])
+    assert "1 validation examples were cut to the allowed length" in messages(jobs, long.id)
+
+
+def test_directories_of_the_format_before(tmp_path: Path) -> None:
+    """They had no validation, suffixes stayed taken, and nothing was known of the weights."""
+    jobs = new_jobs(tmp_path / "state")
+    job, done, deleted = settled(jobs), settled(jobs, suffix="done", checkpoint_every=4), settled(jobs, suffix="free")
+    jobs.pause(job.id)
+    train(jobs)
+    jobs.resume(job.id)
+    jobs.delete_adapter(str(jobs.journal.get(deleted.id).fine_tuned_model))
+    jobs.close()
+    with sqlite3.connect(tmp_path / "state" / "state.sqlite") as database:
+        database.execute("DROP INDEX one_suffix")
+        database.execute("DROP TABLE weights")
+        for table, column in (
+            ("jobs", "validation_file"),
+            ("jobs", "is_deleted"),
+            *((table, column) for table in ("steps", "checkpoints") for column in ("valid_loss", "valid_accuracy")),
+        ):
+            database.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
+        database.execute("CREATE UNIQUE INDEX one_suffix ON jobs (model, suffix)")
+        database.execute("PRAGMA user_version = 2")
+    database.close()
+    jobs = new_jobs(tmp_path / "state", fingerprint="these")
+    wait_until(lambda: job.id in jobs._preparer.held())
+    train(jobs)
+    for made in (job, done):
+        assert_as_alone(tmp_path, jobs, made.id)
+    jobs.create(training_file=job.training_file, suffix="free")
+    with pytest.raises(FlextronError, match="another job has the suffix 'done'"):
+        jobs.create(training_file=job.training_file, suffix="done")
+    jobs.close()
+    with pytest.raises(FlextronError, match="is of other weights"):
+        new_jobs(tmp_path / "state", fingerprint="others")
 
 
 def test_a_step_that_ends_with_the_feeder_is_in_the_books(tmp_path: Path) -> None:
@@ -473,8 +606,8 @@ def test_many_threads_at_once(jobs: Jobs) -> None:
 
     def train() -> None:
         while not is_ending.is_set():
-            if not jobs.step():
-                jobs.wait(0.05)
+            if not jobs.turns.step():
+                jobs.turns.wait(0.05)
 
     trainer = threading.Thread(target=train)
     trainer.start()
@@ -505,5 +638,5 @@ def test_many_threads_at_once(jobs: Jobs) -> None:
     statuses = [job.status for job in jobs.journal.page(after=None, limit=100)[0]]
     assert len(statuses) == 20
     assert set(statuses) <= {Status.SUCCEEDED, Status.CANCELLED, Status.PAUSED}
-    assert not jobs._runs
+    assert not jobs.turns._runs
     assert not jobs._preparer.held()

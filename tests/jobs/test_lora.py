@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from flextron.model.adapter import Adapter
 from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
 from flextron.model.peft_layout import read_adapter
+from tests.jobs.scoring import score
 from tests.random_decoders import ragged_specs, random_decoder
 
 CHOSEN = Hyperparameters(n_epochs=3, batch_size=3, rank=4, alpha=8.0, learning_rate=0.02)
@@ -36,8 +38,16 @@ def examples(count: int, seed: int = 0) -> list[Example]:
     return out
 
 
-def trainer(decoder: Decoder, data: Sequence[Example], resume: Path | None = None, **options: object) -> LoraTrainer:
-    return LoraTrainers(decoder, "base", **options)(CHOSEN, data, seed=5, resume=resume)  # type: ignore[arg-type]
+def trainer(
+    decoder: Decoder,
+    data: Sequence[Example],
+    resume: Path | None = None,
+    validation: Sequence[Example] = (),
+    chosen: Hyperparameters = CHOSEN,
+    **options: object,
+) -> LoraTrainer:
+    made_by = LoraTrainers(decoder, "base", **options)  # type: ignore[arg-type]
+    return made_by(chosen, data, seed=5, resume=resume, validation=validation)
 
 
 def finish(work: LoraTrainer, sizes: Sequence[int]) -> list[StepMetrics]:
@@ -114,6 +124,50 @@ def test_a_killed_job_takes_the_same_steps_again(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize("case", ["llama", "gpt2"])
+def test_validation_is_that_of_a_plain_decoder_and_changes_nothing(case: str, tmp_path: Path) -> None:
+    decoder, data, held_out = random_decoder(case), examples(8), examples(5, seed=3)
+    chosen = replace(CHOSEN, checkpoint_every=2)
+    alone = finish(trainer(decoder, data, chosen=chosen), [50])
+    for sizes, options in (([1000], {}), ([3, 7, 1], {"pack_tokens": 10})):
+        work = trainer(decoder, data, validation=held_out, chosen=chosen, **options)
+        found: list[StepMetrics] = []
+        while work.step_number < work.num_steps:
+            metrics = work.run(sizes[len(found) % len(sizes)])
+            if metrics is None:
+                continue
+            found.append(metrics)
+            # at the end of each epoch of three steps, and after each second step
+            assert (metrics.valid_loss is not None) == (work.step_number in (2, 3, 4, 6, 8, 9))
+            if metrics.valid_loss is not None:
+                loss, accuracy = score(decoder, work.adapter, held_out)
+                assert metrics.valid_loss == pytest.approx(loss, abs=1e-5)
+                assert metrics.valid_accuracy == pytest.approx(accuracy)
+                assert metrics.num_valid_tokens == sum(len(e.token_ids) - 1 for e in held_out)
+        assert [m.loss for m in found] == pytest.approx([m.loss for m in alone], abs=1e-5)
+
+
+def test_a_job_that_is_killed_while_it_validates(tmp_path: Path) -> None:
+    decoder, data, held_out = random_decoder("llama"), examples(8), examples(5, seed=3)
+    whole = trainer(decoder, data, validation=held_out)
+    wanted = finish(whole, [50])
+    for stop in (2, 8):
+        work = trainer(decoder, data, validation=held_out)
+        found = [work.step() for _ in range(stop)]
+        while not work.unit.startswith("validation"):
+            assert work.run(50) is None
+        work.run(4)
+        assert work.step_number == stop
+        (tmp_path / str(stop)).mkdir()
+        work.save_state(tmp_path / str(stop))
+        again = trainer(decoder, data, resume=tmp_path / str(stop), validation=held_out)
+        assert (again.step_number, again.unit) == (stop, "validation forward")
+        assert found + finish(again, [50]) == wanted
+        assert all(
+            torch.equal(a, b) for a, b in zip(again.adapter.parameters(), whole.adapter.parameters(), strict=True)
+        )
+
+
 def test_a_state_of_another_job_is_refused(tmp_path: Path) -> None:
     decoder = random_decoder("llama")
     trainer(decoder, examples(8)).save_state(tmp_path)
@@ -164,6 +218,12 @@ def test_units_tell_what_they_are() -> None:
         assert work.num_left >= 1
         work.run(1000)
     assert kinds == ["forward"] * 3 + ["head"] + ["backward"] * 3 + [UPDATE]
+    work = trainer(random_decoder("llama"), examples(3), validation=examples(2))
+    kinds = []
+    while work.step_number == 0:
+        kinds.append(work.unit)
+        work.run(1000)
+    assert kinds[8:] == ["validation forward"] * 3 + ["validation head"]
 
 
 def test_a_loss_that_is_no_number_changes_nothing() -> None:

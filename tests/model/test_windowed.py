@@ -252,3 +252,24 @@ def test_a_model_in_bfloat16_trains_an_adapter_in_float32() -> None:
     for name, g in gradients(adapter).items():
         cosine = F.cosine_similarity(ours[name].double().flatten(), g.flatten(), dim=0)
         assert float(cosine) > 0.9, name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_forward_pass_alone(case: str) -> None:
+    decoder, adapter = doubles(case)
+    examples = examples_of([13, 6, 9])
+    whole = Finetuning(decoder, adapter, examples)
+    run(whole, [7], [7])
+    loss = plain(decoder, adapter, examples, decoder.widths)
+    gradients(adapter)
+    for sizes in ([1000], [4, 7, 1]):
+        work = Finetuning(decoder, adapter, examples, backward=False)
+        stages = []
+        while work.stage is not None:
+            stages.append(work.stage)
+            work.run(sizes[len(stages) % len(sizes)])
+        assert set(stages) == {Stage.FORWARD, Stage.HEAD}
+        assert work.loss == pytest.approx(loss, rel=BAR)
+        assert (work.num_right, work.num_weighted) == (whole.num_right, whole.num_weighted)
+        assert work.saved.num_bytes == 0
+        assert all(p.grad is None for p in adapter.parameters())

@@ -130,9 +130,10 @@ class Books:
             "checkpoint_every": self.rng.randint(1, 3),
         }
         suffix = f"s{self.num_suffixes}"
-        job = client.fine_tuning.jobs.create(
-            model="tiny", training_file=file_id, suffix=suffix, seed=self.rng.randrange(100), hyperparameters=chosen
-        )
+        options: Any = {"suffix": suffix, "seed": self.rng.randrange(100), "hyperparameters": chosen}
+        if self.rng.random() < 0.5:
+            options["validation_file"] = self.rng.choice(list(self.files))
+        job = client.fine_tuning.jobs.create(model="tiny", training_file=file_id, **options)
         self.jobs[job.id] = file_id
 
     def _change(self, job_id: str, change: Callable[[str], Any]) -> str | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,16 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
 
 from flextron import ElasticModel
+from flextron.jobs.dataset import read_dataset
+from flextron.jobs.hyperparameters import Hyperparameters
+from flextron.jobs.lora import LoraTrainer, LoraTrainers
+from flextron.model.peft_layout import read_adapter
 from tests.jobs.bigram import BigramMaker, is_whole
 from tests.jobs.making import RECORDS, jsonl
+from tests.jobs.scoring import score
 from tests.server.test_openapi import check_operations
 from tests.server.test_refusals import assert_refused
 from tests.server.tuning import CHAT, Tuning, tuning
@@ -69,6 +77,51 @@ def test_from_upload_to_adapter(served: Tuning) -> None:
     ]
     told = {checkpoint.name: (checkpoint, directory) for checkpoint, directory in served.adapters}
     assert all(is_whole(told[name][1], told[name][0].step) for name in names)
+
+
+def test_validation(model: ElasticModel, tmp_path: Path) -> None:
+    """A real adapter: what OpenAI's client shows is what the adapter's file gives by the textbook."""
+    held_out = RECORDS[::3]
+    with tuning(model, tmp_path / "state", maker=LoraTrainers(model.decoder, "tiny")) as served:
+        client, tuned = served.client(), served.client().fine_tuning.jobs
+        job = tuned.create(
+            model="tiny",
+            training_file=served.upload(client),
+            validation_file=(validation := served.upload(client, held_out)),
+            seed=3,
+            hyperparameters=SHORT | {"checkpoint_every": 3, "learning_rate": 1e-2},
+        )
+        assert job.validation_file == validation
+        done = served.wait(client, job.id, "succeeded")
+        assert done.validation_file == validation
+        rows = list(csv.DictReader(client.files.content(done.result_files[0]).text.splitlines()))
+        assert [int(row["step"]) for row in rows if row["valid_loss"]] == [3, 4, 6, 8]
+        events = {e.data["step"]: e.data for e in tuned.list_events(job.id) if e.type == "metrics"}  # type: ignore[index]
+        (tmp_path / "valid").write_bytes(jsonl(held_out))
+        assert model.tokenizer is not None
+        examples = read_dataset(tmp_path / "valid", model.tokenizer, Hyperparameters(), 128).examples
+        directories = {checkpoint.step: directory for checkpoint, directory in served.adapters}
+        checkpoints = list(tuned.checkpoints.list(job.id))
+        assert sorted(c.step_number for c in checkpoints) == [3, 6, 8]
+        for checkpoint in checkpoints:
+            step = checkpoint.step_number
+            loss, accuracy = score(model.decoder, read_adapter(directories[step], model.decoder.config), examples)
+            metrics = checkpoint.metrics
+            assert metrics.valid_loss == metrics.full_valid_loss == events[step]["valid_loss"]
+            assert metrics.valid_mean_token_accuracy == metrics.full_valid_mean_token_accuracy
+            assert metrics.full_valid_loss == pytest.approx(loss, abs=1e-4)
+            assert metrics.full_valid_mean_token_accuracy == pytest.approx(accuracy)
+            assert float(rows[step - 1]["valid_loss"]) == events[step]["full_valid_loss"]
+        assert "full_valid_loss" not in events[1]
+
+
+def test_bad_validation_files_fail_the_job(served: Tuning) -> None:
+    client = served.client()
+    files = {"training_file": served.upload(client), "validation_file": served.upload(client, [*RECORDS, {"a": 1}])}
+    job = client.fine_tuning.jobs.create(model="tiny", **files)
+    failed = served.wait(client, job.id, "failed")
+    assert (failed.error.code, failed.error.param) == ("invalid_validation_file", "validation_file")
+    assert failed.error.message.startswith("line 13 has neither")
 
 
 def test_pause_resume_and_cancel(served: Tuning) -> None:
@@ -132,6 +185,8 @@ def test_pages(model: ElasticModel, tmp_path: Path) -> None:
         ({"method": {"type": "dpo"}}, 400, "method.type"),
         ({"method": {"type": "supervised", "supervised": {"hyperparameters": {"rank": 1}}}}, 400, "hyperparameters"),
         ({"validation_file": "file-a"}, 400, None),
+        ({"validation_file": "../lock"}, 400, None),
+        ({"validation_file": 3}, 400, "validation_file"),
         ({"integrations": [{"type": "wandb"}]}, 400, None),
     ],
 )
@@ -180,6 +235,42 @@ def test_a_diverging_job_fails_and_serving_goes_on(served: Tuning) -> None:
     job = client.fine_tuning.jobs.create(model="tiny", training_file=served.upload(client), hyperparameters=chosen)
     assert "the training loss became" in served.wait(client, job.id, "failed").error.message
     assert client.completions.create(model="tiny", prompt="a", max_tokens=2).choices
+
+
+class Poisoned(LoraTrainers):
+    """Adapters of rank 1 are no numbers."""
+
+    def __call__(self, hyperparameters: Hyperparameters, *args: Any, **options: Any) -> LoraTrainer:
+        made = super().__call__(hyperparameters, *args, **options)
+        if hyperparameters.rank == 1:
+            with torch.no_grad():
+                next(iter(made.adapter.parameters())).fill_(math.nan)
+            made._begin()
+        return made
+
+
+def test_a_real_adapter_that_diverges(model: ElasticModel, tmp_path: Path) -> None:
+    ask: Any = {"model": "tiny", "prompt": "The city was", "max_tokens": 12, "temperature": 0}
+    with tuning(model, tmp_path / "state", maker=Poisoned(model.decoder, "tiny")) as served:
+        client = served.client()
+        before, file = client.completions.create(**ask).choices[0].text, served.upload(client)
+        options: Any = {"model": "tiny", "training_file": file}
+        job = client.fine_tuning.jobs.create(**options, hyperparameters=SHORT | {"rank": 1})
+        failed = served.wait(client, job.id, "failed")
+        assert failed.error.code == "training_failed"
+        assert re.match(r"the gradients .* became nan at step 1; lower learning_rate", failed.error.message)
+        assert client.completions.create(**ask).choices[0].text == before
+        after = client.fine_tuning.jobs.create(**options, hyperparameters=SHORT)
+        served.wait(client, after.id, "succeeded")
+
+
+def test_an_example_that_is_too_long_is_cut_and_that_is_said(served: Tuning) -> None:
+    client = served.client()
+    file = served.upload(client, [*RECORDS, {"prompt": "a ", "completion": "b " * 200}])
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=file, hyperparameters=SHORT)
+    served.wait(client, job.id, "succeeded")
+    told = {e.message: e.level for e in client.fine_tuning.jobs.list_events(job.id)}
+    assert told["1 examples were cut to the allowed length"] == "warn"
 
 
 def test_files_of_running_jobs_stay(served: Tuning) -> None:

@@ -6,6 +6,7 @@ import csv
 import random
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from safetensors.torch import load_file
 
 from flextron.jobs.dataset import read_dataset
 from flextron.jobs.hyperparameters import Hyperparameters
-from tests.jobs.bigram import train_alone
+from flextron.jobs.trainer import Example
+from tests.jobs.bigram import BigramMaker
 from tests.jobs.making import CONTEXT, tokenizer
 from tests.server.killed import Books, Child
 from tests.server.running import wait_until
@@ -41,16 +43,28 @@ def live_and_die(state: Path, books: Books) -> None:
     child.join()
 
 
+def read(path: Path, content: bytes, chosen: Hyperparameters) -> Sequence[Example]:
+    (path / "data").write_bytes(content)
+    return read_dataset(path / "data", tokenizer(), chosen, CONTEXT).examples
+
+
 def assert_as_alone(path: Path, client: OpenAI, job: Any) -> None:
     """Losses and adapter of a job against training without a server."""
-    (path / "data").write_bytes(client.files.content(job.training_file).content)
     chosen = Hyperparameters.from_dict(job.hyperparameters.to_dict())
-    dataset = read_dataset(path / "data", tokenizer(), chosen, CONTEXT)
-    losses, weight_VV = train_alone(chosen, dataset.examples, job.seed)
+    examples, validation = (
+        [] if file_id is None else read(path, client.files.content(file_id).content, chosen)
+        for file_id in (job.training_file, job.validation_file)
+    )
+    alone = BigramMaker()(chosen, examples, job.seed, None, validation)
+    steps = [alone.step() for _ in range(alone.num_steps)]
     rows = list(csv.DictReader(client.files.content(job.result_files[0]).text.splitlines()))
-    assert [(int(row["step"]), float(row["train_loss"])) for row in rows] == list(enumerate(losses, start=1))
-    adapter = load_file(path / "state" / "jobs" / job.id / f"step-{len(losses)}" / "adapter_model.safetensors")
-    assert torch.equal(adapter["weight"], weight_VV)
+    assert [int(row["step"]) for row in rows] == list(range(1, len(steps) + 1))
+    assert [float(row["train_loss"]) for row in rows] == [step.loss for step in steps]
+    wanted = ["" if step.valid_loss is None else str(step.valid_loss) for step in steps]
+    assert [row["valid_loss"] for row in rows] == wanted
+    assert any(wanted) == bool(validation)
+    adapter = load_file(path / "state" / "jobs" / job.id / f"step-{len(steps)}" / "adapter_model.safetensors")
+    assert torch.equal(adapter["weight"], alone.weight_VV)
 
 
 def check_runs(path: Path, num_runs: int, seed: int) -> None:

@@ -7,7 +7,6 @@ state, and the steps up to it.
 from __future__ import annotations
 
 import hashlib
-import math
 import shutil
 import time
 from collections.abc import Callable
@@ -54,6 +53,8 @@ class FinetuneResult:
     """Of training, those before a restart included."""
     losses: tuple[float, ...]
     """Of each step: means over the trained tokens, in nats."""
+    validations: tuple[tuple[int, float, float], ...] = ()
+    """Steps after which the validation file was scored, each with the mean loss and the share of right tokens."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -72,6 +73,7 @@ def finetune(
     output: str | Path,
     *,
     target: Target | None = None,
+    validation: str | Path | None = None,
     seed: int = 0,
     restart: bool = False,
     save_seconds: float = 30.0,
@@ -86,6 +88,7 @@ def finetune(
         output: directory to make for the adapter; its unfinished training lies in `<output>.run`.
         target: trains in the sub-network for it, and so for narrower ones; by default in the full one. The adapter
             goes with all of them in any case.
+        validation: JSONL of the same form, scored at the end of each epoch.
         seed: of initial weights and data order.
         restart: whether to drop what lies in both directories, and begin anew.
         save_seconds: between two saved states.
@@ -98,8 +101,10 @@ def finetune(
     """
     chosen = Hyperparameters.from_dict(hyperparameters)
     data, output = Path(data).expanduser(), Path(output).expanduser()
-    if not data.is_file():
-        raise FlextronError(f"{data} is no file; give a JSONL file of examples")
+    held_out = None if validation is None else Path(validation).expanduser()
+    for path in (data, held_out):
+        if path is not None and not path.is_file():
+            raise FlextronError(f"{path} is no file; give a JSONL file of examples")
     if output.exists() and not restart:
         raise FlextronError(f"{output} exists already; choose another directory, or pass restart (--restart)")
     source = str(model) if isinstance(model, (str, Path)) else model.info.provenance.get("source", "")
@@ -108,11 +113,13 @@ def finetune(
     identity = {
         "model": source,
         "data": _digest(data),
+        "validation": None if held_out is None else _digest(held_out),
         "seed": seed,
         "hyperparameters": chosen.to_dict(),
         "spec": spec.to_dict(),
     }
     dataset = _examples(loaded, data, chosen)
+    scored = () if held_out is None else _examples(loaded, held_out, chosen).examples
     directory = output.with_name(output.name + ".run")
     directory.mkdir(parents=True, exist_ok=True)
     with lock_directory(directory):
@@ -121,7 +128,7 @@ def finetune(
         is_resumed = state.exists()
         progress = _Progress(**read_json(state / _PROGRESS)) if is_resumed else _Progress()
         trainers = LoraTrainers(loaded.decoder, source, spec=spec)
-        trainer = trainers(chosen, dataset.examples, seed, state / _TRAINER if is_resumed else None)
+        trainer = trainers(chosen, dataset.examples, seed, state / _TRAINER if is_resumed else None, scored)
         _train(trainer, progress, state, save_seconds, on_step)
         result = FinetuneResult(
             adapter=output,
@@ -132,6 +139,7 @@ def finetune(
             num_tokens=progress.num_tokens,
             seconds=progress.seconds,
             losses=tuple(progress.losses),
+            validations=tuple((step, loss, accuracy) for step, loss, accuracy in progress.validations),
         )
         with durable_directory(output) as temporary:
             trainer.save_adapter(temporary)
@@ -147,9 +155,12 @@ class _Progress:
     losses: list[float] = field(default_factory=list)
     num_tokens: int = 0
     seconds: float = 0.0
+    validations: list[tuple[int, float, float]] = field(default_factory=list)
 
     def add(self, metrics: StepMetrics, seconds: float) -> None:
         self.losses.append(metrics.loss)
+        if metrics.valid_loss is not None and metrics.valid_accuracy is not None:
+            self.validations.append((len(self.losses), metrics.valid_loss, metrics.valid_accuracy))
         self.num_tokens += metrics.num_tokens
         self.seconds += seconds
 
@@ -193,17 +204,12 @@ def _train(trainer: Trainer, progress: _Progress, state: Path, save_seconds: flo
         begun = time.perf_counter()
         metrics = trainer.step()
         seconds = time.perf_counter() - begun
-        if not math.isfinite(metrics.loss):
-            raise FlextronError(
-                f"the training loss became {metrics.loss} at step {trainer.step_number}; lower learning_rate "
-                "(--learning-rate), or look for odd examples"
-            )
+        metrics.check(trainer.step_number)
         progress.add(metrics, seconds)
-        on_step(
-            trainer.step_number,
-            trainer.num_steps,
-            {"loss": metrics.loss, "tokens/s": metrics.num_tokens / max(seconds, 1e-9)},
-        )
+        figures = {"loss": metrics.loss, "tokens/s": metrics.num_tokens / max(seconds, 1e-9)}
+        if metrics.valid_loss is not None:
+            figures["validation loss"] = metrics.valid_loss
+        on_step(trainer.step_number, trainer.num_steps, figures)
         if time.monotonic() - saved_at >= save_seconds:
             with durable_directory(state) as temporary:
                 (temporary / _TRAINER).mkdir()

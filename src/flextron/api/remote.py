@@ -80,16 +80,31 @@ class RemoteFinetuning:
         return str(made["id"])
 
     def create(
-        self, model: str, file_id: str, *, suffix: str | None, seed: int | None, hyperparameters: dict[str, Any]
+        self,
+        model: str,
+        file_id: str,
+        *,
+        validation: str | None = None,
+        suffix: str | None,
+        seed: int | None,
+        hyperparameters: dict[str, Any],
     ) -> dict[str, Any]:
         """Begin a job, and give it as the server words it.
+
+        Args:
+            model: as the server calls it.
+            file_id: of the examples.
+            validation: id of the file that is scored in between.
+            suffix: of the finetuned model's name.
+            seed: of initial weights and data order.
+            hyperparameters: of the job.
 
         Raises:
             FlextronError: the server does not take it.
         """
         method = {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
         body = {"model": model, "training_file": file_id, "suffix": suffix, "seed": seed, "method": method}
-        return self._post("", body)
+        return self._post("", body | {"validation_file": validation})
 
     def job(self, job_id: str) -> dict[str, Any]:
         """How a job stands.

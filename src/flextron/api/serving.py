@@ -11,6 +11,7 @@ from flextron.api.texts import needed
 from flextron.errors import FlextronError
 from flextron.jobs.jobs import Jobs, JobsSettings
 from flextron.jobs.lora import LoraTrainers
+from flextron.model.fingerprint import fingerprint
 from flextron.server.adapters import AdapterNames, adapter_reader
 
 __all__ = ["named_adapters", "open_jobs"]
@@ -64,6 +65,7 @@ def open_jobs(
         tokenizer=copy.deepcopy(needed(model.tokenizer)),
         context=model.decoder.config.max_position_embeddings,
         make_trainer=LoraTrainers(model.decoder, source),
+        fingerprint=fingerprint(model.decoder),
         on_adapter=adapters.add_checkpoint,
         on_deleted=adapters.remove_checkpoint,
         settings=settings,

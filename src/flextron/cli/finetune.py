@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +15,7 @@ from flextron.api.remote import RemoteFinetuning
 from flextron.cli.console import Json, message, progress, show
 from flextron.errors import FlextronError
 from flextron.spec import Target
+from flextron.workflows.elastify import StepCallback
 
 __all__ = ["finetune"]
 
@@ -27,6 +30,7 @@ def finetune(
         list[Path] | None, typer.Argument(metavar="[DIRECTORY] DATA", help="Elastic checkpoint, and JSONL of examples.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Directory to make for the adapter.")] = None,
+    validation: Annotated[Path | None, typer.Option(help="JSONL to be scored at the end of each epoch.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the examples. Default: 3.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples of a step. Default: 8.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="The schedule's highest. Default: 2e-4.")] = None,
@@ -67,23 +71,45 @@ def finetune(
     is_remote = bool(server or model or suffix or checkpoint_every or job or cancel)
     match paths or []:
         case [directory, data] if output is not None and not is_remote:
-            within = None if target is None else Target(latency=target)
-            with progress("finetuning") as step:
+            with _progress_once_begun("finetuning") as step:
                 result = api.finetune(
-                    directory, data, output, target=within, seed=seed or 0, restart=restart, on_step=step, **chosen
+                    directory,
+                    data,
+                    output,
+                    target=None if target is None else Target(latency=target),
+                    validation=validation,
+                    seed=seed or 0,
+                    restart=restart,
+                    on_step=step,
+                    **chosen,
                 )
             _report(result, as_json=as_json)
         case [data] if server and model and not (is_here or job or cancel):
             client = RemoteFinetuning(server, api_key)
-            made = client.create(model, client.upload(data), suffix=suffix, seed=seed, hyperparameters=chosen)
+            file, held_out = client.upload(data), None if validation is None else client.upload(validation)
+            made = client.create(model, file, validation=held_out, suffix=suffix, seed=seed, hyperparameters=chosen)
             _watch(client, server, made["id"], as_json=as_json)
-        case [] if server and job and not (is_here or model or suffix or chosen or seed):
+        case [] if server and job and not (is_here or model or suffix or chosen or seed or validation):
             client = RemoteFinetuning(server, api_key)
-            if cancel:
-                client.cancel(job)
+            # a job that there is, before anything is shown of it
+            client.cancel(job) if cancel else client.job(job)
             _watch(client, server, job, as_json=as_json)
         case _:
             raise FlextronError(_USAGE)
+
+
+@contextmanager
+def _progress_once_begun(description: str) -> Iterator[Callable[[int, int, dict[str, float]], None]]:
+    """`progress` from the first step on: what is wrong with the arguments is said before that."""
+    with ExitStack() as stack:
+        shown: list[StepCallback] = []
+
+        def step(done: int, total: int, figures: dict[str, float]) -> None:
+            if not shown:
+                shown.append(stack.enter_context(progress(description)))
+            shown[0](done, total, figures)
+
+        yield step
 
 
 def _report(result: api.FinetuneResult, *, as_json: bool) -> None:
@@ -98,6 +124,8 @@ def _report(result: api.FinetuneResult, *, as_json: bool) -> None:
         "tokens_per_second": round(result.tokens_per_second, 1),
         "loss": result.losses[-1],
     }
+    if result.validations:
+        _, row["validation_loss"], row["validation_accuracy"] = result.validations[-1]
     show([row], title=str(result.adapter), as_json=as_json, result=result.to_dict())
 
 
@@ -108,7 +136,10 @@ def _watch(client: RemoteFinetuning, server: str, job_id: str, *, as_json: bool)
         with progress(job_id) as step:
             for event in client.follow(job_id):
                 if event["type"] == "metrics":
-                    step(event["data"]["step"], event["data"]["total_steps"], {"loss": event["data"]["train_loss"]})
+                    data = event["data"]
+                    names = {"loss": "train_loss", "validation loss": "valid_loss"}
+                    figures = {name: data[key] for name, key in names.items() if key in data}
+                    step(data["step"], data["total_steps"], figures)
                 else:
                     message(escape(event["message"]))
     except KeyboardInterrupt:

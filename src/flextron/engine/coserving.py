@@ -22,7 +22,7 @@ from typing import Protocol
 
 from flextron.engine.engine import EngineCore, StepOutput
 from flextron.engine.sequence import Sequence
-from flextron.engine.speculation import TimeLine
+from flextron.engine.timing import TimeLine
 from flextron.errors import FlextronError
 
 __all__ = ["CoServing", "Filler", "Work"]

@@ -23,13 +23,14 @@ from torch import Tensor
 from flextron.engine.runner import Runner, nested_network
 from flextron.engine.scheduler import Scheduler
 from flextron.engine.sequence import Chunk, Network, Sequence
+from flextron.engine.timing import TimeLine
 from flextron.errors import FlextronError
 from flextron.model.adapter import Adapter
 from flextron.model.generation import SamplingParams, most_likely, probabilities, sample
 from flextron.model.native import Weights
 from flextron.spec import SubnetSpec
 
-__all__ = ["Draft", "Speculation", "Speculator", "TimeLine", "verified"]
+__all__ = ["Draft", "Speculation", "Speculator", "verified"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,39 +66,6 @@ class Draft:
     tokens: list[int]
     probabilities: list[Tensor]
     """What each was drawn from, (V,); empty for a greedy request."""
-
-
-class TimeLine:
-    """Seconds of an iteration over its number of tokens: a straight line through what was measured lately."""
-
-    _FORGET = 0.98
-    _SLOPE = 0.05
-    """Assumed before two sizes were seen: a further token costs that much of the first one's time."""
-
-    def __init__(self) -> None:
-        """Know nothing."""
-        self._w = self._x = self._y = self._xx = self._xy = 0.0
-
-    def add(self, num_tokens: int, seconds: float) -> None:
-        """Take in a measurement."""
-        if self._w and seconds > 5 * self(num_tokens):  # the machine was busy with something else
-            seconds = 5 * self(num_tokens)
-        old, x = self._FORGET, float(num_tokens)
-        self._w, self._x, self._y = old * self._w + 1, old * self._x + x, old * self._y + seconds
-        self._xx, self._xy = old * self._xx + x * x, old * self._xy + x * seconds
-
-    def __bool__(self) -> bool:
-        """Whether anything was measured."""
-        return self._w > 0
-
-    def __call__(self, num_tokens: int) -> float:
-        """Expected seconds."""
-        x, y = self._x / self._w, self._y / self._w
-        variance = self._xx / self._w - x * x
-        slope = self._SLOPE * y / (1 + self._SLOPE * (x - 1))
-        if variance > 1e-6:
-            slope = min(max((self._xy / self._w - x * y) / variance, 0.0), y / x)
-        return y + slope * (num_tokens - x)
 
 
 @dataclass(slots=True)

@@ -32,7 +32,7 @@ class Feeder(threading.Thread):
             on_work: called, in the feeder's thread, when there is a step to take.
         """
         super().__init__(name="flextron-jobs", daemon=True)
-        self._jobs, self._on_work = jobs, on_work
+        self._turns, self._on_work = jobs.turns, on_work
         self._run: Run | None = None
         """Whose step is to be taken."""
         self._outcome: StepMetrics | Exception | None = None
@@ -71,9 +71,9 @@ class Feeder(threading.Thread):
         """Keep the books."""
         while not self._is_ending.is_set():
             try:
-                run = self._jobs.next()
+                run = self._turns.next()
                 if run is None:
-                    self._jobs.wait(_REST_SECONDS)
+                    self._turns.wait(_REST_SECONDS)
                     continue
                 self._give(run)
             except Exception:
@@ -85,7 +85,7 @@ class Feeder(threading.Thread):
         """End the thread; the step that has begun is taken again another time."""
         self._is_ending.set()
         self._is_taken.set()
-        self._jobs.wake()
+        self._turns.wake()
         self.join()
         self._run = None
 
@@ -100,6 +100,6 @@ class Feeder(threading.Thread):
         # if it was not taken
         outcome = self._outcome
         if isinstance(outcome, StepMetrics):
-            self._jobs.record(run, outcome)
+            self._turns.record(run, outcome)
         elif outcome is not None:
-            self._jobs.fail(run, outcome)
+            self._turns.fail(run, outcome)

@@ -60,6 +60,10 @@ class Hyperparameters:
         if self.over_long not in ("truncate", "refuse"):
             raise FlextronError(f"over_long must be 'truncate' or 'refuse', not {str(self.over_long)[:50]!r}")
 
+    def has_checkpoint(self, step: int) -> bool:
+        """Whether an intermediate adapter is due after a step."""
+        return self.checkpoint_every is not None and step % self.checkpoint_every == 0
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Hyperparameters:
         """From JSON; `"auto"` and null stand for the default.

@@ -19,7 +19,8 @@ from flextron.jobs.uploads import FINE_TUNE, insert_file
 
 __all__ = ["Journal"]
 
-
+_MEASURED = ("loss", "accuracy", "num_tokens", "valid_loss", "valid_accuracy")
+"""Of a step, what its row holds."""
 _log = logging.getLogger("flextron.server")
 
 
@@ -36,6 +37,7 @@ class Journal:
         model: str,
         suffix: str | None,
         training_file: str,
+        validation_file: str | None,
         hyperparameters: Hyperparameters,
         seed: int,
         metadata: dict[str, str],
@@ -43,23 +45,30 @@ class Journal:
         """Enter a job, to be validated.
 
         Raises:
-            FlextronError: another job has the suffix, or the file does not exist or is not for finetuning.
+            FlextronError: another job has the suffix, or a file does not exist or is not for finetuning.
         """
         job_id, now = new_id("ftjob"), int(time.time())
-        query = (
-            "INSERT INTO jobs (id, created_at, status, model, suffix, training_file, hyperparameters, seed, metadata) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
-        )
-        chosen = json.dumps(hyperparameters.to_dict())
-        values = (job_id, now, Status.VALIDATING, model, suffix, training_file, chosen, seed, json.dumps(metadata))
+        row = {
+            "id": job_id,
+            "created_at": now,
+            "status": Status.VALIDATING,
+            "model": model,
+            "suffix": suffix,
+            "training_file": training_file,
+            "validation_file": validation_file,
+            "hyperparameters": json.dumps(hyperparameters.to_dict()),
+            "seed": seed,
+            "metadata": json.dumps(metadata),
+        }
         try:
             with self._store.transaction() as database:
-                file = database.execute("SELECT purpose FROM files WHERE id = ?", (training_file,)).fetchone()
-                if file is None or file["purpose"] != FINE_TUNE:
-                    raise FlextronError(
-                        f"there is no file {training_file[:100]!r} for finetuning; upload it with purpose {FINE_TUNE!r}"
-                    )
-                database.execute(query, values)
+                for file_id in (training_file, *([] if validation_file is None else [validation_file])):
+                    file = database.execute("SELECT purpose FROM files WHERE id = ?", (file_id,)).fetchone()
+                    if file is None or file["purpose"] != FINE_TUNE:
+                        raise FlextronError(
+                            f"there is no file {file_id[:100]!r} for finetuning; upload it with purpose {FINE_TUNE!r}"
+                        )
+                _insert(database, "jobs", row)
                 _tell(database, job_id, f"created finetuning job {job_id}")
         except sqlite3.IntegrityError as error:
             raise FlextronError(f"another job has the suffix {suffix!r}; choose one of its own") from error
@@ -106,7 +115,7 @@ class Journal:
         return [Checkpoint.of(row) for row in rows]
 
     def delete_checkpoint(self, name: str) -> Checkpoint:
-        """Enter that an adapter is deleted.
+        """Enter that an adapter is deleted; the suffix of a job whose finished one it was is free again.
 
         Raises:
             UnknownIdError: no adapter has this name, or not any more.
@@ -117,8 +126,17 @@ class Journal:
             if row is None:
                 raise UnknownIdError(f"there is no adapter {name[:200]!r}")
             database.execute("UPDATE checkpoints SET is_deleted = 1 WHERE seq = ?", (row["seq"],))
+            database.execute("UPDATE jobs SET is_deleted = 1 WHERE fine_tuned_model = ?", (name,))
             _tell(database, row["job_id"], f"deleted adapter: {name}")
         return Checkpoint.of(row)
+
+    def is_of(self, fingerprint: str) -> bool:
+        """Whether all this is of a model with these weights; the first that asks decides."""
+        with self._store.transaction() as database:
+            row = database.execute("SELECT fingerprint FROM weights").fetchone()
+            if row is None:
+                _insert(database, "weights", {"fingerprint": fingerprint})
+        return row is None or row["fingerprint"] == fingerprint
 
     def models(self) -> set[str]:
         """Names of the base models of all jobs."""
@@ -132,11 +150,8 @@ class Journal:
 
     def steps(self, job_id: str) -> list[tuple[int, StepMetrics]]:
         """What each recorded step measured."""
-        query = "SELECT step, loss, accuracy, num_tokens FROM steps WHERE job_id = ? ORDER BY step"
-        return [
-            (row["step"], StepMetrics(loss=row["loss"], accuracy=row["accuracy"], num_tokens=row["num_tokens"]))
-            for row in self._store.rows(query, job_id)
-        ]
+        rows = self._store.rows("SELECT * FROM steps WHERE job_id = ? ORDER BY step", job_id)
+        return [(row["step"], StepMetrics(**{key: row[key] for key in _MEASURED})) for row in rows]
 
     def trained_tokens(self, job_id: str) -> int:
         """Of all recorded steps."""
@@ -232,21 +247,32 @@ def _tell(
     database.execute(query, values)
 
 
+def _insert(database: sqlite3.Connection, table: str, row: dict[str, Any], instead: str = "") -> bool:
+    """Add a row; False if it is there already and `instead` says to ignore that."""
+    marks = ", ".join("?" * len(row))
+    query = f"INSERT {instead} INTO {table} ({', '.join(row)}) VALUES ({marks})"
+    return database.execute(query, tuple(row.values())).rowcount == 1
+
+
 def _enter_step(database: sqlite3.Connection, job_id: str, step: int, metrics: StepMetrics, num_steps: int) -> None:
-    query = "INSERT OR IGNORE INTO steps (job_id, step, loss, accuracy, num_tokens) VALUES (?, ?, ?, ?, ?)"
-    values = (job_id, step, metrics.loss, metrics.accuracy, metrics.num_tokens)
-    if database.execute(query, values).rowcount == 0:
+    row = {"job_id": job_id, "step": step, **{key: getattr(metrics, key) for key in _MEASURED}}
+    if not _insert(database, "steps", row, "OR IGNORE"):
         return  # taken again after a crash
     data = {"step": step, "train_loss": metrics.loss, "total_steps": num_steps, "num_tokens": metrics.num_tokens}
+    message = f"step {step}/{num_steps}: training loss={metrics.loss:.4f}"
     if metrics.accuracy is not None:
         data["train_mean_token_accuracy"] = metrics.accuracy
-    _tell(database, job_id, f"step {step}/{num_steps}: training loss={metrics.loss:.4f}", kind="metrics", data=data)
+    if metrics.valid_loss is not None:
+        message += f", validation loss={metrics.valid_loss:.4f}"
+        # it is always the whole file's, so that both of OpenAI's pairs of keys have it
+        data |= {"valid_loss": metrics.valid_loss, "full_valid_loss": metrics.valid_loss}
+        if metrics.valid_accuracy is not None:
+            accuracy = metrics.valid_accuracy
+            data |= {"valid_mean_token_accuracy": accuracy, "full_valid_mean_token_accuracy": accuracy}
+    _tell(database, job_id, message, kind="metrics", data=data)
 
 
 def _enter_checkpoint(database: sqlite3.Connection, job_id: str, step: int, metrics: StepMetrics, name: str) -> None:
-    query = (
-        "INSERT OR IGNORE INTO checkpoints (id, job_id, created_at, step, name, loss, accuracy) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?)"
-    )
-    values = (new_id("ftckpt"), job_id, int(time.time()), step, name, metrics.loss, metrics.accuracy)
-    database.execute(query, values)
+    row = {"id": new_id("ftckpt"), "job_id": job_id, "created_at": int(time.time()), "step": step, "name": name}
+    row |= {key: getattr(metrics, key) for key in ("loss", "accuracy", "valid_loss", "valid_accuracy")}
+    _insert(database, "checkpoints", row, "OR IGNORE")

@@ -1,30 +1,30 @@
 """Trains the LoRA adapter of a job, in units of work that fit between a server's iterations.
 
-A step is a batch of examples, packed side by side; each pack goes forward and backward (`model/windowed.py`), then the
-optimizer takes its step: AdamW, clipped gradients, a rate that rises for a few steps and then falls to zero.
+A step is a batch of examples, packed side by side; each pack goes forward and backward (`jobs/packs.py`), then the
+optimizer takes its step: AdamW, clipped gradients, a rate that rises for a few steps and then falls to zero. Where it
+is due, the validation examples go forward after that, as a part of the step.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from flextron.errors import FlextronError
 from flextron.jobs.hyperparameters import TARGET_MODULES, Hyperparameters
-from flextron.jobs.trainer import Example, StepMetrics
-from flextron.model import packing
+from flextron.jobs.packs import Pass
+from flextron.jobs.trainer import Example, StepMetrics, not_finite
 from flextron.model.adapter import Adapter, linear_shapes
 from flextron.model.bypass import Lora
 from flextron.model.decoder import Decoder
 from flextron.model.peft_layout import write_adapter
 from flextron.model.recompute import KEEPABLE, num_keepable
-from flextron.model.windowed import Finetuning
 from flextron.spec import SubnetSpec
 
 __all__ = ["UPDATE", "LoraTrainer", "LoraTrainers"]
@@ -64,10 +64,15 @@ class LoraTrainers:
         self.pack_tokens, self.saved_gb = pack_tokens, saved_gb
 
     def __call__(
-        self, hyperparameters: Hyperparameters, examples: Sequence[Example], seed: int, resume: Path | None
+        self,
+        hyperparameters: Hyperparameters,
+        examples: Sequence[Example],
+        seed: int,
+        resume: Path | None,
+        validation: Sequence[Example] = (),
     ) -> LoraTrainer:
         """See `MakeTrainer`."""
-        return LoraTrainer(self, hyperparameters, examples, seed, resume)
+        return LoraTrainer(self, hyperparameters, examples, seed, resume, validation)
 
     def kept(self, num_tokens: int) -> frozenset[str]:
         """What is kept of a pack of so many tokens, instead of computed again."""
@@ -85,13 +90,15 @@ class LoraTrainer:
         examples: Sequence[Example],
         seed: int,
         resume: Path | None,
+        validation: Sequence[Example],
     ) -> None:
         """Begin, or go on where a state ends.
 
         Raises:
             FlextronError: the model has none of the linears, or the state is of another job.
         """
-        self._made_by, self._chosen, self._examples, self._seed = made_by, hyperparameters, examples, seed
+        self._made_by, self._chosen, self._seed = made_by, hyperparameters, seed
+        self._examples, self._validation = examples, validation
         config = made_by.decoder.config
         named = {name.removesuffix("_proj") for name in hyperparameters.target_modules}
         present = linear_shapes(config, config.full_spec.layers[0]).keys()
@@ -106,19 +113,24 @@ class LoraTrainer:
         self._parameters = dict(self.adapter.named_parameters())
         self._rate = hyperparameters.learning_rate * hyperparameters.learning_rate_multiplier
         self._optimizer = torch.optim.AdamW(self.adapter.parameters(), lr=self._rate, weight_decay=0.0, fused=True)
-        self.step_number = 0
-        self._work: Finetuning | None = None
-        self._packs: Iterator[Finetuning] = iter(())
-        self._sums = [0.0, 0, 0, 0]
+        self._num_updates = 0
+        self._pass: Pass | None = None
+        """Of the step's examples or, after its update, of the validation's."""
+        self._taken: StepMetrics | None = None
+        """What a step whose update was made has measured, while its validation goes on."""
         if resume is not None:
             self._load(resume)
-        if self.step_number < self.num_steps:
-            self._begin()
+        self._begin()
 
     @property
     def num_steps(self) -> int:
         """Optimizer steps in all."""
         return self._chosen.n_epochs * self._steps_of_epoch
+
+    @property
+    def step_number(self) -> int:
+        """See `Trainer`; a step is not taken while its validation goes on."""
+        return self._num_updates - (self._taken is not None)
 
     @property
     def _steps_of_epoch(self) -> int:
@@ -127,17 +139,14 @@ class LoraTrainer:
     @property
     def unit(self) -> str:
         """Kind of the next unit; units of one kind take about the same time a token."""
-        if self._work is None:
+        if self._pass is None or self._pass.unit is None:
             return UPDATE
-        assert self._work.stage is not None
-        return self._work.stage.value
+        return self._pass.unit
 
     @property
     def num_left(self) -> int:
         """Tokens that the next unit has at most."""
-        if self._work is None:
-            return 1
-        return self._work.num_left_of_layer
+        return self._pass.num_left if self._pass is not None and self._pass.unit is not None else 1
 
     def run(self, num_tokens: int) -> StepMetrics | None:
         """Run the next unit, with at most so many tokens; the step's metrics if it was the step's last.
@@ -145,16 +154,25 @@ class LoraTrainer:
         Raises:
             FlextronError: the loss is no number; the adapter stays as it was before this step.
         """
-        if self._work is None:
-            return self._update()
-        self._work.run(num_tokens)
-        if self._work.stage is None:
-            self._sums[0] += self._work.loss
-            self._sums[1] += self._work.num_right
-            self._sums[2] += self._work.num_weighted
-            self._sums[3] += self._work.num_tokens
-            self._work = next(self._packs, None)
-        return None
+        assert self._pass is not None
+        if self._pass.unit is not None:
+            self._pass.run(num_tokens)
+            if self._taken is None or self._pass.unit is not None:
+                return None
+            found = self._pass
+            metrics = replace(
+                self._taken,
+                valid_loss=found.loss,
+                valid_accuracy=found.accuracy,
+                num_valid_tokens=found.num_tokens,
+            )
+            self._taken = None
+        else:
+            metrics = self._update()
+            if self._validation and self._is_due(self._num_updates):
+                self._taken = metrics
+        self._begin()
+        return None if self._taken is not None else metrics
 
     def step(self) -> StepMetrics:
         """Take a whole step; see `Trainer`."""
@@ -164,13 +182,14 @@ class LoraTrainer:
                 return metrics
 
     def save_state(self, directory: Path) -> None:
-        """See `Trainer`; a step that has begun is begun again."""
+        """See `Trainer`; a step that has begun is begun again, and so is its validation."""
         tensors = {f"adapter.{name}": p.detach() for name, p in self._parameters.items()}
         for name, p in self._parameters.items():
             for key, value in self._optimizer.state[p].items():
                 tensors[f"{key}.{name}"] = value
         save_file({key: t.contiguous() for key, t in tensors.items()}, directory / _TENSORS)
-        state = {"step_number": self.step_number, "num_steps": self.num_steps}
+        taken = None if self._taken is None else asdict(self._taken)
+        state = {"step_number": self._num_updates, "num_steps": self.num_steps, "taken": taken}
         (directory / _STATE).write_text(json.dumps(state), encoding="utf-8")
 
     def save_adapter(self, directory: Path) -> None:
@@ -185,7 +204,9 @@ class LoraTrainer:
             key not in tensors or tensors[key].shape != shape for key, shape in wanted.items()
         ):
             raise FlextronError("the saved state is of a job with other examples or hyperparameters; begin anew")
-        self.step_number = int(state["step_number"])
+        self._num_updates = int(state["step_number"])
+        # states of earlier versions know of no validation
+        self._taken = None if state.get("taken") is None else StepMetrics(**state["taken"])
         with torch.no_grad():
             for name, p in self._parameters.items():
                 p.copy_(tensors[f"adapter.{name}"])
@@ -193,43 +214,42 @@ class LoraTrainer:
                 if all(m is not None for m in moments.values()):
                     self._optimizer.state[p] = {key: m.to(p.device) for key, m in moments.items() if m is not None}
 
+    def _is_due(self, step: int) -> bool:
+        """Whether the validation examples are scored after a step."""
+        return step % self._steps_of_epoch == 0 or self._chosen.has_checkpoint(step)
+
     def _begin(self) -> None:
-        """Lay out the packs of the next step."""
-        epoch, index = divmod(self.step_number, self._steps_of_epoch)
+        """Lay out the next step, or the validation of the one that was taken."""
+        made_by = self._made_by
+        if self._taken is not None:
+            self._pass = Pass(
+                made_by.decoder, self.adapter, self._validation, made_by.pack_tokens, spec=made_by.spec, backward=False
+            )
+            return
+        self._pass = None
+        if self._num_updates == self.num_steps:
+            return
+        epoch, index = divmod(self._num_updates, self._steps_of_epoch)
         generator = torch.Generator().manual_seed(self._seed + epoch)
         order = torch.randperm(len(self._examples), generator=generator).tolist()
         size = self._chosen.batch_size
         batch = [self._examples[i] for i in order[index * size : (index + 1) * size]]
-        total = float(sum(sum(e.is_trained) for e in batch))
-        self._sums = [0.0, 0, 0, 0]
-        self._packs = iter([self._pack(pack, total) for pack in _packs(batch, self._made_by.pack_tokens)])
-        self._work = next(self._packs)
-
-    def _pack(self, examples: Sequence[Example], total: float) -> Finetuning:
-        made_by = self._made_by
-        tensors = [
-            packing.Example(_integers(e.token_ids), torch.tensor(list(e.is_trained), dtype=torch.float32))
-            for e in examples
-        ]
-        keep = made_by.kept(sum(len(e.token_ids) for e in examples))
-        return Finetuning(made_by.decoder, self.adapter, tensors, spec=made_by.spec, total_weight=total, keep=keep)
+        self._pass = Pass(
+            made_by.decoder, self.adapter, batch, made_by.pack_tokens, spec=made_by.spec, kept=made_by.kept
+        )
 
     def _update(self) -> StepMetrics:
-        loss, num_right, num_weighted, num_tokens = self._sums
-        metrics = StepMetrics(loss=loss, num_tokens=int(num_tokens), accuracy=num_right / max(1, num_weighted))
+        assert self._pass is not None
+        found = self._pass
+        metrics = StepMetrics(loss=found.loss, num_tokens=found.num_tokens, accuracy=found.accuracy)
         for group in self._optimizer.param_groups:
-            group["lr"] = self._rate * _share_of_rate(self.step_number, self.num_steps)
+            group["lr"] = self._rate * _share_of_rate(self._num_updates, self.num_steps)
         norm = torch.nn.utils.clip_grad_norm_(self.adapter.parameters(), _MOST_NORM)
         if not torch.isfinite(norm):
-            raise FlextronError(
-                f"the gradients became {float(norm)} at step {self.step_number + 1} (loss {loss:g}); "
-                "lower learning_rate_multiplier, or look for odd examples"
-            )
+            raise not_finite(f"the gradients (at loss {found.loss:g})", float(norm), self._num_updates + 1)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        self.step_number += 1
-        if self.step_number < self.num_steps:
-            self._begin()
+        self._num_updates += 1
         return metrics
 
 
@@ -248,21 +268,3 @@ def _share_of_rate(step: int, num_steps: int) -> float:
     """Rises linearly to 1 over the first steps, then falls linearly to 0 after the last."""
     warm = max(1, round(_WARM_UP * num_steps))
     return (step + 1) / warm if step < warm else (num_steps - step) / max(1, num_steps - warm)
-
-
-def _packs(examples: Sequence[Example], num_tokens: int) -> Iterator[list[Example]]:
-    """Examples side by side up to so many tokens, in their order; a longer one is alone."""
-    pack: list[Example] = []
-    size = 0
-    for example in examples:
-        own = len(example.token_ids) - 1
-        if pack and size + own > num_tokens:
-            yield pack
-            pack, size = [], 0
-        pack.append(example)
-        size += own
-    yield pack
-
-
-def _integers(token_ids: Sequence[int]) -> Tensor:
-    return torch.tensor(list(token_ids), dtype=torch.long)

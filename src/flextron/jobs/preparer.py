@@ -10,21 +10,30 @@ import threading
 import time
 from collections.abc import Callable, Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
 from flextron.files import NoSpaceError
-from flextron.jobs.dataset import read_dataset
+from flextron.jobs.dataset import Dataset, read_dataset
 from flextron.jobs.journal import Journal
 from flextron.jobs.records import ALIVE, Job, Status
 from flextron.jobs.trainer import Example
 from flextron.jobs.uploads import Uploads
 
-__all__ = ["Preparer"]
+__all__ = ["Prepared", "Preparer"]
 
 _log = logging.getLogger("flextron.server")
 _REST_SECONDS = 1.0
 """Until the disk may have room again."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Prepared:
+    """What a job's files hold."""
+
+    examples: Sequence[Example]
+    validation: Sequence[Example] = ()
 
 
 class Preparer:
@@ -49,7 +58,7 @@ class Preparer:
         """
         self._journal, self._uploads, self._tokenizer, self._context = journal, uploads, tokenizer, context
         self._on_change = on_change
-        self._examples: dict[str, Sequence[Example]] = {}
+        self._prepared: dict[str, Prepared] = {}
         self._lock, self._is_ending = threading.Lock(), threading.Event()
         self._pool = ThreadPoolExecutor(1, "flextron-datasets")
 
@@ -57,22 +66,22 @@ class Preparer:
         """Read a job's examples soon."""
         self._pool.submit(self._run, job_id)
 
-    def take(self, job_id: str) -> Sequence[Example] | None:
+    def take(self, job_id: str) -> Prepared | None:
         """A job's examples, once; None if they are not there."""
         with self._lock:
-            return self._examples.pop(job_id, None)
+            return self._prepared.pop(job_id, None)
 
-    def held(self) -> dict[str, Sequence[Example]]:
+    def held(self) -> dict[str, Prepared]:
         """What waits to be taken."""
         with self._lock:
-            return dict(self._examples)
+            return dict(self._prepared)
 
-    def drop(self, held: dict[str, Sequence[Example]], *, but: Container[str]) -> None:
+    def drop(self, held: dict[str, Prepared], *, but: Container[str]) -> None:
         """Let go of what `held` returned, unless the job is one of these or its examples were read again since."""
         with self._lock:
-            for job_id, examples in held.items():
-                if job_id not in but and self._examples.get(job_id) is examples:
-                    del self._examples[job_id]
+            for job_id, prepared in held.items():
+                if job_id not in but and self._prepared.get(job_id) is prepared:
+                    del self._prepared[job_id]
 
     def close(self) -> None:
         """End after the file that is being read."""
@@ -93,16 +102,30 @@ class Preparer:
                 time.sleep(_REST_SECONDS)
 
     def _prepare(self, job: Job) -> None:
-        try:
-            path = self._uploads.path(job.training_file)
-            dataset = read_dataset(path, self._tokenizer, job.hyperparameters, self._context)
-        except Exception as error:
-            self._journal.fail(job.id, error, param="training_file")
+        training = self._read(job, job.training_file, "training_file")
+        if training is None:
             return
-        if job.status == Status.VALIDATING and dataset.num_truncated:
-            self._journal.tell(job.id, f"{dataset.num_truncated} examples were cut to the allowed length", "warn")
-        message = f"the file holds {len(dataset.examples)} examples; the job waits for its turn"
+        message, validation = f"the file holds {len(training.examples)} examples", None
+        if job.validation_file is not None:
+            validation = self._read(job, job.validation_file, "validation_file")
+            if validation is None:
+                return
+            message += f", that for validation {len(validation.examples)}"
+        message += "; the job waits for its turn"
         self._journal.change(job.id, before=(Status.VALIDATING,), to=Status.QUEUED, message=message)
         # after the change: what is held is at least queued, or was
         with self._lock:
-            self._examples[job.id] = dataset.examples
+            self._prepared[job.id] = Prepared(training.examples, () if validation is None else validation.examples)
+
+    def _read(self, job: Job, file_id: str, param: str) -> Dataset | None:
+        """A file of a job; None if it cannot be read, which is the job's end."""
+        try:
+            path = self._uploads.path(file_id)
+            dataset = read_dataset(path, self._tokenizer, job.hyperparameters, self._context)
+        except Exception as error:
+            self._journal.fail(job.id, error, param=param)
+            return None
+        if job.status == Status.VALIDATING and dataset.num_truncated:
+            what = "examples" if param == "training_file" else "validation examples"
+            self._journal.tell(job.id, f"{dataset.num_truncated} {what} were cut to the allowed length", "warn")
+        return dataset

@@ -80,6 +80,7 @@ class Job:
     fine_tuned_model: str | None
     """The name of what came out, once it succeeded."""
     training_file: str
+    validation_file: str | None
     hyperparameters: Hyperparameters
     seed: int
     metadata: dict[str, str]
@@ -89,14 +90,13 @@ class Job:
     @classmethod
     def of(cls, row: sqlite3.Row) -> Job:
         """From its row."""
-        plain = ("id", "created_at", "finished_at", "model", "suffix", "fine_tuned_model", "training_file", "seed")
+        plain = ("id", "created_at", "finished_at", "model", "suffix", "fine_tuned_model", "seed", "result_file")
         return cls(
-            **{key: row[key] for key in plain},
+            **{key: row[key] for key in (*plain, "training_file", "validation_file")},
             status=Status(row["status"]),
             hyperparameters=Hyperparameters.from_dict(json.loads(row["hyperparameters"])),
             metadata=json.loads(row["metadata"]),
             error=None if row["error"] is None else JobError(**json.loads(row["error"])),
-            result_file=row["result_file"],
         )
 
     def name(self, step: int | None = None) -> str:
@@ -134,6 +134,8 @@ class Checkpoint:
     name: str
     loss: float
     accuracy: float | None
+    valid_loss: float | None = None
+    valid_accuracy: float | None = None
 
     @classmethod
     def of(cls, row: sqlite3.Row) -> Checkpoint:

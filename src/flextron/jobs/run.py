@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 import time
 from collections.abc import Sequence
 
-from flextron.errors import FlextronError
 from flextron.jobs.directory import StateDirectory, durable_directory
 from flextron.jobs.journal import Journal
+from flextron.jobs.preparer import Prepared
 from flextron.jobs.records import Job
-from flextron.jobs.trainer import Example, MakeTrainer, StepMetrics
+from flextron.jobs.trainer import MakeTrainer, StepMetrics
 from flextron.jobs.uploads import RESULTS, Uploads
 
 __all__ = ["Run"]
@@ -31,7 +30,7 @@ class Run:
     def __init__(
         self,
         job: Job,
-        examples: Sequence[Example],
+        prepared: Prepared,
         make_trainer: MakeTrainer,
         directory: StateDirectory,
         journal: Journal,
@@ -45,7 +44,9 @@ class Run:
         self.job, self._directory, self._journal, self._uploads = job, directory, journal, uploads
         state = directory.state(job.id)
         (directory.jobs / job.id).mkdir(exist_ok=True)
-        self.trainer = make_trainer(job.hyperparameters, examples, job.seed, state if state.exists() else None)
+        resume = state if state.exists() else None
+        examples, validation = prepared.examples, prepared.validation
+        self.trainer = make_trainer(job.hyperparameters, examples, job.seed, resume, validation)
         self._saved_at = self._begun_at = time.monotonic()
         self._begun_with = self.trainer.step_number
 
@@ -60,18 +61,13 @@ class Run:
             The step, if there is a new adapter of it.
 
         Raises:
-            FlextronError: the loss is no number.
+            FlextronError: a loss is no number.
             NoSpaceError: the disk is full; all is as after the last saved state.
         """
         step, num_steps = self.trainer.step_number, self.trainer.num_steps
-        every = self.job.hyperparameters.checkpoint_every
-        if not math.isfinite(metrics.loss):
-            raise FlextronError(
-                f"the training loss became {metrics.loss} at step {step}; lower learning_rate_multiplier, "
-                "or look for odd examples"
-            )
+        metrics.check(step)
         is_last = step >= num_steps
-        is_due = is_last or (every is not None and step % every == 0)
+        is_due = is_last or self.job.hyperparameters.has_checkpoint(step)
         # after a crash it may be there already, and others may use it
         has_adapter = is_due and not self._journal.had_checkpoint(self.job.id, step)
         if has_adapter:
@@ -123,5 +119,6 @@ def _table(steps: Sequence[tuple[int, StepMetrics]]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(_COLUMNS)
     for step, metrics in steps:
-        writer.writerow([step, metrics.loss, metrics.accuracy, None, None, metrics.num_tokens])
+        valid = (metrics.valid_loss, metrics.valid_accuracy)
+        writer.writerow([step, metrics.loss, metrics.accuracy, *valid, metrics.num_tokens])
     return out.getvalue()

@@ -18,7 +18,7 @@ from flextron.files import NoSpaceError
 
 __all__ = ["Store", "UnknownIdError"]
 
-_VERSION = 2
+_VERSION = 3
 _SCHEMA = """
 CREATE TABLE files (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, created_at INTEGER NOT NULL,
@@ -27,12 +27,14 @@ CREATE TABLE files (
 CREATE TABLE jobs (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, created_at INTEGER NOT NULL, finished_at INTEGER,
     status TEXT NOT NULL, model TEXT NOT NULL, suffix TEXT, fine_tuned_model TEXT, training_file TEXT NOT NULL,
-    hyperparameters TEXT NOT NULL, seed INTEGER NOT NULL, metadata TEXT NOT NULL, error TEXT, result_file TEXT
+    validation_file TEXT, hyperparameters TEXT NOT NULL, seed INTEGER NOT NULL, metadata TEXT NOT NULL, error TEXT,
+    result_file TEXT, is_deleted INTEGER NOT NULL DEFAULT 0
 );
 CREATE UNIQUE INDEX one_suffix ON jobs (model, suffix)
-    WHERE suffix IS NOT NULL AND status NOT IN ('failed', 'cancelled');
+    WHERE suffix IS NOT NULL AND status NOT IN ('failed', 'cancelled') AND NOT is_deleted;
 CREATE TABLE steps (
     job_id TEXT NOT NULL, step INTEGER NOT NULL, loss REAL NOT NULL, accuracy REAL, num_tokens INTEGER NOT NULL,
+    valid_loss REAL, valid_accuracy REAL,
     PRIMARY KEY (job_id, step)
 );
 CREATE TABLE events (
@@ -43,9 +45,26 @@ CREATE INDEX events_of_job ON events (job_id, seq);
 CREATE TABLE checkpoints (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, job_id TEXT NOT NULL, created_at INTEGER NOT NULL,
     step INTEGER NOT NULL, name TEXT NOT NULL, loss REAL NOT NULL, accuracy REAL, is_deleted INTEGER NOT NULL DEFAULT 0,
+    valid_loss REAL, valid_accuracy REAL,
     UNIQUE (job_id, step)
 );
+CREATE TABLE weights (fingerprint TEXT NOT NULL);
 """
+_FROM_2 = """
+ALTER TABLE jobs ADD COLUMN validation_file TEXT;
+ALTER TABLE jobs ADD COLUMN is_deleted INTEGER NOT NULL DEFAULT 0;
+UPDATE jobs SET is_deleted = 1 WHERE fine_tuned_model IN (SELECT name FROM checkpoints WHERE is_deleted);
+DROP INDEX one_suffix;
+CREATE UNIQUE INDEX one_suffix ON jobs (model, suffix)
+    WHERE suffix IS NOT NULL AND status NOT IN ('failed', 'cancelled') AND NOT is_deleted;
+CREATE TABLE weights (fingerprint TEXT NOT NULL);
+ALTER TABLE steps ADD COLUMN valid_loss REAL;
+ALTER TABLE steps ADD COLUMN valid_accuracy REAL;
+ALTER TABLE checkpoints ADD COLUMN valid_loss REAL;
+ALTER TABLE checkpoints ADD COLUMN valid_accuracy REAL;
+"""
+_CHANGES = {0: _SCHEMA, 2: _FROM_2}
+"""What brings a database of an older format, or an empty one, to this one."""
 
 
 class UnknownIdError(FlextronError):
@@ -68,9 +87,9 @@ class Store:
             self._connection.execute("PRAGMA journal_mode = WAL")
             self._connection.execute("PRAGMA synchronous = FULL")
             (found,) = self._connection.execute("PRAGMA user_version").fetchone()
-            if found == 0:
+            if found in _CHANGES:
                 with self.transaction():
-                    for statement in _SCHEMA.split(";\n"):
+                    for statement in _CHANGES[found].split(";\n"):
                         self._connection.execute(statement)
                     self._connection.execute(f"PRAGMA user_version = {_VERSION}")
             elif found != _VERSION:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from flextron.errors import FlextronError
 from flextron.jobs.hyperparameters import Hyperparameters
 
-__all__ = ["Example", "MakeTrainer", "StepMetrics", "Trainer", "UnitTrainer"]
+__all__ = ["Example", "MakeTrainer", "StepMetrics", "Trainer", "UnitTrainer", "not_finite"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,29 @@ class StepMetrics:
     """That went through forward and backward, prompts included."""
     accuracy: float | None = None
     """Share of the trained tokens that were the likeliest; None where it was not measured."""
+    valid_loss: float | None = None
+    """Likewise of the whole validation file, after the step; None where it was not measured."""
+    valid_accuracy: float | None = None
+    num_valid_tokens: int = 0
+    """That went through forward for that."""
+
+    def check(self, step: int) -> None:
+        """See that losses are numbers.
+
+        Raises:
+            FlextronError: one is not, after this step.
+        """
+        for name, loss in (("training", self.loss), ("validation", self.valid_loss)):
+            if loss is not None and not math.isfinite(loss):
+                raise not_finite(f"the {name} loss", loss, step)
+
+
+def not_finite(what: str, value: float, step: int) -> FlextronError:
+    """Training that went astray, with the remedy."""
+    return FlextronError(
+        f"{what} became {value} at step {step}; lower learning_rate or learning_rate_multiplier, "
+        "or look for odd examples"
+    )
 
 
 class Trainer(Protocol):
@@ -45,10 +70,10 @@ class Trainer(Protocol):
 
     @property
     def step_number(self) -> int:
-        """Steps taken, those before a restart included."""
+        """Steps whose metrics were given, those before a restart included."""
 
     def step(self) -> StepMetrics:
-        """Take one optimizer step.
+        """Take one optimizer step, and score the validation examples if that is due.
 
         Raises:
             FlextronError: training cannot go on; the job fails with this message.
@@ -84,7 +109,12 @@ class MakeTrainer(Protocol):
     """Makes a trainer; called by the thread that will take its steps."""
 
     def __call__(
-        self, hyperparameters: Hyperparameters, examples: Sequence[Example], seed: int, resume: Path | None
+        self,
+        hyperparameters: Hyperparameters,
+        examples: Sequence[Example],
+        seed: int,
+        resume: Path | None,
+        validation: Sequence[Example] = (),
     ) -> Trainer:
         """A trainer that begins anew, or goes on where a state ends.
 
@@ -93,6 +123,7 @@ class MakeTrainer(Protocol):
             examples: at least one, in the file's order.
             seed: of all that is random.
             resume: a directory that `Trainer.save_state` wrote for the same arguments; None to begin.
+            validation: scored at the end of each epoch, at each checkpoint and at the end.
 
         Raises:
             FlextronError: these hyperparameters do not go with the model; the job fails with this message.

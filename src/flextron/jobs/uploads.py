@@ -41,7 +41,7 @@ class Uploads:
 
         Args:
             filename: as the client calls it; a path is cut to its last part.
-            purpose: `fine-tune` for training.
+            purpose: `fine-tune` for training and validation.
             content: pieces of it.
 
         Raises:
@@ -105,7 +105,7 @@ class Uploads:
         """
         file = self.get(file_id)
         marks = ", ".join("?" * len(ENDED))
-        query = f"SELECT id FROM jobs WHERE training_file = ? AND status NOT IN ({marks})"
+        query = f"SELECT id FROM jobs WHERE ? IN (training_file, validation_file) AND status NOT IN ({marks})"
         with self._store.transaction() as database:
             using = database.execute(query, (file.id, *ENDED)).fetchone()
             if using is not None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["SummedLoss", "cross_entropy", "forward_kl", "head_metric", "summed_cross_entropy", "token_losses"]
+__all__ = ["SummedLoss", "cross_entropy", "forward_kl", "head_metric", "scored", "summed_cross_entropy", "token_losses"]
 
 CHUNK_TOKENS = 256
 
@@ -148,6 +148,19 @@ def summed_cross_entropy(h_ND: Tensor, w_VD: Tensor, targets_N: Tensor, weights_
         torch.mm(p_NV.to(h_ND.dtype), w_VD, out=gradient_ND[rows])
         gradient_ND[rows] = (gradient_ND[rows] - w_VD[target]) * weight[:, None].to(h_ND.dtype)
     return SummedLoss(total, gradient_ND, int(right))
+
+
+@torch.no_grad()
+def scored(h_ND: Tensor, w_VD: Tensor, targets_N: Tensor, weights_N: Tensor) -> tuple[Tensor, int]:
+    """What `summed_cross_entropy` gives but for the gradient: the sum, float64, and how many tokens are right."""
+    dtype = torch.promote_types(h_ND.dtype, torch.float32)
+    total = torch.zeros((), dtype=torch.float64, device=h_ND.device)
+    right = torch.zeros((), dtype=torch.long, device=h_ND.device)
+    for rows in _chunks(len(h_ND)):
+        logits_NV, target = (h_ND[rows] @ w_VD.t()).to(dtype), targets_N[rows]
+        total += (F.cross_entropy(logits_NV, target, reduction="none") * weights_N[rows].to(dtype)).sum()
+        right += (logits_NV.argmax(-1) == target).sum()
+    return total, int(right)
 
 
 @torch.no_grad()

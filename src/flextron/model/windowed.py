@@ -26,7 +26,7 @@ from flextron.errors import FlextronError
 from flextron.model.adapter import Adapter
 from flextron.model.batch import Batch, Segment
 from flextron.model.decoder import Decoder
-from flextron.model.losses import summed_cross_entropy
+from flextron.model.losses import scored, summed_cross_entropy
 from flextron.model.packing import Example, Packed
 from flextron.model.recompute import KEEPABLE, PrunedBatch, RecordedBatch, unread_linears
 from flextron.model.saved import Saved, put_rows
@@ -48,7 +48,7 @@ class Stage(str, Enum):
 
 
 class Finetuning:
-    """One forward and backward pass of an adapter over packed examples, unit by unit.
+    """One forward and backward pass of an adapter over packed examples, unit by unit; or the forward pass alone.
 
     Call `run` until it returns 0; in between, anything else may run on the decoder. The adapter's gradients are added
     to its parameters' `grad`, as autograd would. The adapter must not change before the last unit.
@@ -63,6 +63,7 @@ class Finetuning:
         spec: SubnetSpec | None = None,
         total_weight: float | None = None,
         keep: Collection[str] = (),
+        backward: bool = True,
     ) -> None:
         """Lay out the work; computes nothing yet.
 
@@ -75,6 +76,7 @@ class Finetuning:
                 With gradient accumulation, the sum over all that one step accumulates.
             keep: what is kept instead of computed again, memory for time: products of the linears q, o, gate, up, and
                 `attention`, what the heads give.
+            backward: False ends the pass after the head: losses without gradients.
 
         Raises:
             FlextronError: `keep` names others, an example has fewer than two tokens or other than one weight a token,
@@ -83,11 +85,12 @@ class Finetuning:
         """
         self.spec = spec or decoder.widths
         self._decoder, self._adapter, self._keep = decoder, adapter, frozenset(keep)
+        self._backward = backward
         if not self._keep <= KEEPABLE:
             raise FlextronError(f"only {', '.join(sorted(KEEPABLE))} can be kept, not {sorted(self._keep)}")
         Segment(self.spec, (), adapter=adapter)  # refuses an adapter that does not fit
         self._packed = Packed(decoder.config, examples, total_weight, decoder.device, decoder.dtype)
-        self._trained = self._trained_layers()
+        self._trained = self._trained_layers() if backward else ()
         (self._rows,) = self._packed.weights_T.nonzero(as_tuple=True)
         self._parameters = list(adapter.parameters())
         self._versions = self._adapter_versions()
@@ -153,7 +156,7 @@ class Finetuning:
         if self.stage is Stage.FORWARD:
             return self._run_forward(num_tokens)
         if self.stage is Stage.HEAD:
-            return self._run_head(num_tokens)
+            return self._run_head(num_tokens) if self._backward else self._score(num_tokens)
         return self._run_backward(num_tokens)
 
     @torch.no_grad()
@@ -229,6 +232,20 @@ class Finetuning:
         if self._num_done == len(self._rows):
             stream_TD[packed.weights_T == 0] = 0
             self.stage, self._pending, self._num_done = Stage.BACKWARD, list(self._trained), 0
+        return len(rows)
+
+    @torch.no_grad()
+    def _score(self, num_tokens: int) -> int:
+        """Add losses; nothing follows."""
+        assert self.saved.stream is not None
+        rows, packed = self._rows[self._num_done : self._num_done + num_tokens], self._packed
+        hidden = self._decoder.final_norm(self.saved.stream[rows])
+        total, right = scored(hidden, self._decoder.head_weight, packed.targets_T[rows], packed.weights_T[rows])
+        self._loss += total
+        self.num_right += right
+        self._num_done += len(rows)
+        if self._num_done == len(self._rows):
+            self.stage = self.saved.stream = None
         return len(rows)
 
     def _run_backward(self, num_tokens: int) -> int:

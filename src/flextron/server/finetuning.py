@@ -52,6 +52,7 @@ class FineTuningBody(_Strict):
 
     model: str
     training_file: str
+    validation_file: str | None = None
     hyperparameters: dict[str, Any] | None = None
     method: MethodBody | None = None
     suffix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] | None = None
@@ -66,9 +67,8 @@ class FineTuningBody(_Strict):
     @model_validator(mode="before")
     @classmethod
     def _refuse_what_is_not_supported(cls, data: Any) -> Any:
-        for key in ("validation_file", "integrations"):
-            if isinstance(data, dict) and data.get(key) not in (None, []):
-                raise ValueError(f"{key} is not supported by this server; leave it out")
+        if isinstance(data, dict) and data.get("integrations") not in (None, []):
+            raise ValueError("integrations is not supported by this server; leave it out")
         return data
 
     @property
@@ -143,6 +143,7 @@ def _create(jobs: Jobs, body: FineTuningBody) -> dict[str, Any]:
         raise not_found(body.model, f"there is no model {body.model[:200]!r} to finetune; use {jobs.model!r}")
     job = jobs.create(
         training_file=body.training_file,
+        validation_file=body.validation_file,
         suffix=body.suffix,
         hyperparameters=Hyperparameters.from_dict(body.chosen),
         seed=body.seed,
@@ -166,12 +167,12 @@ def _written(jobs: Jobs, job: Job) -> dict[str, Any]:
         "hyperparameters": hyperparameters,
         "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
         "training_file": job.training_file,
-        "validation_file": None,
+        "validation_file": job.validation_file,
         "result_files": [] if job.result_file is None else [job.result_file],
         "trained_tokens": jobs.journal.trained_tokens(job.id),
         "error": None if job.error is None else asdict(job.error),
         "seed": job.seed,
-        "estimated_finish": jobs.estimated_finish(job.id),
+        "estimated_finish": jobs.turns.estimated_finish(job.id),
         "integrations": [],
         "metadata": job.metadata,
         "user_provided_suffix": job.suffix,
@@ -194,5 +195,9 @@ def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
             "step": checkpoint.step,
             "train_loss": checkpoint.loss,
             "train_mean_token_accuracy": checkpoint.accuracy,
+            "valid_loss": checkpoint.valid_loss,
+            "valid_mean_token_accuracy": checkpoint.valid_accuracy,
+            "full_valid_loss": checkpoint.valid_loss,
+            "full_valid_mean_token_accuracy": checkpoint.valid_accuracy,
         },
     }

@@ -1,0 +1,194 @@
+"""Jobs that train, one step each in turn, and what becomes of each step.
+
+All methods but the last ones belong to the thread that trains. It calls `step` while it has time for training, or, to
+cut a step into smaller pieces, `next`, then the trainer's own methods, then `record` or `fail`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from flextron.files import NoSpaceError
+from flextron.jobs.directory import StateDirectory
+from flextron.jobs.journal import Journal
+from flextron.jobs.preparer import Preparer
+from flextron.jobs.records import ALIVE, ENDED, Status
+from flextron.jobs.run import Run
+from flextron.jobs.shares import Shares
+from flextron.jobs.trainer import MakeTrainer, StepMetrics
+from flextron.jobs.uploads import Uploads
+
+__all__ = ["Turns"]
+
+_log = logging.getLogger("flextron.server")
+_STALL_SECONDS = 5.0
+"""Rest after the disk was too full even to say so."""
+
+
+class Turns:
+    """Trainers of the jobs that train now, and whose turn it is."""
+
+    def __init__(
+        self,
+        directory: StateDirectory,
+        journal: Journal,
+        uploads: Uploads,
+        preparer: Preparer,
+        make_trainer: MakeTrainer,
+        news: threading.Event,
+        *,
+        max_training: int,
+        save_seconds: float,
+        on_adapter: Callable[[str, int], None],
+    ) -> None:
+        """No job trains yet.
+
+        Args:
+            directory: where trainers' states and adapters go.
+            journal: where jobs come from, and what is told how it went.
+            uploads: takes results.
+            preparer: has the jobs' examples.
+            make_trainer: called for each job.
+            news: set when something changes that `step` should know.
+            max_training: jobs at once.
+            save_seconds: between two saved states of a job.
+            on_adapter: told of a job and the step after which it has a new adapter.
+        """
+        self._directory, self._journal, self._uploads, self._preparer = directory, journal, uploads, preparer
+        self._make_trainer, self._news, self._on_adapter = make_trainer, news, on_adapter
+        self._max_training, self._save_seconds = max_training, save_seconds
+        self._runs: dict[str, Run] = {}
+        self._shares = Shares()
+        self._stalled_until = 0.0
+
+    def step(self) -> bool:
+        """Take an optimizer step of the job whose turn it is; False if there is none to take."""
+        run = self.next()
+        if run is None:
+            return False
+        try:
+            metrics = run.trainer.step()
+        except Exception as error:
+            self.fail(run, error)
+        else:
+            self.record(run, metrics)
+        return True
+
+    def next(self) -> Run | None:
+        """The job whose turn it is; None if none is ready. Each must be followed by `record` or `fail`.
+
+        Raises:
+            NoSpaceError: the disk is full; ask again later.
+        """
+        if time.monotonic() < self._stalled_until:
+            return None
+        held = self._preparer.held()
+        waiting = dict(self._journal.with_status(Status.QUEUED, Status.RUNNING))
+        self._preparer.drop(held, but=waiting.keys() - self._runs.keys())
+        for run in [run for job_id, run in self._runs.items() if job_id not in waiting]:
+            self._drop(run)
+        for job_id, status in waiting.items():
+            self._begin(job_id, status)
+        self._shares.keep(self._runs)
+        chosen = self._shares.next()
+        return None if chosen is None else self._runs[chosen]
+
+    def record(self, run: Run, metrics: StepMetrics) -> None:
+        """Keep what the step that `run.trainer` took has given."""
+        # a forward pass is a third of a step's work
+        self._shares.charge(run.job.id, metrics.num_tokens + metrics.num_valid_tokens // 3)
+        try:
+            step = run.record(metrics, self._save_seconds)
+        except Exception as error:
+            self.fail(run, error)
+            return
+        if run.trainer.step_number >= run.trainer.num_steps:
+            del self._runs[run.job.id]
+            if self._journal.get(run.job.id).status in ENDED:
+                run.forget()
+        if step is not None:
+            self._on_adapter(run.job.id, step)
+
+    def fail(self, run: Run, error: Exception) -> None:
+        """A job cannot go on: it is paused if the disk is full, and has failed else."""
+        self._runs.pop(run.job.id, None)
+        if self._end(run.job.id, error):
+            run.forget()
+
+    def wait(self, seconds: float) -> None:
+        """Wait until something changes that `step` should know, or for so long."""
+        self._news.wait(seconds)
+        self._news.clear()
+
+    def save(self) -> None:
+        """Save what is in training; the training thread must have ended."""
+        unfinished = dict(self._journal.with_status(*ALIVE, Status.PAUSED))
+        try:
+            for run in [run for job_id, run in self._runs.items() if job_id in unfinished]:
+                run.save()
+        except NoSpaceError:
+            _log.exception("jobs will go on from states saved before")
+
+    def _begin(self, job_id: str, status: Status) -> None:
+        """Let a job train, if it is ready and there is room."""
+        if job_id not in self._runs:
+            prepared = self._preparer.take(job_id) if len(self._runs) < self._max_training else None
+            if prepared is None:
+                return
+            try:
+                job = self._journal.get(job_id)
+                run = Run(job, prepared, self._make_trainer, self._directory, self._journal, self._uploads)
+            except Exception as error:
+                self._end(job_id, error)
+                return
+            self._runs[job_id] = run
+            if status == Status.RUNNING:
+                self._journal.tell(job_id, f"resumed after step {run.trainer.step_number}")
+        if status == Status.QUEUED:
+            message = f"training goes on after step {self._runs[job_id].trainer.step_number}"
+            self._journal.change(job_id, before=(Status.QUEUED,), to=Status.RUNNING, message=message)
+
+    def _end(self, job_id: str, error: Exception) -> bool:
+        """Write down that a job cannot go on; whether it has failed for good."""
+        try:
+            if not isinstance(error, NoSpaceError):
+                self._journal.fail(job_id, error)
+                return True
+            message = f"paused at its last saved state: {error}"
+            before = (Status.QUEUED, Status.RUNNING)
+            self._journal.change(job_id, before=before, to=Status.PAUSED, message=message, level="error")
+        except NoSpaceError:
+            # the job is still running in the database, so it goes on from its saved state when there is room
+            _log.exception("job %s waits for room on the disk", job_id)
+            self._stalled_until = time.monotonic() + _STALL_SECONDS
+            self._preparer.submit(job_id)
+        return False
+
+    def _drop(self, run: Run) -> None:
+        """A client has paused or ended a job."""
+        del self._runs[run.job.id]
+        if self._journal.get(run.job.id).status in ENDED:
+            run.forget()
+            return
+        try:
+            run.save()
+        except NoSpaceError as error:
+            self._journal.tell(run.job.id, f"rests at its last saved state: {error}", "error")
+
+    # what any thread may ask
+
+    def is_training(self, job_id: str) -> bool:
+        """Whether a job has a trainer, which may be about to write its state."""
+        return job_id in self._runs
+
+    def estimated_finish(self, job_id: str) -> int | None:
+        """Unix time; None while nothing lets expect it."""
+        run = self._runs.get(job_id)
+        return None if run is None else run.estimated_finish()
+
+    def wake(self) -> None:
+        """End a `wait`."""
+        self._news.set()
