@@ -35,8 +35,8 @@ _RESERVE = (0.05, 0.6)
 _FIRST_RESERVE = 0.1
 _REMEMBER = 0.99
 """What is left of the longest iteration with each that was shorter."""
-_AFTER_MISS, _AFTER_HIT = 0.05, 0.0025
-"""What a request adds to the reserve, or takes from it: training causes about one miss in twenty, at most."""
+_AFTER_MISS, _AFTER_HIT = 0.05, 0.005
+"""What a request adds to the reserve, or takes from it: it grows while more than one in eleven misses."""
 _MOST_GAP = 2.0
 """Objectives between two tokens of a request."""
 _MOST_FIXED = 1 / 3
@@ -167,7 +167,7 @@ class Filler:
             # in the order in which they will be computed
             for sequence in late:
                 num_new += sequence.num_new
-                budget = min(budget, sequence.arrived + objective - now - self._prompt_seconds(num_new))
+                budget = min(budget, sequence.arrived + objective - now - self._prompt_seconds(num_new, len(decoding)))
         return budget
 
     @property
@@ -176,10 +176,12 @@ class Filler:
         tpot_ms = self.settings.tpot_ms
         return 2 * self._alone if tpot_ms is None else tpot_ms / 1e3
 
-    def _prompt_seconds(self, num_tokens: int) -> float:
-        """Until so many tokens of prompts are computed, iteration by iteration."""
+    def _prompt_seconds(self, num_tokens: int, num_decoding: int) -> float:
+        """Until so many tokens of prompts are computed, iteration by iteration, beside others' next tokens."""
         most = self.core.settings.max_num_batched_tokens
-        return num_tokens // most * self._iterations(most) + self._iterations(num_tokens % most)
+        room = max(1, most - num_decoding)
+        full, rest = divmod(num_tokens, room)
+        return full * self._iterations(most) + self._iterations(rest + num_decoding)
 
     def _size(self, unit: Hashable, seconds: float) -> int:
         """Tokens of a unit that ends within a time; 0 if it should not run now."""
@@ -195,13 +197,13 @@ class Filler:
         size = min(left, int((seconds - fixed) / a_token)) if seconds > fixed else 0
         enough = min(left, int((longest - fixed) / a_token), math.ceil(fixed * (1 / _MOST_FIXED - 1) / a_token))
         if size >= max(least, enough):
-            return size
+            return math.ceil(left / math.ceil(left / size))  # as large as those that are to follow
         # even the smallest unit may take longer than the longest: then it waits for a pause
         return least if seconds == longest and least * a_token + fixed > longest else 0
 
     def _finished(self, sequence: Sequence) -> None:
         first, last, count = self._tokens.pop(sequence)
-        if count > 1:
-            has_missed = (last - first) / (count - 1) > self.objective
-            change = _AFTER_MISS if has_missed else -_AFTER_HIT
-            self.reserve = min(max(self.reserve + change, _RESERVE[0]), _RESERVE[1])
+        is_late = first - sequence.arrived > (self.settings.ttft_ms or math.inf) / 1e3
+        is_slow = count > 1 and (last - first) / (count - 1) > self.objective
+        change = _AFTER_MISS if is_late or is_slow else -_AFTER_HIT
+        self.reserve = min(max(self.reserve + change, _RESERVE[0]), _RESERVE[1])
