@@ -19,6 +19,7 @@ _COMPILE = ("-std=c++17", "-O3", "-march=native", "-ffast-math", "-fopenmp", "-f
 # without -ffast-math: linked with it, a library turns denormal numbers off for the whole process
 _LINK = ("-fopenmp", "-shared")
 
+_SOURCES = Path(__file__).with_name("kernels")
 Source = Literal["step", "window"]
 """Decoding's iteration; kernels of training windows."""
 
@@ -40,9 +41,10 @@ def load_library(name: Source) -> ctypes.CDLL | str:
     compiler = _compiler()
     if compiler is None:
         return "no C++ compiler was found (install g++ for faster decoding and finetuning)"
-    source = Path(__file__).with_name(f"{name}.cpp")
+    source = _SOURCES / f"{name}.cpp"
     processor = Path("/proc/cpuinfo")
-    facts = [compiler, *_COMPILE, *_LINK, platform.machine(), source.read_text(encoding="utf-8")]
+    facts = [compiler, *_COMPILE, *_LINK, platform.machine()]
+    facts += [path.read_text(encoding="utf-8") for path in (source, *sorted(_SOURCES.glob("*.h")))]
     if processor.exists():  # the code is made for this processor; a shared home directory serves several
         facts += [
             line

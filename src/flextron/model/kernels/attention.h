@@ -1,6 +1,6 @@
-// Training windows on a CPU in float32: attention, forward and backward, and the gate of gated MLPs.
+// Attention of training windows in float32, forward and backward.
 //
-// Attention goes block by block (FlashAttention-2, arXiv 2307.08691). A block's rows are the query heads of one KV head
+// It goes block by block (FlashAttention-2, arXiv 2307.08691). A block's rows are the query heads of one KV head
 // for some tokens, so that keys are read once for all of them. Every product is a sum of outer products in registers:
 // six rows times sixteen columns; what causality hides is left out down to such tiles.
 //
@@ -9,140 +9,16 @@
 //
 // Shapes: N tokens of the window, M keys, H query heads, K KV heads, r = H / K, d head size, m rows of a block.
 
+#pragma once
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <numeric>
 #include <vector>
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
 
-namespace {
-
-constexpr int kLanes = 8;
-typedef float Vec __attribute__((vector_size(4 * kLanes), aligned(4)));
-typedef int32_t Ints __attribute__((vector_size(4 * kLanes), aligned(4)));
-
-inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
-inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
-#ifdef __FMA__  // compilers make two instructions of some of these
-inline Vec fma(Vec a, Vec b, Vec c) { return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
-#else
-inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
-#endif
-inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
-inline float sum(Vec v) {
-    v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
-    v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5);
-    v += __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6);
-    return v[0];
-}
-inline float largest(Vec v) {
-    v = larger(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3));
-    v = larger(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5));
-    v = larger(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6));
-    return v[0];
-}
-
-// e^x for x up to about 0, relative error 1e-7; 0 below -87. 2^n times a polynomial of what is left of x.
-inline Vec exp_negative(Vec x) {
-    const Vec low = Vec{} - 87.0f;
-    const Ints counts = x > low;
-    x = larger(x, low);
-    const Ints n = __builtin_convertvector(x * 1.44269504f - 0.5f, Ints);
-    const Vec rest = fma(__builtin_convertvector(n, Vec), Vec{} - 0.693147181f, x);
-    Vec y = Vec{} + 1.0f / 720;
-    y = fma(y, rest, Vec{} + 1.0f / 120);
-    y = fma(y, rest, Vec{} + 1.0f / 24);
-    y = fma(y, rest, Vec{} + 1.0f / 6);
-    y = fma(y, rest, Vec{} + 0.5f);
-    y = fma(y, rest, Vec{} + 1.0f);
-    y = fma(y, rest, Vec{} + 1.0f);
-    return (Vec)(((Ints)y + (n << 23)) & counts);
-}
-
-// Floats at the start of a cache line; not initialised.
-struct Floats {
-    explicit Floats(long size)
-        : data(static_cast<float*>(std::aligned_alloc(64, (std::max(1L, size) * 4 + 63) / 64 * 64))) {
-        if (!data) throw std::bad_alloc();
-    }
-    float* operator+(long i) const { return data.get() + i; }
-    float& operator[](long i) const { return data.get()[i]; }
-    struct Free {
-        void operator()(float* p) const { std::free(p); }
-    };
-    std::unique_ptr<float, Free> data;
-};
-
-constexpr long kTileRows = 6;
-constexpr long kPanel = 16;  // columns of a tile
-constexpr long kRows = 48;   // of a block, unless one token has more
-constexpr long kKeys = 64;   // that a block meets at a time
-
-// c = or += a b, for R rows and 8 V columns; a's element (i, k) lies at a[i * ar + k * ak]. Not inlined, because all
-// registers are needed.
-template <int R, int V>
-__attribute__((noinline)) void tile(const float* a, long ar, long ak, const float* b, long ldb, long depth, float* c,
-                                    long ldc, bool add) {
-    Vec acc[R][V];
-#pragma GCC unroll 16
-    for (int i = 0; i < R * V; i++) acc[i / V][i % V] = add ? load(c + i / V * ldc + i % V * kLanes) : Vec{};
-    for (long k = 0; k < depth; k++, a += ak, b += ldb) {
-        Vec row[V];
-#pragma GCC unroll 16
-        for (int v = 0; v < V; v++) row[v] = load(b + v * kLanes);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; r++) {
-            const Vec factor = Vec{} + a[r * ar];
-#pragma GCC unroll 16
-            for (int v = 0; v < V; v++) acc[r][v] = fma(factor, row[v], acc[r][v]);
-        }
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < R * V; i++) store(c + i / V * ldc + i % V * kLanes, acc[i / V][i % V]);
-}
-
-template <int V>
-inline void tile_of(long rows, const float* a, long ar, long ak, const float* b, long ldb, long depth, float* c,
-                    long ldc, bool add) {
-    switch (rows) {
-        case 1: return tile<1, V>(a, ar, ak, b, ldb, depth, c, ldc, add);
-        case 2: return tile<2, V>(a, ar, ak, b, ldb, depth, c, ldc, add);
-        case 3: return tile<3, V>(a, ar, ak, b, ldb, depth, c, ldc, add);
-        case 4: return tile<4, V>(a, ar, ak, b, ldb, depth, c, ldc, add);
-        case 5: return tile<5, V>(a, ar, ak, b, ldb, depth, c, ldc, add);
-        default: return tile<6, V>(a, ar, ak, b, ldb, depth, c, ldc, add);
-    }
-}
-
-struct Range {
-    long from, to;
-};
-
-// c (m x n) = or += a b, n a multiple of 8. Of the depth, rows i to e - 1 need range(i, e) only.
-template <class F>
-inline void multiply(long m, long n, const float* a, long ar, long ak, const float* b, long ldb, float* c, long ldc,
-                     bool add, F range) {
-    for (long col = 0; col < n; col += kPanel)
-        for (long i = 0; i < m; i += kTileRows) {
-            const long rows = std::min(kTileRows, m - i);
-            const Range k = range(i, i + rows);
-            const float *own = a + i * ar + k.from * ak, *panel = b + k.from * ldb + col;
-            float* out = c + i * ldc + col;
-            if (n - col >= kPanel)
-                tile_of<2>(rows, own, ar, ak, panel, ldb, k.to - k.from, out, ldc, add);
-            else
-                tile_of<1>(rows, own, ar, ak, panel, ldb, k.to - k.from, out, ldc, add);
-        }
-}
-
-}  // namespace
+#include "tiles.h"
 
 extern "C" {
 
@@ -203,7 +79,7 @@ class Run {
     }
 
     void forward() {
-        const Floats keys(num_packed_ * d_ * a_.num_kv_heads), values(num_packed_ * d_ * a_.num_kv_heads);
+        const Room keys(num_packed_ * d_ * a_.num_kv_heads), values(num_packed_ * d_ * a_.num_kv_heads);
         const std::vector<Span> blocks = spans(0);
 #pragma omp parallel num_threads(a_.threads)
         {
@@ -221,9 +97,9 @@ class Run {
     void backward(const Gradients& g) {
         const long size = num_packed_ * d_ * a_.num_kv_heads;
         const bool scores = g.q || g.k;
-        const Floats keys(size), key_rows(g.q ? size : 0), values(scores ? size : 0);
+        const Room keys(size), key_rows(g.q ? size : 0), values(scores ? size : 0);
         const std::vector<Span> parts = spans(a_.threads > 1 ? 4 * a_.threads : 1);
-        std::vector<Floats> dk, dv;
+        std::vector<Room> dk, dv;
         for (const Span& p : parts) {
             const long rows = sequences_[p.sequence].before() + p.e;
             dk.emplace_back(g.k ? rows * d_ : 0);
@@ -263,7 +139,7 @@ class Run {
             : rows(run.tokens_ * run.r_), q(rows * run.d_), g(rows * run.d_), out(rows * run.d_), shares(rows * kKeys),
               ds(rows * kKeys), most(rows), total(rows) {}
         long rows;
-        Floats q, g, out, shares, ds, most, total;
+        Room q, g, out, shares, ds, most, total;
     };
 
     static long padded(long keys) { return (keys + kPanel - 1) / kPanel * kPanel; }
@@ -321,12 +197,12 @@ class Run {
     }
 
     // Where the packed keys or values of a KV head begin, from one key on.
-    float* packed(const Floats& where, const Sequence& s, long kv_head, long key) const {
+    float* packed(const Room& where, const Sequence& s, long kv_head, long key) const {
         return where + (kv_head * num_packed_ + s.packed + key) * d_;
     }
 
     // (panels, d, kPanel)
-    void pack_panels(long i, const float* from, long stride, const Floats& where) const {
+    void pack_panels(long i, const float* from, long stride, const Room& where) const {
         const Chunk c = chunk(i);
         float* out = packed(where, c.sequence, c.kv_head, c.key);
         if (c.num_keys < kPanel) std::fill(out, out + kPanel * d_, 0.0f);
@@ -336,7 +212,7 @@ class Run {
     }
 
     // (keys, d)
-    void pack_rows(long i, const float* from, long stride, const Floats& where) const {
+    void pack_rows(long i, const float* from, long stride, const Room& where) const {
         const Chunk c = chunk(i);
         float* out = packed(where, c.sequence, c.kv_head, c.key);
         const float* own = from + (c.sequence.first_key + c.key) * stride + c.kv_head * d_;
@@ -344,7 +220,7 @@ class Run {
     }
 
     // The gradient of a panel of keys, in the order of the spans' tokens.
-    void add_up(long i, const std::vector<Span>& parts, const std::vector<Floats>& sums, float* out) const {
+    void add_up(long i, const std::vector<Span>& parts, const std::vector<Room>& sums, float* out) const {
         const Chunk c = chunk(i);
         const long stride = a_.num_kv_heads * d_;
         float* own = out + (c.sequence.first_key + c.key) * stride + c.kv_head * d_;
@@ -427,7 +303,7 @@ class Run {
         std::fill(row + range.to, row + end, value);
     }
 
-    void attend(const Span& span, const Floats& keys, const Floats& values, const Block& block) const {
+    void attend(const Span& span, const Room& keys, const Room& values, const Block& block) const {
         const Sequence& s = sequences_[span.sequence];
         const long m = (span.e - span.a) * r_;
         gather(span, a_.q, a_.q_stride, scale_, block.q + 0);
@@ -471,8 +347,8 @@ class Run {
         for (long x = 0; x < d_; x += kLanes) store(out + x, load(out + x) * factor);
     }
 
-    void differentiate(const Span& span, const Gradients& g, const Floats& keys, const Floats& key_rows,
-                       const Floats& values, const Floats& dk, const Floats& dv, const Block& block) const {
+    void differentiate(const Span& span, const Gradients& g, const Room& keys, const Room& key_rows,
+                       const Room& values, const Room& dk, const Room& dv, const Block& block) const {
         const Sequence& s = sequences_[span.sequence];
         const long m = (span.e - span.a) * r_;
         gather(span, a_.q, a_.q_stride, scale_, block.q + 0);
@@ -522,60 +398,4 @@ class Run {
     std::vector<Sequence> sequences_;
 };
 
-// The first numbers of a vector, up to kLanes of them; the others are 0.
-inline Vec load(const float* p, int64_t count) {
-    if (count >= kLanes) return load(p);
-    Vec v{};
-    std::memcpy(&v, p, count * sizeof(float));
-    return v;
-}
-inline void store(float* p, Vec v, int64_t count) {
-    if (count >= kLanes) return store(p, v);
-    std::memcpy(p, &v, count * sizeof(float));
-}
-
-// x / (1 + e^-x), and its derivative.
-struct Silu {
-    explicit Silu(Vec x) {
-        const Vec e = exp_negative(x > 0.0f ? -x : x), factor = 1.0f / (1.0f + e);
-        const Vec share = x > 0.0f ? factor : e * factor, rest = x > 0.0f ? e * factor : factor;
-        value = x * share;
-        slope = fma(value, rest, share);
-    }
-    Vec value, slope;
-};
-
 }  // namespace
-
-extern "C" {
-
-// Causal attention of a window's tokens; fills `out` and `log_sums`.
-void flextron_attend(const Attention* attention) { Run(*attention).forward(); }
-
-// Its gradients, from what `flextron_attend` gave.
-void flextron_attend_back(const Attention* attention, const Gradients* gradients) {
-    Run(*attention).backward(*gradients);
-}
-
-// out = silu(gate) up, of `size` numbers.
-void flextron_gate(const float* gate, const float* up, float* out, int64_t size, int64_t threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < size; i += kLanes) {
-        const int64_t n = size - i;
-        store(out + i, Silu(load(gate + i, n)).value * load(up + i, n), n);
-    }
-}
-
-// Gradients by gate and up.
-void flextron_gate_back(const float* gate, const float* up, const float* out, float* d_gate, float* d_up, int64_t size,
-                        int64_t threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < size; i += kLanes) {
-        const int64_t n = size - i;
-        const Vec g = load(out + i, n);
-        const Silu y(load(gate + i, n));
-        store(d_up + i, g * y.value, n);
-        store(d_gate + i, g * load(up + i, n) * y.slope, n);
-    }
-}
-}

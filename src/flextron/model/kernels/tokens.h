@@ -1,0 +1,166 @@
+// What an iteration is given, and the order of its tokens.
+//
+// Shapes: N tokens, D hidden size, V vocabulary, P tokens of a page, d head size.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "rows.h"
+
+extern "C" {
+
+struct Linear {
+    const void* weight;           // rows nested; float, int8 with scales, or four bits with scales of groups
+    const float* bias;            // of the outputs, or null
+    const float* scales;          // of the rows, or null
+    const uint16_t* group_scales; // or null
+    const float* column_scales;   // by which sums over rows are multiplied at the end, or null
+};
+
+struct Norm {
+    const float* weight;  // null where the layer has no such norm
+    const float* bias;
+};
+
+struct LayerWeights {
+    Norm attention_norm, mlp_norm;
+    Linear q, k, v, o;
+    Norm q_norm, k_norm;
+    Linear gate, up, down;
+};
+
+// What lies before the first layer and after the last.
+struct Ends {
+    const float* embedding;  // (V, D)
+    const float* positions;  // learned, (P, D), or null
+    Norm final_norm;
+    Linear head;  // (V, D)
+};
+
+struct Shape {
+    int64_t hidden_size, head_dim, vocab_size, num_layers, rotated, window, page_size;
+    int64_t query_rows_per_group, is_multi_query, parallel_residual, is_layer_norm, activation, weights;
+    float norm_eps;
+};
+
+// What an adapter has beside one linear: LoRA's matrices, IA3's factors, or nothing. All lie along the linear's inputs
+// or outputs as its weight does, so a sub-network uses the leading rows.
+struct Bypass {
+    const float* a;        // (inputs, rank), or null
+    const float* b;        // (outputs, rank), or null
+    const float* inputs;   // factors, or null; beside `o` and `down` only
+    const float* outputs;  // factors, or null
+    int64_t rank;
+    float scale;
+};
+
+// Tokens of one iteration. Widths are (layers, N); a layer's units of a page are its KV heads.
+struct Tokens {
+    int64_t num_tokens;
+    const int64_t* ids;             // (N,)
+    const int64_t* positions;       // (N,)
+    const int32_t* mlp_widths;      // neurons, 0 skips
+    const int32_t* num_groups;      // attention groups, 0 skips
+    const int32_t* const* tables;   // (N,): page table of each token's sequence, (pages, row)
+    const int64_t* table_rows;      // (N,): entries of a page in that table
+    const int32_t* unit_offsets;    // (layers, N): first entry of a layer
+    const float* cos;               // (N, rotated)
+    const float* sin;               // signed
+    const Bypass* const* adapters;  // (N,): (layers, targets) of each token's adapter, or null; null if none has one
+    int64_t max_rank;               // of all adapters
+    float* cache;                   // (units, 2, P, d)
+    int64_t num_scores;
+    const int64_t* rows;            // (num_scores,): tokens after which scores are wanted
+    float* scores;                  // (num_scores, V)
+};
+}
+
+namespace {
+
+enum Weights { kFloat32, kInt8, kInt4 };
+
+enum Activation { kSilu, kGelu, kGeluTanh, kRelu };
+
+// The activation of n numbers in place.
+void activate(float* z, long n, int64_t kind) {
+    switch (kind) {
+        case kSilu:
+            for (long i = 0; i < n; i++) z[i] = z[i] / (1.0f + std::exp(-z[i]));
+            return;
+        case kGelu:
+            for (long i = 0; i < n; i++) z[i] = 0.5f * z[i] * (1.0f + std::erf(z[i] * 0.70710678f));
+            return;
+        case kGeluTanh:
+            for (long i = 0; i < n; i++)
+                z[i] = 0.5f * z[i] * (1.0f + std::tanh(0.79788456f * (z[i] + 0.044715f * z[i] * z[i] * z[i])));
+            return;
+        default:
+            for (long i = 0; i < n; i++) z[i] = std::max(z[i], 0.0f);
+    }
+}
+
+void normalize(const float* x, const Norm& norm, bool centred, float eps, long size, float* out) {
+    float mean = 0, square = 0;
+    if (centred) {
+        for (long i = 0; i < size; i++) mean += x[i];
+        mean /= size;
+    }
+    for (long i = 0; i < size; i++) square += (x[i] - mean) * (x[i] - mean);
+    const float factor = 1.0f / std::sqrt(square / size + eps);
+    for (long i = 0; i < size; i++) out[i] = (x[i] - mean) * factor * norm.weight[i];
+    if (norm.bias)
+        for (long i = 0; i < size; i++) out[i] += norm.bias[i];
+}
+
+// Tokens ordered by width, widest first, and how many of them use each row.
+struct Order {
+    std::vector<int> tokens;   // those of width above 0
+    std::vector<int> widths;   // of them, falling
+    void set(const int32_t* widths_N, long n) {
+        tokens.clear();
+        widths.clear();
+        for (long t = 0; t < n; t++)
+            if (widths_N[t] > 0) tokens.push_back(t);
+        std::stable_sort(tokens.begin(), tokens.end(), [&](int a, int b) { return widths_N[a] > widths_N[b]; });
+        for (int t : tokens) widths.push_back(widths_N[t]);
+    }
+    long size() const { return tokens.size(); }
+    long widest() const { return widths.empty() ? 0 : widths[0]; }
+    // The tokens that use row `row`, and the first row that fewer of them use.
+    long users(long row, long unit, long* until) const {
+        long n = size();
+        while (n > 0 && widths[n - 1] * unit <= row) n--;
+        *until = n ? widths[n - 1] * unit : row;
+        return n;
+    }
+};
+
+// Calls f(start, stop, users) on this thread's share of rows [0, widest), chunk by chunk. Rows of one number of users
+// are cut into one stretch a thread, which memory reads best.
+template <class F>
+inline void share_rows(const Order& order, long unit, int thread, int threads, F f) {
+    const long end = order.widest() * unit;
+    for (long row = 0; row < end;) {
+        long until;
+        const long n = order.users(row, unit, &until), units = (until - row + 11) / 12;
+        const long a = row + std::min(until - row, units * thread / threads * 12);
+        const long e = row + std::min(until - row, units * (thread + 1) / threads * 12);
+        for (long chunk = a; chunk < e; chunk += kChunk) f(chunk, std::min(chunk + kChunk, e), n);
+        row = until;
+    }
+}
+
+// Multiplies what rows first to first + rows gave by their scales and adds their biases; out is (n, ldo).
+inline void finish(const Linear& linear, long first, long rows, long n, float* out, long ldo) {
+    if (linear.scales)
+        for (long t = 0; t < n; t++)
+            for (long r = 0; r < rows; r++) out[t * ldo + r] *= linear.scales[first + r];
+    if (linear.bias)
+        for (long t = 0; t < n; t++)
+            for (long r = 0; r < rows; r++) out[t * ldo + r] += linear.bias[first + r];
+}
+
+}  // namespace
