@@ -20,7 +20,19 @@ from flextron.model.config import DecoderConfig
 from flextron.model.decoder import Decoder
 from flextron.model.generation import SamplingParams
 
-__all__ = ["SLO", "Arrival", "Played", "Training", "arrivals", "engine", "play", "train_alone", "trainer"]
+__all__ = [
+    "SLO",
+    "Arrival",
+    "Played",
+    "Training",
+    "arrivals",
+    "endless",
+    "engine",
+    "objectives",
+    "play",
+    "train_alone",
+    "trainer",
+]
 
 _SCALE = 8
 """Lengths of the trace are divided by this: its median prompt has 1,000 tokens, two seconds of this machine."""
