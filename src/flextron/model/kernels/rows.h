@@ -79,49 +79,6 @@ __attribute__((noinline)) void dots(const W* w, long ldw, const float* x, long l
     for (int i = kInFours; i < R * T; i++) out[i % T * ldo + i / T] = sum(acc[i]);
 }
 
-// The same for n tokens, up to four.
-template <int R, bool kAsks, class W>
-inline void dots_few(const W* w, long ldw, const float* x, long ldx, long n, long size, float* out, long ldo) {
-    if (n == 4) return dots<R, 4, kAsks>(w, ldw, x, ldx, size, out, ldo);
-    if (n == 3) return dots<R, 3, kAsks>(w, ldw, x, ldx, size, out, ldo);
-    if (n == 2) return dots<R, 2, kAsks>(w, ldw, x, ldx, size, out, ldo);
-    return dots<R, 1, kAsks>(w, ldw, x, ldx, size, out, ldo);
-}
-
-template <int R, int T, class W>
-inline void dots_all_rows(const W* w, long ldw, long count, const float* x, long ldx, long size, float* out, long ldo) {
-    long r = 0;
-    for (; r + R <= count; r += R) dots<R, T, true>(w + r * ldw, ldw, x, ldx, size, out + r, ldo);
-    for (; r < count; r++) dots<1, T, false>(w + r * ldw, ldw, x, ldx, size, out + r, ldo);
-}
-
-// Dot products of `count` rows with n tokens. With up to six tokens each row is read once, from memory; with more,
-// three rows go to the first-level cache and meet the tokens four by four.
-template <class W>
-inline void dot_rows(const W* w, long ldw, long count, const float* x, long ldx, long n, long size, float* out,
-                     long ldo) {
-    if (n == 1) return dots_all_rows<4, 1>(w, ldw, count, x, ldx, size, out, ldo);
-    if (n == 2) return dots_all_rows<4, 2>(w, ldw, count, x, ldx, size, out, ldo);
-    if (n == 3) return dots_all_rows<4, 3>(w, ldw, count, x, ldx, size, out, ldo);
-    if (n == 4) return dots_all_rows<3, 4>(w, ldw, count, x, ldx, size, out, ldo);
-    if (n == 5) return dots_all_rows<2, 5>(w, ldw, count, x, ldx, size, out, ldo);
-    if (n == 6) return dots_all_rows<2, 6>(w, ldw, count, x, ldx, size, out, ldo);
-    for (long tile = 0; tile < n; tile += kTile) {
-        const long end = std::min(tile + kTile, n);
-        long r = 0;
-        for (; r + 3 <= count; r += 3)
-            for (long t = tile; t < end; t += 4) {
-                ask_seldom(w + (r + 3) * ldw, size, t, n);
-                const auto few = n <= kStreamed ? dots_few<3, true, W> : dots_few<3, false, W>;
-                few(w + r * ldw, ldw, x + t * ldx, ldx, std::min(end - t, 4L), size, out + t * ldo + r, ldo);
-            }
-        for (; r < count; r++)
-            for (long t = tile; t < end; t += 4)
-                dots_few<1, false>(w + r * ldw, ldw, x + t * ldx, ldx, std::min(end - t, 4L), size, out + t * ldo + r,
-                                   ldo);
-    }
-}
-
 // y[t] += sum over R rows of h[t][r] * row r, for T tokens: a stream over the rows.
 template <int R, int T, bool kAsks, class W>
 __attribute__((noinline)) void adds(const W* w, long ldw, const float* h, long ldh, float* y, long ldy, long size) {
@@ -145,45 +102,88 @@ __attribute__((noinline)) void adds(const W* w, long ldw, const float* h, long l
     }
 }
 
-template <int R, bool kAsks, class W>
-inline void adds_few(const W* w, long ldw, const float* h, long ldh, float* y, long ldy, long n, long size) {
-    if (n == 4) return adds<R, 4, kAsks>(w, ldw, h, ldh, y, ldy, size);
-    if (n == 3) return adds<R, 3, kAsks>(w, ldw, h, ldh, y, ldy, size);
-    if (n == 2) return adds<R, 2, kAsks>(w, ldw, h, ldh, y, ldy, size);
-    return adds<R, 1, kAsks>(w, ldw, h, ldh, y, ldy, size);
-}
-
-template <int R, int T, class W>
-inline void adds_all_rows(const W* w, long ldw, long count, const float* h, long ldh, float* y, long ldy, long size) {
-    long r = 0;
-    for (; r + R <= count; r += R) adds<R, T, true>(w + r * ldw, ldw, h + r, ldh, y, ldy, size);
-    for (; r < count; r++) adds<1, T, false>(w + r * ldw, ldw, h + r, ldh, y, ldy, size);
-}
-
-// The same for `count` rows and n tokens, in the order of `dot_rows`.
+// One of the two for rows from r and tokens from t on, of many.
 template <class W>
-inline void add_rows(const W* w, long ldw, long count, const float* h, long ldh, float* y, long ldy, long n,
-                     long size) {
-    if (n == 1) return adds_all_rows<4, 1>(w, ldw, count, h, ldh, y, ldy, size);
-    if (n == 2) return adds_all_rows<4, 2>(w, ldw, count, h, ldh, y, ldy, size);
-    if (n == 3) return adds_all_rows<4, 3>(w, ldw, count, h, ldh, y, ldy, size);
-    if (n == 4) return adds_all_rows<3, 4>(w, ldw, count, h, ldh, y, ldy, size);
-    if (n == 5) return adds_all_rows<2, 5>(w, ldw, count, h, ldh, y, ldy, size);
-    if (n == 6) return adds_all_rows<2, 6>(w, ldw, count, h, ldh, y, ldy, size);
+struct Dots {
+    const W* w;
+    long ldw;
+    const float* x;
+    long ldx, size;
+    float* out;
+    long ldo;
+    template <int R, int T, bool kAsks>
+    void run(long r, long t) const {
+        dots<R, T, kAsks>(w + r * ldw, ldw, x + t * ldx, ldx, size, out + t * ldo + r, ldo);
+    }
+};
+
+template <class W>
+struct Adds {
+    const W* w;
+    long ldw;
+    const float* h;
+    long ldh;
+    float* y;
+    long ldy, size;
+    template <int R, int T, bool kAsks>
+    void run(long r, long t) const {
+        adds<R, T, kAsks>(w + r * ldw, ldw, h + t * ldh + r, ldh, y + t * ldy, ldy, size);
+    }
+};
+
+// R rows and n tokens, up to four.
+template <int R, bool kAsks, class K>
+inline void run_few(const K& kernel, long r, long t, long n) {
+    if (n == 4) return kernel.template run<R, 4, kAsks>(r, t);
+    if (n == 3) return kernel.template run<R, 3, kAsks>(r, t);
+    if (n == 2) return kernel.template run<R, 2, kAsks>(r, t);
+    return kernel.template run<R, 1, kAsks>(r, t);
+}
+
+// All rows and T tokens, in a stream of R rows at a time.
+template <int R, int T, class K>
+inline void stream(const K& kernel, long count) {
+    long r = 0;
+    for (; r + R <= count; r += R) kernel.template run<R, T, true>(r, 0);
+    for (; r < count; r++) kernel.template run<1, T, false>(r, 0);
+}
+
+// All rows and n tokens. With up to six tokens each row is read once, from memory; with more, three rows go to the
+// first-level cache and meet the tokens four by four.
+template <class K>
+inline void run_all(const K& kernel, long count, long n) {
+    if (n == 1) return stream<4, 1>(kernel, count);
+    if (n == 2) return stream<4, 2>(kernel, count);
+    if (n == 3) return stream<4, 3>(kernel, count);
+    if (n == 4) return stream<3, 4>(kernel, count);
+    if (n == 5) return stream<2, 5>(kernel, count);
+    if (n == 6) return stream<2, 6>(kernel, count);
     for (long tile = 0; tile < n; tile += kTile) {
         const long end = std::min(tile + kTile, n);
         long r = 0;
         for (; r + 3 <= count; r += 3)
             for (long t = tile; t < end; t += 4) {
-                ask_seldom(w + (r + 3) * ldw, size, t, n);
-                const auto few = n <= kStreamed ? adds_few<3, true, W> : adds_few<3, false, W>;
-                few(w + r * ldw, ldw, h + t * ldh + r, ldh, y + t * ldy, ldy, std::min(end - t, 4L), size);
+                ask_seldom(kernel.w + (r + 3) * kernel.ldw, kernel.size, t, n);
+                const auto few = n <= kStreamed ? run_few<3, true, K> : run_few<3, false, K>;
+                few(kernel, r, t, std::min(end - t, 4L));
             }
         for (; r < count; r++)
-            for (long t = tile; t < end; t += 4)
-                adds_few<1, false>(w + r * ldw, ldw, h + t * ldh + r, ldh, y + t * ldy, ldy, std::min(end - t, 4L),
-                                   size);
+            for (long t = tile; t < end; t += 4) run_few<1, false>(kernel, r, t, std::min(end - t, 4L));
     }
+}
+
+// Dot products of `count` rows with n tokens.
+template <class W>
+inline void dot_rows(const W* w, long ldw, long count, const float* x, long ldx, long n, long size, float* out,
+                     long ldo) {
+    run_all(Dots<W>{w, ldw, x, ldx, size, out, ldo}, count, n);
+}
+
+// Sums over `count` rows for n tokens.
+template <class W>
+inline void add_rows(const W* w, long ldw, long count, const float* h, long ldh, float* y, long ldy, long n,
+                     long size) {
+    run_all(Adds<W>{w, ldw, h, ldh, y, ldy, size}, count, n);
 }
 
 }  // namespace
