@@ -15,6 +15,7 @@ from flextron.elastic.importance import Method
 from flextron.errors import FlextronError
 from flextron.files import read_json
 from flextron.model.checkpoint import load_decoder, open_pretrained
+from flextron.model.fingerprint import weights_digest
 from flextron.routing import Frontier, LatencyTable, StaticRouter
 from flextron.routing.token_router import TokenRouter
 from flextron.spec import SearchSpace
@@ -67,7 +68,9 @@ def convert(
     )
     decoder.to(_default_device())
     importance = rank(decoder, calibration_BT, method)
-    permute(decoder, importance)
+    # a GGUF file has no tensors to sample, only some to compute
+    digest = None if pretrained.directory is None else weights_digest(pretrained.tensors())
+    permute(decoder, importance, source=pretrained.name, weights=digest)
     # the first and the last layer are never idle: they read and write the vocabulary
     skippable = [i for i in importance.layers_by_importance if 0 < i < config.num_hidden_layers - 1]
     space = SearchSpace.from_ratios(

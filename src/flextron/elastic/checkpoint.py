@@ -21,6 +21,7 @@ from flextron.errors import FlextronError
 from flextron.files import new_directory, new_file, read_json, write_json
 from flextron.model.checkpoint import write_checkpoint
 from flextron.model.decoder import Decoder
+from flextron.model.origin import write_origin
 from flextron.spec import SearchSpace
 
 __all__ = ["FORMAT_VERSION", "ElasticInfo", "read_elastic", "read_tensors", "write_elastic", "write_tensors"]
@@ -132,6 +133,7 @@ def write_elastic(
     with new_directory(directory, overwrite=overwrite) as temporary:
         write_checkpoint(decoder, temporary, hf_config=hf_config, tokenizer=tokenizer)
         write_json(temporary / "elastic.json", info.to_dict())
+        write_origin(temporary, decoder.config.origin)
         for name, data in (extra or {}).items():
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             write_json(temporary / name, data)

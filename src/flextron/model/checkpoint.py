@@ -26,6 +26,7 @@ from flextron.model.config import DecoderConfig
 from flextron.model.decoder import Decoder
 from flextron.model.families import FAMILIES, TensorMap, config_from_hf, family_of
 from flextron.model.gguf import open_gguf
+from flextron.model.origin import checked_origin
 from flextron.model.pretrained import Pretrained
 from flextron.spec import SubnetSpec
 
@@ -50,7 +51,11 @@ def open_pretrained(source: str | Path) -> Pretrained:
     family_of(hf_config)
     shards = _shards(path)
     return Pretrained(
-        name=str(source), hf_config=hf_config, tensors=lambda: _stream(shards), tokenizer=_tokenizer(path)
+        name=str(source),
+        hf_config=hf_config,
+        tensors=lambda: _stream(shards),
+        tokenizer=_tokenizer(path),
+        directory=path,
     )
 
 
@@ -135,6 +140,8 @@ def load_decoder(pretrained: Pretrained, dtype: torch.dtype = torch.float32) -> 
         FlextronError: tensors are missing, have the wrong shape or hold NaN or infinity.
     """
     config = config_from_hf(pretrained.hf_config)
+    if pretrained.directory is not None:
+        config = replace(config, origin=checked_origin(pretrained.directory, config))
     with torch.device("meta"):
         decoder = Decoder(config)
     decoder.to_empty(device="cpu").to(dtype)

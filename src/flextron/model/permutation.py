@@ -92,22 +92,30 @@ class Permutation:
         return out
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], config: DecoderConfig) -> Permutation:
-        """What `to_tensors` gave for a decoder of this config.
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Permutation:
+        """What `to_tensors` gave.
 
         Raises:
-            FlextronError: a layer's order is missing, or is no order of its units.
+            FlextronError: a layer's order is missing, or is no order.
         """
-        layers = range(config.num_hidden_layers)
-        names = {_NEURONS.format(i=i): config.intermediate_size for i in layers}
-        names |= {_GROUPS.format(i=i): config.num_groups for i in layers}
-        if tensors.keys() != names.keys():
-            raise FlextronError("the permutation is of a model with other layers; make the checkpoint again")
-        orders = {name: _checked(tensors[name], size, name) for name, size in names.items()}
+        layers = range(len(tensors) // 2)
+        names = [(_NEURONS.format(i=i), _GROUPS.format(i=i)) for i in layers]
+        if tensors.keys() != {name for pair in names for name in pair}:
+            raise FlextronError("the permutation lacks layers; make the checkpoint again")
         return cls(
-            neurons=tuple(orders[_NEURONS.format(i=i)] for i in layers),
-            groups=tuple(orders[_GROUPS.format(i=i)] for i in layers),
+            neurons=tuple(_checked(tensors[name], name) for name, _ in names),
+            groups=tuple(_checked(tensors[name], name) for _, name in names),
         )
+
+    def check(self, config: DecoderConfig) -> None:
+        """Raise unless it is of a full decoder of this config.
+
+        Raises:
+            FlextronError: it has other layers or units.
+        """
+        of_model = [(config.intermediate_size, config.num_groups)] * config.num_hidden_layers
+        if [(len(n), len(g)) for n, g in zip(self.neurons, self.groups, strict=True)] != of_model:
+            raise FlextronError("the permutation is of a model of other sizes; make the checkpoint again")
 
 
 def _rows(order: Tensor, rows_per_unit: int) -> Tensor:
@@ -115,8 +123,8 @@ def _rows(order: Tensor, rows_per_unit: int) -> Tensor:
     return (order[:, None] * rows_per_unit + torch.arange(rows_per_unit, device=order.device)).flatten()
 
 
-def _checked(order: Tensor, size: int, name: str) -> Tensor:
-    is_order = order.shape == (size,) and not order.is_floating_point() and not order.is_complex()
-    if not is_order or not torch.equal(order.long().sort().values, torch.arange(size)):
-        raise FlextronError(f"{name} of the permutation is no order of {size} units; make the checkpoint again")
+def _checked(order: Tensor, name: str) -> Tensor:
+    is_order = order.dim() == 1 and not order.is_floating_point() and not order.is_complex()
+    if not is_order or not torch.equal(order.long().sort().values, torch.arange(len(order))):
+        raise FlextronError(f"{name} of the permutation is no order of its units; make the checkpoint again")
     return order.long()
