@@ -87,7 +87,14 @@ def convert(
         layer_scores=importance.layer_scores,
         provenance=provenance(pretrained.name, importance=method, calibration_tokens=importance.num_tokens),
     )
-    return ElasticModel(decoder, pretrained.tokenizer, pretrained.hf_config, info, {})
+    return ElasticModel(
+        decoder,
+        pretrained.tokenizer,
+        pretrained.hf_config,
+        info,
+        {},
+        generation_config=pretrained.generation_config,
+    )
 
 
 def _max_skipped(num_hidden_layers: int, wanted: int | None) -> int:
@@ -133,7 +140,15 @@ def load(directory: str | Path) -> ElasticModel:
     measured = Frontier.from_dict(read_json(frontier)) if frontier.exists() else None
     if measured is not None and not all(p.spec.is_nested_in(info.space.full) for p in measured.points):
         raise FlextronError(f"{frontier} is of another model; delete it and measure again with profile")
-    model = ElasticModel(decoder, pretrained.tokenizer, pretrained.hf_config, info, tables, measured)
+    model = ElasticModel(
+        decoder,
+        pretrained.tokenizer,
+        pretrained.hf_config,
+        info,
+        tables,
+        measured,
+        generation_config=pretrained.generation_config,
+    )
     if (path / ROUTERS_FILE).exists():
         stored = read_tensors(path / ROUTERS_FILE)
         static, token = (

@@ -111,6 +111,7 @@ def write_elastic(
     *,
     hf_config: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase | None,
+    generation_config: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
     tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
     overwrite: bool = False,
@@ -123,6 +124,7 @@ def write_elastic(
         info: goes into `elastic.json`.
         hf_config: of the original checkpoint.
         tokenizer: written beside, where there is one.
+        generation_config: likewise.
         extra: further JSON files by relative path (latency tables, frontier).
         tensors: further safetensors files by name (routers).
         overwrite: replace an existing directory, in one step.
@@ -131,7 +133,9 @@ def write_elastic(
         FlextronError: the directory exists and is not to be overwritten.
     """
     with new_directory(directory, overwrite=overwrite) as temporary:
-        write_checkpoint(decoder, temporary, hf_config=hf_config, tokenizer=tokenizer)
+        write_checkpoint(
+            decoder, temporary, hf_config=hf_config, tokenizer=tokenizer, generation_config=generation_config
+        )
         write_json(temporary / "elastic.json", info.to_dict())
         write_origin(temporary, decoder.config.origin)
         for name, data in (extra or {}).items():
