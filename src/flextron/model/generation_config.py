@@ -104,7 +104,7 @@ def read_generation_config(directory: Path) -> dict[str, Any] | None:
         FlextronError: it is malformed.
     """
     path = directory / GENERATION_CONFIG
-    if not path.exists():
+    if not path.is_file():
         return None
     found = read_json(path)
     if not isinstance(found, dict):
