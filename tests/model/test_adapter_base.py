@@ -22,6 +22,7 @@ from flextron.model.decoder import Decoder
 from flextron.model.fingerprint import weights_digest
 from flextron.model.origin import write_origin
 from flextron.model.peft_layout import read_adapter, write_adapter
+from flextron.spec import SubnetSpec
 from tests.elastic.test_permute import shuffled
 from tests.model.adapter_cases import random_lora
 from tests.model.families_cases import CASES, decoder_of, hf_config_of, hf_logits, random_model, relative_error, stock
@@ -161,6 +162,35 @@ def test_what_is_written_here_is_known_again_whatever_its_base_is_called(here: P
     permute(other, shuffled(other, seed=9), source="other")
     with pytest.raises(FlextronError, match="made beside another elastic checkpoint"):
         read_adapter(here / "a", other.config)
+
+
+def test_an_adapter_of_a_shorter_extract_is_refused_by_the_whole(here: Path) -> None:
+    original("llama", here / "hf")
+    decoder = elastic(here / "hf", here / "e")
+    spec = SubnetSpec.uniform(num_hidden_layers=3, intermediate_size=40, num_groups=2, skip=[1])
+    adapter = random_lora(decoder.config).narrowed(spec)
+    write_adapter(adapter, here / "a")
+    with pytest.raises(FlextronError, match="or a part of this one"):
+        read_adapter(here / "a", decoder.config)
+    back = read_adapter(here / "a", decoder.config, spec)
+    assert torch.equal(back.get_parameter("layers.2.down.a"), adapter.get_parameter("layers.2.down.a"))
+
+
+def test_a_name_that_was_the_originals_before_is_refused(here: Path) -> None:
+    """Converted in place: adapters of both have the same name as their base."""
+    original("llama", here / "m")
+    elastic(here / "m", here / "e", name="m")
+    shutil.rmtree(here / "m")
+    (here / "e").rename(here / "m")
+    decoder = load_decoder(open_pretrained(here / "m"))
+    theirs = saved_adapter(stock(here / "m"), here / "a")
+    with pytest.raises(FlextronError, match="where the original was before"):
+        read_adapter(here / "a", decoder.config)
+    (here / "m").rename(here / "moved")
+    path = here / "a" / "adapter_config.json"
+    path.write_text(path.read_text().replace(str(here / "m"), str(here / "moved")))
+    ours = adapted_logits(decoder, read_adapter(here / "a", decoder.config))
+    assert relative_error(ours, hf_logits(theirs, TOKENS)) <= 1e-5
 
 
 @pytest.mark.parametrize("damage", ["truncated", "sizes", "no order"])

@@ -18,6 +18,7 @@ from flextron.model.config import DecoderConfig
 from flextron.model.fingerprint import weights_digest
 from flextron.model.origin import PermutedFrom, read_origin
 from flextron.model.permutation import Permutation
+from flextron.spec import SubnetSpec
 
 __all__ = ["MARK", "check_initialisation", "mark_of", "order_for", "reordered"]
 
@@ -25,6 +26,24 @@ MARK = "flextron_order"
 """Key of a weights file's metadata: the order of the weights beside which the adapter was made."""
 _KEEP_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 """Ways to begin a LoRA adapter that leave the weights beside it as they are."""
+
+_OF_ANOTHER = (
+    "the adapter in {adapter} was made beside another elastic checkpoint, or a part of this one; use it with that"
+)
+_IN_PLACE = (
+    "the adapter in {adapter} names {name} as its base model, where the original was before the elastic checkpoint "
+    "took its place; move the latter, and set base_model_name_or_path in adapter_config.json to {name} if the adapter is "
+    "of the original, or to where the elastic one is"
+)
+_OF_UNKNOWN = (
+    "the adapter in {adapter} names {name} as its base model, which is neither this elastic checkpoint nor what it was "
+    "made from; set base_model_name_or_path in its adapter_config.json to {source} if that was beside it, or to the "
+    "elastic checkpoint's directory"
+)
+_ORDER_LOST = (
+    "the adapter in {adapter} was made beside {name}, and this elastic checkpoint, of an earlier version, does not "
+    "keep the order of its neurons; make it again with convert"
+)
 
 
 def check_initialisation(settings: Mapping[str, Any], directory: Path) -> None:
@@ -42,9 +61,11 @@ def check_initialisation(settings: Mapping[str, Any], directory: Path) -> None:
         )
 
 
-def mark_of(config: DecoderConfig) -> dict[str, str]:
-    """Metadata of an adapter that was made beside a decoder."""
-    return {MARK: config.origin.mark} if isinstance(config.origin, PermutedFrom) else {}
+def mark_of(config: DecoderConfig, widths: SubnetSpec) -> dict[str, str]:
+    """Metadata of an adapter that was made beside a decoder of these widths; a part of it has a mark of its own."""
+    if not isinstance(config.origin, PermutedFrom):
+        return {}
+    return {MARK: config.origin.mark if widths == config.full_spec else f"part of {config.origin.mark}"}
 
 
 def order_for(directory: Path, config: DecoderConfig, base: Any, mark: str | None) -> Permutation | None:
@@ -62,24 +83,21 @@ def order_for(directory: Path, config: DecoderConfig, base: Any, mark: str | Non
     origin = config.origin
     if not isinstance(origin, PermutedFrom) or mark == origin.mark:
         return None
-    if mark is not None:
-        raise FlextronError(f"the adapter in {directory} was made beside another elastic checkpoint; use it with that")
     name = base if isinstance(base, str) else ""
+    words = {"adapter": directory, "name": repr(name), "source": repr(origin.source or "the original")}
+    if mark is not None:
+        raise FlextronError(_OF_ANOTHER.format(**words))
     found = _directory(name)
-    if found is not None and _mark_of_directory(found) == origin.mark:
+    is_elastic = found is not None and _mark_of_directory(found) == origin.mark
+    is_original = _is_named(origin, name, found) or (not is_elastic and _has_weights(origin, found))
+    if is_elastic and is_original:
+        raise FlextronError(_IN_PLACE.format(**words))
+    if is_elastic:
         return None
-    if not _is_original(origin, name, found):
-        original = origin.source or "the original"
-        raise FlextronError(
-            f"the adapter in {directory} names {name!r} as its base model, which is neither this elastic checkpoint "
-            f"nor what it was made from; set base_model_name_or_path in its adapter_config.json to {original!r} if "
-            "that was beside it, or to the elastic checkpoint's directory"
-        )
+    if not is_original:
+        raise FlextronError(_OF_UNKNOWN.format(**words))
     if origin.permutation is None:
-        raise FlextronError(
-            f"the adapter in {directory} was made beside {name}, and this elastic checkpoint, of an earlier version, "
-            "does not keep the order of its neurons; make it again with convert"
-        )
+        raise FlextronError(_ORDER_LOST.format(**words))
     return origin.permutation
 
 
@@ -106,15 +124,19 @@ def _mark_of_directory(directory: Path) -> str | None:
         return None
 
 
-def _is_original(origin: PermutedFrom, name: str, found: Path | None) -> bool:
-    if name and name == origin.source:
-        return True
-    if found is None:
-        return False
+def _is_named(origin: PermutedFrom, name: str, found: Path | None) -> bool:
+    """Whether a name, or the directory that it is of, is the original's."""
     source = _directory(origin.source)
-    if source is not None and source.samefile(found):
-        return True
+    return bool(name) and (
+        name == origin.source or (found is not None and source is not None and source.samefile(found))
+    )
+
+
+def _has_weights(origin: PermutedFrom, found: Path | None) -> bool:
+    """Whether a directory holds the original's weights."""
+    if found is None or origin.weights is None:
+        return False
     try:
-        return origin.weights is not None and weights_digest(open_pretrained(found).tensors()) == origin.weights
-    except FlextronError:
+        return weights_digest(open_pretrained(found).tensors()) == origin.weights
+    except (FlextronError, OSError):
         return False

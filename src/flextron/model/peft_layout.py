@@ -126,7 +126,7 @@ def write_adapter(adapter: Adapter, directory: Path, *, base_model: str | None =
     else:
         config |= {"peft_type": "IA3", "feedforward_modules": _short(every, inputs, inputs)}
     with new_directory(directory, overwrite=overwrite) as temporary:
-        save_file(tensors, temporary / _WEIGHTS, metadata={"format": "pt"} | mark_of(adapter.config))
+        save_file(tensors, temporary / _WEIGHTS, metadata={"format": "pt"} | mark_of(adapter.config, adapter.widths))
         temporary.joinpath(_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
