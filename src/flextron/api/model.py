@@ -17,6 +17,7 @@ from flextron.api.routing import TOKEN_TARGETS, OnProgress, route, route_tokens
 from flextron.api.texts import Texts
 from flextron.api.training import train_model
 from flextron.elastic import extract, write_elastic
+from flextron.elastic.adapter import ElasticAdapter
 from flextron.elastic.checkpoint import write_tensors
 from flextron.errors import FlextronError
 from flextron.files import new_file, write_json
@@ -44,6 +45,8 @@ class ElasticModel(MeasuredModel):
     """Trained by `route`."""
     token_router: TokenRouter | None = None
     """Trained by `route_tokens`."""
+    adapter: ElasticAdapter | None = None
+    """What `train` with `lora_rank` added to the base; merged into the decoder's weights already."""
 
     def to(self, device: torch.device | str) -> ElasticModel:
         """Move the weights."""

@@ -42,6 +42,10 @@ class TrainRecipe(BaseModel):
     """Above 1, the drawn sizes lean to the large end."""
     anneal_fraction: float = Field(0.2, ge=0, le=1)
     """Part of the run over which the smallest size comes in."""
+    lora_rank: int | None = Field(None, gt=0)
+    """Rank of the low-rank updates that are trained, with the norms, beside frozen weights; None trains all weights."""
+    lora_alpha: float | None = Field(None, gt=0)
+    """The updates are multiplied by alpha / rank; by default alpha is the rank."""
     lr: float = Field(4e-4, gt=0)
     """Peak learning rate of AdamW."""
     router_lr: float = Field(1e-3, gt=0)

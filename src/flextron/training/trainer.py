@@ -19,7 +19,9 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
+from flextron.elastic.adapter import norm_parameters
 from flextron.errors import FlextronError
+from flextron.model.adapter import Adapter
 from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
 from flextron.routing.sensitivity import Sensitivity, measure_sensitivity
@@ -84,12 +86,22 @@ def learning_rate(recipe: TrainRecipe, step: int, num_steps: int) -> float:
     return recipe.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def _optimizer(decoder: Decoder, recipe: TrainRecipe) -> torch.optim.AdamW:
-    """AdamW over what trains: matrices with decay, vectors without."""
+def _choose_trained(decoder: Decoder, adapter: Adapter | None, recipe: TrainRecipe) -> list[nn.Parameter]:
+    """What trains: all but embeddings and head, or beside an adapter the norms alone."""
+    if adapter is not None:
+        decoder.requires_grad_(False)
+        trained = [*adapter.parameters(), *norm_parameters(decoder).values()]
+        for p in trained:
+            p.requires_grad_()
+        return trained
     frozen = () if recipe.train_embeddings else ("embedding.", "positions.", "head.")
     for name, p in decoder.named_parameters():
         p.requires_grad_(not name.startswith(frozen) if frozen else True)
-    trained = [p for p in decoder.parameters() if p.requires_grad]
+    return [p for p in decoder.parameters() if p.requires_grad]
+
+
+def _optimizer(trained: Sequence[nn.Parameter], recipe: TrainRecipe) -> torch.optim.AdamW:
+    """AdamW over what trains: matrices with decay, vectors without."""
     groups = [
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": recipe.weight_decay},
         {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0},
@@ -110,6 +122,7 @@ class Run:
         directory: RunDirectory | None = None,
         specs: Sequence[SubnetSpec] = (),
         routing: RouterSampler | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
         """Prepare everything; arguments as for `train`."""
         if recipe.needs_teacher and teacher is None:
@@ -134,10 +147,11 @@ class Run:
         device = self.accelerator.device
         self.decoder = decoder.to(device)
         self.routing = routing
-        self.trained: nn.Module = decoder
-        optimizer = _optimizer(decoder, recipe)
+        self.adapter = None if adapter is None else adapter.to(device)
+        parts: dict[str, nn.Module] = {"decoder": decoder} | ({} if adapter is None else {"adapter": adapter})
+        optimizer = _optimizer(_choose_trained(decoder, adapter, recipe), recipe)
         if routing is not None:
-            self.trained = nn.ModuleDict({"decoder": decoder, "router": routing.router.to(device).requires_grad_()})
+            parts["router"] = routing.router.to(device).requires_grad_()
             optimizer.add_param_group(
                 {
                     "params": list(routing.router.parameters()),
@@ -145,14 +159,17 @@ class Run:
                     "lr_scale": recipe.router_lr / recipe.lr,
                 }
             )
-        self.objective, self.optimizer = self.accelerator.prepare(Objective(decoder, recipe), optimizer)
+        self.trained: nn.Module = nn.ModuleDict(parts) if len(parts) > 1 else decoder
+        self.objective, self.optimizer = self.accelerator.prepare(Objective(decoder, recipe, adapter), optimizer)
         sample = blocks.batch(0, math.ceil(_SAMPLE_TOKENS / blocks.context))
         self.teacher = None
         if teacher is not None and recipe.needs_teacher:
             self.teacher = TeacherStates(teacher.to(device), sample)
 
         def measure() -> Sensitivity:
-            return measure_sensitivity(decoder, sample, space, seed=recipe.seed)
+            # without its adapter the student is no model
+            measured = decoder if adapter is None or teacher is None else teacher
+            return measure_sensitivity(measured, sample, space, seed=recipe.seed)
 
         sensitivity = None
         if recipe.sampling == "guided" and recipe.full_probability < 1 and not specs and routing is None:
@@ -189,9 +206,9 @@ class Run:
             count = min(count, len(rows_BT))
             routed = None if self.routing is None else self.routing.draw(step, m, count)
             if routed is None:
-                batch = Batch.dealt(rows_BT, self.sampler.draw(step, m, count))
+                batch = Batch.dealt(rows_BT, self.sampler.draw(step, m, count), adapter=self.adapter)
             else:
-                batch = Batch.dealt(rows_BT, routed.specs, routed.gates)
+                batch = Batch.dealt(rows_BT, routed.specs, routed.gates, adapter=self.adapter)
             with self._sync(last=m == len(micro_batches) - 1):
                 losses = self._losses(batch, micro_BT, self._rows(step, m, rows_BT.numel()))
                 if routed is not None:
@@ -232,6 +249,7 @@ def train(
     *,
     specs: Sequence[SubnetSpec] = (),
     routing: RouterSampler | None = None,
+    adapter: Adapter | None = None,
     run_directory: Path | None = None,
     identity: dict[str, Any] | None = None,
     on_step: OnStep | None = None,
@@ -246,6 +264,7 @@ def train(
         recipe: all settings.
         specs: the sub-networks to train, each as often as the others; drawn by the recipe if none are given.
         routing: draws them instead, and trains its router along with the model.
+        adapter: trained, with the decoder's norms, in the place of its weights, which stay as they are.
         run_directory: where resumable states go; without one, a killed run is lost.
         identity: facts beside the recipe that a resumed run must share (source of text and model).
         on_step: called after every step with the steps done, the steps in all, and the losses.
@@ -259,7 +278,7 @@ def train(
         facts = {"recipe": recipe.model_dump(mode="json"), "specs": [spec.to_dict() for spec in specs]}
         directory = RunDirectory(run_directory, facts | (identity or {}))
         directory.forget_finished()
-    run = Run(decoder, teacher, space, blocks, recipe, directory, specs, routing)
+    run = Run(decoder, teacher, space, blocks, recipe, directory, specs, routing, adapter)
     optimizer = getattr(run.optimizer, "optimizer", run.optimizer)
     restored = None if directory is None else directory.load(run.trained, optimizer)
     done, history = restored or (0, list[dict[str, float]]())
