@@ -75,9 +75,7 @@ def _instruction(prompt: str) -> str:
 
 
 def _conversations(data: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    dolly = [
-        (_instruction(r["prompt"]), r["response"]) for r in _lines(data / "instruct/dolly_hhrlhf_train_small.jsonl.zst")
-    ]
+    kept = _dolly(data)[:-_HELD_OUT]
     maths = [(r["question"], r["answer"]) for r in _lines(data / "instruct/gsm8k_train.jsonl.zst")]
     rng = random.Random(0)
     while maths:  # conversations of the smaller set come round again
@@ -114,12 +112,10 @@ def _code(data: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     for path in paths:
         try:
             source = path.read_text(encoding="utf-8")
-            nodes = [
-                n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)
-            ]
+            tree = ast.parse(source)
         except (SyntaxError, UnicodeDecodeError, ValueError):
             continue
-        nodes = [n for n in tree if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
+        nodes = [n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
         docs = "\n\n".join(d for n in nodes if (d := ast.get_docstring(n)) and len(d) > 100)
         yield from _pieces(source)
         yield from _pieces(docs)
