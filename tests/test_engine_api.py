@@ -112,7 +112,7 @@ def test_adapters_and_targets_in_one_batch(engine: Engine, model: ElasticModel, 
         assert model.tokenizer is not None
         assert isinstance(spec, SubnetSpec | None)
         decoder = model.decoder if adapter is None else merged(model.decoder, adapter)
-        stop = replace(params, stop_token_ids=engine._stop_tokens)
+        stop = replace(params, stop_token_ids=engine._defaults.ends)
         (wanted,) = generate(decoder, [model.tokenizer.encode(prompt)], spec or model.space.full, stop)
         assert list(completion.token_ids) == wanted
     everywhere = engine.generate(PROMPTS, params, adapter=first)
@@ -123,7 +123,7 @@ def test_adapters_and_targets_in_one_batch(engine: Engine, model: ElasticModel, 
     text = "The city was in the north of the country"
     (changed,) = engine.generate(text, params, adapter=first)
     assert model.tokenizer is not None
-    decoder, stop = merged(model.decoder, first), replace(params, stop_token_ids=engine._stop_tokens)
+    decoder, stop = merged(model.decoder, first), replace(params, stop_token_ids=engine._defaults.ends)
     assert [list(changed.token_ids)] == generate(decoder, [model.tokenizer.encode(text)], model.space.full, stop)
     assert (changed.token_ids,) != tuple(c.token_ids for c in engine.generate(text, params, adapter=adapters[0]))
 

@@ -71,7 +71,7 @@ def test_peft_loads_part_of_the_linears(case: str, targets: list[str], tmp_path:
         assert relative_error(adapted_logits(decoder, adapter), theirs) <= 1e-5
 
 
-def _randomized(model: Any) -> Any:
+def randomized(model: Any) -> Any:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -97,7 +97,7 @@ def test_what_peft_wrote_is_read(case: str, rslora: bool, tmp_path: Path) -> Non
         task_type="CAUSAL_LM",
         fan_in_fan_out=case == "gpt2",
     )
-    theirs = _randomized(get_peft_model(model, config))
+    theirs = randomized(get_peft_model(model, config))
     theirs.save_pretrained(tmp_path)
     adapter = read_adapter(tmp_path, decoder.config)
     assert {t for i in range(3) for t in adapter.at(i)} == set(targets_of(decoder.config))
@@ -113,7 +113,7 @@ def test_ia3_that_peft_wrote_is_read(tmp_path: Path) -> None:
     model = random_model("llama-3")
     decoder = decoder_of(model)
     names = {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
-    theirs = _randomized(get_peft_model(model, IA3Config(**names, task_type="CAUSAL_LM")))
+    theirs = randomized(get_peft_model(model, IA3Config(**names, task_type="CAUSAL_LM")))
     theirs.save_pretrained(tmp_path)
     adapter = read_adapter(tmp_path, decoder.config)
     assert relative_error(adapted_logits(decoder, adapter), hf_logits(theirs, TOKENS)) <= 1e-5

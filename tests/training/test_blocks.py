@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from flextron.errors import FlextronError
@@ -66,6 +67,20 @@ def test_packing_loses_no_token_and_keeps_the_order(
     num_wanted = min(num_tokens, len(stream))
     assert packed.tolist() == stream[: num_wanted - num_wanted % context]
     assert packed.dtype == np.int32
+
+
+@pytest.mark.parametrize(("before", "after"), [(["<bos>"], []), (["<bos>"], ["<eos>"]), ([], ["<eos>"])])
+def test_documents_begin_as_texts_do_and_one_separator_stands_between(before: list[str], after: list[str]) -> None:
+    """What the tokenizer would put behind a text is not doubled by the separator."""
+    vocab = VOCAB | {"<bos>": len(VOCAB)}
+    model = Tokenizer(WordLevel(vocab, unk_token="<unk>"))
+    model.pre_tokenizer = WhitespaceSplit()
+    named = [(name, vocab[name]) for name in {*before, *after}]
+    model.post_processor = TemplateProcessing(single=[*before, "$A", *after], special_tokens=named)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<eos>")
+    assert tokenizer("w1")["input_ids"] == [vocab[t] for t in (*before, "w1", *after)]
+    packed = pack_tokens(["w1 w2", "", "w3"], tokenizer, num_tokens=9, context=1)
+    assert packed.tolist() == [vocab[t] for t in (*before, "w1", "w2", "<eos>", *before, "w3")]
 
 
 def test_documents_are_read_only_as_far_as_needed(tokenizer: PreTrainedTokenizerFast) -> None:

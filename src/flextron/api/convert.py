@@ -15,6 +15,7 @@ from flextron.elastic.importance import Method
 from flextron.errors import FlextronError
 from flextron.files import read_json
 from flextron.model.checkpoint import load_decoder, open_pretrained
+from flextron.model.fingerprint import weights_digest
 from flextron.routing import Frontier, LatencyTable, StaticRouter
 from flextron.routing.token_router import TokenRouter
 from flextron.spec import SearchSpace
@@ -67,7 +68,9 @@ def convert(
     )
     decoder.to(_default_device())
     importance = rank(decoder, calibration_BT, method)
-    permute(decoder, importance)
+    # a GGUF file has no tensors to sample, only some to compute
+    digest = None if pretrained.directory is None else weights_digest(pretrained.tensors())
+    permute(decoder, importance, source=pretrained.name, weights=digest)
     # the first and the last layer are never idle: they read and write the vocabulary
     skippable = [i for i in importance.layers_by_importance if 0 < i < config.num_hidden_layers - 1]
     space = SearchSpace.from_ratios(
@@ -84,7 +87,14 @@ def convert(
         layer_scores=importance.layer_scores,
         provenance=provenance(pretrained.name, importance=method, calibration_tokens=importance.num_tokens),
     )
-    return ElasticModel(decoder, pretrained.tokenizer, pretrained.hf_config, info, {})
+    return ElasticModel(
+        decoder,
+        pretrained.tokenizer,
+        pretrained.hf_config,
+        info,
+        {},
+        generation_config=pretrained.generation_config,
+    )
 
 
 def _max_skipped(num_hidden_layers: int, wanted: int | None) -> int:
@@ -130,7 +140,15 @@ def load(directory: str | Path) -> ElasticModel:
     measured = Frontier.from_dict(read_json(frontier)) if frontier.exists() else None
     if measured is not None and not all(p.spec.is_nested_in(info.space.full) for p in measured.points):
         raise FlextronError(f"{frontier} is of another model; delete it and measure again with profile")
-    model = ElasticModel(decoder, pretrained.tokenizer, pretrained.hf_config, info, tables, measured)
+    model = ElasticModel(
+        decoder,
+        pretrained.tokenizer,
+        pretrained.hf_config,
+        info,
+        tables,
+        measured,
+        generation_config=pretrained.generation_config,
+    )
     if (path / ROUTERS_FILE).exists():
         stored = read_tensors(path / ROUTERS_FILE)
         static, token = (

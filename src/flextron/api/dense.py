@@ -14,7 +14,9 @@ from flextron.files import new_directory
 from flextron.model.batch import TokenChoice
 from flextron.model.checkpoint import write_checkpoint
 from flextron.model.decoder import Decoder
+from flextron.model.encoding import encode
 from flextron.model.generation import SamplingParams, generate
+from flextron.model.generation_config import GenerationDefaults, generation_defaults
 from flextron.spec import SubnetSpec
 
 __all__ = ["DenseModel", "Generates"]
@@ -25,14 +27,27 @@ class Generates:
 
     decoder: Decoder
     tokenizer: PreTrainedTokenizerBase | None
+    hf_config: Mapping[str, Any]
+    generation_config: Mapping[str, Any] | None
+
+    @property
+    def generation_defaults(self) -> GenerationDefaults:
+        """What the checkpoint says about generating."""
+        return generation_defaults(self.generation_config, self.hf_config, self.tokenizer)
 
     def _generate(
-        self, prompts: Sequence[str], spec: SubnetSpec, params: SamplingParams, router: TokenChoice | None = None
+        self,
+        prompts: Sequence[str],
+        spec: SubnetSpec,
+        params: SamplingParams,
+        router: TokenChoice | None = None,
+        *,
+        add_special_tokens: bool = True,
     ) -> list[str]:
         tokenizer = needed(self.tokenizer)
-        if not params.stop_token_ids and tokenizer.eos_token_id is not None:
-            params = replace(params, stop_token_ids=(tokenizer.eos_token_id,))
-        ids = [tokenizer.encode(p, add_special_tokens=False) for p in prompts]
+        if not params.stop_token_ids:
+            params = replace(params, stop_token_ids=self.generation_defaults.ends)
+        ids = [encode(tokenizer, p, add_special_tokens=add_special_tokens) for p in prompts]
         return [str(tokenizer.decode(out)) for out in generate(self.decoder, ids, spec, params, router)]
 
 
@@ -43,10 +58,18 @@ class DenseModel(Generates):
     decoder: Decoder
     tokenizer: PreTrainedTokenizerBase | None
     hf_config: Mapping[str, Any]
+    generation_config: Mapping[str, Any] | None = None
 
-    def generate(self, prompt: str, **params: Any) -> str:
-        """Continue a prompt; keywords as for `SamplingParams`."""
-        return self._generate([prompt], self.decoder.widths, SamplingParams(**params))[0]
+    def generate(self, prompt: str, *, add_special_tokens: bool = True, **params: Any) -> str:
+        """Continue a prompt.
+
+        Args:
+            prompt: text.
+            add_special_tokens: whether it begins as the tokenizer begins a text.
+            params: fields of `SamplingParams`; greedy by default, whatever `generation_config.json` says.
+        """
+        widths, chosen = self.decoder.widths, SamplingParams(**params)
+        return self._generate([prompt], widths, chosen, add_special_tokens=add_special_tokens)[0]
 
     def save_pretrained(self, directory: str | Path, *, overwrite: bool = False) -> None:
         """Write an ordinary Hugging Face checkpoint, which `AutoModelForCausalLM` loads.
@@ -55,4 +78,10 @@ class DenseModel(Generates):
             FlextronError: the layers differ in width, or the directory exists.
         """
         with new_directory(Path(directory), overwrite=overwrite) as temporary:
-            write_checkpoint(self.decoder, temporary, hf_config=self.hf_config, tokenizer=self.tokenizer)
+            write_checkpoint(
+                self.decoder,
+                temporary,
+                hf_config=self.hf_config,
+                tokenizer=self.tokenizer,
+                generation_config=self.generation_config,
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -14,15 +15,17 @@ from flextron.engine import EngineCore, EngineSettings, FinishReason, Logprobs, 
 from flextron.engine import Sequence as Running
 from flextron.errors import FlextronError
 from flextron.model.adapter import Adapter
+from flextron.model.encoding import encode
 from flextron.model.generation import SamplingParams
 from flextron.model.native import Weights
 from flextron.model.peft_layout import read_adapter
 from flextron.routing.token_router import PricedRouter
-from flextron.server.answer import Answer, stop_tokens
+from flextron.server.answer import Answer
 from flextron.spec import SubnetSpec, Target
 
 __all__ = ["Completion", "Engine", "speculation_of"]
 
+_log = logging.getLogger("flextron.engine")
 T = TypeVar("T")
 _DRAFT_LATENCIES = (0.75, 0.5)
 """Targets whose sub-networks are tried as drafts."""
@@ -70,7 +73,9 @@ class Engine:
         if speculate is not None:
             settings["speculation"] = speculation_of(self.model, speculate)
         self._core = EngineCore(self.model.decoder, EngineSettings(**settings))
-        self._stop_tokens = stop_tokens(self._tokenizer, self.model.hf_config.get("eos_token_id"))
+        self._defaults = self.model.generation_defaults
+        if (said := self._defaults.complaint) is not None:
+            _log.warning("%s", said)
         # one object a target, because the engine tells routers apart by identity
         self._routed: dict[Target, tuple[SubnetSpec, PricedRouter]] = {}
         # and one a directory
@@ -85,18 +90,22 @@ class Engine:
         router: Literal["token"] | None = None,
         adapter: Beside | Sequence[Beside] = None,
         stop: str | Sequence[str] = (),
+        add_special_tokens: bool = True,
     ) -> list[Completion]:
         """Continue prompts, all in one batch.
 
         Args:
             prompts: a text, texts, or lists of token ids.
-            params: how tokens are chosen, for all prompts or one entry each.
+            params: how tokens are chosen, for all prompts or one entry each; by default with the temperature and
+                `top_p` of the checkpoint's `generation_config.json`, or greedily if it names none.
             target: a `Target`, a sub-network, or None for the full one; for all prompts or one entry each.
             router: `token` routes each token by itself, so that they cost a `latency` target on average.
             adapter: an `Adapter`, its directory in peft's layout, which is read once, or None for the model alone; for
                 all prompts or one entry each. It is sliced to the sub-network as the weights are. Only with those
                 from directories do equal beginnings of prompts stay in the cache for the next call.
             stop: strings that end a text.
+            add_special_tokens: whether texts begin as the tokenizer begins them (with BOS, for some); a chat template
+                has written such tokens already. Token ids are taken as they are.
 
         Returns:
             Completions in the order of the prompts.
@@ -105,8 +114,8 @@ class Engine:
             FlextronError: numbers of prompts, params, targets and adapters differ, nothing is within a target, an
                 adapter is damaged or does not fit, or a prompt is empty or too long.
         """
-        tokens = self._encode(prompts)
-        each_params = _one_each(params or SamplingParams(), len(tokens), SamplingParams, "params")
+        tokens = self._encode(prompts, add_special_tokens=add_special_tokens)
+        each_params = _one_each(params or self._defaults.sampling(), len(tokens), SamplingParams, "params")
         asked = _one_each(target, len(tokens), Target | SubnetSpec | None, "target")
         beside: list[Beside] = _one_each(adapter, len(tokens), Adapter | str | Path | None, "adapter")
         adapters = [self._adapter(a) for a in beside]
@@ -115,7 +124,7 @@ class Engine:
         answers: dict[Running, Answer] = {}
         try:
             for ids, p, network in zip(tokens, each_params, networks, strict=True):
-                chosen = p if p.stop_token_ids else replace(p, stop_token_ids=self._stop_tokens)
+                chosen = p if p.stop_token_ids else replace(p, stop_token_ids=self._defaults.ends)
                 answer = Answer(self._tokenizer, stops)
                 answers[self._core.add(str(len(answers)), ids, chosen, network)] = answer
             self._run(answers)
@@ -135,12 +144,16 @@ class Engine:
                 if answer.finish_reason is None and answer.take(output).finish_reason is not None:
                     self._core.abort(output.sequence)
 
-    def _encode(self, prompts: str | Sequence[str] | Sequence[Sequence[int]]) -> list[list[int]]:
+    def _encode(
+        self, prompts: str | Sequence[str] | Sequence[Sequence[int]], *, add_special_tokens: bool
+    ) -> list[list[int]]:
         given = [prompts] if isinstance(prompts, str) else prompts
         if any(isinstance(p, int) for p in given):
             raise FlextronError("prompts are texts or lists of token ids; put a single list of ids into a list")
-        encode = self._tokenizer.encode
-        return [encode(p, add_special_tokens=False) if isinstance(p, str) else list(p) for p in given]
+        return [
+            encode(self._tokenizer, p, add_special_tokens=add_special_tokens) if isinstance(p, str) else list(p)
+            for p in given
+        ]
 
     def _adapter(self, given: Beside) -> Adapter | None:
         if given is None or isinstance(given, Adapter):

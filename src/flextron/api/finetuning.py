@@ -24,6 +24,7 @@ from flextron.jobs.directory import durable_directory, lock_directory
 from flextron.jobs.hyperparameters import Hyperparameters
 from flextron.jobs.lora import LoraTrainers
 from flextron.jobs.trainer import StepMetrics, Trainer
+from flextron.model.origin import PermutedFrom
 from flextron.spec import SubnetSpec, Target
 
 __all__ = ["FIGURES_FILE", "FinetuneResult", "finetune"]
@@ -127,7 +128,7 @@ def finetune(
         state = directory / _STATE
         is_resumed = state.exists()
         progress = _Progress(**read_json(state / _PROGRESS)) if is_resumed else _Progress()
-        trainers = LoraTrainers(loaded.decoder, source, spec=spec)
+        trainers = LoraTrainers(loaded.decoder, _base_name(model, loaded), spec=spec)
         trainer = trainers(chosen, dataset.examples, seed, state / _TRAINER if is_resumed else None, scored)
         _train(trainer, progress, state, save_seconds, on_step)
         result = FinetuneResult(
@@ -146,6 +147,13 @@ def finetune(
             write_json(temporary / FIGURES_FILE, result.to_dict() | {"run": identity})
         shutil.rmtree(directory)
     return result
+
+
+def _base_name(given: ElasticModel | str | Path, loaded: ElasticModel) -> str:
+    """The elastic checkpoint by its directory, as far as it has one: never the original, whose weights are ordered."""
+    origin = loaded.decoder.config.origin
+    known = origin.directory if isinstance(origin, PermutedFrom) else None
+    return str((known or "") if isinstance(given, ElasticModel) else given)
 
 
 @dataclass(slots=True)

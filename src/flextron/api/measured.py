@@ -44,6 +44,8 @@ class MeasuredModel(Generates):
     """Latency tables by device."""
     frontier: Frontier | None = None
     """Measured sub-networks, once profiled."""
+    generation_config: Mapping[str, Any] | None = None
+    """The checkpoint's `generation_config.json`, if it has one."""
 
     @property
     def space(self) -> SearchSpace:

@@ -70,6 +70,7 @@ class ElasticModel(MeasuredModel):
             self.info,
             hf_config=self.hf_config,
             tokenizer=self.tokenizer,
+            generation_config=self.generation_config,
             extra=extra,
             tensors={ROUTERS_FILE: tensors} if (tensors := self._router_tensors()) else {},
             overwrite=overwrite,
@@ -205,7 +206,13 @@ class ElasticModel(MeasuredModel):
         return route_tokens(self, text, recipe, targets=targets, context=context, on_step=on_step)
 
     def generate(
-        self, prompt: str, *, spec: SubnetSpec | None = None, router: Literal["token"] | None = None, **options: Any
+        self,
+        prompt: str,
+        *,
+        spec: SubnetSpec | None = None,
+        router: Literal["token"] | None = None,
+        add_special_tokens: bool = True,
+        **options: Any,
     ) -> str:
         """Continue a prompt.
 
@@ -213,7 +220,9 @@ class ElasticModel(MeasuredModel):
             prompt: text.
             spec: the sub-network; the full one by default, unless a target is among the options.
             router: `token` routes each token by itself, so that they cost a `latency` target on average.
-            options: a target as for `select`, or fields of `SamplingParams`.
+            add_special_tokens: whether the prompt begins as the tokenizer begins a text (with BOS, for some).
+            options: a target as for `select`, or fields of `SamplingParams`; greedy by default, whatever
+                `generation_config.json` says.
 
         Raises:
             FlextronError: as for `select` and `SamplingParams`.
@@ -222,11 +231,11 @@ class ElasticModel(MeasuredModel):
         target = {k: v for k, v in options.items() if k in names}
         params = SamplingParams(**{k: v for k, v in options.items() if k not in names})
         if router is not None:
-            choice = self.routed(Target(**target))
-            return self._generate([prompt], choice[0], params, choice[1])[0]
+            routed, by_token = self.routed(Target(**target))
+            return self._generate([prompt], routed, params, by_token, add_special_tokens=add_special_tokens)[0]
         if spec is None:
             spec = self.select(**target) if target else self.space.full
-        return self._generate([prompt], spec, params)[0]
+        return self._generate([prompt], spec, params, add_special_tokens=add_special_tokens)[0]
 
     def routed(self, target: Target) -> tuple[SubnetSpec, PricedRouter]:
         """The static sub-network of a `latency` target and the router that deals its MLP widths to tokens.
@@ -242,4 +251,4 @@ class ElasticModel(MeasuredModel):
 
     def extract(self, spec: SubnetSpec) -> DenseModel:
         """A sub-network as a model of its own."""
-        return DenseModel(extract(self.decoder, spec), self.tokenizer, self.hf_config)
+        return DenseModel(extract(self.decoder, spec), self.tokenizer, self.hf_config, self.generation_config)

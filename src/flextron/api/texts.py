@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from flextron.errors import FlextronError
+from flextron.model.encoding import beginning
 from flextron.training.blocks import pack_tokens
 from flextron.training.documents import read_documents
 from flextron.training.machine_text import drop_overlaps, pydoc_topics, python_docstrings
@@ -41,9 +42,16 @@ def documents(text: Texts, default: Callable[[], list[str]]) -> Iterable[str]:
 def windows(
     documents: Iterable[str], tokenizer: PreTrainedTokenizerBase | None, *, num_tokens: int, context: int
 ) -> Tensor:
-    """Packed windows of token ids, int64, (B, context)."""
+    """Packed windows of token ids, int64, (B, context).
+
+    Each begins as the tokenizer begins a text, in the place of the tokens that would stand there (as llama.cpp's
+    perplexity does): models that were trained with BOS predict badly where a window starts in the midst of a text.
+    """
     tokens = pack_tokens(documents, needed(tokenizer), num_tokens=num_tokens, context=context)
-    return torch.from_numpy(tokens.reshape(-1, context).astype("int64"))
+    windows_BT = torch.from_numpy(tokens.reshape(-1, context).astype("int64"))
+    begin = beginning(needed(tokenizer))[:context]
+    windows_BT[:, : len(begin)] = torch.tensor(begin, dtype=torch.int64)
+    return windows_BT
 
 
 def needed(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:

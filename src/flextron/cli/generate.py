@@ -29,6 +29,9 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Nucleus.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Of the draws.")] = None,
+    add_special_tokens: Annotated[
+        bool, typer.Option(help="Begin the prompt as the tokenizer begins a text (with BOS, for some).")
+    ] = True,
     as_json: Json = False,
 ) -> None:
     """Continue a prompt in the sub-network for a target (the full one by default)."""
@@ -42,6 +45,7 @@ def generate(
     target: dict[str, Any] = {name: value for name, value in limits.items() if value is not None}
     model = api.load(directory)
     sampling: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    sampling["add_special_tokens"] = add_special_tokens
     if router not in (None, "token"):
         raise FlextronError(f"there is no router {router!r}; `token` is the only one to name")
     if router is not None:

@@ -105,6 +105,8 @@ def serve(
             )
             stack.callback(jobs.close)
         app = create_app(model, settings, engine, jobs, adapters)
+        if (said := model.generation_defaults.complaint) is not None:
+            message(said)
         sock = listen(host, port)
         if model.frontier is None:
             message("the model has no frontier, so requests cannot name targets; run flextron profile first")

@@ -21,6 +21,7 @@ from flextron.errors import FlextronError
 from flextron.files import new_directory, new_file, read_json, write_json
 from flextron.model.checkpoint import write_checkpoint
 from flextron.model.decoder import Decoder
+from flextron.model.origin import write_origin
 from flextron.spec import SearchSpace
 
 __all__ = ["FORMAT_VERSION", "ElasticInfo", "read_elastic", "read_tensors", "write_elastic", "write_tensors"]
@@ -110,6 +111,7 @@ def write_elastic(
     *,
     hf_config: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase | None,
+    generation_config: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
     tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
     overwrite: bool = False,
@@ -122,6 +124,7 @@ def write_elastic(
         info: goes into `elastic.json`.
         hf_config: of the original checkpoint.
         tokenizer: written beside, where there is one.
+        generation_config: likewise.
         extra: further JSON files by relative path (latency tables, frontier).
         tensors: further safetensors files by name (routers).
         overwrite: replace an existing directory, in one step.
@@ -130,8 +133,11 @@ def write_elastic(
         FlextronError: the directory exists and is not to be overwritten.
     """
     with new_directory(directory, overwrite=overwrite) as temporary:
-        write_checkpoint(decoder, temporary, hf_config=hf_config, tokenizer=tokenizer)
+        write_checkpoint(
+            decoder, temporary, hf_config=hf_config, tokenizer=tokenizer, generation_config=generation_config
+        )
         write_json(temporary / "elastic.json", info.to_dict())
+        write_origin(temporary, decoder.config.origin)
         for name, data in (extra or {}).items():
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             write_json(temporary / name, data)

@@ -1,50 +1,30 @@
-"""Reorder neurons and attention groups so that importance falls along every nested axis.
-
-The permuted model computes the same function: projections into a nested dimension and out of it move together.
-"""
+"""Reorder neurons and attention groups so that importance falls along every nested axis."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from dataclasses import replace
 
 from flextron.elastic.importance import Importance
 from flextron.model.decoder import Decoder
-from flextron.model.layers import Contraction, Layer
+from flextron.model.origin import PermutedFrom
+from flextron.model.permutation import Permutation
 
-__all__ = ["permute"]
-
-
-def _rows(linear: nn.Linear, order: Tensor) -> None:
-    linear.weight.copy_(linear.weight[order])
-    if linear.bias is not None:
-        linear.bias.copy_(linear.bias[order])
+__all__ = ["Permutation", "permute"]
 
 
-def _inputs(contraction: Contraction, order: Tensor) -> None:
-    contraction.weight.copy_(contraction.weight[order])
+def permute(decoder: Decoder, importance: Importance, *, source: str = "", weights: str | None = None) -> Permutation:
+    """Sort the full decoder's neurons and groups by importance, in place, and give their order.
 
-
-def _expand_units(order: Tensor, rows_per_unit: int) -> Tensor:
-    """Row numbers of units that are `rows_per_unit` rows each."""
-    return (order[:, None] * rows_per_unit + torch.arange(rows_per_unit, device=order.device)).flatten()
-
-
-@torch.no_grad()
-def permute(decoder: Decoder, importance: Importance) -> None:
-    """Sort the full decoder's neurons and groups by importance, in place."""
-    config = decoder.config
-    for layer, neurons, groups in zip(decoder.layers, importance.neurons, importance.groups, strict=True):
-        assert isinstance(layer, Layer)
-        neurons, groups = neurons.to(decoder.device), groups.to(decoder.device)
-        for linear in (layer.mlp.gate, layer.mlp.up):
-            if linear is not None:
-                _rows(linear, neurons)
-        _inputs(layer.mlp.down, neurons)
-        query = _expand_units(groups, config.query_rows_per_group)
-        _rows(layer.attention.q, query)
-        _inputs(layer.attention.o, query)
-        if not config.is_multi_query:
-            kv = _expand_units(groups, config.head_dim)
-            _rows(layer.attention.k, kv)
-            _rows(layer.attention.v, kv)
+    Args:
+        decoder: whose config tells from then on what its weights are an order of.
+        importance: with the orders.
+        source: the checkpoint that it was read from, by name.
+        weights: digest of that checkpoint's weights, see `weights_digest`.
+    """
+    permutation = Permutation(
+        neurons=tuple(order.cpu() for order in importance.neurons),
+        groups=tuple(order.cpu() for order in importance.groups),
+    )
+    permutation.apply(decoder)
+    decoder.config = replace(decoder.config, origin=PermutedFrom.of(permutation, source, weights))
+    return permutation

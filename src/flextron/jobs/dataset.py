@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from flextron.errors import FlextronError
 from flextron.jobs.hyperparameters import Hyperparameters
 from flextron.jobs.trainer import Example
+from flextron.model.encoding import beginning
 
 __all__ = ["Dataset", "DatasetError", "read_dataset"]
 
@@ -98,6 +99,7 @@ class _Reader:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, limit: int, *, may_truncate: bool) -> None:
         self._tokenizer, self._limit, self._may_truncate = tokenizer, limit, may_truncate
+        self._begin = beginning(tokenizer)
         self._kind: str | None = None
         self.num_truncated = 0
 
@@ -113,22 +115,23 @@ class _Reader:
         self._kind = kind
         if kind == "messages":
             text, spans = _conversation(record["messages"], self._tokenizer)
-            return self._encode(text, spans, ending=[])
+            return self._encode([], text, spans, ending=[])
         prompt, completion = record["prompt"], record.get("completion")
         if not isinstance(prompt, str) or not isinstance(completion, str) or not completion:
             raise DatasetError("must have a prompt and a completion that are texts, the completion not empty")
         end = self._tokenizer.eos_token_id
         text, span = prompt + completion, (len(prompt), len(prompt) + len(completion))
-        return self._encode(text, [span], ending=[] if end is None else [int(end)])
+        return self._encode(self._begin, text, [span], ending=[] if end is None else [int(end)])
 
-    def _encode(self, text: str, spans: Sequence[Span], ending: list[int]) -> Example:
+    def _encode(self, begin: list[int], text: str, spans: Sequence[Span], ending: list[int]) -> Example:
+        """An example of a text; what a chat template has written begins as it should."""
         found = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         starts = [start for start, _ in found["offset_mapping"]]
-        tokens = array("i", [*found["input_ids"], *ending])
+        tokens = array("i", [*begin, *found["input_ids"], *ending])
         mask = bytearray(len(tokens))
-        for i, start in enumerate(starts):
-            mask[i] = any(begin <= start < end for begin, end in spans)
-        mask[len(starts) :] = b"\1" * len(ending)
+        for i, start in enumerate(starts, len(begin)):
+            mask[i] = any(first <= start < last for first, last in spans)
+        mask[len(tokens) - len(ending) :] = b"\1" * len(ending)
         if len(tokens) > self._limit:
             if not self._may_truncate:
                 raise DatasetError(

@@ -55,6 +55,10 @@ class Bypass(nn.Module):
         """A copy for the linear's leading part."""
         raise NotImplementedError
 
+    def reorder(self, inputs: Tensor | None, outputs: Tensor | None) -> None:
+        """Follow the linear into another order of its inputs or outputs, in place; None for a side that stays."""
+        raise NotImplementedError
+
 
 class Lora(Bypass):
     """Low-rank adaptation (arXiv 2106.09685): y + scale · (x A) Bᵀ."""
@@ -88,6 +92,10 @@ class Lora(Bypass):
         out.a, out.b = _leading(self.a, shape.inputs), _leading(self.b, shape.outputs)
         return out
 
+    def reorder(self, inputs: Tensor | None, outputs: Tensor | None) -> None:
+        """See `Bypass`."""
+        self.a, self.b = _picked(self.a, inputs), _picked(self.b, outputs)
+
 
 class Ia3(Bypass):
     """Learned factors of a linear's inputs or outputs (IA3, arXiv 2205.05638)."""
@@ -113,9 +121,17 @@ class Ia3(Bypass):
         out.factors = _leading(self.factors, len(out.factors))
         return out
 
+    def reorder(self, inputs: Tensor | None, outputs: Tensor | None) -> None:
+        """See `Bypass`."""
+        self.factors = _picked(self.factors, inputs if self.on_input else outputs)
+
 
 def _leading(parameter: Tensor, size: int) -> nn.Parameter:
     return nn.Parameter(parameter.detach()[:size].clone())
+
+
+def _picked(parameter: nn.Parameter, order: Tensor | None) -> nn.Parameter:
+    return parameter if order is None else nn.Parameter(parameter.detach()[order.to(parameter.device)])
 
 
 Linear = nn.Linear | Contraction

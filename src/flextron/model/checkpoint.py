@@ -25,7 +25,9 @@ from flextron.files import read_json, write_json
 from flextron.model.config import DecoderConfig
 from flextron.model.decoder import Decoder
 from flextron.model.families import FAMILIES, TensorMap, config_from_hf, family_of
+from flextron.model.generation_config import GENERATION_CONFIG, read_generation_config
 from flextron.model.gguf import open_gguf
+from flextron.model.origin import checked_origin
 from flextron.model.pretrained import Pretrained
 from flextron.spec import SubnetSpec
 
@@ -50,7 +52,12 @@ def open_pretrained(source: str | Path) -> Pretrained:
     family_of(hf_config)
     shards = _shards(path)
     return Pretrained(
-        name=str(source), hf_config=hf_config, tensors=lambda: _stream(shards), tokenizer=_tokenizer(path)
+        name=str(source),
+        hf_config=hf_config,
+        tensors=lambda: _stream(shards),
+        tokenizer=_tokenizer(path),
+        directory=path,
+        generation_config=read_generation_config(path),
     )
 
 
@@ -135,6 +142,8 @@ def load_decoder(pretrained: Pretrained, dtype: torch.dtype = torch.float32) -> 
         FlextronError: tensors are missing, have the wrong shape or hold NaN or infinity.
     """
     config = config_from_hf(pretrained.hf_config)
+    if pretrained.directory is not None:
+        config = replace(config, origin=checked_origin(pretrained.directory, config))
     with torch.device("meta"):
         decoder = Decoder(config)
     decoder.to_empty(device="cpu").to(dtype)
@@ -183,6 +192,7 @@ def write_checkpoint(
     *,
     hf_config: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase | None,
+    generation_config: Mapping[str, Any] | None = None,
     shard_bytes: int | None = None,
 ) -> None:
     """Write config, weights and tokenizer into an existing directory, as `transformers` lays them out.
@@ -192,6 +202,7 @@ def write_checkpoint(
         directory: to write into.
         hf_config: the config of the original checkpoint; its sizes are replaced by the decoder's.
         tokenizer: written beside the weights where given.
+        generation_config: likewise.
         shard_bytes: size at which a new file begins; by default an eighth of the model, so that what must be laid out
             anew for writing needs little memory beside it, but no less than 64 MiB.
 
@@ -224,6 +235,8 @@ def write_checkpoint(
     _name_shards(directory, shards, total)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
+    if generation_config is not None:
+        write_json(directory / GENERATION_CONFIG, generation_config)
 
 
 def _name_shards(directory: Path, shards: list[dict[str, str]], total: int) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from flextron.errors import FlextronError
 from flextron.spec import SubnetSpec
 
-__all__ = ["DecoderConfig", "Rope"]
+__all__ = ["DecoderConfig", "Origin", "Rope"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,6 +26,11 @@ class Rope:
     def __hash__(self) -> int:
         """Of the numbers alone; a mapping has none."""
         return hash((self.theta, self.fraction))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Origin:
+    """Where weights come from that are another checkpoint's in another order; see `flextron.model.origin`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +65,8 @@ class DecoderConfig:
     sliding_window: int | None
     """Tokens that each token can see, itself included; None for all."""
     tie_word_embeddings: bool
+    origin: Origin | None = field(default=None, compare=False, repr=False)
+    """Where the weights come from, if they were put into another order; it says nothing of the shape."""
 
     def check_length(self, num_tokens: int) -> None:
         """Raise if sequences of `num_tokens` exceed learned positions.

@@ -1,7 +1,8 @@
 """Adapters on disk, as peft lays them out: `adapter_config.json` and `adapter_model.safetensors`.
 
 An adapter belongs to the checkpoint that it was trained beside: the elastic one, whose neurons and groups are permuted
-and which stock `transformers` loads, or an extracted sub-network's. Families that fuse q, k and v in one linear have
+and which stock `transformers` loads, an extracted sub-network's, or the original, into whose order it is put when it is
+read (`flextron.model.adapter_base`). Families that fuse q, k and v in one linear have
 one bypass for it in peft's layout and three here. Reading gives the three the same A. Writing joins three equal As
 again, and stacks different ones, which multiplies the rank but not what the adapter computes.
 """
@@ -17,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from flextron.errors import FlextronError
 from flextron.files import new_directory, read_json
 from flextron.model.adapter import Adapter, linear_shapes
+from flextron.model.adapter_base import MARK, check_initialisation, mark_of, order_for, reordered
 from flextron.model.bypass import Bypass, Ia3, Lora, Shape
 from flextron.model.config import DecoderConfig
 from flextron.model.families import FAMILIES, TensorMap
@@ -35,7 +37,7 @@ _PREFIX = "base_model.model."
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _METHODS = {"LORA": ("lora_A.weight", "lora_B.weight"), "IA3": ("ia3_l",)}
 _HARMLESS = {
-    *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "exclude_modules", "fan_in_fan_out"),
+    *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "eva_config", "exclude_modules", "fan_in_fan_out"),
     *("feedforward_modules", "inference_mode", "init_ia3_weights", "init_lora_weights", "layers_pattern"),
     *("layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "peft_type", "peft_version"),
     *("qalora_group_size", "r", "rank_pattern", "revision", "target_modules", "task_type", "use_rslora"),
@@ -123,7 +125,7 @@ def write_adapter(adapter: Adapter, directory: Path, *, base_model: str | None =
     else:
         config |= {"peft_type": "IA3", "feedforward_modules": _short(every, inputs, inputs)}
     with new_directory(directory, overwrite=overwrite) as temporary:
-        save_file(tensors, temporary / _WEIGHTS, metadata={"format": "pt"})
+        save_file(tensors, temporary / _WEIGHTS, metadata={"format": "pt"} | mark_of(adapter.config))
         temporary.joinpath(_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -187,14 +189,12 @@ def read_adapter(directory: Path, config: DecoderConfig, widths: SubnetSpec | No
         widths: what that decoder's checkpoint holds; by default the full model.
 
     Raises:
-        FlextronError: files are missing or damaged, do not fit the model, or ask for what has no implementation.
+        FlextronError: files are missing or damaged, do not fit the model, or ask for what has no implementation; or it
+            cannot be known whether the adapter was made beside an elastic checkpoint or its original.
     """
     widths = widths or config.full_spec
     settings = _check_settings(read_json(directory / _CONFIG), directory)
-    try:
-        tensors = load_file(directory / _WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise FlextronError(f"{directory / _WEIGHTS} is missing or damaged ({error}); restore it") from error
+    tensors, metadata = _read_tensors(directory / _WEIGHTS)
     found: dict[tuple[int, str], Bypass] = {}
     for module in _modules(config, widths):
         shapes = linear_shapes(config, widths.layers[module.layer])
@@ -210,7 +210,20 @@ def read_adapter(directory: Path, config: DecoderConfig, widths: SubnetSpec | No
         found |= {(module.layer, t): b for t, b in zip(module.targets, parts, strict=True)}
     if tensors:
         raise FlextronError(f"the adapter holds {min(tensors)}, which a {config.family} model has no bypass for")
+    if widths == config.full_spec:
+        order = order_for(directory, config, settings.get("base_model_name_or_path"), metadata.get(MARK))
+        if order is not None:
+            reordered(found, order, config)
     return Adapter(config, widths, lambda i, target, _: found.get((i, target)))
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    """Tensors of a safetensors file, and its metadata."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise FlextronError(f"{path} is missing or damaged ({error}); restore it") from error
 
 
 def _check_settings(settings: Any, directory: Path) -> Mapping[str, Any]:
@@ -219,6 +232,7 @@ def _check_settings(settings: Any, directory: Path) -> Mapping[str, Any]:
     for key, value in settings.items():
         if key not in _HARMLESS and value not in (None, False, "none", [], {}):
             raise FlextronError(f"the adapter in {directory} was made with {key}, which is not supported")
+    check_initialisation(settings, directory)
     return settings
 
 

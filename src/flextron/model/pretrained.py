@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -24,3 +25,7 @@ class Pretrained:
     """Starts a stream of (Hugging Face parameter name, tensor), at most one shard in memory at a time."""
     tokenizer: PreTrainedTokenizerBase | None
     """The tokenizer, where the checkpoint has one."""
+    directory: Path | None = None
+    """Where its files lie; None for a GGUF file."""
+    generation_config: Mapping[str, Any] | None = None
+    """The checkpoint's `generation_config.json`; None where it has none."""

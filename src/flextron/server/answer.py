@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from flextron.engine import FinishReason, Logprobs, StepOutput
 from flextron.model.detokenize import Detokenizer, StopStrings
 
-__all__ = ["Answer", "Delta", "stop_tokens"]
+__all__ = ["Answer", "Delta"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +63,3 @@ class Answer:
             if output.logprobs is not None:
                 self.logprobs.append(logprobs := output.logprobs)
         return Delta(text, output.token, logprobs, self.finish_reason)
-
-
-def stop_tokens(tokenizer: PreTrainedTokenizerBase, configured: int | Sequence[int] | None) -> tuple[int, ...]:
-    """What ends an answer: the tokenizer's end of sequence, and those that the checkpoint's config names."""
-    named = [configured] if isinstance(configured, int) else list(configured or ())
-    found = {i for i in (tokenizer.eos_token_id, *named) if i is not None}
-    return tuple(sorted(found))

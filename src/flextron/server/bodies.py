@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from flextron.model.generation import SamplingParams
+from flextron.model.generation_config import GenerationDefaults
 
 __all__ = ["ChatBody", "CompletionBody", "GenerationBody", "Message", "TargetBody"]
 
@@ -81,6 +82,8 @@ class GenerationBody(_Strict):
     stop: _Stop | Annotated[list[_Stop], Field(max_length=16)] | None = None
     ignore_eos: bool | None = None
     """Of vLLM: write on where the model would end."""
+    add_special_tokens: bool | None = None
+    """Of vLLM: whether prompts begin as the tokenizer begins a text. By default texts do, rendered chats do not."""
     flextron: TargetBody | None = None
 
     @model_validator(mode="before")
@@ -119,17 +122,19 @@ class GenerationBody(_Strict):
         """Most likely tokens to report at each position; None for no log-probabilities."""
         raise NotImplementedError
 
-    def sampling(self, choice: int, max_tokens: int, stop_token_ids: tuple[int, ...]) -> SamplingParams:
+    def sampling(self, choice: int, max_tokens: int, defaults: GenerationDefaults) -> SamplingParams:
         """How the tokens of a choice are drawn; choices of one prompt have seeds of their own."""
-        temperature = 1.0 if self.temperature is None else self.temperature
-        top_p = 1.0 if self.top_p is None else self.top_p
+        temperature, top_p = (
+            next(value for value in values if value is not None)
+            for values in ((self.temperature, defaults.temperature, 1.0), (self.top_p, defaults.top_p, 1.0))
+        )
         is_greedy = temperature < _LEAST_TEMPERATURE or top_p == 0
         return SamplingParams(
             max_tokens=max_tokens,
             temperature=0.0 if is_greedy else temperature,
             top_p=1.0 if is_greedy else top_p,
             seed=None if self.seed is None else (self.seed + choice) % 2**63,
-            stop_token_ids=() if self.ignore_eos else stop_token_ids,
+            stop_token_ids=() if self.ignore_eos else defaults.ends,
             logprobs=self.num_logprobs,
         )
 

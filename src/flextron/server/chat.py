@@ -17,6 +17,7 @@ from flextron.server.tokens import TokenNames
 __all__ = ["chat"]
 
 _LEAST_LOGPROB = -9999.0
+_ANY = 2**62
 
 
 async def chat(request: Request, service: Service, body: ChatBody) -> Response:
@@ -28,8 +29,8 @@ async def chat(request: Request, service: Service, body: ChatBody) -> Response:
     choice = service.choose(body)
     asked = body.max_completion_tokens or body.max_tokens
     service.check(body.num_choices, asked)
-    prompt = await service.encode(lambda: _render(service, body))
-    most = asked or service.room(len(prompt), choice)
+    prompt = await service.encode(lambda: _render(service, body), add_special_tokens=bool(body.add_special_tokens))
+    most = asked or min(service.room(len(prompt), choice), service.defaults.max_new_tokens or _ANY)
     form = _ChatForm(service.names, has_logprobs=bool(body.logprobs))
     return await respond(request, service, body, choice, [prompt], [most], form)
 

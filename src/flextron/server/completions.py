@@ -26,7 +26,8 @@ async def completions(request: Request, service: Service, body: CompletionBody) 
     """
     choice = service.choose(body)
     service.check(len(body.prompts) * body.num_choices, body.max_tokens)
-    prompts = [await service.encode(p) if isinstance(p, str) else p for p in body.prompts]
+    special = body.add_special_tokens is not False
+    prompts = [await service.encode(p, add_special_tokens=special) if isinstance(p, str) else p for p in body.prompts]
     most = [body.max_tokens or min(_DEFAULT_TOKENS, service.room(len(p), choice)) for p in prompts]
     service.check_tokens(prompts)
     texts: list[str] = []

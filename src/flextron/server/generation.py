@@ -130,7 +130,7 @@ async def respond(
         Job(
             index=i * body.num_choices + j,
             prompt=prompt,
-            params=body.sampling(j, most, service.stop_tokens),
+            params=body.sampling(j, most, service.defaults),
             stop=body.stops,
             spec=choice.spec,
             router=choice.router,

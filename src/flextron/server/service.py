@@ -12,9 +12,10 @@ from flextron.engine.runner import make_network
 from flextron.errors import FlextronError
 from flextron.jobs.feeder import Feeder
 from flextron.jobs.jobs import Jobs
+from flextron.model.encoding import encode
+from flextron.model.generation_config import generation_defaults
 from flextron.server.adapters import AdapterNames, LoadedAdapters, NamedAdapter, adapter_reader
 from flextron.server.adaptive import WINDOW_SECONDS, Adaptive, Objective
-from flextron.server.answer import stop_tokens
 from flextron.server.bodies import GenerationBody
 from flextron.server.errors import ApiError, bad_request, shutting_down
 from flextron.server.metrics import Metrics
@@ -56,7 +57,7 @@ class Service:
                 model.select(latency=1.0)
                 self.adaptive = Adaptive(objective, self.catalog.rungs)
         self.names = TokenNames(self.tokenizer)
-        self.stop_tokens = stop_tokens(self.tokenizer, model.hf_config.get("eos_token_id"))
+        self.defaults = generation_defaults(model.generation_config, model.hf_config, self.tokenizer)
         self.core = EngineCore(model.decoder, engine)
         self._feeder: Feeder | None = None
         self._filler: Filler | None = None
@@ -151,8 +152,12 @@ class Service:
             for session in self._sessions:
                 session.fail(shutting_down())
 
-    async def encode(self, text: str | Callable[[], str]) -> list[int]:
+    async def encode(self, text: str | Callable[[], str], *, add_special_tokens: bool) -> list[int]:
         """Token ids of a text, or of what a function makes of its own accord (a chat template).
+
+        Args:
+            text: the text or the function.
+            add_special_tokens: whether it begins as the tokenizer begins a text; chat templates write that themselves.
 
         Raises:
             ApiError: the text cannot fit into the model, whatever its tokens are.
@@ -164,7 +169,7 @@ class Service:
                 raise bad_request(
                     f"the prompt has {len(written)} characters, more than the model has positions for; shorten it"
                 )
-            return list(self.tokenizer.encode(written, add_special_tokens=False))
+            return encode(self.tokenizer, written, add_special_tokens=add_special_tokens)
 
         return await asyncio.get_running_loop().run_in_executor(self._encoder, run)
 

@@ -44,6 +44,10 @@ class Served(Protocol):
         """The checkpoint's `config.json`."""
 
     @property
+    def generation_config(self) -> Mapping[str, Any] | None:
+        """The checkpoint's `generation_config.json`, if it has one."""
+
+    @property
     def frontier(self) -> Frontier | None:
         """Measured sub-networks."""
 

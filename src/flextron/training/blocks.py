@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flextron.errors import FlextronError
 from flextron.files import new_file
+from flextron.model.encoding import beginning
 
 __all__ = ["TokenBlocks", "pack_tokens"]
 
@@ -30,9 +31,11 @@ def pack_tokens(
 ) -> NDArray[np.int32]:
     """Tokenize documents and lay them end to end, with one end-of-sequence token between two.
 
+    Each document begins as the tokenizer begins a text: with BOS, for some. What it would put behind one is left out.
+
     Args:
         documents: read only as far as needed.
-        tokenizer: must have an end-of-sequence token; it adds no other special tokens.
+        tokenizer: must have an end-of-sequence token.
         num_tokens: how many tokens are wanted, separators included.
         context: length of a block in tokens.
 
@@ -51,8 +54,9 @@ def pack_tokens(
         raise FlextronError("the tokenizer has no end-of-sequence token to part documents; set its eos_token")
     pieces: list[NDArray[np.int32]] = []
     num_found = 0
+    begin = beginning(tokenizer)
     for ids in _tokenized(documents, tokenizer):
-        piece = np.array([tokenizer.eos_token_id, *ids] if pieces else ids, dtype=np.int32)
+        piece = np.array([*([tokenizer.eos_token_id] if pieces else []), *begin, *ids], dtype=np.int32)
         pieces.append(piece)
         num_found += len(piece)
         if num_found >= num_tokens:

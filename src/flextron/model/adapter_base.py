@@ -1,0 +1,120 @@
+"""What an adapter takes for granted about the weights beside it: their order, and that they are as they were.
+
+An adapter of the original checkpoint goes with an elastic one once it is in the same order. One of the elastic
+checkpoint, which stock `transformers` loads and peft trains beside, goes as it is. Where neither is known, any guess
+would be silently wrong in half of all cases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flextron.errors import FlextronError
+from flextron.model.bypass import Bypass
+from flextron.model.checkpoint import open_pretrained
+from flextron.model.config import DecoderConfig
+from flextron.model.fingerprint import weights_digest
+from flextron.model.origin import PermutedFrom, read_origin
+from flextron.model.permutation import Permutation
+
+__all__ = ["MARK", "check_initialisation", "mark_of", "order_for", "reordered"]
+
+MARK = "flextron_order"
+"""Key of a weights file's metadata: the order of the weights beside which the adapter was made."""
+_KEEP_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+"""Ways to begin a LoRA adapter that leave the weights beside it as they are."""
+
+
+def check_initialisation(settings: Mapping[str, Any], directory: Path) -> None:
+    """Raise if peft changes the weights themselves when it loads the adapter, or did when it began.
+
+    Raises:
+        FlextronError: it does (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA), or may.
+    """
+    way = settings.get("init_lora_weights")
+    known = way.lower() if isinstance(way, str) else way
+    if not any(known is keep or (isinstance(known, str) and known == keep) for keep in _KEEP_THE_BASE):
+        raise FlextronError(
+            f"the adapter in {directory} was made with init_lora_weights {way!r}, which changes the model's own "
+            "weights; save it with peft's path_initial_model_for_weight_conversion, as an ordinary LoRA adapter"
+        )
+
+
+def mark_of(config: DecoderConfig) -> dict[str, str]:
+    """Metadata of an adapter that was made beside a decoder."""
+    return {MARK: config.origin.mark} if isinstance(config.origin, PermutedFrom) else {}
+
+
+def order_for(directory: Path, config: DecoderConfig, base: Any, mark: str | None) -> Permutation | None:
+    """The order into which an adapter must be put to go with a decoder; None if it goes as it is.
+
+    Args:
+        directory: of the adapter.
+        config: of the full decoder.
+        base: `base_model_name_or_path` of the adapter's config.
+        mark: that `mark_of` gave when it was written, if this package wrote it.
+
+    Raises:
+        FlextronError: the adapter was made beside other weights, or it cannot be known beside which.
+    """
+    origin = config.origin
+    if not isinstance(origin, PermutedFrom) or mark == origin.mark:
+        return None
+    if mark is not None:
+        raise FlextronError(f"the adapter in {directory} was made beside another elastic checkpoint; use it with that")
+    name = base if isinstance(base, str) else ""
+    found = _directory(name)
+    if found is not None and _mark_of_directory(found) == origin.mark:
+        return None
+    if not _is_original(origin, name, found):
+        original = origin.source or "the original"
+        raise FlextronError(
+            f"the adapter in {directory} names {name!r} as its base model, which is neither this elastic checkpoint "
+            f"nor what it was made from; set base_model_name_or_path in its adapter_config.json to {original!r} if "
+            "that was beside it, or to the elastic checkpoint's directory"
+        )
+    if origin.permutation is None:
+        raise FlextronError(
+            f"the adapter in {directory} was made beside {name}, and this elastic checkpoint, of an earlier version, "
+            "does not keep the order of its neurons; make it again with convert"
+        )
+    return origin.permutation
+
+
+def reordered(bypasses: Mapping[tuple[int, str], Bypass], order: Permutation, config: DecoderConfig) -> None:
+    """Put bypasses, by layer and target, into an order, in place."""
+    moves = {i: order.moves(config, i) for i in {layer for layer, _ in bypasses}}
+    for (layer, target), bypass in bypasses.items():
+        bypass.reorder(moves[layer][target].inputs, moves[layer][target].outputs)
+
+
+def _directory(name: str) -> Path | None:
+    try:
+        path = Path(name).expanduser()
+        return path if name and path.is_dir() else None
+    except (OSError, RuntimeError, ValueError):  # too long, no such user, no path at all
+        return None
+
+
+def _mark_of_directory(directory: Path) -> str | None:
+    try:
+        origin = read_origin(directory)
+        return None if origin is None else origin.mark
+    except FlextronError:
+        return None
+
+
+def _is_original(origin: PermutedFrom, name: str, found: Path | None) -> bool:
+    if name and name == origin.source:
+        return True
+    if found is None:
+        return False
+    source = _directory(origin.source)
+    if source is not None and source.samefile(found):
+        return True
+    try:
+        return origin.weights is not None and weights_digest(open_pretrained(found).tensors()) == origin.weights
+    except FlextronError:
+        return False
