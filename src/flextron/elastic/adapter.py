@@ -68,6 +68,12 @@ class ElasticAdapter:
         """Of the low-rank updates."""
         return next(bypass.rank for _, _, bypass in self._updates())
 
+    @property
+    def alpha(self) -> float:
+        """The updates are multiplied by alpha / rank."""
+        bypass = next(bypass for _, _, bypass in self._updates())
+        return bypass.scale * bypass.rank
+
     def _updates(self) -> Iterator[tuple[int, str, Lora]]:
         for i in self.lora.adapted_layers:
             for target, bypass in self.lora.at(i).items():
