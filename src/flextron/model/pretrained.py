@@ -24,3 +24,5 @@ class Pretrained:
     """Starts a stream of (Hugging Face parameter name, tensor), at most one shard in memory at a time."""
     tokenizer: PreTrainedTokenizerBase | None
     """The tokenizer, where the checkpoint has one."""
+    names: frozenset[str] | None = None
+    """Names of the tensors in the stream, where they are known before it starts."""
