@@ -75,7 +75,7 @@ class StoredAdapter:
         wanted = {name: p.shape for name, p in lora.named_parameters()}
         shapes = {name: p.shape for name, p in norm_parameters(decoder).items()}
         if {n: t.shape for n, t in own.items()} != wanted or {n: t.shape for n, t in norms.items()} != shapes:
-            raise FlextronError(f"the elastic adapter is for a model of another shape than this; its base is {self.base}")
+            raise FlextronError(f"the elastic adapter is for a model of another shape; give its base, {self.base}")
         lora.load_state_dict(own)
         return ElasticAdapter(lora=lora.requires_grad_(False), norms=norms)
 

@@ -44,5 +44,5 @@ def check_sketch(decoder: Decoder, wanted: Tensor, name: str) -> None:
     distance = float((found - wanted).norm() / wanted.norm().clamp_min(1e-30))
     if not distance <= _LARGEST_DISTANCE:
         raise FlextronError(
-            f"the elastic adapter is for other weights than these, which are {distance:.0%} away from its base's; {remedy}"
+            f"the elastic adapter is for other weights than these, which are {distance:.0%} away; {remedy}"
         )

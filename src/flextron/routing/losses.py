@@ -4,14 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from flextron.errors import FlextronError
+from pydantic import BaseModel, ConfigDict, Field
+
+from flextron.files import checked
 from flextron.routing.frontier import Frontier, FrontierPoint
 from flextron.routing.latency import LatencyTable
 from flextron.spec import SubnetSpec
 
 __all__ = ["KnownLosses", "KnownPoint"]
+
+
+_Count = Annotated[int, Field(ge=0, le=2**63)]
+
+
+class _PointFile(BaseModel):
+    """The JSON form of a point."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    spec: dict[str, Any]
+    kind: str
+    params: _Count
+    mem_bytes: _Count
+    kv_bytes_per_token: _Count
+    loss: Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
+
+
+class _LossesFile(BaseModel):
+    """The JSON form of all."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    text: str
+    points: Annotated[list[_PointFile], Field(min_length=1)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,20 +73,16 @@ class KnownLosses:
     @classmethod
     def of(cls, frontier: Frontier) -> KnownLosses:
         """A frontier's, without its device."""
-        names = [name for name in KnownPoint.__slots__]
-        points = tuple(KnownPoint(**{name: getattr(p, name) for name in names}) for p in frontier.points)
+        points = tuple(KnownPoint(**{name: getattr(p, name) for name in KnownPoint.__slots__}) for p in frontier.points)
         return cls(text=frontier.text, points=points)
 
     def priced(self, table: LatencyTable) -> Frontier:
         """The frontier on a device."""
-        points = [
-            FrontierPoint(
-                **{name: getattr(p, name) for name in KnownPoint.__slots__},
-                latency_ms=table.predict_ms(p.spec),
-                latency=table.predict(p.spec),
-            )
-            for p in self.points
-        ]
+        points = []
+        for point in self.points:
+            known = {name: getattr(point, name) for name in point.__slots__}
+            times = {"latency_ms": table.predict_ms(point.spec), "latency": table.predict(point.spec)}
+            points.append(FrontierPoint(**known, **times))
         return Frontier.of(table.device, self.text, points)
 
     def to_dict(self) -> dict[str, Any]:
@@ -71,10 +94,8 @@ class KnownLosses:
         """Read the JSON form.
 
         Raises:
-            FlextronError: keys are missing or unknown.
+            FlextronError: it does not fit.
         """
-        try:
-            points = tuple(KnownPoint(**{**p, "spec": SubnetSpec.from_dict(p["spec"])}) for p in data["points"])
-            return cls(text=str(data["text"]), points=points)
-        except (KeyError, TypeError) as error:
-            raise FlextronError(f"not the losses of sub-networks ({error}); make the elastic adapter again") from error
+        file = checked(_LossesFile, data, "the losses of sub-networks", "make the elastic adapter again")
+        points = (KnownPoint(**p.model_dump() | {"spec": SubnetSpec.from_dict(p.spec)}) for p in file.points)
+        return cls(text=file.text, points=tuple(points))
