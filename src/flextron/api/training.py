@@ -87,7 +87,7 @@ def train_model(
     if model.router is not None:
         model.router.eval().requires_grad_(False)
     # both hold for the weights of before; latencies depend on widths alone
-    model.frontier = model.token_router = None
+    model.frontier = model.losses = model.token_router = None
     return result
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from flextron.elastic.sketch import sketch
 from flextron.errors import FlextronError
 from flextron.model.adapter import Adapter
 from flextron.model.bypass import Lora
@@ -51,6 +52,8 @@ class ElasticAdapter:
     """Low-rank updates beside the linears."""
     norms: dict[str, Tensor]
     """Differences of the norms' parameters, by name."""
+    base_sketch: Tensor
+    """Of the weights beside which it stands, see `flextron.elastic.sketch`."""
 
     @classmethod
     def fresh(cls, decoder: Decoder, rank: int, alpha: float) -> ElasticAdapter:
@@ -61,7 +64,7 @@ class ElasticAdapter:
         """
         lora = Adapter.lora(decoder.config, rank=rank, alpha=alpha)
         norms = {name: torch.zeros_like(p) for name, p in norm_parameters(decoder).items()}
-        return cls(lora=lora, norms={name: norm.detach() for name, norm in norms.items()})
+        return cls(lora=lora, norms={n: norm.detach() for n, norm in norms.items()}, base_sketch=sketch(decoder))
 
     @property
     def rank(self) -> int:
@@ -108,7 +111,7 @@ class ElasticAdapter:
         """The same updates, with the differences between a student's norms and the base's."""
         before = norm_parameters(base)
         norms = {n: (p.detach() - before[n].detach()).cpu() for n, p in norm_parameters(student).items()}
-        return ElasticAdapter(lora=self.lora, norms=norms)
+        return ElasticAdapter(lora=self.lora, norms=norms, base_sketch=self.base_sketch)
 
 
 def _linear(decoder: Decoder, layer: int, target: str) -> nn.Linear | Contraction:

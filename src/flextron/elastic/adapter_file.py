@@ -77,7 +77,7 @@ class StoredAdapter:
         if {n: t.shape for n, t in own.items()} != wanted or {n: t.shape for n, t in norms.items()} != shapes:
             raise FlextronError(f"the elastic adapter is for a model of another shape; give its base, {self.base}")
         lora.load_state_dict(own)
-        return ElasticAdapter(lora=lora.requires_grad_(False), norms=norms)
+        return ElasticAdapter(lora=lora.requires_grad_(False), norms=norms, base_sketch=self.base_sketch)
 
 
 def is_adapter(directory: Path) -> bool:
@@ -90,7 +90,6 @@ def write_adapter(
     adapter: ElasticAdapter,
     info: ElasticInfo,
     permutation: Permutation,
-    base_sketch: Tensor,
     *,
     base: str,
     bits: Bits = 16,
@@ -105,7 +104,6 @@ def write_adapter(
         adapter: updates and norms.
         info: search space, provenance, recipe.
         permutation: order of the base beside which the adapter was trained.
-        base_sketch: of the permuted base.
         base: its hub id or file.
         bits: of a number of the updates.
         extra: further JSON documents by file name.
@@ -117,7 +115,7 @@ def write_adapter(
     """
     if bits not in (8, 16):
         raise FlextronError(f"an elastic adapter is stored in 8 or 16 bits, not {bits}")
-    stored: dict[str, Tensor] = {_SKETCH: base_sketch}
+    stored: dict[str, Tensor] = {_SKETCH: adapter.base_sketch}
     for name, parameter in adapter.lora.named_parameters():
         stored |= _packed(f"{_LORA}{name}", parameter.detach().cpu(), bits)
     stored |= {f"{_NORMS}{name}": t.detach().cpu().half() for name, t in adapter.norms.items()}

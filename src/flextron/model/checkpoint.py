@@ -31,7 +31,7 @@ from flextron.model.pretrained import Pretrained
 from flextron.model.shards import check_files, find_shards
 from flextron.spec import SubnetSpec
 
-__all__ = ["check_stock", "load_decoder", "open_pretrained", "stock_tensors", "write_checkpoint"]
+__all__ = ["check_stock", "find_directory", "load_decoder", "open_pretrained", "stock_tensors", "write_checkpoint"]
 
 _BUFFERS = re.compile(r"rotary_emb\.inv_freq|attn\.(masked_)?bias$|attention\.(masked_)?bias$")
 _LEAST_SHARD_BYTES = 64 * 1024**2
@@ -48,8 +48,7 @@ def open_pretrained(source: str | Path) -> Pretrained:
     path = Path(source).expanduser()
     if path.suffix == ".gguf":
         return open_gguf(path)
-    if not path.is_dir():
-        path = _download(str(source))
+    path = find_directory(source, "a checkpoint directory, a .gguf file")
     check_files(path)
     if (path / "adapter_config.json").exists():
         raise FlextronError(
@@ -70,9 +69,23 @@ def open_pretrained(source: str | Path) -> Pretrained:
     )
 
 
-def _download(hub_id: str) -> Path:
+def find_directory(source: str | Path, what: str) -> Path:
+    """A directory on this machine, downloaded from the hub where the source is an id.
+
+    Args:
+        source: directory or hub id.
+        what: the files asked for, for the message.
+
+    Raises:
+        FlextronError: there is none.
+    """
+    path = Path(source).expanduser()
+    return path if path.is_dir() else _download(str(source), what)
+
+
+def _download(hub_id: str, what: str) -> Path:
     if hub_id.startswith((".", "/", "~")) or hub_id.count("/") > 1:
-        raise FlextronError(f"{hub_id} does not exist; give a checkpoint directory, a .gguf file or a hub id")
+        raise FlextronError(f"{hub_id} does not exist; give {what} or a hub id")
     try:
         return Path(
             snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"])

@@ -81,8 +81,8 @@ class KnownLosses:
         points = []
         for point in self.points:
             known = {name: getattr(point, name) for name in point.__slots__}
-            times = {"latency_ms": table.predict_ms(point.spec), "latency": table.predict(point.spec)}
-            points.append(FrontierPoint(**known, **times))
+            ms, latency = table.predict_ms(point.spec), table.predict(point.spec)
+            points.append(FrontierPoint(**known, latency_ms=ms, latency=latency))
         return Frontier.of(table.device, self.text, points)
 
     def to_dict(self) -> dict[str, Any]:
