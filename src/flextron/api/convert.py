@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from flextron.api.model import ROUTERS_FILE, TOKEN_ROUTER_FILE, ElasticModel
+from flextron.api.packaged import TINY, checkpoint_at
 from flextron.api.texts import Texts, documents, training_text, windows
 from flextron.elastic import ElasticInfo, permute, rank, read_elastic
 from flextron.elastic.checkpoint import provenance, read_tensors
@@ -43,7 +44,7 @@ def convert(
     """Turn a pretrained checkpoint into an elastic one: rank, permute, and define its sub-networks. No training.
 
     Args:
-        source: hub id, local directory or `.gguf` file.
+        source: hub id, local directory or `.gguf` file; or `tiny`, the small model that the package holds.
         calibration: documents, or a file, directory or `datasets` id; by default text that is on this machine.
         method: of ranking, see `flextron.elastic.importance`.
         ratios: choices of MLP width and attention groups, as fractions of the full ones.
@@ -55,7 +56,7 @@ def convert(
     Raises:
         FlextronError: the checkpoint or the choices are not usable; says why.
     """
-    pretrained = open_pretrained(source)
+    pretrained = open_pretrained(checkpoint_at(source))
     decoder = load_decoder(pretrained).eval().requires_grad_(False)
     config = decoder.config
     skipped = _max_skipped(config.num_hidden_layers, max_skipped_layers)
@@ -79,10 +80,11 @@ def convert(
         skippable_layers=skippable[: 3 * skipped // 2],
         max_skipped_layers=skipped,
     )
+    name = TINY if source == TINY else pretrained.name
     info = ElasticInfo(
         space=space,
         layer_scores=importance.layer_scores,
-        provenance=provenance(pretrained.name, importance=method, calibration_tokens=importance.num_tokens),
+        provenance=provenance(name, importance=method, calibration_tokens=importance.num_tokens),
     )
     return ElasticModel(decoder, pretrained.tokenizer, pretrained.hf_config, info, {})
 
@@ -107,12 +109,12 @@ def _default_multiple(intermediate_size: int) -> int:
 
 
 def load(directory: str | Path) -> ElasticModel:
-    """Read an elastic checkpoint.
+    """Read an elastic checkpoint; `tiny` is the one that the package holds.
 
     Raises:
         FlextronError: it is not one, or damaged.
     """
-    path = Path(directory).expanduser()
+    path = Path(checkpoint_at(directory)).expanduser()
     if not path.is_dir():
         raise FlextronError(f"{directory} is no directory; give an elastic checkpoint made with convert")
     info = read_elastic(path)

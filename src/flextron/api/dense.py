@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from flextron.api.texts import needed
+from flextron.api.texts import check_prompt, needed
 from flextron.files import new_directory
 from flextron.model.batch import TokenChoice
 from flextron.model.checkpoint import write_checkpoint
@@ -46,6 +46,7 @@ class DenseModel(Generates):
 
     def generate(self, prompt: str, **params: Any) -> str:
         """Continue a prompt; keywords as for `SamplingParams`."""
+        check_prompt(prompt)
         return self._generate([prompt], self.decoder.widths, SamplingParams(**params))[0]
 
     def save_pretrained(self, directory: str | Path, *, overwrite: bool = False) -> None:

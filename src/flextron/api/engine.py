@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -139,6 +140,9 @@ class Engine:
         given = [prompts] if isinstance(prompts, str) else prompts
         if any(isinstance(p, int) for p in given):
             raise FlextronError("prompts are texts or lists of token ids; put a single list of ids into a list")
+        for prompt in given:
+            if not isinstance(prompt, str) and not all(isinstance(token, Integral) for token in prompt):
+                raise FlextronError("prompts are texts or lists of token ids; give tensors as tensor.tolist()")
         encode = self._tokenizer.encode
         return [encode(p, add_special_tokens=False) if isinstance(p, str) else list(p) for p in given]
 

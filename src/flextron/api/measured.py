@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flextron.api.dense import Generates
 from flextron.api.routing import OnProgress
-from flextron.api.texts import Texts, documents, evaluation_text, source_name, windows
+from flextron.api.texts import Texts, check_windows, documents, evaluation_text, source_name, windows
 from flextron.elastic import ElasticInfo
 from flextron.errors import FlextronError
 from flextron.evals import Perplexity, evaluate_perplexity
@@ -87,6 +87,7 @@ class MeasuredModel(Generates):
             on_measure: called with timing rounds done and in all.
             on_search: called with sub-networks measured and to be measured.
         """
+        check_windows(num_tokens, context)
         validation_BT = windows(
             documents(text, evaluation_text), self.tokenizer, num_tokens=num_tokens + 2 * context, context=context
         )

@@ -75,7 +75,7 @@ class TrainRecipe(BaseModel):
     """Recompute each layer in the backward pass, for less memory."""
     checkpoint_minutes: float = Field(5.0, gt=0)
     """Time between resumable states on disk."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     """Of data order, sub-networks and token choice."""
 
     @model_validator(mode="after")

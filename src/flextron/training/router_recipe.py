@@ -45,5 +45,5 @@ class RouterRecipe(BaseModel):
     """Relative deviation from the target latency that costs nothing."""
     min_target: float = Field(0.0, ge=0, lt=1)
     """Smallest target that is drawn; never below what the space reaches."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     """Of targets, noise and initial weights."""
