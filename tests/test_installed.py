@@ -1,4 +1,4 @@
-"""README and guides for a new user: every snippet and command, from an installed wheel, in a directory with nothing else.
+"""README and guides for a new user: snippets and commands, from an installed wheel, in a directory with nothing else.
 
 What needs a running server is in `tests/server/test_guide.py`; what needs files that only the reader has is left out.
 """
@@ -71,13 +71,13 @@ def test_the_python_guide_in_order(installed: Path, tmp_path: Path) -> None:
     run(installed, tmp_path, sys.executable, "-c", "\n".join(parts))
 
 
-@pytest.mark.parametrize("page", PAGES[:2] + [GUIDES / "command-line.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES[:2], GUIDES / "command-line.md"], ids=lambda page: page.name)
 def test_the_commands_in_order(installed: Path, page: Path, tmp_path: Path) -> None:
     text = page.read_text(encoding="utf-8")
     if page.name == "README.md":  # its commands go on where its snippet ended
         run(installed, tmp_path, sys.executable, "-c", PYTHON.findall(text)[0][1])
-    lines = [line for block in SHELL.findall(text) for line in block.splitlines() if not ELSEWHERE.search(line)]
-    lines = [line for line in lines if line.partition("#")[0].strip()]
+    lines = [line.partition("  #")[0].strip() for block in SHELL.findall(text) for line in block.splitlines()]
+    lines = [line for line in lines if line and not ELSEWHERE.search(line)]
     assert len(lines) > 1
     for line in lines:
         assert "…" not in run(installed, tmp_path, "bash", "-c", line), line

@@ -97,7 +97,7 @@ def random_from(config: PretrainedConfig, seed: int = 3) -> PreTrainedModel:
 
 
 def in_float64(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with float64 throughout: RMS norms and eager softmax of `transformers` round to float32 in any dtype."""
+    """The model in float64 throughout: in any dtype, stock RMS norms and eager softmax round to float32."""
     model = model.double()
     for parent in list(model.modules()):
         for name, norm in list(parent.named_children()):
