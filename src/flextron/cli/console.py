@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -54,10 +55,19 @@ def progress(description: str) -> Iterator[StepCallback]:
         bar.stop()
 
 
+def _plain(value: Any) -> Any:
+    """Without numbers that JSON does not have: they become null."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def show(rows: list[dict[str, Any]], *, title: str, as_json: bool, result: Any = None) -> None:
     """A table of rows on stdout, or `result` (the rows, by default) as JSON."""
     if as_json:
-        typer.echo(json.dumps(rows if result is None else result))
+        typer.echo(json.dumps(_plain(rows if result is None else result), allow_nan=False))
         return
     if len(rows) == 1:
         print_one(Console(), rows[0], title)

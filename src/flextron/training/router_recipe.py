@@ -12,7 +12,7 @@ class RouterRecipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    num_measured: int = Field(192, gt=0)
+    num_measured: int = Field(192, gt=0, le=10**6)
     """Sub-networks whose loss is measured for the surrogate."""
     per_round: int = Field(8, gt=0)
     """Of them measured between two turns of the router."""
