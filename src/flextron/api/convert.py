@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from flextron.api.model import LOSSES_FILE, ROUTERS_FILE, TOKEN_ROUTER_FILE, ElasticModel
+from flextron.api.packaged import TINY, checkpoint_at
 from flextron.api.texts import Texts, documents, training_text, windows
 from flextron.elastic import ElasticInfo, permute, rank, read_elastic
 from flextron.elastic.adapter_file import is_adapter, read_adapter
@@ -49,7 +50,7 @@ def convert(
     """Turn a pretrained checkpoint into an elastic one: rank, permute, and define its sub-networks. No training.
 
     Args:
-        source: hub id, local directory or `.gguf` file.
+        source: hub id, local directory or `.gguf` file; or `tiny`, the small model that the package holds.
         calibration: documents, or a file, directory or `datasets` id; by default text that is on this machine.
         method: of ranking, see `flextron.elastic.importance`.
         ratios: choices of MLP width and attention groups, as fractions of the full ones.
@@ -61,7 +62,7 @@ def convert(
     Raises:
         FlextronError: the checkpoint or the choices are not usable; says why.
     """
-    pretrained = open_pretrained(source)
+    pretrained = open_pretrained(checkpoint_at(source))
     decoder = load_decoder(pretrained).eval().requires_grad_(False)
     config = decoder.config
     skipped = _max_skipped(config.num_hidden_layers, max_skipped_layers)
@@ -87,10 +88,11 @@ def convert(
         skippable_layers=skippable[: 3 * skipped // 2],
         max_skipped_layers=skipped,
     )
+    name = TINY if source == TINY else pretrained.name
     info = ElasticInfo(
         space=space,
         layer_scores=importance.layer_scores,
-        provenance=provenance(pretrained.name, importance=method, calibration_tokens=importance.num_tokens),
+        provenance=provenance(name, importance=method, calibration_tokens=importance.num_tokens),
     )
     return ElasticModel(
         decoder,
@@ -125,7 +127,8 @@ def load(source: str | Path, *, elastic: str | Path | None = None) -> ElasticMod
     """Read an elastic checkpoint, or a pretrained one with an elastic adapter beside it.
 
     Args:
-        source: directory of an elastic checkpoint; with `elastic`, the base: hub id, local directory or `.gguf` file.
+        source: directory of an elastic checkpoint, or `tiny` for the one that the package holds; with `elastic`, the
+            base: hub id, local directory or `.gguf` file.
         elastic: elastic adapter for the base: directory or hub id.
 
     Raises:
@@ -133,7 +136,7 @@ def load(source: str | Path, *, elastic: str | Path | None = None) -> ElasticMod
     """
     if elastic is not None:
         return _load_adapted(source, elastic)
-    path = Path(source).expanduser()
+    path = Path(checkpoint_at(source)).expanduser()
     if not path.is_dir():
         raise FlextronError(f"{source} is no directory; give an elastic checkpoint made with convert")
     if is_adapter(path):

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from flextron.api.texts import needed
+from flextron.api.texts import check_prompt, needed
 from flextron.files import new_directory
 from flextron.model.batch import TokenChoice
 from flextron.model.checkpoint import write_checkpoint
@@ -68,6 +68,7 @@ class DenseModel(Generates):
             add_special_tokens: whether it begins as the tokenizer begins a text.
             params: fields of `SamplingParams`; greedy by default, whatever `generation_config.json` says.
         """
+        check_prompt(prompt)
         widths, chosen = self.decoder.widths, SamplingParams(**params)
         return self._generate([prompt], widths, chosen, add_special_tokens=add_special_tokens)[0]
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flextron.api.dense import Generates
 from flextron.api.routing import OnProgress
-from flextron.api.texts import Texts, documents, evaluation_text, source_name, windows
+from flextron.api.texts import Texts, check_windows, documents, evaluation_text, source_name, windows
 from flextron.elastic import ElasticInfo
 from flextron.errors import FlextronError
 from flextron.evals import Perplexity, evaluate_perplexity
@@ -99,6 +99,7 @@ class MeasuredModel(Generates):
             table = self.measure_latencies(batch_size=batch_size, context=decode_context, on_progress=on_measure)
             self.frontier = self.losses.priced(table)
             return self.frontier
+        check_windows(num_tokens, context)
         validation_BT = windows(
             documents(text, evaluation_text), self.tokenizer, num_tokens=num_tokens + 2 * context, context=context
         )

@@ -14,7 +14,7 @@ from torch import Tensor
 from flextron.api.dense import DenseModel
 from flextron.api.measured import MeasuredModel
 from flextron.api.routing import TOKEN_TARGETS, OnProgress, route, route_tokens
-from flextron.api.texts import Texts
+from flextron.api.texts import Texts, check_prompt
 from flextron.api.training import train_model
 from flextron.elastic import extract, write_elastic
 from flextron.elastic.adapter import ElasticAdapter
@@ -271,6 +271,7 @@ class ElasticModel(MeasuredModel):
         Raises:
             FlextronError: as for `select` and `SamplingParams`.
         """
+        check_prompt(prompt)
         names = {f.name for f in fields(Target)}
         target = {k: v for k, v in options.items() if k in names}
         params = SamplingParams(**{k: v for k, v in options.items() if k not in names})

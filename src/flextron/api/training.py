@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from flextron.api.packaged import checkpoint_at
 from flextron.api.texts import Texts, documents, needed, source_name, training_text
 from flextron.elastic.adapter import ElasticAdapter, sharing
 from flextron.errors import FlextronError
@@ -134,7 +135,7 @@ def _teacher(model: ElasticModel, source: str | Path | None) -> Decoder:
     """A frozen copy of the model, or another of its kind."""
     if source is None:
         return copy.deepcopy(model.decoder)
-    teacher = load_decoder(open_pretrained(source))
+    teacher = load_decoder(open_pretrained(checkpoint_at(source)))
     ours, theirs = model.decoder.config, teacher.config
     if (ours.vocab_size, ours.hidden_size) != (theirs.vocab_size, theirs.hidden_size):
         raise FlextronError("teacher and student differ in vocabulary or hidden size; choose a model of its kind")
@@ -157,8 +158,10 @@ def _training_blocks(
     model: ElasticModel, text: Texts, recipe: TrainRecipe, run_directory: Path | None
 ) -> tuple[TokenBlocks, str]:
     """The packed text and a name for it; kept in the run directory, so that a resumed run sees the same."""
-    texts = text if text is None or isinstance(text, str) else list(text)
-    wanted = repr((texts, recipe.tokens, recipe.context)).encode()
+    named = text is None or isinstance(text, (str, Path))
+    # read once, because they are named by their content, too
+    texts = text if named else list(documents(text, training_text))
+    wanted = repr((texts if text is None or not named else str(text), recipe.tokens, recipe.context)).encode()
     digest = hashlib.sha256(wanted).hexdigest()[:16]
     stored = None if run_directory is None else run_directory / f"tokens-{digest}.npy"
     if stored is not None and stored.exists():

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from flextron.elastic.adapter import norm_parameters
 from flextron.errors import FlextronError
+from flextron.interrupts import Interrupted, held_interrupts
 from flextron.model.adapter import Adapter
 from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
@@ -286,16 +287,21 @@ def train(
     decoder.train()
     started = saved = time.monotonic()
     first = done
-    for step in range(done, run.num_steps):
-        losses = run.step(step)
-        history.append(losses)
-        now = time.monotonic()
-        if on_step is not None:
-            on_step(step + 1, run.num_steps, losses)
-        due = now - saved > 60 * recipe.checkpoint_minutes and step + 1 < run.num_steps
-        if directory is not None and keeps and due:
-            directory.save(step + 1, run.trained, optimizer, history)
-            saved = time.monotonic()
+    # several processes would stop at different steps, and wait for each other
+    holds = directory is not None and run.accelerator.num_processes == 1
+    with held_interrupts() if holds else nullcontext(lambda: False) as interrupted:
+        for step in range(done, run.num_steps):
+            losses = run.step(step)
+            history.append(losses)
+            now = time.monotonic()
+            if on_step is not None:
+                on_step(step + 1, run.num_steps, losses)
+            due = now - saved > 60 * recipe.checkpoint_minutes and step + 1 < run.num_steps
+            if directory is not None and keeps and (due or interrupted()):
+                directory.save(step + 1, run.trained, optimizer, history)
+                saved = time.monotonic()
+                if interrupted():
+                    raise Interrupted(step + 1, run.num_steps, directory.path)
     seconds = time.monotonic() - started
     tokens_per_step = recipe.batch_size * blocks.context
     _release(decoder)
