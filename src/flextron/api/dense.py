@@ -14,6 +14,7 @@ from flextron.files import new_directory
 from flextron.model.batch import TokenChoice
 from flextron.model.checkpoint import write_checkpoint
 from flextron.model.decoder import Decoder
+from flextron.model.detokenize import continuation
 from flextron.model.generation import SamplingParams, generate
 from flextron.spec import SubnetSpec
 
@@ -33,7 +34,8 @@ class Generates:
         if not params.stop_token_ids and tokenizer.eos_token_id is not None:
             params = replace(params, stop_token_ids=(tokenizer.eos_token_id,))
         ids = [tokenizer.encode(p, add_special_tokens=False) for p in prompts]
-        return [str(tokenizer.decode(out)) for out in generate(self.decoder, ids, spec, params, router)]
+        answers = generate(self.decoder, ids, spec, params, router)
+        return [continuation(tokenizer, prompt, answer) for prompt, answer in zip(ids, answers, strict=True)]
 
 
 @dataclass(slots=True)
