@@ -14,6 +14,7 @@ from flextron.files import new_directory
 from flextron.model.batch import TokenChoice
 from flextron.model.checkpoint import write_checkpoint
 from flextron.model.decoder import Decoder
+from flextron.model.detokenize import continuation
 from flextron.model.encoding import encode
 from flextron.model.generation import SamplingParams, generate
 from flextron.model.generation_config import GenerationDefaults, generation_defaults
@@ -48,7 +49,8 @@ class Generates:
         if not params.stop_token_ids:
             params = replace(params, stop_token_ids=self.generation_defaults.ends)
         ids = [encode(tokenizer, p, add_special_tokens=add_special_tokens) for p in prompts]
-        return [str(tokenizer.decode(out)) for out in generate(self.decoder, ids, spec, params, router)]
+        answers = generate(self.decoder, ids, spec, params, router)
+        return [continuation(tokenizer, prompt, answer) for prompt, answer in zip(ids, answers, strict=True)]
 
 
 @dataclass(slots=True)

@@ -126,7 +126,7 @@ class Engine:
         try:
             for ids, p, network in zip(tokens, each_params, networks, strict=True):
                 chosen = p if p.stop_token_ids else replace(p, stop_token_ids=self._defaults.ends)
-                answer = Answer(self._tokenizer, stops)
+                answer = Answer(self._tokenizer, stops, ids)
                 answers[self._core.add(str(len(answers)), ids, chosen, network)] = answer
             self._run(answers)
         finally:

@@ -91,4 +91,4 @@ class _ChatForm:
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
         raw = self._names.raw(token)
-        return {"token": self._names.key(token), "logprob": max(logprob, _LEAST_LOGPROB), "bytes": list(raw)}
+        return {"token": self._names.key(token), "logprob": max(logprob, _LEAST_LOGPROB), "bytes": list(raw) or None}
