@@ -185,9 +185,11 @@ def _digest(path: Path) -> str:
 
 
 def _examples(model: ElasticModel, data: Path, hyperparameters: Hyperparameters) -> Dataset:
-    context = model.decoder.config.max_position_embeddings
+    config = model.decoder.config
     try:
-        return read_dataset(data, needed(model.tokenizer), hyperparameters, context)
+        return read_dataset(
+            data, needed(model.tokenizer), hyperparameters, config.max_position_embeddings, config.vocab_size
+        )
     except DatasetError as error:
         raise FlextronError(f"{data}: {error}") from error
 
