@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from flextron.model.origin import write_origin
 from flextron.model.peft_layout import read_adapter, write_adapter
 from tests.elastic.test_permute import shuffled
 from tests.model.adapter_cases import random_lora
-from tests.model.families_cases import CASES, hf_config_of, hf_logits, random_model, relative_error, stock
+from tests.model.families_cases import CASES, decoder_of, hf_config_of, hf_logits, random_model, relative_error, stock
 from tests.model.test_peft_layout import TOKENS, adapted_logits, randomized
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -213,6 +214,41 @@ def test_a_pissa_adapter_that_peft_converted_is_read(here: Path) -> None:
     decoder = elastic(here / "hf", here / "e")
     ours = adapted_logits(decoder, read_adapter(here / "a", decoder.config))
     assert relative_error(ours, right) <= 1e-4
+
+
+@pytest.mark.parametrize("left_over", ["corda_config", "loftq_config", "eva_config", "lora_ga_config"])
+def test_settings_of_a_beginning_that_was_not_made_are_passed_over(left_over: str, here: Path) -> None:
+    theirs = saved_adapter(original("llama", here / "hf"), here / "a", **{left_over: {"rho": 2.0}})
+    decoder = load_decoder(open_pretrained(here / "hf"))
+    ours = adapted_logits(decoder, read_adapter(here / "a", decoder.config))
+    assert relative_error(ours, hf_logits(theirs, TOKENS)) <= 1e-5
+
+
+# settings of peft that the other tests here and in test_peft_layout.py read, or that change no trained adapter
+READ = {
+    *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules"),
+    *("fan_in_fan_out", "feedforward_modules", "inference_mode", "init_ia3_weights", "init_lora_weights"),
+    *("layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config"),
+    *("megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision"),
+    *("target_modules", "task_type", "use_rslora"),
+}
+OTHERS = {field.name for config in (LoraConfig, IA3Config) for field in fields(config)} - READ
+
+
+@pytest.mark.parametrize("setting", sorted(OTHERS))
+def test_every_other_setting_of_peft_is_refused_by_name(setting: str, tmp_path: Path) -> None:
+    """Those of a newer peft, too: a setting that nobody has looked at may change anything."""
+    config = {"peft_type": "LORA", "r": 4, setting: "all" if setting == "bias" else True}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(FlextronError, match=f"was made with {setting}, which is not supported"):
+        read_adapter(tmp_path, decoder_of(random_model("llama")).config)
+
+
+@pytest.mark.parametrize("changes", [{"r": 8}, {"r": 8, "rank_pattern": {"q_proj": 2}}])
+def test_a_rank_that_the_config_does_not_say_is_refused(changes: dict[str, Any], here: Path) -> None:
+    saved_adapter(original("llama", here / "hf"), here / "a", **changes)
+    with pytest.raises(FlextronError, match="has rank 4, its config says"):
+        read_adapter(here / "a", load_decoder(open_pretrained(here / "hf")).config)
 
 
 def test_digests_are_of_the_matrices(tmp_path: Path) -> None:

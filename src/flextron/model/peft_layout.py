@@ -37,10 +37,11 @@ _PREFIX = "base_model.model."
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _METHODS = {"LORA": ("lora_A.weight", "lora_B.weight"), "IA3": ("ia3_l",)}
 _HARMLESS = {
-    *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "eva_config", "exclude_modules", "fan_in_fan_out"),
-    *("feedforward_modules", "inference_mode", "init_ia3_weights", "init_lora_weights", "layers_pattern"),
-    *("layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "peft_type", "peft_version"),
-    *("qalora_group_size", "r", "rank_pattern", "revision", "target_modules", "task_type", "use_rslora"),
+    *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules"),
+    *("fan_in_fan_out", "feedforward_modules", "inference_mode", "init_ia3_weights", "init_lora_weights"),
+    *("layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config"),
+    *("megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision"),
+    *("target_modules", "task_type", "use_rslora"),
 }
 """Settings that are read here, or that do not change what a trained adapter computes. Others must be unset."""
 
@@ -252,6 +253,11 @@ def _split_lora(
 ) -> list[Bypass]:
     a, b = own
     rank = a.shape[0]
+    if rank not in (ranks := {settings.get("r", 8), *(settings.get("rank_pattern") or {}).values()}):
+        raise FlextronError(
+            f"the adapter of {module.name} has rank {rank}, its config says {sorted(ranks)}; the files do not belong "
+            "together"
+        )
     # peft's rule: a key is a regular expression for the end of the module's name
     patterns: Mapping[str, float] = settings.get("alpha_pattern") or {}
     matching = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module.name))
