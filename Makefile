@@ -9,13 +9,19 @@ DOCS_READY := .venv/.docs-ready
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/pytest -q -n 2
 RUNNABLE_HERE := not gpu and not browser and not peer
 
-.PHONY: demo test test-slow test-all check fix bench bench-core bench-routing bench-serving bench-coserving docs clean
+.PHONY: demo test test-isa test-isa-all test-slow test-all check fix bench bench-core bench-routing bench-serving bench-coserving docs clean
 
 demo: $(READY)  ## Convert a small model, train it, print its latency table; MODEL= and DATA= choose others.
 	$(BIN)/flextron demo $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)")
 
 test: $(READY)  ## The default suite: CPU, offline, minutes.
 	$(PYTEST)
+
+test-isa: $(READY)  ## Tests of numbers under other instruction sets, threads, and without compiled kernels.
+	.ci/isa default:1:kernels avx2:2:kernels native:2:none
+
+test-isa-all: $(READY)  ## Under every combination.
+	.ci/isa $(foreach isa,default avx2 native,$(foreach n,1 2,$(isa):$(n):kernels $(isa):$(n):none))
 
 test-slow: $(READY)  ## Only what the default suite leaves out for its length.
 	$(PYTEST) -m "slow and $(RUNNABLE_HERE)"

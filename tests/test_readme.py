@@ -1,13 +1,12 @@
 """README and documentation: the marked Python snippets run, and relative links lead somewhere.
 
-A snippet is run when the line before its fence is `<!-- test -->`. It runs alone, offline, in an empty directory that
-holds a tiny random Llama checkpoint named `tiny-llama`.
+A snippet is run when the line before its fence is `<!-- test -->`. It runs alone, offline, in an empty directory.
+`test_installed.py` runs the others, too, and the commands, from an installed wheel.
 """
 
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -48,37 +47,22 @@ def marked_snippets() -> list[object]:
     ]
 
 
-@pytest.fixture(scope="module")
-def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("checkpoints") / "tiny-llama"
-    make_tiny_llama(directory)
-    return directory
-
-
-@pytest.fixture
-def beside_tiny_llama(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty current directory with nothing but `tiny-llama` in it."""
-    shutil.copytree(tiny_llama, tmp_path / "tiny-llama")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.mark.usefixtures("beside_tiny_llama")
 @pytest.mark.parametrize(("page", "offset", "code"), marked_snippets())
-def test_snippet_runs(page: Path, offset: int, code: str) -> None:
+def test_snippet_runs(page: Path, offset: int, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     # Leading blank lines make a traceback name the page's own line.
     exec(compile("\n" * offset + code, str(page), "exec"), {"__name__": "__main__"})
 
 
-@pytest.mark.usefixtures("beside_tiny_llama")
-def test_tiny_llama_is_a_checkpoint_that_transformers_loads() -> None:
+def test_tiny_llama_is_a_checkpoint_that_transformers_loads(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained("tiny-llama")
+    make_tiny_llama(tmp_path / "tiny-llama")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tiny-llama")
     text = "Once upon a time – ça alors"
     batch = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
     assert tokenizer.decode(batch["input_ids"][0], skip_special_tokens=True) == text
-    logits = AutoModelForCausalLM.from_pretrained("tiny-llama")(**batch).logits
+    logits = AutoModelForCausalLM.from_pretrained(tmp_path / "tiny-llama")(**batch).logits
     assert logits.shape == (*batch["input_ids"].shape, len(tokenizer))
 
 

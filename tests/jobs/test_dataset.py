@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from flextron.errors import FlextronError
-from flextron.jobs.dataset import Dataset, DatasetError, read_dataset
+from flextron.jobs.dataset import MOST_LINE_BYTES, Dataset, DatasetError, read_dataset
 from flextron.jobs.hyperparameters import Hyperparameters
 from flextron.jobs.trainer import Example
-from tests.jobs.making import jsonl, tokenizer
+from tests.jobs.making import CHAT_TEMPLATE, jsonl, tokenizer
 
 USER, ANSWER = {"role": "user", "content": "Hi there"}, {"role": "assistant", "content": "Hello, you"}
 GOOD = {"messages": [USER, ANSWER]}
@@ -149,7 +149,7 @@ def test_chat_templates_that_do_not_do(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="line 1 has messages, but the model has no chat template"):
         read(tmp_path, tok, jsonl([GOOD]))
     tok.chat_template = "{{ raise_exception('not so') }}"
-    with pytest.raises(DatasetError, match="line 1 does not fit the model's chat template: not so"):
+    with pytest.raises(DatasetError, match=r"line 1 does not fit the model's chat template: not so"):
         read(tmp_path, tok, jsonl([GOOD]))
     tok.chat_template = "{{ messages[-1].content }}{% if add_generation_prompt %}>{% endif %}"
     with pytest.raises(DatasetError, match="line 1 cannot be taken apart"):
@@ -208,3 +208,59 @@ def test_hyperparameters_go_through_json() -> None:
 def test_bad_hyperparameters(values: dict[str, Any]) -> None:
     with pytest.raises(FlextronError, match="|".join([*values, "hyperparameter"])):
         Hyperparameters.from_dict(values)
+
+
+THINKING = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|User|>{{ m.content }}{% else %}"
+    "<|Assistant|>{{ m.content.split('</think>')[-1] }}</>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("answer", ["Hello, you", "<b>", "<|Assistant|>", "<think>\nhm</think><think>", "\n"])
+def test_an_answer_after_an_opened_thought(tmp_path: Path, tok: PreTrainedTokenizerBase, answer: str) -> None:
+    tok.chat_template = THINKING
+    try:
+        record = {"messages": [USER, ANSWER | {"content": answer}]}
+        (example,) = read(tmp_path, tok, jsonl([record]), context=200).examples
+        assert learnt(tok, example) == answer.split("</think>")[-1] + "</>"
+    finally:
+        tok.chat_template = CHAT_TEMPLATE
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{% for m in messages %}{% if loop.last %}{{ m.content }}{% endif %}{% endfor %}!", "in another way"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{{ messages[9].content }}", "does not fit the model's chat template"),
+    ],
+)
+def test_templates_that_do_not_serve(tmp_path: Path, tok: PreTrainedTokenizerBase, template: str, said: str) -> None:
+    tok.chat_template = template
+    try:
+        with pytest.raises(DatasetError, match=said):
+            read(tmp_path, tok, jsonl([GOOD]))
+    finally:
+        tok.chat_template = CHAT_TEMPLATE
+
+
+def test_tokens_that_the_model_lacks(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:
+    (tmp_path / "data").write_bytes(jsonl([{"prompt": "a ", "completion": "b"}]))
+    tokens = read_dataset(tmp_path / "data", tok, Hyperparameters(), 64).examples[0].token_ids
+    assert read_dataset(tmp_path / "data", tok, Hyperparameters(), 64, max(tokens) + 1).examples
+    with pytest.raises(
+        DatasetError, match=rf"line 1 holds the token .* \({max(tokens)}\), .* vocabulary of {max(tokens)}"
+    ):
+        read_dataset(tmp_path / "data", tok, Hyperparameters(), 64, max(tokens))
+
+
+def test_lines_have_a_limit(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:
+    good = jsonl([{"prompt": "a", "completion": "b"}])
+    with pytest.raises(DatasetError, match="line 2 has 1000001 characters, more than 1000000"):
+        read(tmp_path, tok, good + jsonl([{"prompt": "a", "completion": "b" * 1_000_000}]))
+    with pytest.raises(DatasetError, match=r"line 2 is longer than \d+ bytes"):
+        read(tmp_path, tok, good + b"x" * (MOST_LINE_BYTES + 1))
+    messages = [USER, ANSWER | {"content": "b" * 1_000_000}]
+    with pytest.raises(DatasetError, match=r"line 1 does not fit .* characters, more than 1000000"):
+        read(tmp_path, tok, jsonl([{"messages": messages}]))

@@ -6,6 +6,7 @@ left out or read twice without a visible difference. Sizes differ from each othe
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -85,12 +86,26 @@ def random_model(case: str, seed: int = 3) -> PreTrainedModel:
 def random_from(config: PretrainedConfig, seed: int = 3) -> PreTrainedModel:
     """As `random_model`, of any config."""
     torch.manual_seed(seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    # a copy: models write their dtype into their config, which other tests share
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager").eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(0, 0.2)
             if parameter.dim() == 1 and name.endswith("weight"):
                 parameter.add_(1)
+    return model
+
+
+def in_float64(model: PreTrainedModel) -> PreTrainedModel:
+    """The model in float64 throughout: in any dtype, stock RMS norms and eager softmax round to float32."""
+    model = model.double()
+    for parent in list(model.modules()):
+        for name, norm in list(parent.named_children()):
+            if type(norm).__name__.endswith("RMSNorm"):
+                exact = nn.RMSNorm(norm.weight.shape, eps=norm.variance_epsilon, dtype=torch.float64)
+                exact.weight = norm.weight
+                setattr(parent, name, exact)
+    model.set_attn_implementation("sdpa")
     return model
 
 

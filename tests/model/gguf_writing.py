@@ -44,7 +44,7 @@ def forward_order(name: str, config: PretrainedConfig) -> list[int] | None:
     """Which row of Hugging Face's tensor each row of the file's is; None where they are the same."""
     heads = config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    if config.model_type == "llama" and (".q_proj." in name or ".k_proj." in name):
+    if config.model_type in ("llama", "mistral") and (".q_proj." in name or ".k_proj." in name):
         n = heads if ".q_proj." in name else config.num_key_value_heads
         return [h * dim + half * dim // 2 + j for h in range(n) for j in range(dim // 2) for half in (0, 1)]
     if ".query_key_value." in name:
@@ -73,7 +73,7 @@ def fields_of(config: PretrainedConfig) -> dict[str, Any]:
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
-        "feed_forward_length": getattr(config, "intermediate_size", 4 * config.hidden_size),
+        "feed_forward_length": getattr(config, "intermediate_size", None) or config.n_inner or 4 * config.hidden_size,
         "attention.head_count": config.num_attention_heads,
     }
     if config.model_type == "gpt2":
@@ -85,7 +85,8 @@ def fields_of(config: PretrainedConfig) -> dict[str, Any]:
     if config.model_type == "gpt_neox":
         fields["attention.layer_norm_epsilon"] = config.layer_norm_eps
         fields["use_parallel_residual"] = config.use_parallel_residual
-        return fields | {"rope.dimension_count": int(config.hidden_size / config.num_attention_heads * 0.25)}
+        head_dim = config.hidden_size // config.num_attention_heads
+        return fields | {"rope.dimension_count": int(head_dim * rope["partial_rotary_factor"])}
     fields["attention.head_count_kv"] = config.num_key_value_heads
     fields["attention.layer_norm_rms_epsilon"] = config.rms_norm_eps
     if head_dim := getattr(config, "head_dim", None):
@@ -93,18 +94,25 @@ def fields_of(config: PretrainedConfig) -> dict[str, Any]:
     return fields
 
 
-def write_gguf(path: Path, arch: str, fields: Mapping[str, Any], arrays: Arrays, quantize: Iterable[str] = ()) -> Path:
+def write_gguf(
+    path: Path,
+    arch: str,
+    fields: Mapping[str, Any],
+    arrays: Arrays,
+    quantize: Iterable[str] = (),
+    kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.Q8_0,
+) -> Path:
     writer = gguf.GGUFWriter(path, arch)
     adders: dict[type, Callable[[str, Any], None]] = {
         bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
         list: writer.add_array,
     }  # fmt: skip
     for key, value in fields.items():
-        full = key if key.startswith(("tokenizer.", "split.")) else f"{arch}.{key}"
+        full = key if key.startswith(("tokenizer.", "split.", "general.")) else f"{arch}.{key}"
         adders[type(value)](full, value)
     for name, array in arrays.items():
-        kind = gguf.GGMLQuantizationType.Q8_0 if name in quantize else None
-        writer.add_tensor(name, gguf.quants.quantize(array, kind) if kind else array, raw_dtype=kind)
+        own = kind if name in quantize else None
+        writer.add_tensor(name, array if own is None else gguf.quants.quantize(array, own), raw_dtype=own)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

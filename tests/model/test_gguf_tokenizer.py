@@ -8,18 +8,17 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerBase
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from flextron.errors import FlextronError
 from flextron.model.gguf import open_gguf
 from flextron.model.gguf_tokenizer import tokenizer_from_metadata
+from tests.model.gguf_writing import fields_of, to_gguf, write_gguf
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, and the dog isn't amused at all.",
@@ -42,6 +41,7 @@ def trained(pre_tokenizer: Any) -> tuple[Tokenizer, dict[str, Any]]:
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
     return tokenizer, {
         "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
         "tokenizer.ggml.tokens": vocab,
         "tokenizer.ggml.token_type": [3] * len(SPECIAL) + [1] * (len(vocab) - len(SPECIAL)),
         "tokenizer.ggml.merges": [" ".join(merge) for merge in merges],
@@ -206,23 +206,11 @@ def test_no_tokenizer_and_unknown_kinds() -> None:
 
 
 def test_the_tokenizer_comes_with_the_file(tmp_path: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "gpt2")
-    sizes = {"block_count": 0, "context_length": 48, "embedding_length": 32, "feed_forward_length": 128}
-    for key, value in (sizes | {"attention.head_count": 4}).items():
-        writer.add_uint32(f"gpt2.{key}", value)
-    writer.add_layer_norm_eps(1e-5)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(SMOLLM_METADATA["tokenizer.ggml.tokens"])
-    writer.add_token_types(SMOLLM_METADATA["tokenizer.ggml.token_type"])
-    writer.add_token_merges(SMOLLM_METADATA["tokenizer.ggml.merges"])
-    for name in ("token_embd", "position_embd"):
-        writer.add_tensor(f"{name}.weight", np.zeros((48, 32), dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    tokenizer = open_gguf(tmp_path / "model.gguf").tokenizer
+    size = len(SMOLLM_METADATA["tokenizer.ggml.tokens"])
+    config = GPT2Config(vocab_size=size, n_embd=32, n_layer=1, n_head=4, n_positions=48)
+    tensors = {name: tensor.detach() for name, tensor in GPT2LMHeadModel(config).named_parameters()}
+    fields = fields_of(config) | SMOLLM_METADATA | {"tokenizer.ggml.pre": "smollm"}
+    tokenizer = open_gguf(write_gguf(tmp_path / "model.gguf", "gpt2", fields, to_gguf(tensors, config))).tokenizer
     assert tokenizer is not None
     assert tokenizer(CORPUS[1]).input_ids == SMOLLM.encode(CORPUS[1]).ids
     assert len(tokenizer("2024").input_ids) == 4

@@ -23,6 +23,7 @@ from tests.model.families_cases import (
     decoder_of,
     hf_config_of,
     hf_logits,
+    in_float64,
     random_model,
     random_tokens,
     relative_error,
@@ -133,7 +134,7 @@ def test_a_narrowed_adapter_goes_with_its_extracted_checkpoint(tmp_path: Path) -
 
 @pytest.mark.parametrize("case", ["llama-3", "gpt2"])
 def test_gradients_equal_those_of_peft(case: str, tmp_path: Path) -> None:
-    model = random_model(case).double()
+    model = in_float64(random_model(case))
     decoder = decoder_of(model).requires_grad_(False)
     adapter = random_lora(decoder.config, targets=["o", "up", "down"]).double()
     write_adapter(adapter, tmp_path / "adapter")
@@ -148,7 +149,7 @@ def test_gradients_equal_those_of_peft(case: str, tmp_path: Path) -> None:
     reference = {n.replace(".default", ""): p.grad for n, p in theirs.named_parameters() if p.grad is not None}
     assert ours.keys() == reference.keys()
     for name, gradient in reference.items():
-        assert relative_error(ours[name], gradient) <= 1e-6, name
+        assert relative_error(ours[name], gradient) <= 1e-12, name
 
 
 def _edited(directory: Path, **changes: Any) -> Path:

@@ -14,7 +14,6 @@ from flextron.jobs.hyperparameters import Hyperparameters
 from flextron.jobs.lora import LoraTrainers
 from tests.server.running import Running
 from tests.server.tuning import tuning
-from tests.tiny import make_tiny_llama
 
 GUIDES = Path(__file__).parents[2] / "docs" / "guides"
 GUIDE, FINETUNING = GUIDES / "serving.md", GUIDES / "finetuning.md"
@@ -43,7 +42,6 @@ def test_the_guide(
 def test_the_guide_to_finetuning(model: ElasticModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each snippet goes on where the last one ended; the first needs no server, and `test_readme.py` runs it alone."""
     monkeypatch.chdir(tmp_path)
-    make_tiny_llama(tmp_path / "tiny-llama")
     space: dict[str, Any] = {"__name__": "__main__"}
     model.save("tiny")
     with tuning(model, tmp_path / "state", maker=LoraTrainers(model.decoder, "tiny")) as made:

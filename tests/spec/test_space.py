@@ -237,8 +237,11 @@ def ratios_with(**changes: object) -> Callable[[], SearchSpace]:
         (space_with(skippable_layers=[1], max_skipped_layers=2), r"max_skipped_layers must lie between 0 and 1"),
         (space_with(max_skipped_layers=-1), r"max_skipped_layers must lie between 0 and 0"),
         (space_with(skippable_layers=[0, 1, 2], max_skipped_layers=3), r"at least one layer must stay"),
-        (space_with(depth=3), r"not a search space: .*'depth'"),
-        (lambda: SearchSpace.from_dict({"num_hidden_layers": 3}), r"not a search space: .*'intermediate_sizes'"),
+        (space_with(depth=3), r"search space is malformed \(depth: "),
+        (
+            lambda: SearchSpace.from_dict({"num_hidden_layers": 3}),
+            r"search space is malformed \(intermediate_sizes: .*convert",
+        ),
         (ratios_with(ratios=[0.0]), r"ratios must lie in \(0, 1\]"),
         (ratios_with(ratios=[1.5]), r"ratios must lie in \(0, 1\]"),
         (ratios_with(ratios=[math.nan]), r"ratios must lie in \(0, 1\]"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -138,14 +140,23 @@ def routing(router: StaticRouter, **changes: float) -> JointRouting:
     return JointRouting(router=router, table=TABLE, recipe=RECIPE, full_probability=changes.get("full", 0.0))
 
 
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """Whatever is made meanwhile has twice the digits."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("float64")
 def test_gates_leave_the_output_as_it_is_and_carry_gradients() -> None:
-    router = fresh_router()
+    router, decoder = fresh_router(), copy.deepcopy(DECODER).double()
     tokens = random_tokens(2, 10, seed=5)
     total = torch.zeros(())
     for step in range(8):
         drawn = routing(router).draw(step, 0, 2)
-        with_gates = DECODER(Batch.dealt(tokens, drawn.specs, drawn.gates))
-        assert torch.allclose(with_gates, DECODER(Batch.dealt(tokens, drawn.specs)), atol=1e-6)
+        with_gates = decoder(Batch.dealt(tokens, drawn.specs, drawn.gates))
+        torch.testing.assert_close(with_gates, decoder(Batch.dealt(tokens, drawn.specs)), rtol=1e-12, atol=1e-12)
         total = total + with_gates.square().mean()
     gradients = torch.autograd.grad(total, list(router.parameters()), allow_unused=True)
     assert all(g is not None and bool(g.abs().sum() > 0) for g in gradients)

@@ -7,16 +7,22 @@ from pathlib import Path
 
 import torch
 
-from flextron.api.model import ROUTERS_FILE, TOKEN_ROUTER_FILE, ElasticModel
+from flextron.api.model import LOSSES_FILE, ROUTERS_FILE, TOKEN_ROUTER_FILE, ElasticModel
+from flextron.api.packaged import TINY, checkpoint_at
 from flextron.api.texts import Texts, documents, training_text, windows
 from flextron.elastic import ElasticInfo, permute, rank, read_elastic
+from flextron.elastic.adapter_file import is_adapter, read_adapter
 from flextron.elastic.checkpoint import provenance, read_tensors
 from flextron.elastic.importance import Method
+from flextron.elastic.permute import permute_to
+from flextron.elastic.sketch import check_sketch
 from flextron.errors import FlextronError
 from flextron.files import read_json
-from flextron.model.checkpoint import load_decoder, open_pretrained
+from flextron.model.checkpoint import find_directory, load_decoder, open_pretrained
+from flextron.model.decoder import Decoder
 from flextron.model.fingerprint import weights_digest
 from flextron.routing import Frontier, LatencyTable, StaticRouter
+from flextron.routing.losses import KnownLosses
 from flextron.routing.token_router import TokenRouter
 from flextron.spec import SearchSpace
 
@@ -44,7 +50,7 @@ def convert(
     """Turn a pretrained checkpoint into an elastic one: rank, permute, and define its sub-networks. No training.
 
     Args:
-        source: hub id, local directory or `.gguf` file.
+        source: hub id, local directory or `.gguf` file; or `tiny`, the small model that the package holds.
         calibration: documents, or a file, directory or `datasets` id; by default text that is on this machine.
         method: of ranking, see `flextron.elastic.importance`.
         ratios: choices of MLP width and attention groups, as fractions of the full ones.
@@ -56,7 +62,7 @@ def convert(
     Raises:
         FlextronError: the checkpoint or the choices are not usable; says why.
     """
-    pretrained = open_pretrained(source)
+    pretrained = open_pretrained(checkpoint_at(source))
     decoder = load_decoder(pretrained).eval().requires_grad_(False)
     config = decoder.config
     skipped = _max_skipped(config.num_hidden_layers, max_skipped_layers)
@@ -82,10 +88,11 @@ def convert(
         skippable_layers=skippable[: 3 * skipped // 2],
         max_skipped_layers=skipped,
     )
+    name = TINY if source == TINY else pretrained.name
     info = ElasticInfo(
         space=space,
         layer_scores=importance.layer_scores,
-        provenance=provenance(pretrained.name, importance=method, calibration_tokens=importance.num_tokens),
+        provenance=provenance(name, importance=method, calibration_tokens=importance.num_tokens),
     )
     return ElasticModel(
         decoder,
@@ -116,27 +123,32 @@ def _default_multiple(intermediate_size: int) -> int:
     )
 
 
-def load(directory: str | Path) -> ElasticModel:
-    """Read an elastic checkpoint.
+def load(source: str | Path, *, elastic: str | Path | None = None) -> ElasticModel:
+    """Read an elastic checkpoint, or a pretrained one with an elastic adapter beside it.
+
+    Args:
+        source: directory of an elastic checkpoint, or `tiny` for the one that the package holds; with `elastic`, the
+            base: hub id, local directory or `.gguf` file.
+        elastic: elastic adapter for the base: directory or hub id.
 
     Raises:
-        FlextronError: it is not one, or damaged.
+        FlextronError: it is not one, or damaged, or the adapter is for another base.
     """
-    path = Path(directory).expanduser()
+    if elastic is not None:
+        return _load_adapted(source, elastic)
+    path = Path(checkpoint_at(source)).expanduser()
     if not path.is_dir():
-        raise FlextronError(f"{directory} is no directory; give an elastic checkpoint made with convert")
+        raise FlextronError(f"{source} is no directory; give an elastic checkpoint made with convert")
+    if is_adapter(path):
+        return _load_adapted(read_adapter(path).base, path)
     info = read_elastic(path)
     pretrained = open_pretrained(path)
     decoder = load_decoder(pretrained).eval().requires_grad_(False).to(_default_device())
-    if info.space.full != decoder.config.full_spec:
-        raise FlextronError(
-            f"the search space in {path / 'elastic.json'} is of another model ({info.space.full.describe()}, here "
-            f"{decoder.config.full_spec.describe()}); make the checkpoint again with convert"
-        )
+    _check_space(info, decoder, path)
     tables = {f.stem: LatencyTable.from_dict(read_json(f)) for f in sorted((path / "latency").glob("*.json"))}
     for table in tables.values():
         table.check(info.space)
-    frontier = path / "frontier.json"
+    frontier, losses = path / "frontier.json", path / LOSSES_FILE
     measured = Frontier.from_dict(read_json(frontier)) if frontier.exists() else None
     if measured is not None and not all(p.spec.is_nested_in(info.space.full) for p in measured.points):
         raise FlextronError(f"{frontier} is of another model; delete it and measure again with profile")
@@ -147,8 +159,49 @@ def load(directory: str | Path) -> ElasticModel:
         info,
         tables,
         measured,
+        KnownLosses.from_dict(read_json(losses)) if losses.exists() else None,
         generation_config=pretrained.generation_config,
     )
+    _load_routers(model, path)
+    return model
+
+
+def _check_space(info: ElasticInfo, decoder: Decoder, path: Path) -> None:
+    if info.space.full != decoder.config.full_spec:
+        raise FlextronError(
+            f"the search space in {path / 'elastic.json'} is of another model ({info.space.full.describe()}, here "
+            f"{decoder.config.full_spec.describe()}); make the checkpoint again with convert"
+        )
+
+
+def _load_adapted(base: str | Path, elastic: str | Path) -> ElasticModel:
+    """A pretrained checkpoint, permuted, with an elastic adapter merged into its weights."""
+    path = find_directory(elastic, "an elastic adapter")
+    stored = read_adapter(path)
+    pretrained = open_pretrained(base)
+    decoder = load_decoder(pretrained).eval().requires_grad_(False)
+    _check_space(stored.info, decoder, path)
+    adapter = stored.build(decoder)
+    if decoder.config.origin is None:
+        permute_to(decoder, stored.permutation, source=stored.base)
+    check_sketch(decoder, stored.base_sketch, stored.base)
+    adapter.add_to(decoder)
+    model = ElasticModel(
+        decoder.to(_default_device()),
+        pretrained.tokenizer,
+        pretrained.hf_config,
+        stored.info,
+        {},
+        losses=KnownLosses.from_dict(stored.extra[LOSSES_FILE]) if LOSSES_FILE in stored.extra else None,
+        generation_config=pretrained.generation_config,
+        adapter=adapter,
+    )
+    _load_routers(model, path)
+    return model
+
+
+def _load_routers(model: ElasticModel, path: Path) -> None:
+    info, decoder = model.info, model.decoder
     if (path / ROUTERS_FILE).exists():
         stored = read_tensors(path / ROUTERS_FILE)
         static, token = (
@@ -160,4 +213,3 @@ def load(directory: str | Path) -> ElasticModel:
         if token:
             model.token_router = TokenRouter.from_dict(read_json(path / TOKEN_ROUTER_FILE), token).to(decoder.device)
             model.token_router.check(decoder.config, info.space.full)
-    return model

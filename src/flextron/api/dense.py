@@ -9,11 +9,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from flextron.api.texts import needed
+from flextron.api.texts import check_prompt, needed
 from flextron.files import new_directory
 from flextron.model.batch import TokenChoice
 from flextron.model.checkpoint import write_checkpoint
 from flextron.model.decoder import Decoder
+from flextron.model.detokenize import continuation
 from flextron.model.encoding import encode
 from flextron.model.generation import SamplingParams, generate
 from flextron.model.generation_config import GenerationDefaults, generation_defaults
@@ -48,7 +49,8 @@ class Generates:
         if not params.stop_token_ids:
             params = replace(params, stop_token_ids=self.generation_defaults.ends)
         ids = [encode(tokenizer, p, add_special_tokens=add_special_tokens) for p in prompts]
-        return [str(tokenizer.decode(out)) for out in generate(self.decoder, ids, spec, params, router)]
+        answers = generate(self.decoder, ids, spec, params, router)
+        return [continuation(tokenizer, prompt, answer) for prompt, answer in zip(ids, answers, strict=True)]
 
 
 @dataclass(slots=True)
@@ -68,6 +70,7 @@ class DenseModel(Generates):
             add_special_tokens: whether it begins as the tokenizer begins a text.
             params: fields of `SamplingParams`; greedy by default, whatever `generation_config.json` says.
         """
+        check_prompt(prompt)
         widths, chosen = self.decoder.widths, SamplingParams(**params)
         return self._generate([prompt], widths, chosen, add_special_tokens=add_special_tokens)[0]
 

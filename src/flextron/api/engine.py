@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -125,7 +126,7 @@ class Engine:
         try:
             for ids, p, network in zip(tokens, each_params, networks, strict=True):
                 chosen = p if p.stop_token_ids else replace(p, stop_token_ids=self._defaults.ends)
-                answer = Answer(self._tokenizer, stops)
+                answer = Answer(self._tokenizer, stops, ids)
                 answers[self._core.add(str(len(answers)), ids, chosen, network)] = answer
             self._run(answers)
         finally:
@@ -150,6 +151,9 @@ class Engine:
         given = [prompts] if isinstance(prompts, str) else prompts
         if any(isinstance(p, int) for p in given):
             raise FlextronError("prompts are texts or lists of token ids; put a single list of ids into a list")
+        for prompt in given:
+            if not isinstance(prompt, str) and not all(isinstance(token, Integral) for token in prompt):
+                raise FlextronError("prompts are texts or lists of token ids; give tensors as tensor.tolist()")
         return [
             encode(self._tokenizer, p, add_special_tokens=add_special_tokens) if isinstance(p, str) else list(p)
             for p in given

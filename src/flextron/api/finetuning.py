@@ -19,6 +19,7 @@ from flextron.api.model import ElasticModel
 from flextron.api.texts import needed
 from flextron.errors import FlextronError
 from flextron.files import read_json, write_json
+from flextron.interrupts import Interrupted, held_interrupts
 from flextron.jobs.dataset import Dataset, DatasetError, read_dataset
 from flextron.jobs.directory import durable_directory, lock_directory
 from flextron.jobs.hyperparameters import Hyperparameters
@@ -100,6 +101,8 @@ def finetune(
         FlextronError: a file or a hyperparameter is no good, `output` exists, or an unfinished training there is of
             other arguments, or nothing is within the target.
     """
+    if not 0 <= seed < 2**31:  # as the server's
+        raise FlextronError(f"seed must lie between 0 and {2**31 - 1}, not be {seed}")
     chosen = Hyperparameters.from_dict(hyperparameters)
     data, output = Path(data).expanduser(), Path(output).expanduser()
     held_out = None if validation is None else Path(validation).expanduser()
@@ -182,9 +185,11 @@ def _digest(path: Path) -> str:
 
 
 def _examples(model: ElasticModel, data: Path, hyperparameters: Hyperparameters) -> Dataset:
-    context = model.decoder.config.max_position_embeddings
+    config = model.decoder.config
     try:
-        return read_dataset(data, needed(model.tokenizer), hyperparameters, context)
+        return read_dataset(
+            data, needed(model.tokenizer), hyperparameters, config.max_position_embeddings, config.vocab_size
+        )
     except DatasetError as error:
         raise FlextronError(f"{data}: {error}") from error
 
@@ -208,19 +213,28 @@ def _begin(directory: Path, identity: dict[str, Any], *, restart: bool) -> None:
 def _train(trainer: Trainer, progress: _Progress, state: Path, save_seconds: float, on_step: OnStep) -> None:
     """Take the steps that are left."""
     saved_at = time.monotonic()
-    while trainer.step_number < trainer.num_steps:
-        begun = time.perf_counter()
-        metrics = trainer.step()
-        seconds = time.perf_counter() - begun
-        metrics.check(trainer.step_number)
-        progress.add(metrics, seconds)
-        figures = {"loss": metrics.loss, "tokens/s": metrics.num_tokens / max(seconds, 1e-9)}
-        if metrics.valid_loss is not None:
-            figures["validation loss"] = metrics.valid_loss
-        on_step(trainer.step_number, trainer.num_steps, figures)
-        if time.monotonic() - saved_at >= save_seconds:
-            with durable_directory(state) as temporary:
-                (temporary / _TRAINER).mkdir()
-                trainer.save_state(temporary / _TRAINER)
-                write_json(temporary / _PROGRESS, asdict(progress))
-            saved_at = time.monotonic()
+    with held_interrupts() as interrupted:
+        while trainer.step_number < trainer.num_steps:
+            figures = _step(trainer, progress)
+            on_step(trainer.step_number, trainer.num_steps, figures)
+            if interrupted() or time.monotonic() - saved_at >= save_seconds:
+                with durable_directory(state) as temporary:
+                    (temporary / _TRAINER).mkdir()
+                    trainer.save_state(temporary / _TRAINER)
+                    write_json(temporary / _PROGRESS, asdict(progress))
+                saved_at = time.monotonic()
+                if interrupted():
+                    raise Interrupted(trainer.step_number, trainer.num_steps, state.parent)
+
+
+def _step(trainer: Trainer, progress: _Progress) -> dict[str, float]:
+    """Take a step; its figures."""
+    begun = time.perf_counter()
+    metrics = trainer.step()
+    seconds = time.perf_counter() - begun
+    metrics.check(trainer.step_number)
+    progress.add(metrics, seconds)
+    figures = {"loss": metrics.loss, "tokens/s": metrics.num_tokens / max(seconds, 1e-9)}
+    if metrics.valid_loss is not None:
+        figures["validation loss"] = metrics.valid_loss
+    return figures

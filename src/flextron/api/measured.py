@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flextron.api.dense import Generates
 from flextron.api.routing import OnProgress
-from flextron.api.texts import Texts, documents, evaluation_text, source_name, windows
+from flextron.api.texts import Texts, check_windows, documents, evaluation_text, source_name, windows
 from flextron.elastic import ElasticInfo
 from flextron.errors import FlextronError
 from flextron.evals import Perplexity, evaluate_perplexity
@@ -27,6 +27,7 @@ from flextron.routing import (
     search_frontier,
 )
 from flextron.routing.latency import Phase
+from flextron.routing.losses import KnownLosses
 from flextron.spec import SearchSpace, SubnetSpec, Target
 
 __all__ = ["MeasuredModel"]
@@ -44,6 +45,8 @@ class MeasuredModel(Generates):
     """Latency tables by device."""
     frontier: Frontier | None = None
     """Measured sub-networks, once profiled."""
+    losses: KnownLosses | None = None
+    """Of sub-networks, as they came with an elastic adapter; `profile` adds this device's latencies."""
     generation_config: Mapping[str, Any] | None = None
     """The checkpoint's `generation_config.json`, if it has one."""
 
@@ -78,6 +81,9 @@ class MeasuredModel(Generates):
     ) -> Frontier:
         """Measure latencies on this device, unless they were already, and search the frontier of loss over latency.
 
+        Where losses came with an elastic adapter and no text is given, they are taken as they are, and nothing is
+        searched.
+
         Args:
             text: documents, or a file, directory or `datasets` id; by default prose that is on this machine.
             settings: of the search.
@@ -89,6 +95,11 @@ class MeasuredModel(Generates):
             on_measure: called with timing rounds done and in all.
             on_search: called with sub-networks measured and to be measured.
         """
+        if text is None and self.losses is not None:
+            table = self.measure_latencies(batch_size=batch_size, context=decode_context, on_progress=on_measure)
+            self.frontier = self.losses.priced(table)
+            return self.frontier
+        check_windows(num_tokens, context)
         validation_BT = windows(
             documents(text, evaluation_text), self.tokenizer, num_tokens=num_tokens + 2 * context, context=context
         )

@@ -14,14 +14,18 @@ from torch import Tensor
 from flextron.api.dense import DenseModel
 from flextron.api.measured import MeasuredModel
 from flextron.api.routing import TOKEN_TARGETS, OnProgress, route, route_tokens
-from flextron.api.texts import Texts
+from flextron.api.texts import Texts, check_prompt
 from flextron.api.training import train_model
 from flextron.elastic import extract, write_elastic
+from flextron.elastic.adapter import ElasticAdapter
+from flextron.elastic.adapter_file import Bits, write_adapter
 from flextron.elastic.checkpoint import write_tensors
 from flextron.errors import FlextronError
 from flextron.files import new_file, write_json
 from flextron.model.generation import SamplingParams
+from flextron.model.origin import PermutedFrom
 from flextron.routing import StaticRouter
+from flextron.routing.losses import KnownLosses
 from flextron.routing.token_router import PricedRouter, TokenRouter
 from flextron.spec import SubnetSpec, Target
 from flextron.training.recipe import TrainRecipe
@@ -31,9 +35,9 @@ from flextron.training.token_recipe import TokenRouterRecipe
 from flextron.training.token_routing import TokenRouterResult
 from flextron.training.trainer import OnStep, TrainResult
 
-__all__ = ["ROUTERS_FILE", "TOKEN_ROUTER_FILE", "ElasticModel"]
+__all__ = ["LOSSES_FILE", "ROUTERS_FILE", "TOKEN_ROUTER_FILE", "ElasticModel"]
 
-ROUTERS_FILE, TOKEN_ROUTER_FILE = "routers.safetensors", "token_router.json"
+ROUTERS_FILE, TOKEN_ROUTER_FILE, LOSSES_FILE = "routers.safetensors", "token_router.json", "losses.json"
 
 
 @dataclass(slots=True)
@@ -44,6 +48,8 @@ class ElasticModel(MeasuredModel):
     """Trained by `route`."""
     token_router: TokenRouter | None = None
     """Trained by `route_tokens`."""
+    adapter: ElasticAdapter | None = None
+    """What `train` with `lora_rank` added to the base; merged into the decoder's weights already."""
 
     def to(self, device: torch.device | str) -> ElasticModel:
         """Move the weights."""
@@ -59,6 +65,8 @@ class ElasticModel(MeasuredModel):
         extra: dict[str, Any] = {f"latency/{name}.json": table.to_dict() for name, table in self.tables.items()}
         if self.frontier is not None:
             extra["frontier.json"] = self.frontier.to_dict()
+        elif self.losses is not None:
+            extra[LOSSES_FILE] = self.losses.to_dict()
         if self.token_router is not None:
             extra[TOKEN_ROUTER_FILE] = self.token_router.to_dict()
         write_elastic(
@@ -70,6 +78,45 @@ class ElasticModel(MeasuredModel):
             generation_config=self.generation_config,
             extra=extra,
             tensors={ROUTERS_FILE: tensors} if (tensors := self._router_tensors()) else {},
+            overwrite=overwrite,
+        )
+
+    def save_adapter(self, directory: str | Path, *, bits: Bits = 16, overwrite: bool = False) -> None:
+        """Write what training with `lora_rank` added to the base, without the base: `load` joins the two again.
+
+        A frontier goes along without its latencies, which are this device's.
+
+        Args:
+            directory: made here.
+            bits: of a number of the low-rank updates, 16 or 8.
+            overwrite: replace an existing directory.
+
+        Raises:
+            FlextronError: the model has no elastic adapter, or its base is not known; the directory exists.
+        """
+        origin = self.decoder.config.origin
+        if self.adapter is None:
+            raise FlextronError(
+                "the model has no elastic adapter; train it with lora_rank (flextron train --lora) first"
+            )
+        if not isinstance(origin, PermutedFrom) or origin.permutation is None:
+            raise FlextronError(
+                "it is not known what the model was made from; convert the original again and train that"
+            )
+        extra: dict[str, Any] = {}
+        if self.frontier is not None:
+            extra[LOSSES_FILE] = KnownLosses.of(self.frontier).to_dict()
+        if self.token_router is not None:
+            extra[TOKEN_ROUTER_FILE] = self.token_router.to_dict()
+        write_adapter(
+            Path(directory),
+            self.adapter,
+            self.info,
+            origin.permutation,
+            base=origin.source,
+            bits=bits,
+            extra=extra,
+            tensors=self._router_tensors(),
             overwrite=overwrite,
         )
 
@@ -224,6 +271,7 @@ class ElasticModel(MeasuredModel):
         Raises:
             FlextronError: as for `select` and `SamplingParams`.
         """
+        check_prompt(prompt)
         names = {f.name for f in fields(Target)}
         target = {k: v for k, v in options.items() if k in names}
         params = SamplingParams(**{k: v for k, v in options.items() if k not in names})

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from flextron.api.texts import Texts, documents, evaluation_text, needed, source_name, training_text, windows
+from flextron.api.texts import (
+    Texts,
+    check_windows,
+    documents,
+    evaluation_text,
+    needed,
+    source_name,
+    training_text,
+    windows,
+)
 from flextron.routing import Frontier, compare_frontiers
 from flextron.routing.token_router import TokenRouter
 from flextron.training.blocks import TokenBlocks, pack_tokens
@@ -43,6 +52,7 @@ def route(
     on_compare: OnProgress | None,
 ) -> RouterResult:
     """See `ElasticModel.route`."""
+    check_windows(num_tokens, context)
     windows_BT = windows(documents(text, evaluation_text), model.tokenizer, num_tokens=2 * num_tokens, context=context)
     half = max(1, len(windows_BT) // 2)
     table = model.measure_latencies(on_progress=on_measure)

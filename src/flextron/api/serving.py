@@ -64,6 +64,7 @@ def open_jobs(
         # a thread of its own reads examples, and tokenizers are not safe to share
         tokenizer=copy.deepcopy(needed(model.tokenizer)),
         context=model.decoder.config.max_position_embeddings,
+        vocab_size=model.decoder.config.vocab_size,
         make_trainer=LoraTrainers(model.decoder, source),
         fingerprint=fingerprint(model.decoder),
         on_adapter=adapters.add_checkpoint,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,9 +16,19 @@ from flextron.training.blocks import pack_tokens
 from flextron.training.documents import read_documents
 from flextron.training.machine_text import drop_overlaps, pydoc_topics, python_docstrings
 
-__all__ = ["Texts", "documents", "evaluation_text", "needed", "source_name", "training_text", "windows"]
+__all__ = [
+    "Texts",
+    "check_prompt",
+    "check_windows",
+    "documents",
+    "evaluation_text",
+    "needed",
+    "source_name",
+    "training_text",
+    "windows",
+]
 
-Texts = Iterable[str] | str | None
+Texts = Iterable[str] | str | Path | None
 """Documents; or the name of a file, directory or `datasets` id; or None for text that is on this machine."""
 
 _MACHINE_CHARS = 4_000_000
@@ -33,10 +45,56 @@ def training_text(max_chars: int = _MACHINE_CHARS) -> list[str]:
 
 
 def documents(text: Texts, default: Callable[[], list[str]]) -> Iterable[str]:
-    """Texts as given, those of a file or data set if it is a name, or the default."""
+    """Texts as given, those of a file or data set if it is a name, or the default.
+
+    Raises:
+        FlextronError: they are of another type; while iterating if one of them is no string.
+    """
     if text is None:
         return default()
-    return read_documents(text) if isinstance(text, str) else text
+    if isinstance(text, (str, os.PathLike)):
+        return read_documents(os.fspath(text))
+    if isinstance(text, (bytes, bytearray, Mapping)) or not isinstance(text, Iterable):
+        raise FlextronError(f"texts are strings, or the name of a file, directory or data set, not {_kind(text)}")
+    return _strings(text)
+
+
+def _strings(texts: Iterable[object]) -> Iterator[str]:
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise FlextronError(f"texts are strings, but text {number} is {_kind(text)}; pass texts alone")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # half a surrogate pair, which no tokenizer takes
+            raise FlextronError(f"text {number} is not valid Unicode ({error.reason}); mend or drop it") from error
+        yield text
+
+
+def _kind(value: object) -> str:
+    name = type(value).__name__
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
+
+
+def check_prompt(prompt: object) -> None:
+    """Refuse what is no text.
+
+    Raises:
+        FlextronError: says what it is instead.
+    """
+    if not isinstance(prompt, str):
+        raise FlextronError(f"a prompt is a string, not {_kind(prompt)}; flextron.Engine takes lists of token ids, too")
+
+
+def check_windows(num_tokens: int, context: int) -> None:
+    """Refuse windows in which nothing is predicted, and fewer tokens than one window has.
+
+    Raises:
+        FlextronError: names the number that does not fit.
+    """
+    if context < 2:
+        raise FlextronError(f"context must be at least 2 tokens, not {context}: the first is only read")
+    if num_tokens < context:
+        raise FlextronError(f"num_tokens must be at least {context}, the tokens of one window, not {num_tokens}")
 
 
 def windows(
@@ -46,7 +104,11 @@ def windows(
 
     Each begins as the tokenizer begins a text, in the place of the tokens that would stand there (as llama.cpp's
     perplexity does): models that were trained with BOS predict badly where a window starts in the midst of a text.
+
+    Raises:
+        FlextronError: as for `check_windows`, and for documents that are too short.
     """
+    check_windows(num_tokens, context)
     tokens = pack_tokens(documents, needed(tokenizer), num_tokens=num_tokens, context=context)
     windows_BT = torch.from_numpy(tokens.reshape(-1, context).astype("int64"))
     begin = beginning(needed(tokenizer))[:context]
@@ -67,4 +129,6 @@ def needed(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase
 
 def source_name(text: Texts, default: str) -> str:
     """What to call a text in a record."""
-    return text if isinstance(text, str) else "documents" if text is not None else default
+    if text is None:
+        return default
+    return os.fspath(text) if isinstance(text, (str, os.PathLike)) else "documents"

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
+from flextron.api.packaged import checkpoint_at
 from flextron.api.texts import Texts, documents, needed, source_name, training_text
+from flextron.elastic.adapter import ElasticAdapter, sharing
 from flextron.errors import FlextronError
+from flextron.model.adapter import Adapter
 from flextron.model.checkpoint import load_decoder, open_pretrained
 from flextron.model.decoder import Decoder
 from flextron.spec import SubnetSpec
@@ -42,26 +47,36 @@ def train_model(
     source = source_name(text, "docstrings on this machine")
     blocks, digest = _training_blocks(model, text, recipe, run_directory)
     before = model.info.recipe.get("num_tokens", 0)
-    result = train(
-        model.decoder,
-        _teacher(model, teacher),
-        model.space,
-        blocks,
-        recipe,
-        specs=specs,
-        routing=routing,
-        run_directory=run_directory,
-        identity={
-            "text": source,
-            "model": model.info.provenance.get("source"),
-            "teacher": None if teacher is None else str(teacher),
-            "tokens": digest,
-            "start": before,
-            "specs": [spec.to_dict() for spec in specs],
-            "with_router": with_router,
-        },
-        on_step=on_step,
-    )
+    identity = {
+        "text": source,
+        "model": model.info.provenance.get("source"),
+        "teacher": None if teacher is None else str(teacher),
+        "tokens": digest,
+        "start": before,
+        "specs": [spec.to_dict() for spec in specs],
+        "with_router": with_router,
+    }
+
+    def run(student: Decoder, frozen: Decoder, adapter: Adapter | None = None) -> TrainResult:
+        return train(
+            student,
+            frozen,
+            model.space,
+            blocks,
+            recipe,
+            specs=specs,
+            routing=routing,
+            adapter=adapter,
+            run_directory=run_directory,
+            identity=identity,
+            on_step=on_step,
+        )
+
+    if recipe.lora_rank is None:
+        result = run(model.decoder, _teacher(model, teacher))
+        model.adapter = None  # its weights are no longer those of the base and an adapter
+    else:
+        result = _train_adapter(model, recipe, teacher, run)
     facts = {
         "train": recipe.model_dump(mode="json"),
         "text": source,
@@ -73,7 +88,46 @@ def train_model(
     if model.router is not None:
         model.router.eval().requires_grad_(False)
     # both hold for the weights of before; latencies depend on widths alone
-    model.frontier = model.token_router = None
+    model.frontier = model.losses = model.token_router = None
+    return result
+
+
+def _train_adapter(
+    model: ElasticModel,
+    recipe: TrainRecipe,
+    teacher: str | Path | None,
+    run: Callable[[Decoder, Decoder, Adapter | None], TrainResult],
+) -> TrainResult:
+    """Train low-rank updates beside the frozen base, then merge them; whatever happens, the model is whole again.
+
+    Raises:
+        FlextronError: the model has an adapter of another rank.
+    """
+    assert recipe.lora_rank is not None
+    held = model.adapter
+    if held is not None and held.rank != recipe.lora_rank:
+        raise FlextronError(
+            f"the model's elastic adapter has rank {held.rank}, the recipe asks for {recipe.lora_rank}; go on with its "
+            "own rank, or save the model, which merges the adapter, and load it again"
+        )
+    if held is None:
+        torch.manual_seed(recipe.seed)
+        held = ElasticAdapter.fresh(model.decoder, recipe.lora_rank, recipe.lora_alpha or recipe.lora_rank)
+    else:
+        held = copy.deepcopy(held)
+    base = model.decoder
+    if model.adapter is not None:
+        model.adapter.add_to(base, -1)
+    # frozen weights need no more digits than the products that read them
+    frozen = base if recipe.precision == "fp32" else copy.deepcopy(base).to(torch.bfloat16)
+    student = sharing(frozen)
+    held.set_norms(student, base)
+    try:
+        result = run(student, frozen if teacher is None else _teacher(model, teacher), held.lora)
+        model.adapter = held.with_norms_of(student, base)
+    finally:
+        if model.adapter is not None:
+            model.adapter.add_to(base)
     return result
 
 
@@ -81,7 +135,7 @@ def _teacher(model: ElasticModel, source: str | Path | None) -> Decoder:
     """A frozen copy of the model, or another of its kind."""
     if source is None:
         return copy.deepcopy(model.decoder)
-    teacher = load_decoder(open_pretrained(source))
+    teacher = load_decoder(open_pretrained(checkpoint_at(source)))
     ours, theirs = model.decoder.config, teacher.config
     if (ours.vocab_size, ours.hidden_size) != (theirs.vocab_size, theirs.hidden_size):
         raise FlextronError("teacher and student differ in vocabulary or hidden size; choose a model of its kind")
@@ -104,8 +158,10 @@ def _training_blocks(
     model: ElasticModel, text: Texts, recipe: TrainRecipe, run_directory: Path | None
 ) -> tuple[TokenBlocks, str]:
     """The packed text and a name for it; kept in the run directory, so that a resumed run sees the same."""
-    texts = text if text is None or isinstance(text, str) else list(text)
-    wanted = repr((texts, recipe.tokens, recipe.context)).encode()
+    named = text is None or isinstance(text, (str, Path))
+    # read once, because they are named by their content, too
+    texts = text if named else list(documents(text, training_text))
+    wanted = repr((texts if text is None or not named else str(text), recipe.tokens, recipe.context)).encode()
     digest = hashlib.sha256(wanted).hexdigest()[:16]
     stored = None if run_directory is None else run_directory / f"tokens-{digest}.npy"
     if stored is not None and stored.exists():

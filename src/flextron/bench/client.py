@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,6 +48,8 @@ class Server:
         """Refuse what cannot be asked."""
         if self.endpoint not in _PATHS:
             raise FlextronError(f"there is no endpoint {self.endpoint!r}; `completions` and `chat` can be measured")
+        if not 0 <= self.temperature < math.inf:
+            raise FlextronError(f"the temperature must be a number of at least 0, not {self.temperature:g}")
         if not self.timeout_s > 0:
             raise FlextronError(f"the timeout must be positive, not {self.timeout_s:g} s")
         try:

@@ -34,6 +34,10 @@ class Request:
     """Suffix of the model's name."""
 
 
+_MOST_REQUESTS = 1_000_000
+"""All prompts of a load are in memory."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arrivals:
     """Which arrival process it is: `rate`, `trace`, or neither for a closed loop."""
@@ -57,6 +61,8 @@ class Arrivals:
             raise FlextronError("give either a rate or a trace; a trace is made faster or slower with --rescale")
         if self.trace is None and (self.trace_start, self.trace_seconds, self.rescale) != (0.0, None, 1.0):
             raise FlextronError("a slice and a rescaling need a trace; give --trace")
+        if self.rate is not None and not self.rate >= 1e-4:
+            raise FlextronError(f"the rate must be at least 0.0001 requests a second, not {self.rate:g}")
         if self.rate is None and self.burstiness != 1.0:
             raise FlextronError("burstiness is of drawn arrivals; give --rate")
 
@@ -147,6 +153,8 @@ def make_plan(load: Load, make_prompt: PromptMaker) -> Plan:
     Raises:
         FlextronError: a value is out of range, a file is broken, or options contradict each other.
     """
+    if load.num_requests is not None and load.num_requests > _MOST_REQUESTS:
+        raise FlextronError(f"at most {_MOST_REQUESTS:,} requests are planned at once, not {load.num_requests:,}")
     if load.num_requests is not None and load.num_requests < 1:
         raise FlextronError(f"the number of requests must be positive, not {load.num_requests}")
     targets = tuple(_check_target(target) for target in load.targets)

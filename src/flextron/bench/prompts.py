@@ -62,6 +62,9 @@ def token_counter(name: str) -> Counter:
     return count
 
 
+_LONGEST_PREFIX = 10_000_000
+
+
 class PromptMaker:
     """Makes prompts; number `k` depends on the seed, `k` and the length alone."""
 
@@ -74,10 +77,10 @@ class PromptMaker:
             count: counts tokens; without it a word counts as one.
 
         Raises:
-            FlextronError: the prefix is negative.
+            FlextronError: the prefix is negative, or longer than any context.
         """
-        if shared_prefix < 0:
-            raise FlextronError(f"the shared prefix must not be negative, not {shared_prefix}")
+        if not 0 <= shared_prefix <= _LONGEST_PREFIX:
+            raise FlextronError(f"the shared prefix must have 0 to {_LONGEST_PREFIX:,} tokens, not {shared_prefix:,}")
         self._seed = seed
         self._count = count
         self._prefix = self._drawn("prefix", shared_prefix, []) if shared_prefix else []

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from flextron.bench.lengths import Limits
 from flextron.bench.metrics import Objectives
@@ -104,6 +105,9 @@ def serve(
         if report.by_target:
             show(report.targets(), title="by target", as_json=False)
     for warning in report.warnings():
-        message(f"note: {warning}")
+        message(f"note: {escape(warning)}")
     if report.run.interrupted:
         raise typer.Exit(130)
+    if not report.summary.num_ok:
+        message("[red]error:[/red] no request succeeded")
+        raise typer.Exit(1)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import Progress
 
+from flextron.cli.bars import ProgressLine
+from flextron.cli.tables import print_one, print_rows
 from flextron.workflows.elastify import StepCallback
 
 __all__ = ["Json", "message", "progress", "show"]
@@ -30,23 +31,15 @@ def message(text: str) -> None:
 @contextmanager
 def progress(description: str) -> Iterator[StepCallback]:
     """A bar with an estimate, on stderr, from the first step on; where stderr is a log, a line now and then."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[figures]}"),
-    )
-    bar = Progress(*columns, console=_messages)
-    task = bar.add_task(description, total=None, figures="")
+    bar = Progress(ProgressLine(_messages), console=_messages)
+    task = bar.add_task(description, total=None, figures=())
 
     def step(done: int, total: int, figures: dict[str, float] | None = None, /) -> None:
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in (figures or {}).items())
+        shown = [f"{name} {value:.4g}" for name, value in (figures or {}).items()]
         if not _messages.is_terminal:
             # a log, not a screen: a line at every tenth
             if done == 1 or done == total or done * 10 // total > (done - 1) * 10 // total:
-                message(f"{description}: {done} of {total}  {shown}")
+                message(f"{description}: {done} of {total}  {'  '.join(shown)}".rstrip())
             return
         if not bar.live.is_started:
             bar.start()
@@ -62,33 +55,21 @@ def progress(description: str) -> Iterator[StepCallback]:
         bar.stop()
 
 
-def _show_one(row: dict[str, Any], title: str) -> None:
-    """A single row, turned upright."""
-    table = Table(title=title, title_justify="left", show_header=False)
-    for name, value in row.items():
-        table.add_row(name.replace("_", " "), _cell(value))
-    Console().print(table)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else escape(str(value))
+def _plain(value: Any) -> Any:
+    """Without numbers that JSON does not have: they become null."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def show(rows: list[dict[str, Any]], *, title: str, as_json: bool, result: Any = None) -> None:
     """A table of rows on stdout, or `result` (the rows, by default) as JSON."""
     if as_json:
-        typer.echo(json.dumps(rows if result is None else result))
+        typer.echo(json.dumps(_plain(rows if result is None else result), allow_nan=False))
         return
     if len(rows) == 1:
-        _show_one(rows[0], title)
-        return
-    table = Table(title=title, title_justify="left")
-    for name in rows[0] if rows else ():
-        table.add_column(name.replace("_", " "), justify="left" if isinstance(rows[0][name], str) else "right")
-    for row in rows:
-        table.add_row(*(_cell(value) for value in row.values()))
-    Console().print(table)
+        print_one(Console(), rows[0], title)
+    else:
+        print_rows(Console(), rows, title)

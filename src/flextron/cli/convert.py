@@ -16,7 +16,7 @@ __all__ = ["convert"]
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="Hub id, local checkpoint directory or .gguf file.")],
+    source: Annotated[str, typer.Argument(help="Hub id, checkpoint directory, .gguf file, or `tiny`.")],
     output: Annotated[Path, typer.Argument(help="Directory of the elastic checkpoint.")],
     calibration: Annotated[str | None, typer.Option(help="Text: file, directory or datasets id.")] = None,
     method: Annotated[str, typer.Option(help="Ranking: reconstruction or activation.")] = "reconstruction",

@@ -15,7 +15,7 @@ __all__ = ["evaluate"]
 
 
 def evaluate(
-    directory: Annotated[Path, typer.Argument(help="Elastic checkpoint.")],
+    directory: Annotated[Path, typer.Argument(help="Elastic checkpoint; `tiny` is in the package.")],
     text: Annotated[str | None, typer.Option(help="Text: file, directory or datasets id.")] = None,
     latency: Annotated[list[float] | None, typer.Option(help="Targets; repeat for several. Default: full.")] = None,
     num_tokens: Annotated[int, typer.Option(help="Of text.")] = 8192,
@@ -23,7 +23,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Perplexity of sub-networks on windows of text."""
-    model = api.load(directory)
+    model = api.load(str(directory))
     specs = {f"latency {x:g}": model.select(latency=x) for x in latency or ()} or {"full": model.space.full}
     rows = perplexity_rows(model.evaluate(specs, text, num_tokens=num_tokens, context=context))
     show(rows, title=f"{directory}: perplexity in windows of {context} tokens", as_json=as_json)

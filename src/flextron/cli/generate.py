@@ -16,7 +16,7 @@ __all__ = ["generate"]
 
 
 def generate(
-    directory: Annotated[Path, typer.Argument(help="Elastic checkpoint.")],
+    directory: Annotated[Path, typer.Argument(help="Elastic checkpoint; `tiny` is in the package.")],
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     latency: Annotated[float | None, typer.Option(help="Fraction of the full model's latency.")] = None,
     latency_ms: Annotated[float | None, typer.Option(help="Milliseconds per token.")] = None,
@@ -43,7 +43,7 @@ def generate(
         "max_loss_increase": max_loss_increase,
     }
     target: dict[str, Any] = {name: value for name, value in limits.items() if value is not None}
-    model = api.load(directory)
+    model = api.load(str(directory))
     sampling: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     sampling["add_special_tokens"] = add_special_tokens
     if router not in (None, "token"):

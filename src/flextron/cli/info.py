@@ -15,11 +15,11 @@ __all__ = ["info"]
 
 
 def info(
-    directory: Annotated[Path, typer.Argument(help="Elastic checkpoint.")],
+    directory: Annotated[Path, typer.Argument(help="Elastic checkpoint; `tiny` is in the package.")],
     as_json: Json = False,
 ) -> None:
     """What an elastic checkpoint holds: search space, provenance, measured sub-networks."""
-    model = api.load(directory)
+    model = api.load(str(directory))
     rows = frontier_rows(model)
     if as_json:
         facts = {"summary": summary(model), **model.info.to_dict(), "frontier": rows}

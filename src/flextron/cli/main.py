@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 
 import typer
+from rich.markup import escape
 
 from flextron.cli import (
     bench,
@@ -42,7 +43,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _fail(reason: str) -> typer.Exit:
-    message("[red]error:[/red] " + reason.replace("[", r"\["))
+    message(f"[red]error:[/red] {escape(reason)}")
     return typer.Exit(2)
 
 
@@ -53,8 +54,8 @@ def _guarded(verb: Callable[..., object]) -> Callable[..., None]:
     def run(*args: object, **kwargs: object) -> None:
         try:
             verb(*args, **kwargs)
-        except KeyboardInterrupt:
-            message("interrupted; verbs that train go on from their last saved state when they are run again")
+        except KeyboardInterrupt as error:
+            message(escape(str(error)) or "interrupted")
             raise typer.Exit(130) from None
         except (FlextronError, OSError) as error:
             raise _fail(str(error)) from error

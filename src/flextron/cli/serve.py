@@ -22,7 +22,7 @@ _EXTRA = ("fastapi", "prometheus_client", "starlette", "uvicorn")
 
 
 def serve(
-    directory: Annotated[Path, typer.Argument(help="Elastic checkpoint.")],
+    directory: Annotated[Path, typer.Argument(help="Elastic checkpoint; `tiny` is in the package.")],
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     name: Annotated[str | None, typer.Option(help="Of the model. Default: the directory's.")] = None,
@@ -87,7 +87,7 @@ def serve(
     )
     limits = JobsSettings(max_training=max_training)
     message(f"loading {directory}")
-    model = api.load(directory)
+    model = api.load(str(directory))
     engine = EngineSettings(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,

@@ -10,15 +10,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from flextron.errors import FlextronError
-from flextron.files import new_directory, new_file, read_json, write_json
+from flextron.files import checked, new_directory, new_file, read_json, write_json
 from flextron.model.checkpoint import write_checkpoint
 from flextron.model.decoder import Decoder
 from flextron.model.origin import write_origin
@@ -53,6 +54,35 @@ class ElasticInfo:
         }
 
 
+class _Provenance(BaseModel):
+    """The entries that are read again; there are others."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+    source: str = ""
+    elastify: dict[str, Any] = {}
+
+
+class _Recipe(BaseModel):
+    """The entries that are read again; there are others, and none before training."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+    num_tokens: Annotated[int, Field(ge=0, le=2**63)] = 0
+
+
+class _ElasticFile(BaseModel):
+    """`elastic.json`."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+    format_version: Annotated[int, Field(ge=FORMAT_VERSION, le=FORMAT_VERSION)]
+    search_space: dict[str, Any]
+    layer_scores: list[Annotated[float, Field(allow_inf_nan=False)]]
+    provenance: _Provenance
+    recipe: _Recipe
+
+
 def provenance(source: str, **facts: Any) -> dict[str, Any]:
     """Source and facts, stamped with date and versions."""
     versions = {name: version(name) for name in ("flextron", "torch", "transformers")}
@@ -67,19 +97,23 @@ def read_elastic(directory: Path) -> ElasticInfo:
     """
     if not (directory / "elastic.json").exists():
         raise FlextronError(f"{directory} is not an elastic checkpoint (no elastic.json); make one with convert")
-    data = read_json(directory / "elastic.json")
-    found = data.get("format_version") if isinstance(data, dict) else None
-    if found != FORMAT_VERSION:
-        raise FlextronError(f"{directory} has format {found}, this version reads {FORMAT_VERSION}; update flextron")
-    try:
-        return ElasticInfo(
-            space=SearchSpace.from_dict(data["search_space"]),
-            layer_scores=tuple(data["layer_scores"]),
-            provenance=data["provenance"],
-            recipe=data["recipe"],
+    path = directory / "elastic.json"
+    data = read_json(path)
+    if isinstance(data, dict) and type(newer := data.get("format_version")) is int and newer > FORMAT_VERSION:
+        raise FlextronError(f"{directory} has format {newer:.4g}, this version reads {FORMAT_VERSION}; update flextron")
+    found = checked(_ElasticFile, data, str(path), "make the checkpoint again with convert")
+    space = SearchSpace.from_dict(found.search_space)
+    if len(found.layer_scores) != space.num_hidden_layers:
+        raise FlextronError(
+            f"{path} has layer_scores of {len(found.layer_scores)} layers, its search space {space.num_hidden_layers}; "
+            "make the checkpoint again with convert"
         )
-    except KeyError as error:
-        raise FlextronError(f"{directory}/elastic.json lacks {error}; make the checkpoint again") from error
+    return ElasticInfo(
+        space=space,
+        layer_scores=tuple(found.layer_scores),
+        provenance=data["provenance"],
+        recipe=data["recipe"],
+    )
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -98,6 +132,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         FlextronError: it is corrupt or truncated.
     """
+    if not path.is_file():
+        raise FlextronError(f"{path} is no regular file; make it again")
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:

@@ -9,7 +9,7 @@ from flextron.model.decoder import Decoder
 from flextron.model.origin import PermutedFrom
 from flextron.model.permutation import Permutation
 
-__all__ = ["Permutation", "permute"]
+__all__ = ["Permutation", "permute", "permute_to"]
 
 
 def permute(decoder: Decoder, importance: Importance, *, source: str = "", weights: str | None = None) -> Permutation:
@@ -25,6 +25,16 @@ def permute(decoder: Decoder, importance: Importance, *, source: str = "", weigh
         neurons=tuple(order.cpu() for order in importance.neurons),
         groups=tuple(order.cpu() for order in importance.groups),
     )
+    permute_to(decoder, permutation, source=source, weights=weights)
+    return permutation
+
+
+def permute_to(decoder: Decoder, permutation: Permutation, *, source: str, weights: str | None = None) -> None:
+    """Put the full decoder into a known order, in place; arguments as for `permute`.
+
+    Raises:
+        FlextronError: the order is of a model of another shape.
+    """
+    permutation.check(decoder.config)
     permutation.apply(decoder)
     decoder.config = replace(decoder.config, origin=PermutedFrom.of(permutation, source, weights))
-    return permutation

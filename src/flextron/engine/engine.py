@@ -60,6 +60,8 @@ class EngineSettings:
             raise FlextronError(f"weights must be one of {', '.join(get_args(Weights))}, not {self.weights!r}")
         if self.max_num_seqs < 1 or self.page_size < 1 or not self.kv_cache_gb > 0:
             raise FlextronError("max_num_seqs, page_size and kv_cache_gb must be above 0")
+        if self.kv_cache_gb > 1e6:
+            raise FlextronError(f"kv_cache_gb is in gigabytes and must be at most 1e6, not {self.kv_cache_gb:g}")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise FlextronError(
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "

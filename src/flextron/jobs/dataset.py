@@ -2,10 +2,12 @@
 
 The model learns what the assistant says, or the completion, and the token that ends it; the rest is context. A token
 that begins before the learnt text counts as context. What is wrong with a file is told with the number of the line.
+Lines have a limit, because a tokenizer takes some hundred bytes of memory for each character.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from array import array
 from collections.abc import Iterator, Sequence
@@ -13,21 +15,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from flextron.errors import FlextronError
 from flextron.jobs.hyperparameters import Hyperparameters
+from flextron.jobs.templates import ChatTemplate, TemplateError
 from flextron.jobs.trainer import Example
 from flextron.model.encoding import beginning
 
-__all__ = ["Dataset", "DatasetError", "read_dataset"]
+__all__ = ["MOST_LINE_BYTES", "Dataset", "DatasetError", "read_dataset"]
+
+_MOST_CHARS = 1_000_000
+"""Of an example's text."""
+MOST_LINE_BYTES = 12 * _MOST_CHARS + 65_536
+"""JSON may write a character as two escapes of six letters."""
 
 _ROLES = ("system", "developer", "user", "assistant")
 _KINDS = {"messages": frozenset({"messages"}), "prompt": frozenset({"prompt", "completion"})}
 
+_OTHER_ANSWER = "\ue000"
+"""Begins as no answer does."""
+
 Span = tuple[int, int]
 """Characters of a text, from and up to."""
+Turn = dict[str, str]
+"""Of a conversation, as templates expect it."""
 
 
 class DatasetError(FlextronError):
@@ -44,7 +56,11 @@ class Dataset:
 
 
 def read_dataset(
-    path: Path, tokenizer: PreTrainedTokenizerBase, hyperparameters: Hyperparameters, context: int
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    hyperparameters: Hyperparameters,
+    context: int,
+    vocab_size: int | None = None,
 ) -> Dataset:
     """Read a JSONL file.
 
@@ -53,12 +69,13 @@ def read_dataset(
         tokenizer: of the model; one that tells where tokens begin.
         hyperparameters: which say how long examples may be.
         context: positions of the model.
+        vocab_size: tokens that the model knows; by default all that the tokenizer makes.
 
     Raises:
-        DatasetError: a line is malformed (named by its number), or the file has no example.
+        DatasetError: a line is malformed or too long (named by its number), or the file has no example.
     """
     limit = min(hyperparameters.max_tokens or context, context)
-    reader = _Reader(tokenizer, limit, may_truncate=hyperparameters.over_long == "truncate")
+    reader = _Reader(tokenizer, limit, vocab_size, may_truncate=hyperparameters.over_long == "truncate")
     examples = []
     for number, line in _lines(path):
         try:
@@ -73,7 +90,14 @@ def read_dataset(
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Lines that are not blank, with their numbers."""
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        for number in itertools.count(1):
+            line = file.readline(MOST_LINE_BYTES + 1)
+            if not line:
+                return
+            if len(line) > MOST_LINE_BYTES:
+                raise DatasetError(
+                    f"line {number} is longer than {MOST_LINE_BYTES} bytes; split it into several examples"
+                )
             text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
             if text.strip():
                 yield number, text
@@ -97,8 +121,10 @@ def _record(line: bytes) -> dict[str, Any]:
 class _Reader:
     """Makes examples of records; all of a file are of one kind."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, limit: int, *, may_truncate: bool) -> None:
-        self._tokenizer, self._limit, self._may_truncate = tokenizer, limit, may_truncate
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, limit: int, vocab_size: int | None, *, may_truncate: bool
+    ) -> None:
+        self._tokenizer, self._limit, self._vocab_size, self._may_truncate = tokenizer, limit, vocab_size, may_truncate
         self._begin = beginning(tokenizer)
         self._kind: str | None = None
         self.num_truncated = 0
@@ -114,7 +140,7 @@ class _Reader:
             raise DatasetError("is of another kind than the first: use either messages or prompt and completion")
         self._kind = kind
         if kind == "messages":
-            text, spans = _conversation(record["messages"], self._tokenizer)
+            text, spans = _conversation(*_turns(record["messages"]), self._template())
             return self._encode([], text, spans, ending=[])
         prompt, completion = record["prompt"], record.get("completion")
         if not isinstance(prompt, str) or not isinstance(completion, str) or not completion:
@@ -123,8 +149,19 @@ class _Reader:
         text, span = prompt + completion, (len(prompt), len(prompt) + len(completion))
         return self._encode(self._begin, text, [span], ending=[] if end is None else [int(end)])
 
+    def _template(self) -> ChatTemplate:
+        try:
+            template = ChatTemplate.of(self._tokenizer, max_chars=_MOST_CHARS)
+        except TemplateError as error:
+            raise DatasetError(f"has messages, but {error}") from error
+        if template is None:
+            raise DatasetError("has messages, but the model has no chat template; use prompt and completion")
+        return template
+
     def _encode(self, begin: list[int], text: str, spans: Sequence[Span], ending: list[int]) -> Example:
         """An example of a text; what a chat template has written begins as it should."""
+        if len(text) > _MOST_CHARS:
+            raise DatasetError(f"has {len(text)} characters, more than {_MOST_CHARS}; make several examples of it")
         found = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         starts = [start for start, _ in found["offset_mapping"]]
         tokens = array("i", [*begin, *found["input_ids"], *ending])
@@ -132,6 +169,7 @@ class _Reader:
         for i, start in enumerate(starts, len(begin)):
             mask[i] = any(first <= start < last for first, last in spans)
         mask[len(tokens) - len(ending) :] = b"\1" * len(ending)
+        self._check_tokens(tokens)
         if len(tokens) > self._limit:
             if not self._may_truncate:
                 raise DatasetError(
@@ -144,34 +182,56 @@ class _Reader:
             raise DatasetError(f"has nothing to learn within its first {self._limit} tokens; shorten its prompt")
         return Example(tokens, bytes(mask))
 
-
-def _conversation(messages: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[Span]]:
-    """A conversation's text, and where in it the assistant speaks."""
-    turns, is_learnt = _turns(messages)
-    if not tokenizer.chat_template:
-        raise DatasetError("has messages, but the model has no chat template; use prompt and completion")
-
-    def render(number: int, *, begins_answer: bool = False) -> str:
-        try:
-            return str(
-                tokenizer.apply_chat_template(turns[:number], tokenize=False, add_generation_prompt=begins_answer)
+    def _check_tokens(self, tokens: Sequence[int]) -> None:
+        unknown = [] if self._vocab_size is None else [t for t in tokens if t >= self._vocab_size]
+        if unknown:
+            name = self._tokenizer.convert_ids_to_tokens(unknown[0])
+            raise DatasetError(
+                f"holds the token {name!r} ({unknown[0]}), which is outside the model's vocabulary of "
+                f"{self._vocab_size}; the tokenizer has tokens that the model lacks, so leave them out"
             )
-        except (TemplateError, TypeError, ValueError) as error:
+
+
+def _conversation(turns: Sequence[Turn], is_learnt: Sequence[bool], template: ChatTemplate) -> tuple[str, list[Span]]:
+    """A conversation's text, and where in it the assistant speaks."""
+
+    def render(turns: Sequence[Turn], *, begins_answer: bool = False) -> str:
+        try:
+            return template.render(turns, add_generation_prompt=begins_answer)
+        except TemplateError as error:
             raise DatasetError(f"does not fit the model's chat template: {error}") from error
 
-    text, spans = render(len(turns)), []
+    text, spans = render(turns), []
     for i in [i for i, learnt in enumerate(is_learnt) if learnt]:
-        before, spoken = render(i, begins_answer=True), render(i + 1)
-        if not spoken.startswith(before) or not text.startswith(spoken):
+        spoken = render(turns[: i + 1])
+        if not text.startswith(spoken):
             raise DatasetError(
                 "cannot be taken apart, because the model's chat template rewrites earlier turns; "
                 "use conversations with one answer, or prompt and completion"
             )
-        spans.append((len(before), len(spoken)))
+        before = render(turns[:i], begins_answer=True)
+        if spoken.startswith(before):
+            spans.append((len(before), len(spoken)))
+            continue
+        # what invites an answer may open what the answer itself does not have, such as a thought
+        other = render([*turns[:i], turns[i] | {"content": _OTHER_ANSWER}])
+        begin = _num_shared(before, spoken, other)
+        if begin < len(render(turns[:i])):
+            raise DatasetError(
+                "cannot be taken apart, because the model's chat template writes a question in another way once it is "
+                "answered; use prompt and completion"
+            )
+        spans.append((begin, len(spoken)))
     return text, spans
 
 
-def _turns(messages: Any) -> tuple[list[dict[str, str]], list[bool]]:
+def _num_shared(*texts: str) -> int:
+    """Characters with which all of the texts begin."""
+    pairs = enumerate(zip(*texts, strict=False))
+    return next((at for at, letters in pairs if len(set(letters)) > 1), min(map(len, texts)))
+
+
+def _turns(messages: Any) -> tuple[list[Turn], list[bool]]:
     """Messages as templates expect them, and which of them are to be learnt."""
     if not isinstance(messages, list) or not messages:
         raise DatasetError("has messages that are no list, or an empty one")

@@ -25,9 +25,9 @@ class StateDirectory:
             FlextronError: another process has it, or it cannot be written.
         """
         self.path = path
-        self.files, self.jobs = path / "files", path / "jobs"
+        self.files, self.jobs, self.attempts = path / "files", path / "jobs", path / "attempts"
         try:
-            for directory in (path, self.files, self.jobs):
+            for directory in (path, self.files, self.jobs, self.attempts):
                 directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise FlextronError(
@@ -74,7 +74,7 @@ class StateDirectory:
 
     def _remove_leftovers(self) -> None:
         # `new_file` and `new_directory` write hidden neighbours
-        for directory in (self.files, self.jobs, *(p for p in self.jobs.iterdir() if p.is_dir())):
+        for directory in (self.files, self.jobs, self.attempts, *(p for p in self.jobs.iterdir() if p.is_dir())):
             for left in directory.glob(".*"):
                 if left.is_dir():
                     shutil.rmtree(left)

@@ -12,6 +12,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from flextron.errors import FlextronError
+from flextron.jobs.attempts import Attempts
 from flextron.jobs.directory import StateDirectory
 from flextron.jobs.hyperparameters import Hyperparameters
 from flextron.jobs.journal import Journal
@@ -57,6 +58,7 @@ class Jobs:
         model: str,
         tokenizer: PreTrainedTokenizerBase,
         context: int,
+        vocab_size: int | None = None,
         make_trainer: MakeTrainer,
         fingerprint: str | None = None,
         on_adapter: OnAdapter = lambda checkpoint, directory: None,
@@ -70,6 +72,7 @@ class Jobs:
             model: the base model's name.
             tokenizer: of the model; used by a thread of its own, so nobody else may use this object.
             context: positions of the model.
+            vocab_size: tokens that the model knows; by default all that the tokenizer makes.
             make_trainer: called for each job by the thread that trains.
             fingerprint: of the model's weights; by default the name alone says whose the directory is.
             on_adapter: called for each adapter that is there already, now, and for each new one by the training thread.
@@ -106,10 +109,15 @@ class Jobs:
             self._directory.close()
             raise
         news, self._naming = threading.Event(), threading.Lock()
-        self._preparer = Preparer(self.journal, self.uploads, tokenizer, context, news.set)
+        unfinished = [job_id for job_id, _ in self.journal.with_status(*ALIVE, Status.PAUSED)]
+        attempts = Attempts(self._directory.attempts, unfinished)
+        self._preparer = Preparer(
+            self.journal, self.uploads, attempts, tokenizer, context, news.set, vocab_size=vocab_size
+        )
         self.turns = Turns(
             self._directory,
             self.journal,
+            attempts,
             self.uploads,
             self._preparer,
             make_trainer,
@@ -119,7 +127,7 @@ class Jobs:
             on_adapter=self._announce_new,
         )
         """For the thread that trains."""
-        self._directory.remove_states(but=[job_id for job_id, _ in self.journal.with_status(*ALIVE, Status.PAUSED)])
+        self._directory.remove_states(but=unfinished)
         for gone in self.journal.all_checkpoints(deleted=True):
             self._directory.remove_adapter(gone.job_id, gone.step)
         for checkpoint in self.journal.all_checkpoints():

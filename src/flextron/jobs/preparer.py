@@ -14,7 +14,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from flextron.errors import FlextronError
 from flextron.files import NoSpaceError
+from flextron.jobs.attempts import Attempts
 from flextron.jobs.dataset import Dataset, read_dataset
 from flextron.jobs.journal import Journal
 from flextron.jobs.records import ALIVE, Job, Status
@@ -43,20 +45,26 @@ class Preparer:
         self,
         journal: Journal,
         uploads: Uploads,
+        attempts: Attempts,
         tokenizer: PreTrainedTokenizerBase,
         context: int,
         on_change: Callable[[], None],
+        *,
+        vocab_size: int | None = None,
     ) -> None:
         """Take what reading needs.
 
         Args:
             journal: told how it went.
             uploads: where the files are.
+            attempts: told what is being read.
             tokenizer: used by nobody else.
             context: positions of the model.
             on_change: called, by the thread that reads, when a job is ready or has failed.
+            vocab_size: tokens that the model knows; by default all that the tokenizer makes.
         """
         self._journal, self._uploads, self._tokenizer, self._context = journal, uploads, tokenizer, context
+        self._attempts, self._vocab_size = attempts, vocab_size
         self._on_change = on_change
         self._prepared: dict[str, Prepared] = {}
         self._lock, self._is_ending = threading.Lock(), threading.Event()
@@ -102,14 +110,19 @@ class Preparer:
                 time.sleep(_REST_SECONDS)
 
     def _prepare(self, job: Job) -> None:
-        training = self._read(job, job.training_file, "training_file")
-        if training is None:
+        try:
+            with self._attempts.at_work(job.id, "reading"):
+                training = self._read(job, job.training_file, "training_file")
+                validation = None
+                if training is not None and job.validation_file is not None:
+                    validation = self._read(job, job.validation_file, "validation_file")
+        except FlextronError as error:  # it was tried too often
+            self._journal.fail(job.id, error, param="training_file")
             return
-        message, validation = f"the file holds {len(training.examples)} examples", None
-        if job.validation_file is not None:
-            validation = self._read(job, job.validation_file, "validation_file")
-            if validation is None:
-                return
+        if training is None or (validation is None and job.validation_file is not None):
+            return
+        message = f"the file holds {len(training.examples)} examples"
+        if validation is not None:
             message += f", that for validation {len(validation.examples)}"
         message += "; the job waits for its turn"
         self._journal.change(job.id, before=(Status.VALIDATING,), to=Status.QUEUED, message=message)
@@ -121,7 +134,7 @@ class Preparer:
         """A file of a job; None if it cannot be read, which is the job's end."""
         try:
             path = self._uploads.path(file_id)
-            dataset = read_dataset(path, self._tokenizer, job.hyperparameters, self._context)
+            dataset = read_dataset(path, self._tokenizer, job.hyperparameters, self._context, self._vocab_size)
         except Exception as error:
             self._journal.fail(job.id, error, param=param)
             return None

@@ -47,6 +47,8 @@ class Run:
         resume = state if state.exists() else None
         examples, validation = prepared.examples, prepared.validation
         self.trainer = make_trainer(job.hyperparameters, examples, job.seed, resume, validation)
+        self.has_stepped = False
+        """Whether a step since the start has been taken, or given up."""
         self._saved_at = self._begun_at = time.monotonic()
         self._begun_with = self.trainer.step_number
 

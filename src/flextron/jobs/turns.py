@@ -11,7 +11,9 @@ import threading
 import time
 from collections.abc import Callable
 
+from flextron.errors import FlextronError
 from flextron.files import NoSpaceError
+from flextron.jobs.attempts import Attempts
 from flextron.jobs.directory import StateDirectory
 from flextron.jobs.journal import Journal
 from flextron.jobs.preparer import Preparer
@@ -35,6 +37,7 @@ class Turns:
         self,
         directory: StateDirectory,
         journal: Journal,
+        attempts: Attempts,
         uploads: Uploads,
         preparer: Preparer,
         make_trainer: MakeTrainer,
@@ -49,6 +52,7 @@ class Turns:
         Args:
             directory: where trainers' states and adapters go.
             journal: where jobs come from, and what is told how it went.
+            attempts: told what is being tried.
             uploads: takes results.
             preparer: has the jobs' examples.
             make_trainer: called for each job.
@@ -59,7 +63,7 @@ class Turns:
         """
         self._directory, self._journal, self._uploads, self._preparer = directory, journal, uploads, preparer
         self._make_trainer, self._news, self._on_adapter = make_trainer, news, on_adapter
-        self._max_training, self._save_seconds = max_training, save_seconds
+        self._max_training, self._save_seconds, self._attempts = max_training, save_seconds, attempts
         self._runs: dict[str, Run] = {}
         self._shares = Shares()
         self._stalled_until = 0.0
@@ -94,10 +98,20 @@ class Turns:
             self._begin(job_id, status)
         self._shares.keep(self._runs)
         chosen = self._shares.next()
-        return None if chosen is None else self._runs[chosen]
+        if chosen is None:
+            return None
+        run = self._runs[chosen]
+        if not run.has_stepped:
+            try:
+                self._attempts.begin(chosen, "stepping")
+            except FlextronError as error:
+                self.fail(run, error)
+                return None
+        return run
 
     def record(self, run: Run, metrics: StepMetrics) -> None:
         """Keep what the step that `run.trainer` took has given."""
+        self._end_attempt(run)
         # a forward pass is a third of a step's work
         self._shares.charge(run.job.id, metrics.num_tokens + metrics.num_valid_tokens // 3)
         try:
@@ -115,6 +129,7 @@ class Turns:
     def fail(self, run: Run, error: Exception) -> None:
         """A job cannot go on: it is paused if the disk is full, and has failed else."""
         self._runs.pop(run.job.id, None)
+        self._end_attempt(run)
         if self._end(run.job.id, error):
             run.forget()
 
@@ -125,6 +140,8 @@ class Turns:
 
     def save(self) -> None:
         """Save what is in training; the training thread must have ended."""
+        for run in self._runs.values():
+            self._end_attempt(run)
         unfinished = dict(self._journal.with_status(*ALIVE, Status.PAUSED))
         try:
             for run in [run for job_id, run in self._runs.items() if job_id in unfinished]:
@@ -140,7 +157,8 @@ class Turns:
                 return
             try:
                 job = self._journal.get(job_id)
-                run = Run(job, prepared, self._make_trainer, self._directory, self._journal, self._uploads)
+                with self._attempts.at_work(job_id, "making"):
+                    run = Run(job, prepared, self._make_trainer, self._directory, self._journal, self._uploads)
             except Exception as error:
                 self._end(job_id, error)
                 return
@@ -150,6 +168,11 @@ class Turns:
         if status == Status.QUEUED:
             message = f"training goes on after step {self._runs[job_id].trainer.step_number}"
             self._journal.change(job_id, before=(Status.QUEUED,), to=Status.RUNNING, message=message)
+
+    def _end_attempt(self, run: Run) -> None:
+        if not run.has_stepped:
+            run.has_stepped = True
+            self._attempts.end(run.job.id, "stepping")
 
     def _end(self, job_id: str, error: Exception) -> bool:
         """Write down that a job cannot go on; whether it has failed for good."""

@@ -131,6 +131,11 @@ class Adapter(nn.Module):
         return tuple(i for i in range(len(self.layers)) if self.at(i))
 
     @property
+    def is_lora(self) -> bool:
+        """Whether all its bypasses are low-rank ones."""
+        return all(isinstance(bypass, Lora) for i in self.adapted_layers for bypass in self.at(i).values())
+
+    @property
     def has_mlp(self) -> bool:
         """Whether there is a bypass beside any linear of an MLP."""
         return any(target in ("gate", "up", "down") for i in self.adapted_layers for target in self.at(i))

@@ -34,12 +34,24 @@ class Attention(Protocol):
 def sdpa(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, *, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """Scaled dot-product attention with grouped KV heads.
 
-    On a CPU, repeating the KV heads is faster than PyTorch's own grouped mode, which leaves the flash kernel.
+    On a CPU, repeating the KV heads is faster than PyTorch's own grouped mode, which leaves the flash kernel. The flash
+    kernel's backward pass in bfloat16 takes twice as long as whole score matrices do.
     """
+    if causal and q_BHTd.dtype == torch.bfloat16 and q_BHTd.device.type == "cpu" and q_BHTd.requires_grad:
+        return _whole_scores(q_BHTd, k_BKTd, v_BKTd)
     repeats = q_BHTd.shape[1] // k_BKTd.shape[1]
     if repeats > 1:
         k_BKTd, v_BKTd = (t.repeat_interleave(repeats, dim=1) for t in (k_BKTd, v_BKTd))
     return F.scaled_dot_product_attention(q_BHTd, k_BKTd, v_BKTd, attn_mask=mask, is_causal=causal)
+
+
+def _whole_scores(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor) -> Tensor:
+    """Causal attention of whole sequences by plain products; the query heads of a group lie below each other."""
+    num_sequences, num_kv_heads, length, head_dim = k_BKTd.shape
+    q, k, v = (t.reshape(num_sequences * num_kv_heads, -1, head_dim) for t in (q_BHTd, k_BKTd, v_BKTd))
+    mask = q.new_full((length, length), float("-inf")).triu(1).repeat(q.shape[1] // length, 1)
+    scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=head_dim**-0.5)
+    return torch.bmm(torch.softmax(scores, -1), v).view_as(q_BHTd)
 
 
 def _attend_last(q_BHd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from flextron.errors import FlextronError
 from flextron.model.adapter import Adapter
 from flextron.model.bypass import NO_BYPASSES, Bypass, Bypasses
 from flextron.model.config import DecoderConfig
+from flextron.model.low_rank import SharedLora
 from flextron.model.nested import Layout
 from flextron.spec import SubnetSpec
 
@@ -98,6 +99,7 @@ class Batch:
         specs: Sequence[SubnetSpec],
         gates: Sequence[Tensor | None] | None = None,
         routers: Sequence[TokenChoice] | None = None,
+        adapter: Adapter | None = None,
     ) -> Batch:
         """As `padded`, with the sequences dealt to several sub-networks in order, as evenly as it goes.
 
@@ -106,11 +108,14 @@ class Batch:
             specs: the sub-networks.
             gates: of each sub-network's segment; none by default.
             routers: of each sub-network's segment; none by default.
+            adapter: of all segments; none by default.
         """
         whole = cls.padded(tokens_BT, specs[0])
         none = [None] * len(specs)
         parts = zip(specs, tokens_BT.tensor_split(len(specs)), gates or none, routers or none, strict=True)
-        segments = tuple(Segment(s, (part.shape[1],) * len(part), g, r) for s, part, g, r in parts if len(part))
+        segments = tuple(
+            Segment(s, (part.shape[1],) * len(part), g, r, adapter) for s, part, g, r in parts if len(part)
+        )
         return cls(whole.tokens_N, whole.positions_N, segments)
 
     @classmethod
@@ -166,6 +171,13 @@ class Batch:
         """Whether any segment has an adapter."""
         return any(s.adapter is not None for s in self.segments)
 
+    @cached_property
+    def shared_lora(self) -> Adapter | None:
+        """The adapter of all segments, if they have one and the same, and that is LoRA throughout."""
+        first = self.segments[0].adapter
+        is_shared = first is not None and all(s.adapter is first for s in self.segments) and first.is_lora
+        return first if is_shared else None
+
     def bypasses(self, layer: int | None, layout: Layout) -> Bypasses:
         """What stands beside the linears of half a layer, for tokens in the layout's order.
 
@@ -173,6 +185,9 @@ class Batch:
             layer: index; None only where no segment has an adapter.
             layout: of the half's widths.
         """
+        if self.shared_lora is not None:
+            assert layer is not None
+            return SharedLora(self.shared_lora.at(layer))
         return Bypasses(self.placed(layer, layout)) if self.is_adapted else NO_BYPASSES
 
     def placed(self, layer: int | None, layout: Layout) -> list[tuple[slice, Mapping[str, Bypass]]]:

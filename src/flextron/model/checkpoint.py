@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -24,46 +23,69 @@ from flextron.errors import FlextronError
 from flextron.files import read_json, write_json
 from flextron.model.config import DecoderConfig
 from flextron.model.decoder import Decoder
-from flextron.model.families import FAMILIES, TensorMap, config_from_hf, family_of
+from flextron.model.families import FAMILIES, TensorMap, config_from_hf, parsed_config
 from flextron.model.generation_config import GENERATION_CONFIG, read_generation_config
 from flextron.model.gguf import open_gguf
 from flextron.model.origin import checked_origin
 from flextron.model.pretrained import Pretrained
+from flextron.model.shards import check_files, find_shards
 from flextron.spec import SubnetSpec
 
-__all__ = ["check_stock", "load_decoder", "load_weights", "open_pretrained", "stock_tensors", "write_checkpoint"]
+__all__ = ["check_stock", "find_directory", "load_decoder", "open_pretrained", "stock_tensors", "write_checkpoint"]
 
 _BUFFERS = re.compile(r"rotary_emb\.inv_freq|attn\.(masked_)?bias$|attention\.(masked_)?bias$")
 _LEAST_SHARD_BYTES = 64 * 1024**2
+_EMBEDDING, _HEAD = "embedding.weight", "head.weight"
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def open_pretrained(source: str | Path) -> Pretrained:
-    """Find a checkpoint; reads its config and tokenizer, no weights.
+    """Find a checkpoint; reads its config, its tokenizer and the names of its tensors, no weights.
 
     Raises:
-        FlextronError: there is none, or it lacks a config or safetensors weights.
+        FlextronError: there is none, it lacks a config or safetensors weights, or its config is not usable.
     """
     path = Path(source).expanduser()
     if path.suffix == ".gguf":
         return open_gguf(path)
-    if not path.is_dir():
-        path = _download(str(source))
+    path = find_directory(source, "a checkpoint directory, a .gguf file")
+    check_files(path)
+    if (path / "adapter_config.json").exists():
+        raise FlextronError(
+            f"{path} holds an adapter (adapter_config.json), with which transformers would load another model; "
+            "merge it into its base model first, or remove the file"
+        )
     hf_config = read_json(path / "config.json")
-    family_of(hf_config)
-    shards = _shards(path)
+    config_from_hf(hf_config)
+    shards = find_shards(path)
     return Pretrained(
         name=str(source),
         hf_config=hf_config,
-        tensors=lambda: _stream(shards),
-        tokenizer=_tokenizer(path),
+        tensors=shards.stream,
+        tokenizer=_tokenizer(path, hf_config),
+        names=shards.names,
         directory=path,
         generation_config=read_generation_config(path),
     )
 
 
-def _download(hub_id: str) -> Path:
+def find_directory(source: str | Path, what: str) -> Path:
+    """A directory on this machine, downloaded from the hub where the source is an id.
+
+    Args:
+        source: directory or hub id.
+        what: the files asked for, for the message.
+
+    Raises:
+        FlextronError: there is none.
+    """
+    path = Path(source).expanduser()
+    return path if path.is_dir() else _download(str(source), what)
+
+
+def _download(hub_id: str, what: str) -> Path:
     if hub_id.startswith((".", "/", "~")) or hub_id.count("/") > 1:
-        raise FlextronError(f"{hub_id} does not exist; give a checkpoint directory, a .gguf file or a hub id")
+        raise FlextronError(f"{hub_id} does not exist; give {what} or a hub id")
     try:
         return Path(
             snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"])
@@ -75,44 +97,33 @@ def _download(hub_id: str) -> Path:
         ) from error
 
 
-def _tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
+def _tokenizer(path: Path, hf_config: Mapping[str, Any]) -> PreTrainedTokenizerBase | None:
+    """The tokenizer, where there is one; what is foreign code in its files never runs."""
     if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return None
+    # the config is given, so that a fault in config.json is not taken for one of the tokenizer
+    config = parsed_config(hf_config)
+    config._name_or_path = str(path)
+    if isinstance(hf_config.get("tokenizer_class"), str):
+        config.tokenizer_class = hf_config["tokenizer_class"]
     try:
-        return AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # tokenizers raises bare Exceptions
-        raise FlextronError(f"the tokenizer in {path} cannot be read ({error}); restore its files") from error
+        tokenizer = AutoTokenizer.from_pretrained(path, config=config, trust_remote_code=False)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers raises bare Exceptions, and panics that are none
+        said = str(error).strip().split("\n")[0][:300]
+        if "trust_remote_code" in str(error):
+            said = "it asks to run code of its own, which this program never does"
+        raise FlextronError(f"the tokenizer in {path} cannot be read ({said}); restore its files") from error
+    _check_tokenizer(tokenizer, path)
+    return tokenizer
 
 
-def _shards(path: Path) -> list[Path]:
-    index = path / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.exists():
-        data = read_json(index)
-        weight_map = data.get("weight_map") if isinstance(data, dict) else None
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise FlextronError(f"{index} names no shards (weight_map); download it again")
-        names = sorted(set(weight_map.values()))
-    shards = [path / name for name in names]
-    missing = [shard.name for shard in shards if not shard.exists()]
-    if missing:
-        pickled = any(path.glob("*.bin")) or any(path.glob("*.pt"))
-        remedy = "convert its pickled weights to safetensors first" if pickled else "download it again"
-        raise FlextronError(f"{path} lacks {', '.join(missing)}; {remedy}")
-    return shards
-
-
-def _stream(shards: list[Path]) -> Iterator[tuple[str, Tensor]]:
-    for shard in shards:
-        try:
-            with safe_open(shard, framework="pt") as file:
-                names = list(file.keys())
-            for name in names:
-                # opened for each tensor: what was read of a mapped file stays in memory while it is open
-                with safe_open(shard, framework="pt") as file:
-                    yield name, file.get_tensor(name)
-        except SafetensorError as error:
-            raise FlextronError(f"{shard} is corrupt or truncated ({error}); download it again") from error
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """See that the settings that others read are of their types."""
+    longest = tokenizer.model_max_length
+    if isinstance(longest, bool) or not isinstance(longest, int | float) or not longest > 0:
+        raise FlextronError(f"the tokenizer in {path} has no number as model_max_length; restore tokenizer_config.json")
 
 
 def _layer_maps(config: DecoderConfig, parameters: Mapping[str, Any]) -> Iterator[tuple[str, TensorMap]]:
@@ -138,52 +149,93 @@ def _joined_shape(tensor_map: TensorMap, shapes: list[torch.Size]) -> torch.Size
 def load_decoder(pretrained: Pretrained, dtype: torch.dtype = torch.float32) -> Decoder:
     """Build the decoder of a checkpoint and fill it, on the CPU.
 
+    Memory is taken as tensors arrive, so a config cannot ask for more than the files hold. Of embedding and head, the
+    file decides what is tied: one of a tied pair is both, and two that differ are two.
+
     Raises:
-        FlextronError: tensors are missing, have the wrong shape or hold NaN or infinity.
+        FlextronError: tensors are missing, have the wrong shape or type, or hold NaN or infinity.
     """
     config = config_from_hf(pretrained.hf_config)
     if pretrained.directory is not None:
         config = replace(config, origin=checked_origin(pretrained.directory, config))
+    if pretrained.names is not None and len(pretrained.names) < config.num_hidden_layers:
+        raise FlextronError(
+            f"config.json has {config.num_hidden_layers} layers, the checkpoint {len(pretrained.names)} tensors; they "
+            "do not belong together"
+        )
     with torch.device("meta"):
-        decoder = Decoder(config)
-    decoder.to_empty(device="cpu").to(dtype)
-    load_weights(decoder, pretrained.tensors())
+        untied = Decoder(replace(config, tie_word_embeddings=False))
+    weights = _read_weights(untied, pretrained.tensors(), dtype)
+    tied = config.tie_word_embeddings and _tie(weights)
+    wanted = _layer_maps(untied.config, dict(untied.named_parameters()))
+    lacking = [name for name, m in wanted if not all(p in weights or (tied and p == _HEAD) for p in m.ours)]
+    if lacking:
+        raise FlextronError(f"the checkpoint lacks {len(lacking)} tensors, first {lacking[0]}; download it again")
+    with torch.device("meta"):
+        decoder = Decoder(replace(config, tie_word_embeddings=tied)).to(dtype)
+    decoder.load_state_dict(weights, assign=True)
     return decoder
 
 
 @torch.no_grad()
-def load_weights(decoder: Decoder, tensors: Iterator[tuple[str, Tensor]]) -> None:
-    """Copy a stream of (checkpoint name, tensor) into the decoder.
+def _tie(weights: dict[str, Tensor]) -> bool:
+    """Make one parameter of a pair that the config ties, if it is one."""
+    if _HEAD in weights and _EMBEDDING in weights and not torch.equal(weights[_HEAD], weights[_EMBEDDING]):
+        return False
+    if _HEAD in weights:
+        weights[_EMBEDDING] = weights.pop(_HEAD)
+    return True
+
+
+@torch.no_grad()
+def _read_weights(decoder: Decoder, tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Copies of the parameters that a stream of (checkpoint name, tensor) holds, by their names here.
+
+    Args:
+        decoder: has the shapes.
+        tensors: the stream.
+        dtype: of the copies.
 
     Raises:
         FlextronError: as for `load_decoder`.
     """
-    config = decoder.config
-    parameters = dict(decoder.named_parameters())
-    wanted = dict(_layer_maps(config, parameters))
-    # bare checkpoints of the base model leave out the prefix of the causal one (GPT-2's on the hub do)
-    bare = {name.split(".", 1)[1]: name for name in wanted if "." in name}
-    done: set[str] = set()
+    family, parameters = FAMILIES[decoder.config.family], dict(decoder.named_parameters())
+    wanted = dict(_layer_maps(decoder.config, parameters))
+    weights: dict[str, Tensor] = {}
     for name, tensor in tensors:
-        key = name if name in wanted else bare.get(name, name)
+        key = family.aliases.get(name, name)
+        # checkpoints of the base model alone leave out its prefix (GPT-2's on the hub do)
+        key = key if key in wanted else family.prefix + name
         if key not in wanted:
-            if _BUFFERS.search(name) or (config.tie_word_embeddings and name == "lm_head.weight"):
+            if _BUFFERS.search(name):
                 continue
-            raise FlextronError(f"the checkpoint holds {name}, which a {config.family} model has no place for")
-        # the extremes are not finite if anything is not, and need no copy of the tensor
-        if not all(bool(extreme.isfinite()) for extreme in tensor.aminmax()):
-            raise FlextronError(f"tensor {name} holds NaN or infinity; the checkpoint is damaged, download it again")
-        expected = _joined_shape(wanted[key], [parameters[p].shape for p in wanted[key].ours])
-        if tensor.shape != expected:
             raise FlextronError(
-                f"tensor {name} has shape {tuple(tensor.shape)} where the config asks for {tuple(expected)}; "
-                "config.json and weights do not belong together"
+                f"the checkpoint holds {name}, which a {decoder.config.family} model has no place for; config.json and "
+                "weights do not belong together"
             )
-        for target, part in zip(wanted[key].ours, wanted[key].split(tensor, config.head_dim), strict=True):
-            parameters[target].copy_(part)
-        done.add(key)
-    if missing := [name for name in wanted if name not in done]:
-        raise FlextronError(f"the checkpoint lacks {len(missing)} tensors, first {missing[0]}; download it again")
+        _check_tensor(name, tensor, _joined_shape(wanted[key], [parameters[p].shape for p in wanted[key].ours]))
+        for target, part in zip(wanted[key].ours, wanted[key].split(tensor, decoder.config.head_dim), strict=True):
+            copied = torch.empty(part.shape, dtype=dtype).copy_(part)
+            if not torch.equal(weights.setdefault(target, copied), copied):
+                raise FlextronError(f"the checkpoint holds {key} under two names, with two values; remove one of them")
+    return weights
+
+
+def _check_tensor(name: str, tensor: Tensor, expected: torch.Size) -> None:
+    """See that a tensor is what the config says, before anything is computed with it."""
+    if tensor.shape != expected:
+        raise FlextronError(
+            f"tensor {name} has shape {tuple(tensor.shape)} where the config asks for {tuple(expected)}; "
+            "config.json and weights do not belong together"
+        )
+    if tensor.dtype not in _DTYPES:
+        raise FlextronError(
+            f"tensor {name} is stored as {str(tensor.dtype).removeprefix('torch.')}; quantised weights are not "
+            "supported, use the original in bf16, fp16 or fp32"
+        )
+    # the extremes are not finite if anything is not, and need no copy of the tensor
+    if not all(bool(extreme.isfinite()) for extreme in tensor.aminmax()):
+        raise FlextronError(f"tensor {name} holds NaN or infinity; the checkpoint is damaged, download it again")
 
 
 def write_checkpoint(
@@ -282,12 +334,14 @@ def stock_config(decoder: Decoder, hf_config: Mapping[str, Any]) -> dict[str, An
     check_stock(config, widths)
     layer = widths.layers[widths.kept_layers[0]]
     sizes = {"intermediate_size": layer.intermediate_size, "num_hidden_layers": len(widths.kept_layers)}
+    for key in sizes:
+        out.pop(key, None)  # a second name of the same size would win
     out |= {family.config_keys.get(key, key): value for key, value in sizes.items()}
     if family.explicit_head_dim:
         out["head_dim"] = config.head_dim
         out["num_attention_heads"] = _num_heads(config, layer.num_groups)
         out["num_key_value_heads"] = config.kv_rows(layer.num_groups) // config.head_dim
-    if isinstance(out.get("layer_types"), list):
+    if "layer_types" in family.keys and isinstance(out.get("layer_types"), list):
         out["layer_types"] = [out["layer_types"][i] for i in widths.kept_layers]
     return out
 

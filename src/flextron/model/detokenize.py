@@ -12,11 +12,15 @@ from transformers import PreTrainedTokenizerBase
 
 from flextron.errors import FlextronError
 
-__all__ = ["Detokenizer", "StopStrings", "special_ids"]
+__all__ = ["Detokenizer", "StopStrings", "continuation", "special_ids"]
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
+_WHOLE = (_BROKEN, "\u00ef\u00bf\u00bd")
+"""How pieces end that really spell that character: as text, and in the signs of byte-level tokenizers."""
 _MOST_TOKENS = 4
 """Tokens of one character: UTF-8 has at most four bytes."""
+_MOST_CONTEXT = 64
+"""Tokens of a prompt that are looked through for the last one with a text."""
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -25,22 +29,55 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return frozenset(added.union(tokenizer.all_special_ids))
 
 
+def continuation(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], answer: Sequence[int]) -> str:
+    """The text of an answer: what it adds to its prompt's."""
+    stream = Detokenizer(tokenizer, prompt)
+    return "".join([*map(stream.push, answer), stream.finish()])
+
+
 class Detokenizer:
     """The text of one growing list of tokens; special tokens have none.
 
-    The pieces make up `tokenizer.decode` of all tokens (without `clean_up_tokenization_spaces`, which would change text
-    that is already out). Where a tokenizer spells characters as byte tokens (`<0xE2>`) and a run of those is not UTF-8,
-    its decoder breaks the whole run, this one not what is already out.
+    The pieces make up what `tokenizer.decode` of prompt and answer adds to that of the prompt (both without special
+    tokens, and without `clean_up_tokenization_spaces`, which would change text that is already out). A character whose
+    first bytes are the prompt's is the prompt's. Where a tokenizer spells characters as byte tokens (`<0xE2>`) and a
+    run of those is not UTF-8, its decoder breaks the whole run, this one not what is already out.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Start with no tokens."""
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int] = ()) -> None:
+        """Start behind a prompt."""
         self._tokenizer = tokenizer
         self._special = special_ids(tokenizer)
         # what stands before the pending tokens, because decoders treat the beginning of a text in their own way
         self._before: list[int] = []
         self._num_before = 0
         self._pending: list[int] = []
+        # the text of the first pending tokens where they are the prompt's
+        self._prompts = ""
+        self._num_out = 0
+        self._begin([token for token in prompt[-2 * _MOST_CONTEXT :] if token not in self._special])
+
+    def _begin(self, prompt: list[int]) -> None:
+        """Find the last tokens of the prompt that have a text; those of an incomplete character stay pending."""
+        for end in range(len(prompt), max(-1, len(prompt) - _MOST_TOKENS - 1), -1):
+            for count in (1, 2, 4, 8, _MOST_CONTEXT):
+                tokens = prompt[max(0, end - count) : end]
+                text = self._decode(tokens) if tokens else ""
+                if text and not text.endswith(_BROKEN):
+                    self._before, self._num_before, self._pending = tokens, len(text), prompt[end:]
+                    self._prompts = self._text(self._pending) if self._pending else ""
+                    return
+        self._before = prompt[-_MOST_CONTEXT:]
+        self._num_before = len(self._decode(self._before)) if self._before else 0
+
+    @property
+    def position(self) -> int:
+        """Characters before the next token's first; a character in halves counts when it is complete."""
+        if not self._pending:
+            return self._num_out
+        text = self._own(self._text(self._pending))
+        piece = str(self._tokenizer.convert_ids_to_tokens(self._pending[-1]))
+        return self._num_out + len(text if piece.endswith(_WHOLE) else text.rstrip(_BROKEN))
 
     def push(self, token: int) -> str:
         """Add a token; the text that is certain now."""
@@ -49,16 +86,28 @@ class Detokenizer:
         self._pending.append(token)
         text = self._text(self._pending)
         if text.endswith(_BROKEN):
-            return self._cut(text) if len(self._pending) > _MOST_TOKENS else ""
+            return self._out(self._cut(text)) if len(self._pending) > _MOST_TOKENS else ""
         if text:
             self._forget(len(self._pending))
-        return text
+        return self._out(text)
 
     def finish(self) -> str:
         """The rest, with a replacement character for what has stayed incomplete."""
         text = self._text(self._pending) if self._pending else ""
         self._pending.clear()
-        return text
+        return self._out(text)
+
+    def _out(self, text: str) -> str:
+        """Of a text that is certain, what is not the prompt's."""
+        own = self._own(text)
+        if text:
+            self._prompts = ""
+        self._num_out += len(own)
+        return own
+
+    def _own(self, text: str) -> str:
+        """Without what is the prompt's: its broken bytes, or the one character that they became."""
+        return text.removeprefix(self._prompts) if text.startswith(self._prompts) else text[1:]
 
     def _decode(self, tokens: list[int]) -> str:
         return str(self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False))

@@ -1,139 +1,43 @@
-"""The supported families, as data: traits, Hugging Face tensor names and how fused tensors come apart.
+"""The supported families, as data: traits, the keys of `config.json` that count in each, and tensor names.
 
 Adding a family means adding one entry to `FAMILIES`; nothing else in the package knows a family's name. Configs are
-parsed by `transformers`, so that its defaults hold wherever a `config.json` leaves a key out.
+parsed by `transformers`, so that its defaults hold wherever a `config.json` leaves a key out. It keeps whatever stands
+in the file as an attribute, though, and its modelling code looks at some of them only. So a family gets to see its own
+keys and no others; a key that changes the result and has no implementation is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from flextron.errors import FlextronError, UnsupportedModelError
 from flextron.model.config import DecoderConfig, Rope
+from flextron.model.hf_keys import HfKeys, RopeKeys, check_keys
+from flextron.model.tensor_maps import GPT2_MAPS, LLAMA_MAPS, LLAMA_QK_NORM, NEOX_MAPS, TensorMap
 
-__all__ = ["FAMILIES", "Family", "TensorMap", "config_from_hf", "family_of"]
+__all__ = ["FAMILIES", "Family", "TensorMap", "config_from_hf", "family_of", "parsed_config"]
 
-
-@dataclass(frozen=True, slots=True)
-class TensorMap:
-    """One Hugging Face tensor and the parameter, or several fused ones, that it holds here."""
-
-    hf: str
-    """Name in the checkpoint, `{i}` standing for the layer."""
-    ours: tuple[str, ...]
-    """Names of the decoder's parameters that it holds, stacked by rows in this order."""
-    transposed: bool = False
-    """Whether it is stored as (in, out), as GPT-2's Conv1D is."""
-    contracts: bool = False
-    """Whether ours is (in, out): projections out of a nested dimension keep that dimension first, see `nested`."""
-    per_head: bool = False
-    """Whether the fused parts alternate head by head (GPT-NeoX) rather than lie one after the other."""
-
-    @property
-    def is_turned(self) -> bool:
-        """Whether the checkpoint's matrix is the transpose of ours."""
-        return self.transposed != self.contracts
-
-    def split(self, tensor: Tensor, head_dim: int) -> tuple[Tensor, ...]:
-        """From the checkpoint's tensor to one (rows, ...) tensor for each of `ours`."""
-        rows = tensor.t() if self.is_turned and tensor.dim() == 2 else tensor
-        if len(self.ours) == 1:
-            return (rows,)
-        if not self.per_head:
-            return rows.chunk(len(self.ours))
-        by_head = rows.unflatten(0, (-1, len(self.ours), head_dim))
-        return tuple(by_head[:, j].flatten(0, 1) for j in range(len(self.ours)))
-
-    def join(self, parts: Sequence[Tensor], head_dim: int) -> Tensor:
-        """The inverse of `split`."""
-        if len(parts) == 1:
-            rows = parts[0]
-        elif self.per_head:
-            rows = torch.stack([p.unflatten(0, (-1, head_dim)) for p in parts], dim=1).flatten(0, 2)
-        else:
-            rows = torch.cat(list(parts))
-        return (rows.t() if self.is_turned and rows.dim() == 2 else rows).contiguous()
-
-
-def _with_biases(maps: Sequence[TensorMap], bases: Sequence[str]) -> tuple[TensorMap, ...]:
-    """Each map of a weight, followed by its twin for the bias where the base name is in `bases`."""
-    out: list[TensorMap] = []
-    for m in maps:
-        out.append(m)
-        if m.hf.removesuffix(".weight").rsplit(".", 1)[-1] in bases:
-            ours = tuple(name.removesuffix("weight") + "bias" for name in m.ours)
-            out.append(TensorMap(m.hf.removesuffix("weight") + "bias", ours, m.transposed, per_head=m.per_head))
-    return tuple(out)
-
-
-_L = "layers.{i}."
-_LLAMA_LAYER = (
-    *(TensorMap(f"model.{_L}self_attn.{x}_proj.weight", (f"{_L}attention.{x}.weight",)) for x in "qkv"),
-    TensorMap(f"model.{_L}self_attn.o_proj.weight", (f"{_L}attention.o.weight",), contracts=True),
-    *(TensorMap(f"model.{_L}mlp.{x}_proj.weight", (f"{_L}mlp.{x}.weight",)) for x in ("gate", "up")),
-    TensorMap(f"model.{_L}mlp.down_proj.weight", (f"{_L}mlp.down.weight",), contracts=True),
-    TensorMap(f"model.{_L}input_layernorm.weight", (f"{_L}attention_norm.weight",)),
-    TensorMap(f"model.{_L}post_attention_layernorm.weight", (f"{_L}mlp_norm.weight",)),
+_SHARED_KEYS = frozenset(
+    {
+        *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"),
+        "tie_word_embeddings",
+    }
 )
-_LLAMA_QK_NORM = tuple(
-    TensorMap(f"model.{_L}self_attn.{x}_norm.weight", (f"{_L}attention.{x}_norm.weight",)) for x in "qk"
+_ROPE_KEYS = frozenset({"rope_parameters", "rope_scaling", "original_max_position_embeddings"})
+_LLAMA_KEYS = (
+    _SHARED_KEYS
+    | _ROPE_KEYS
+    | {
+        *("intermediate_size", "num_key_value_heads", "head_dim", "rms_norm_eps", "hidden_act"),
+        *("rope_theta", "partial_rotary_factor"),
+    }
 )
-_LLAMA_OUTER = (
-    TensorMap("model.embed_tokens.weight", ("embedding.weight",)),
-    TensorMap("model.norm.weight", ("final_norm.weight",)),
-    TensorMap("lm_head.weight", ("head.weight",)),
-)
-_LLAMA_MAPS = _LLAMA_OUTER + _with_biases(
-    _LLAMA_LAYER, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-)
-_QKV = tuple(f"{_L}attention.{x}.weight" for x in "qkv")
-_GPT2_MAPS = (
-    TensorMap("transformer.wte.weight", ("embedding.weight",)),
-    TensorMap("transformer.wpe.weight", ("positions.weight",)),
-    TensorMap("lm_head.weight", ("head.weight",)),
-    *_with_biases(
-        (
-            TensorMap("transformer.ln_f.weight", ("final_norm.weight",)),
-            TensorMap("transformer.h.{i}.ln_1.weight", (f"{_L}attention_norm.weight",)),
-            TensorMap("transformer.h.{i}.ln_2.weight", (f"{_L}mlp_norm.weight",)),
-            TensorMap("transformer.h.{i}.attn.c_attn.weight", _QKV, transposed=True),
-            TensorMap("transformer.h.{i}.attn.c_proj.weight", (f"{_L}attention.o.weight",), True, True),
-            TensorMap("transformer.h.{i}.mlp.c_fc.weight", (f"{_L}mlp.up.weight",), transposed=True),
-            TensorMap("transformer.h.{i}.mlp.c_proj.weight", (f"{_L}mlp.down.weight",), True, True),
-        ),
-        ("ln_f", "ln_1", "ln_2", "c_attn", "c_proj", "c_fc"),
-    ),
-)
-_NEOX_MAPS = (
-    TensorMap("gpt_neox.embed_in.weight", ("embedding.weight",)),
-    TensorMap("embed_out.weight", ("head.weight",)),
-    *_with_biases(
-        (
-            TensorMap("gpt_neox.final_layer_norm.weight", ("final_norm.weight",)),
-            TensorMap("gpt_neox.layers.{i}.input_layernorm.weight", (f"{_L}attention_norm.weight",)),
-            TensorMap("gpt_neox.layers.{i}.post_attention_layernorm.weight", (f"{_L}mlp_norm.weight",)),
-            TensorMap("gpt_neox.layers.{i}.attention.query_key_value.weight", _QKV, per_head=True),
-            TensorMap("gpt_neox.layers.{i}.attention.dense.weight", (f"{_L}attention.o.weight",), contracts=True),
-            TensorMap("gpt_neox.layers.{i}.mlp.dense_h_to_4h.weight", (f"{_L}mlp.up.weight",)),
-            TensorMap("gpt_neox.layers.{i}.mlp.dense_4h_to_h.weight", (f"{_L}mlp.down.weight",), contracts=True),
-        ),
-        (
-            "final_layer_norm",
-            "input_layernorm",
-            "post_attention_layernorm",
-            "query_key_value",
-            "dense",
-            "dense_h_to_4h",
-            "dense_4h_to_h",
-        ),
-    ),
-)
+_WINDOW_KEYS = frozenset({"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,6 +48,14 @@ class Family:
     """The `transformers` class of its checkpoints."""
     tensors: tuple[TensorMap, ...]
     """All tensors that a checkpoint of the family can have; the decoder decides which it needs."""
+    keys: frozenset[str]
+    """Keys of `config.json` that its config class and modelling code read; all others say nothing."""
+    required: Mapping[str, bool] = field(default_factory=dict)
+    """Of these keys, those whose other value has no implementation."""
+    prefix: str
+    """Of the base model's tensors, which checkpoints of the base model alone leave out."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Tensor names that `transformers` reads as others."""
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: str = "rms_norm_eps"
     activation: str = "hidden_act"
@@ -153,9 +65,13 @@ class Family:
     mlp_bias: bool | str = False
     qk_norm: bool = False
     rotary: bool = True
+    partly_rotary: bool = False
+    """Whether its modelling code rotates a part of each head where the config says so; the others rotate all of it."""
+    window: Literal["none", "every layer", "by layer"] = "none"
+    """Which layers a sliding window in the config is for: every one, unless layer_types says else, or those alone."""
     parallel_residual: bool | str = False
     explicit_head_dim: bool = True
-    """Whether a stock checkpoint may have fewer heads than hidden_size / head_dim."""
+    """Whether heads x head_dim may differ from hidden_size."""
     heads_divide_hidden: bool = False
     """Whether `transformers` insists that the number of heads divide the hidden size, whatever the head size."""
     config_keys: Mapping[str, str] = field(default_factory=dict)
@@ -165,24 +81,49 @@ class Family:
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(
         architecture="LlamaForCausalLM",
-        tensors=_LLAMA_MAPS,
+        tensors=LLAMA_MAPS,
+        keys=_LLAMA_KEYS | {"attention_bias", "mlp_bias"},
+        prefix="model.",
         qkv_bias="attention_bias",
         output_bias="attention_bias",
         mlp_bias="mlp_bias",
         heads_divide_hidden=True,
     ),
-    "mistral": Family(architecture="MistralForCausalLM", tensors=_LLAMA_MAPS),
-    "qwen2": Family(architecture="Qwen2ForCausalLM", tensors=_LLAMA_MAPS, qkv_bias=True),
+    "mistral": Family(
+        architecture="MistralForCausalLM",
+        tensors=LLAMA_MAPS,
+        keys=_LLAMA_KEYS | {"sliding_window", "layer_types"},
+        prefix="model.",
+        window="every layer",
+    ),
+    "qwen2": Family(
+        architecture="Qwen2ForCausalLM",
+        tensors=LLAMA_MAPS,
+        keys=_LLAMA_KEYS | _WINDOW_KEYS,
+        prefix="model.",
+        qkv_bias=True,
+        window="by layer",
+    ),
     "qwen3": Family(
         architecture="Qwen3ForCausalLM",
-        tensors=_LLAMA_MAPS + _LLAMA_QK_NORM,
+        tensors=LLAMA_MAPS + LLAMA_QK_NORM,
+        keys=_LLAMA_KEYS | _WINDOW_KEYS | {"attention_bias"},
+        prefix="model.",
         qkv_bias="attention_bias",
         output_bias="attention_bias",
         qk_norm=True,
+        window="by layer",
     ),
     "gpt2": Family(
         architecture="GPT2LMHeadModel",
-        tensors=_GPT2_MAPS,
+        tensors=GPT2_MAPS,
+        keys=_SHARED_KEYS
+        | {
+            *("n_embd", "n_layer", "n_head", "n_inner", "n_positions", "activation_function", "layer_norm_epsilon"),
+            *("scale_attn_weights", "scale_attn_by_inverse_layer_idx"),
+        },
+        required={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
+        prefix="transformer.",
         norm="layer",
         norm_eps="layer_norm_epsilon",
         activation="activation_function",
@@ -196,17 +137,38 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "gpt_neox": Family(
         architecture="GPTNeoXForCausalLM",
-        tensors=_NEOX_MAPS,
+        tensors=NEOX_MAPS,
+        # its rotation reads a head_dim that its attention does not
+        keys=_SHARED_KEYS
+        | _ROPE_KEYS
+        | {
+            *("intermediate_size", "hidden_act", "layer_norm_eps", "attention_bias", "use_parallel_residual"),
+            *("rotary_pct", "rotary_emb_base", "head_dim"),
+        },
+        prefix="gpt_neox.",
+        aliases={"lm_head.weight": "embed_out.weight"},
         norm="layer",
         norm_eps="layer_norm_eps",
         gated=False,
         qkv_bias="attention_bias",
         output_bias="attention_bias",
         mlp_bias=True,
+        partly_rotary=True,
         parallel_residual="use_parallel_residual",
         explicit_head_dim=False,
     ),
 }
+
+_REFUSED: Mapping[str, tuple[Any, ...]] = {
+    # what transformers reads in every family, and the values that change nothing
+    "is_causal": (None, True),
+    "per_layer_config": (None, {}),
+    "transformers_weights": (None, "model.safetensors"),
+    "fusion_config": (None,),
+}
+_SAME_ACTIVATION = {"swish": "silu"}
+"""Names that `transformers` has for one function."""
+_QUANTIZED = ("quantization_config", "compression_config")
 
 
 def family_of(hf_config: Mapping[str, Any]) -> str:
@@ -214,35 +176,155 @@ def family_of(hf_config: Mapping[str, Any]) -> str:
 
     Raises:
         UnsupportedModelError: no family describes it; lists those that exist.
+        FlextronError: the config is no object, or its `model_type` and `architectures` are of two families.
     """
-    name = hf_config.get("model_type")
-    if name not in FAMILIES:
-        what = (hf_config.get("architectures") or [name or "without a model_type"])[0]
+    if not isinstance(hf_config, Mapping):
+        raise FlextronError("config.json holds no object of keys and values; restore it from the original checkpoint")
+    name, listed = hf_config.get("model_type"), hf_config.get("architectures")
+    named = [a for a in listed if isinstance(a, str)] if isinstance(listed, list) else []
+    if not isinstance(name, str) or name not in FAMILIES:
+        what = repr((named or [name or "without a model_type"])[0])[:100].strip("'")
         raise UnsupportedModelError(f"architecture {what} is not supported; supported are {', '.join(FAMILIES)}")
-    return str(name)
+    others = {f.architecture for key, f in FAMILIES.items() if key != name}
+    if named and set(named) <= others:
+        raise FlextronError(
+            f"config.json names model_type {name} and the architecture {named[0]}, which is another family's; "
+            "restore it from the original checkpoint"
+        )
+    return name
 
 
-def _rope(hf: PretrainedConfig) -> Rope:
+def _check_refused(hf_config: Mapping[str, Any], name: str) -> None:
+    for key in _QUANTIZED:
+        if (found := hf_config.get(key)) is not None:
+            method = found.get("quant_method", found.get("quant_algo")) if isinstance(found, Mapping) else None
+            raise UnsupportedModelError(
+                f"the checkpoint is quantised ({key}: {str(method or 'of an unnamed method')[:100]!r}), which is not "
+                "supported; use the original in bf16, fp16 or fp32"
+            )
+    for key, harmless in _REFUSED.items():
+        if not any(type(hf_config.get(key)) is type(value) and hf_config.get(key) == value for value in harmless):
+            raise UnsupportedModelError(
+                f"config.json sets {key}, which changes a {name} model and is not supported; use a plain checkpoint"
+            )
+
+
+def parsed_config(hf_config: Mapping[str, Any]) -> PretrainedConfig:
+    """What `transformers` makes of a `config.json`, of the keys that count in its family.
+
+    Raises:
+        FlextronError: a key has a value of the wrong type or size.
+        UnsupportedModelError: the family or one of its settings has no implementation.
+    """
+    name = family_of(hf_config)
+    _check_refused(hf_config, name)
+    # a copy, because transformers fills in the dictionaries that it is given
+    own = copy.deepcopy({key: hf_config[key] for key in FAMILIES[name].keys if key in hf_config})
+    check_keys(own, name)
+    try:
+        hf = AutoConfig.for_model(name, **own)
+        if FAMILIES[name].rotary:
+            _standardize_rope(hf)
+    except Exception as error:  # transformers raises many kinds, all meaning that the config is malformed
+        said = str(error).split("\n")[-1].strip()[:200]
+        raise FlextronError(
+            f"config.json is not a valid {name} config ({said}); restore it from the original checkpoint"
+        ) from error
+    return hf
+
+
+def _standardize_rope(hf: PretrainedConfig) -> None:
+    """As the modelling code does again before it computes frequencies: then keys outside `rope_parameters` count."""
+    standardize = getattr(hf, "standardize_rope_params", None)  # since transformers 5
+    if standardize is not None:
+        standardize()
+
+
+def _rope(hf: PretrainedConfig, found: HfKeys, family: Family, head_dim: int) -> Rope:
     """Rotary settings: `rope_parameters` since transformers 5, scattered attributes before."""
-    parameters = dict(getattr(hf, "rope_parameters", None) or getattr(hf, "rope_scaling", None) or {})
-    theta: Any = parameters.pop("rope_theta", None) or getattr(hf, "rope_theta", None)
-    theta = theta or getattr(hf, "rotary_emb_base", 10_000)
-    fraction = parameters.pop("partial_rotary_factor", None) or getattr(hf, "rotary_pct", 1.0)
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    keys = found.rope_parameters or found.rope_scaling or RopeKeys()
+    theta = keys.rope_theta or getattr(hf, "rope_theta", None) or getattr(hf, "rotary_emb_base", None)
+    if theta is None:
+        raise FlextronError("config.json has no rope_theta; restore it from the original checkpoint")
+    kind = keys.rope_type or keys.type or "default"
     if kind not in ("default", "linear", "llama3"):
         raise UnsupportedModelError(f"rope scaling of type {kind!r} is not supported; default, linear and llama3 are")
-    return Rope(theta=float(theta), fraction=float(fraction), scaling=None if kind == "default" else parameters)
+    fraction = keys.partial_rotary_factor
+    if fraction is None:
+        fraction = getattr(hf, "rotary_pct", None) if family.partly_rotary else 1.0
+    if fraction is None:
+        raise FlextronError("config.json has no rotary_pct; restore it from the original checkpoint")
+    if not family.partly_rotary and fraction != 1:
+        if kind != "default":
+            raise UnsupportedModelError(f"partial_rotary_factor with rope scaling of type {kind!r} is not supported")
+        fraction = 1.0  # its modelling code does not read it
+    rotated = int(head_dim * fraction)
+    if rotated < 2 or rotated % 2:
+        raise FlextronError(
+            f"config.json asks to rotate {rotated} of the {head_dim} dimensions of each head; only even numbers work"
+        )
+    return Rope(theta=float(theta), fraction=float(fraction), scaling=_scaling(kind, keys))
 
 
-def _sliding_window(hf: PretrainedConfig) -> int | None:
-    """The window, where every layer has one; families that mix windowed and full layers are refused."""
-    window = getattr(hf, "sliding_window", None)
-    kinds = set(getattr(hf, "layer_types", None) or ())
-    if window is None or kinds == {"full_attention"} or not getattr(hf, "use_sliding_window", True):
+def _scaling(kind: str, keys: RopeKeys) -> Mapping[str, Any] | None:
+    if kind == "default":
         return None
-    if len(kinds) > 1:
-        raise UnsupportedModelError("models that mix sliding-window and full attention layers are not supported")
-    return int(window)
+    names = ["factor"]
+    if kind == "llama3":
+        names += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+    values = {name: getattr(keys, name) for name in names}
+    if missing := [name for name, value in values.items() if value is None]:
+        raise FlextronError(
+            f"rope scaling of type {kind!r} lacks {missing[0]}; restore config.json from the original checkpoint"
+        )
+    if kind == "llama3" and values["high_freq_factor"] < values["low_freq_factor"]:
+        raise FlextronError("rope scaling has high_freq_factor below low_freq_factor; restore config.json")
+    return {"rope_type": kind, **values}
+
+
+def _sliding_window(found: HfKeys, family: Family) -> int | None:
+    """The window, where every layer has one; models that mix windowed and full layers are refused."""
+    if family.window == "none":
+        return None
+    if family.window == "every layer" and not found.layer_types:
+        return found.sliding_window
+    kinds = set(found.layer_types or ())
+    if kinds == {"full_attention"}:
+        return None
+    if kinds != {"sliding_attention"}:
+        raise UnsupportedModelError(
+            "models that mix sliding-window and full attention layers, or have layers of other kinds, are not supported"
+        )
+    if found.sliding_window is None:
+        raise FlextronError("config.json has layers of sliding_attention but no sliding_window in use; restore it")
+    return found.sliding_window
+
+
+def _needed(found: HfKeys, key: str) -> Any:
+    """The value of a key that every config must have, by itself or by its family's default."""
+    value = getattr(found, key)
+    if value is None:
+        raise FlextronError(f"config.json lacks {key}; restore it from the original checkpoint")
+    return value
+
+
+def _heads(found: HfKeys, family: Family, name: str) -> tuple[int, int, int]:
+    """Query heads, KV heads and head size, where they go together."""
+    heads, hidden = int(_needed(found, "num_attention_heads")), int(_needed(found, "hidden_size"))
+    kv_heads, head_dim = found.num_key_value_heads or heads, found.head_dim or hidden // heads
+    if family.explicit_head_dim and "head_dim" in found.model_fields_set and found.head_dim is None:
+        raise FlextronError(f"config.json sets head_dim of a {name} to null; leave the key out or give the number")
+    if heads % kv_heads:
+        raise FlextronError(
+            f"config.json has {heads} attention heads (num_attention_heads), which is no multiple of its {kv_heads} "
+            "key-value heads (num_key_value_heads); restore it from the original checkpoint"
+        )
+    if head_dim < 1 or (not family.explicit_head_dim and heads * head_dim != hidden):
+        raise FlextronError(
+            f"config.json has {heads} heads of {head_dim} dimensions, which do not make up the hidden size {hidden} of "
+            f"a {name} model; restore it from the original checkpoint"
+        )
+    return heads, kv_heads, head_dim
 
 
 def config_from_hf(hf_config: Mapping[str, Any]) -> DecoderConfig:
@@ -250,42 +332,40 @@ def config_from_hf(hf_config: Mapping[str, Any]) -> DecoderConfig:
 
     Raises:
         UnsupportedModelError: the architecture, its activation or its rope scaling has no implementation.
-        FlextronError: the config lacks what its family needs.
+        FlextronError: the config lacks what its family needs, or holds what is out of bounds.
     """
+    hf = parsed_config(hf_config)
     name = family_of(hf_config)
     family = FAMILIES[name]
-    try:
-        hf = AutoConfig.for_model(**{k: v for k, v in hf_config.items() if k != "auto_map"})
-    except Exception as error:  # transformers raises many kinds, all meaning that the config is malformed
-        raise FlextronError(f"config.json is not a valid {name} config: {error}") from error
-
-    if getattr(hf, "scale_attn_by_inverse_layer_idx", False) or not getattr(hf, "scale_attn_weights", True):
-        raise UnsupportedModelError("GPT-2 with rescaled attention scores is not supported; only the usual scaling is")
+    found = check_keys({key: getattr(hf, key) for key in family.keys if hasattr(hf, key)}, name)
+    for key, value in family.required.items():
+        if getattr(found, key) != value:
+            raise UnsupportedModelError(f"{name} with {key} = {getattr(found, key)} is not supported; only {value} is")
+    heads, kv_heads, head_dim = _heads(found, family, name)
 
     def trait(value: bool | str) -> bool:
-        return bool(getattr(hf, value)) if isinstance(value, str) else value
+        return bool(getattr(found, value)) if isinstance(value, str) else value
 
-    heads = hf.num_attention_heads
     return DecoderConfig(
         family=name,
-        vocab_size=hf.vocab_size,
-        hidden_size=hf.hidden_size,
-        intermediate_size=getattr(hf, "intermediate_size", None) or getattr(hf, "n_inner", None) or 4 * hf.hidden_size,
-        num_hidden_layers=hf.num_hidden_layers,
+        vocab_size=_needed(found, "vocab_size"),
+        hidden_size=_needed(found, "hidden_size"),
+        intermediate_size=found.intermediate_size or found.n_inner or 4 * _needed(found, "hidden_size"),
+        num_hidden_layers=_needed(found, "num_hidden_layers"),
         num_attention_heads=heads,
-        num_key_value_heads=getattr(hf, "num_key_value_heads", None) or heads,
-        head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // heads,
-        max_position_embeddings=hf.max_position_embeddings,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=_needed(found, "max_position_embeddings"),
         norm=family.norm,
-        norm_eps=getattr(hf, family.norm_eps),
-        activation=getattr(hf, family.activation),
+        norm_eps=_needed(found, family.norm_eps),
+        activation=_SAME_ACTIVATION.get(activation := _needed(found, family.activation), activation),
         gated=family.gated,
         qkv_bias=trait(family.qkv_bias),
         output_bias=trait(family.output_bias),
         mlp_bias=trait(family.mlp_bias),
         qk_norm=family.qk_norm,
-        rope=_rope(hf) if family.rotary else None,
+        rope=_rope(hf, found, family, head_dim) if family.rotary else None,
         parallel_residual=trait(family.parallel_residual),
-        sliding_window=_sliding_window(hf),
-        tie_word_embeddings=bool(hf.tie_word_embeddings),
+        sliding_window=_sliding_window(found, family),
+        tie_word_embeddings=bool(found.tie_word_embeddings),
     )

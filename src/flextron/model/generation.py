@@ -42,6 +42,8 @@ class SamplingParams:
             raise FlextronError(f"max_tokens must be at least 1, not {self.max_tokens}")
         if not 0 <= self.temperature < float("inf"):
             raise FlextronError(f"temperature must be a number of at least 0, not {self.temperature}")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
+            raise FlextronError(f"seed must have at most 63 bits and a sign, not be {self.seed}")
         if self.logprobs is not None and self.logprobs < 0:
             raise FlextronError(f"logprobs must be at least 0, not {self.logprobs}")
         if not 0 < self.top_p <= 1:

@@ -10,6 +10,7 @@ the family's tensor list. What the converter rearranges:
 - Llama 3: its rope scaling, from four numbers to one factor per frequency.
 
 Metadata holds 32-bit floats, so 1e-5 comes back as 9.99999974e-06; floats are rounded to the seven digits they have.
+Sizes are compared with the tensors before anything is built, so that no number of the metadata costs memory.
 """
 
 from __future__ import annotations
@@ -28,7 +29,12 @@ from torch import Tensor
 
 from flextron.errors import FlextronError, UnsupportedModelError
 from flextron.model.families import FAMILIES, TensorMap
+from flextron.model.gguf_file import GgufTensor, read_file
+from flextron.model.gguf_keys import Metadata
+from flextron.model.gguf_rope import rope_scaling, rotated_dimensions
+from flextron.model.gguf_shapes import Sizes, Slot, read_sizes, slots
 from flextron.model.gguf_tokenizer import tokenizer_from_metadata
+from flextron.model.gguf_vocabulary import end_ids, special_ids
 from flextron.model.pretrained import Pretrained
 
 __all__ = ["open_gguf"]
@@ -36,51 +42,26 @@ __all__ = ["open_gguf"]
 _MODEL_TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gpt2": "gpt2", "gptneox": "gpt_neox"}
 """GGUF's architecture names and the Hugging Face model types that they stand for."""
 _ROPE_FREQS = "rope_freqs.weight"
-_LLM, _ATTENTION, _ROPE, _TOKENIZER = gguf.Keys.LLM, gguf.Keys.Attention, gguf.Keys.Rope, gguf.Keys.Tokenizer
+_EMBEDDING = "token_embd.weight"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _File:
-    """The parsed header of a file, and views of its tensors that are read from disk when used."""
+    """A file whose metadata and tensors belong together."""
 
-    path: Path
-    arch: str
-    metadata: Mapping[str, Any]
-    tensors: Mapping[str, gguf.ReaderTensor]
-
-    def value(self, key: str, default: Any = None) -> Any:
-        """An entry of the metadata, `{arch}` in its key filled in."""
-        return self.metadata.get(key.format(arch=self.arch), default)
-
-    def number(self, key: str, default: float | None = None) -> float:
-        """A number of the metadata, floats rounded to the digits that 32 bits hold."""
-        value = self.value(key, default)
-        if not isinstance(value, int | float):
-            name = key.format(arch=self.arch)
-            raise FlextronError(f"{self.path} needs one number as {name}, not {value!r}; convert the model again")
-        return float(f"{value:.7g}") if isinstance(value, float) else value
-
-    def rows(self, name: str) -> int:
-        """Rows of a tensor; GGUF lists dimensions from the innermost outwards."""
-        if name not in self.tensors:
-            raise FlextronError(f"{self.path} has no tensor {name}; convert the model again")
-        return int(self.tensors[name].shape[-1])
+    metadata: Metadata
+    tensors: Mapping[str, GgufTensor]
+    sizes: Sizes
+    slots: Mapping[str, Slot]
 
     @property
-    def head_dim(self) -> int:
-        """Width of an attention head."""
-        per_head = self.number(_LLM.EMBEDDING_LENGTH) // self.number(_ATTENTION.HEAD_COUNT)
-        return int(self.number(_ATTENTION.KEY_LENGTH, per_head))
+    def arch(self) -> str:
+        """GGUF's name of the architecture."""
+        return self.metadata.arch
 
-    @property
-    def num_heads(self) -> int:
-        """Query heads."""
-        return int(self.number(_ATTENTION.HEAD_COUNT))
-
-    @property
-    def num_kv_heads(self) -> int:
-        """Key-value heads; files of models that have as many as query heads may leave it out."""
-        return int(self.number(_ATTENTION.HEAD_COUNT_KV, self.num_heads))
+    def has_biases(self, part: str) -> bool:
+        """Whether any linear layer of the attention ("attn") or the MLP ("ffn") has one."""
+        return any(f".{part}_" in name and name.endswith(".bias") for name in self.tensors)
 
 
 def open_gguf(path: Path) -> Pretrained:
@@ -89,50 +70,95 @@ def open_gguf(path: Path) -> Pretrained:
     The tokenizer is None where the file has none.
 
     Raises:
-        UnsupportedModelError: the file's architecture, its rope scaling or one of its tensors has no implementation.
-        FlextronError: the file is missing, damaged, one part of several, or lacks metadata; or its tokenizer is of an
-            unknown kind.
+        UnsupportedModelError: the file's architecture, a setting in its metadata or one of its tensors has no
+            implementation.
+        FlextronError: the file is missing, damaged, big-endian, one part of several, or lacks metadata; or its
+            tokenizer is of an unknown kind.
     """
     file = _read(path)
-    targets = _targets(file)
-    unknown = sorted(file.tensors.keys() - targets.keys() - {_ROPE_FREQS})
-    if unknown:
-        raise UnsupportedModelError(
-            f"{path} is a variant of {file.arch} that is not supported: a plain one has no tensor {unknown[0]}"
-        )
+    vocab_size = file.sizes.vocab_size
+    tokenizer = tokenizer_from_metadata(file.metadata.values, max_length=file.sizes.context)
+    if tokenizer is None:
+        special = special_ids(file.metadata.values, vocab_size)
+        bos, eos = special.get("bos_token"), special.get("eos_token")
+    else:
+        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        if len(tokenizer) > vocab_size:
+            raise FlextronError(
+                f"{path} has {len(tokenizer)} tokens and an embedding of only {vocab_size}; convert it again"
+            )
+    ends = end_ids(file.metadata.values, vocab_size, eos)
     return Pretrained(
         name=str(path),
-        hf_config=_hf_config(file),
-        tensors=partial(_stream, file, targets),
-        tokenizer=tokenizer_from_metadata(file.metadata, max_length=int(file.number(_LLM.CONTEXT_LENGTH))),
+        hf_config=_hf_config(file) | {"bos_token_id": bos, "eos_token_id": ends[0] if len(ends) == 1 else ends or None},
+        tensors=partial(_stream, file, _targets(file)),
+        tokenizer=tokenizer,
     )
 
 
 def _read(path: Path) -> _File:
-    """Parse the header."""
-    if not path.is_file():
-        raise FlextronError(f"{path} is not a file; give the path of a .gguf file")
-    with path.open("rb") as stream:
-        if stream.read(4) != b"GGUF":
-            raise FlextronError(f"{path} is not a GGUF file; give one, or a Hugging Face directory")
-    try:
-        reader = gguf.GGUFReader(path)
-        metadata = {name: field.contents() for name, field in reader.fields.items()}
-    except (ValueError, LookupError) as error:
-        raise FlextronError(f"{path} is cut short or damaged; download or convert it again ({error})") from error
-    if metadata.get(gguf.Keys.Split.LLM_KV_SPLIT_COUNT, 1) > 1:
+    values, tensors = read_file(path)
+    if values.get("general.type", "model") != "model":
+        raise FlextronError(f"{path} holds no model but is of type {values['general.type']!r}; give a model's file")
+    if values.get(gguf.Keys.Split.LLM_KV_SPLIT_COUNT, 1) not in (0, 1):
         raise FlextronError(f"{path} is one part of several; join them with `llama-gguf-split --merge` first")
-    arch = str(metadata.get(gguf.Keys.General.ARCHITECTURE))
+    arch = str(values.get(gguf.Keys.General.ARCHITECTURE))
     if arch not in _MODEL_TYPES:
         raise UnsupportedModelError(
             f"GGUF architecture {arch} is not supported; supported are {', '.join(_MODEL_TYPES)}"
         )
-    return _File(path=path, arch=arch, metadata=metadata, tensors={t.name: t for t in reader.tensors})
+    metadata = Metadata(path, arch, values)
+    metadata.check()
+    sizes = read_sizes(metadata, tensors)
+    file = _File(metadata=metadata, tensors=tensors, sizes=sizes, slots=slots(arch, sizes))
+    _check_tensors(file)
+    _check_settings(file)
+    return file
+
+
+def _variant(metadata: Metadata, tensor: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{metadata.path} is a variant of {metadata.arch} that is not supported: a plain one has no tensor {tensor}"
+    )
+
+
+def _check_tensors(file: _File) -> None:
+    """Compare the tensors with those of a plain model."""
+    path, known = file.metadata.path, file.slots.keys() | ({_ROPE_FREQS} if file.arch == "llama" else set())
+    if unknown := sorted(file.tensors.keys() - known):
+        raise _variant(file.metadata, unknown[0])
+    for name, slot in file.slots.items():
+        if name not in file.tensors:
+            if not slot.is_optional:
+                raise FlextronError(f"{path} has no tensor {name}; convert the model again")
+        elif file.tensors[name].shape != slot.shape:
+            raise FlextronError(
+                f"{path} has tensor {name} of shape {file.tensors[name].shape} where its metadata asks for "
+                f"{slot.shape}; convert the model again"
+            )
+
+
+def _check_settings(file: _File) -> None:
+    """Refuse settings that no config of the family expresses."""
+    metadata, sizes = file.metadata, file.sizes
+    usual = sizes.head_dim**-0.5
+    if metadata.get("attention.scale") and not math.isclose(metadata.positive("attention.scale"), usual, rel_tol=1e-5):
+        raise UnsupportedModelError(f"{metadata.path} scales attention scores in its own way; only the usual is read")
+    if not metadata.flag("attention.causal", True):
+        raise UnsupportedModelError(f"{metadata.path} holds an encoder, whose attention is not causal")
+    if metadata.get("attention.sliding_window") and metadata.count("attention.sliding_window") < sizes.context:
+        raise UnsupportedModelError(
+            f"{metadata.path} has a sliding window, which is not read from GGUF; use the Hugging Face checkpoint"
+        )
+    if metadata.count("embedding_length_out", sizes.hidden_size) != sizes.hidden_size:
+        raise UnsupportedModelError(f"{metadata.path} has outputs of another size than its embedding")
+    if file.arch != "gptneox" and metadata.flag("use_parallel_residual", False):
+        raise UnsupportedModelError(f"{metadata.path} has parallel residuals, which a plain {file.arch} model has not")
 
 
 def _targets(file: _File) -> dict[str, tuple[str, TensorMap]]:
     """For each tensor that the family can have, by its name in the file: Hugging Face's name, and its layout there."""
-    num_layers = int(file.number(_LLM.BLOCK_COUNT))
+    num_layers = file.sizes.num_layers
     arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == file.arch)
     names = gguf.get_tensor_name_map(arch, num_layers)
     targets = {}
@@ -148,22 +174,24 @@ def _targets(file: _File) -> dict[str, tuple[str, TensorMap]]:
 def _stream(file: _File, targets: Mapping[str, tuple[str, TensorMap]]) -> Iterator[tuple[str, Tensor]]:
     """Dequantise tensor after tensor, and lay each out as Hugging Face does."""
     for name, tensor in file.tensors.items():
-        if name == _ROPE_FREQS:
-            continue
-        hf_name, tensor_map = targets[name]
-        try:
-            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        except NotImplementedError as error:
-            kind = tensor.tensor_type.name
-            raise FlextronError(f"{file.path} holds {name} as {kind}, which cannot be read; requantise it") from error
-        # A copy, because float32 tensors are views of the file, which is mapped read-only.
-        rows = torch.from_numpy(np.array(values, dtype=np.float32))
-        if file.arch == "llama" and ".attn_q." in name:
-            rows = _opposite_pairs(rows, file.num_heads)
-        elif file.arch == "llama" and ".attn_k." in name:
-            rows = _opposite_pairs(rows, file.num_kv_heads)
-        parts = rows.chunk(len(tensor_map.ours))
-        yield hf_name, tensor_map.join([p.t() for p in parts] if tensor_map.contracts else parts, file.head_dim)
+        if name != _ROPE_FREQS:
+            # a copy, because float32 tensors are views of the file, which is mapped read-only
+            rows = torch.from_numpy(np.array(tensor.values(), dtype=np.float32))
+            yield targets[name][0], _as_hugging_face(file, name, rows, targets[name][1])
+    for name, slot in file.slots.items():
+        is_bias = slot.is_optional and name.endswith(".bias")
+        if is_bias and name not in file.tensors and file.has_biases(name.split(".")[2].split("_")[0]):
+            yield targets[name][0], torch.zeros(slot.shape)
+
+
+def _as_hugging_face(file: _File, name: str, rows: Tensor, tensor_map: TensorMap) -> Tensor:
+    """Undo what the converter rearranged."""
+    if file.arch == "llama" and ".attn_q." in name:
+        rows = _opposite_pairs(rows, file.sizes.num_heads)
+    elif file.arch == "llama" and ".attn_k." in name:
+        rows = _opposite_pairs(rows, file.sizes.num_kv_heads)
+    parts = rows.chunk(len(tensor_map.ours))
+    return tensor_map.join([p.t() for p in parts] if tensor_map.contracts else parts, file.sizes.head_dim)
 
 
 def _opposite_pairs(rows: Tensor, num_heads: int) -> Tensor:
@@ -180,98 +208,65 @@ def _hf_config(file: _File) -> dict[str, Any]:
         "architectures": [FAMILIES[model_type].architecture],
         "model_type": model_type,
         "dtype": "float32",
-        "vocab_size": file.rows("token_embd.weight"),
+        "vocab_size": file.sizes.vocab_size,
         "tie_word_embeddings": "output.weight" not in file.tensors,
-        "bos_token_id": file.value(_TOKENIZER.BOS_ID),
-        "eos_token_id": file.value(_TOKENIZER.EOS_ID),
         **own(file),
     }
 
 
 def _gpt2_keys(file: _File) -> dict[str, Any]:
     return {
-        "n_embd": file.number(_LLM.EMBEDDING_LENGTH),
-        "n_layer": file.number(_LLM.BLOCK_COUNT),
-        "n_head": file.num_heads,
-        "n_inner": file.number(_LLM.FEED_FORWARD_LENGTH),
-        "n_positions": file.rows("position_embd.weight"),
-        "layer_norm_epsilon": file.number(_ATTENTION.LAYERNORM_EPS),
+        "n_embd": file.sizes.hidden_size,
+        "n_layer": file.sizes.num_layers,
+        "n_head": file.sizes.num_heads,
+        "n_inner": file.sizes.intermediate_size,
+        "n_positions": file.sizes.context,
+        "layer_norm_epsilon": file.metadata.positive("attention.layer_norm_epsilon"),
     }
 
 
-def _rotary_keys(file: _File) -> dict[str, Any]:
-    """What all families but GPT-2 share."""
+def _rotary_keys(file: _File, *, may_be_partial: bool) -> tuple[dict[str, Any], int]:
+    """What all families but GPT-2 share, and how many dimensions of each head are rotated."""
+    sizes = file.sizes
+    rotated = rotated_dimensions(file.metadata, sizes.head_dim, may_be_partial=may_be_partial)
+    freqs = file.tensors[_ROPE_FREQS].values() if _ROPE_FREQS in file.tensors else None
     return {
-        "hidden_size": file.number(_LLM.EMBEDDING_LENGTH),
-        "intermediate_size": file.number(_LLM.FEED_FORWARD_LENGTH),
-        "num_hidden_layers": file.number(_LLM.BLOCK_COUNT),
-        "num_attention_heads": file.num_heads,
-        "max_position_embeddings": file.number(_LLM.CONTEXT_LENGTH),
-        "rope_scaling": _rope_scaling(file),
-    }
+        "hidden_size": sizes.hidden_size,
+        "intermediate_size": sizes.intermediate_size,
+        "num_hidden_layers": sizes.num_layers,
+        "num_attention_heads": sizes.num_heads,
+        "max_position_embeddings": sizes.context,
+        "rope_scaling": rope_scaling(file.metadata, freqs, rotated),
+    }, rotated
 
 
 def _neox_keys(file: _File) -> dict[str, Any]:
-    return _rotary_keys(file) | {
-        "layer_norm_eps": file.number(_ATTENTION.LAYERNORM_EPS),
-        "rotary_emb_base": file.number(_ROPE.FREQ_BASE, 10000.0),
-        "rotary_pct": file.number(_ROPE.DIMENSION_COUNT) / file.head_dim,
-        "use_parallel_residual": file.value(_LLM.USE_PARALLEL_RESIDUAL, True),
-        "attention_bias": "blk.0.attn_qkv.bias" in file.tensors,
+    keys, rotated = _rotary_keys(file, may_be_partial=True)
+    return keys | {
+        "layer_norm_eps": file.metadata.positive("attention.layer_norm_epsilon"),
+        "rotary_emb_base": file.metadata.positive("rope.freq_base", 10000.0),
+        "rotary_pct": _fraction(rotated, file.sizes.head_dim),
+        "use_parallel_residual": file.metadata.flag("use_parallel_residual"),
+        "attention_bias": file.has_biases("attn"),
     }
+
+
+def _fraction(part: int, whole: int) -> float:
+    """A fraction of the whole that truncates to the part, as `transformers` reads it."""
+    fraction = part / whole
+    return fraction if int(whole * fraction) == part else math.nextafter(fraction, 1.0)
 
 
 def _llama_keys(file: _File) -> dict[str, Any]:
-    keys = _rotary_keys(file) | {
-        "num_key_value_heads": file.num_kv_heads,
-        "head_dim": file.head_dim,
-        "rms_norm_eps": file.number(_ATTENTION.LAYERNORM_RMS_EPS),
-        "rope_theta": file.number(_ROPE.FREQ_BASE, 10000.0),
+    keys, _ = _rotary_keys(file, may_be_partial=False)
+    keys |= {
+        "num_key_value_heads": file.sizes.num_kv_heads,
+        "head_dim": file.sizes.head_dim,
+        "rms_norm_eps": file.metadata.positive("attention.layer_norm_rms_epsilon"),
+        "rope_theta": file.metadata.positive("rope.freq_base", 10000.0),
     }
     if file.arch != "qwen2":  # its biases are part of the architecture
-        keys["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
+        keys["attention_bias"] = file.has_biases("attn")
     if file.arch == "llama":
-        keys["mlp_bias"] = "blk.0.ffn_up.bias" in file.tensors
+        keys["mlp_bias"] = file.has_biases("ffn")
     return keys
-
-
-def _rope_scaling(file: _File) -> dict[str, Any] | None:
-    """Hugging Face's `rope_scaling`."""
-    kind = file.value(_ROPE.SCALING_TYPE, "none")
-    if _ROPE_FREQS in file.tensors:
-        return _llama3_scaling(file)
-    if kind == "none":
-        return None
-    if kind == "linear":
-        return {"rope_type": "linear", "factor": file.number(_ROPE.SCALING_FACTOR)}
-    raise UnsupportedModelError(f"rope scaling of type {kind!r} is not supported; none, linear and llama3 are")
-
-
-def _llama3_scaling(file: _File) -> dict[str, Any] | None:
-    """The four numbers behind Llama 3's factors, one per frequency.
-
-    Short wavelengths are left alone (1), long ones are stretched by the full factor, and between them the weight of the
-    unstretched frequency rises linearly with (original context / wavelength) from `low_freq_factor` to
-    `high_freq_factor`. Only ratios of the last three numbers show in the factors; `low_freq_factor` is 1 by custom.
-    """
-    factors = np.asarray(file.tensors[_ROPE_FREQS].data, dtype=np.float64)
-    if np.allclose(factors, 1):
-        return None
-    factor = float(f"{factors.max():.5g}")
-    exponents = np.arange(len(factors)) / len(factors)
-    waves = file.number(_ROPE.FREQ_BASE, 10000.0) ** -exponents / (2 * math.pi)  # per token
-    between = (factors > 1 + 1e-5) & (factors < factor * (1 - 1e-5))
-    if between.sum() >= 2:
-        weights = (1 / factors[between] - 1 / factor) / (1 - 1 / factor)
-        slope, offset = np.polyfit(waves[between], weights, 1)
-        context, high = round(-slope / offset), float(f"{1 - 1 / offset:.4g}")
-        weights = np.clip((context * waves - 1) / (high - 1), 0, 1)
-        if np.allclose(1 / ((1 - weights) / factor + weights), factors, rtol=1e-3):
-            return {
-                "rope_type": "llama3",
-                "factor": factor,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": high,
-                "original_max_position_embeddings": context,
-            }
-    raise FlextronError(f"{file.path} has rope factors that are not Llama 3's; use the Hugging Face checkpoint instead")

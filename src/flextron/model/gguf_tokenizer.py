@@ -1,78 +1,35 @@
 """Building a fast tokenizer from a GGUF file's metadata, which has tokens and merges but no `tokenizer.json`.
 
-Two kinds exist. Byte-level BPE ("gpt2") stores its merges, and names the rule that splits text before them; each rule
-is rebuilt as the models of that name publish it. SentencePiece ("llama") stores a score per token instead; merges
-follow from those: the pair whose union scores best is merged first.
+Two kinds exist. Byte-level BPE ("gpt2") stores its merges, and names the rule that splits text before them.
+SentencePiece ("llama") stores a score per token instead; merges follow from those: the pair whose union scores best is
+merged first, and among equals the one with the lower id, in whose order SentencePiece learnt them.
+
+Special ids, lists that are too short and tokens that occur twice are treated as llama.cpp does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import gguf
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+import numpy as np
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from flextron.errors import FlextronError
+from flextron.model.gguf_rules import Rule, rule_of
+from flextron.model.gguf_vocabulary import Vocabulary, read_vocabulary
 
 __all__ = ["tokenizer_from_metadata"]
 
 _KEYS = gguf.Keys.Tokenizer
+_ARCHITECTURE = gguf.Keys.General.ARCHITECTURE
 _SPACE = "\u2581"
 """SentencePiece's visible stand-in for a space."""
-
-
-def _gpt2_rule() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-
-
-def _smollm_rule() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2_rule()])
-
-
-def _regex_rule(num_digits: str) -> pre_tokenizers.PreTokenizer:
-    """Llama 3's and Qwen 2's split: contractions, words with one sign before them, digits, punctuation, white space."""
-    pattern = "|".join(
-        (
-            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
-            r"[^\r\n\p{L}\p{N}]?\p{L}+",
-            rf"\p{{N}}{num_digits}",
-            r" ?[^\s\p{L}\p{N}]+[\r\n]*",
-            r"\s*[\r\n]+",
-            r"\s+(?!\S)",
-            r"\s+",
-        )
-    )
-    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-
-
-def _llama3_rule() -> pre_tokenizers.PreTokenizer:
-    return _regex_rule("{1,3}")
-
-
-def _qwen2_rule() -> pre_tokenizers.PreTokenizer:
-    return _regex_rule("")
-
-
-_RULES: Mapping[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
-    "default": _gpt2_rule,
-    "gpt-2": _gpt2_rule,
-    "olmo": _gpt2_rule,
-    "smollm": _smollm_rule,
-    "llama-bpe": _llama3_rule,
-    "llama3": _llama3_rule,
-    "llama-v3": _llama3_rule,
-    "qwen2": _qwen2_rule,
-    "deepseek-r1-qwen": _qwen2_rule,
-}
-"""By `tokenizer.ggml.pre`. The converter writes "olmo" for GPT-NeoX and Pythia, whose rule is the same."""
-_NORMALIZED = frozenset({"olmo", "qwen2", "deepseek-r1-qwen"})
-"""Rules of tokenizers that compose accents first (NFC)."""
-_WHOLE_WORDS = frozenset({"llama-bpe", "llama3", "llama-v3"})
-"""Rules of tokenizers that take a word which is a token as it is, without going through its merges."""
+_LONGEST_PIECE = 4096
+"""Characters of an ordinary SentencePiece token; all its divisions in two are tried."""
 
 
 def tokenizer_from_metadata(metadata: Mapping[str, Any], *, max_length: int) -> PreTrainedTokenizerBase | None:
@@ -83,67 +40,106 @@ def tokenizer_from_metadata(metadata: Mapping[str, Any], *, max_length: int) -> 
         max_length: the model's context in tokens.
 
     Raises:
-        FlextronError: the kind of tokenizer, or the rule by which it splits text, is unknown; lists those known.
+        FlextronError: the kind of tokenizer, or the rule by which it splits text, is unknown; or its lists are damaged.
     """
-    kind, tokens = metadata.get(_KEYS.MODEL), metadata.get(_KEYS.LIST)
-    if not tokens or kind in (None, "none", "no_vocab"):
+    vocabulary = read_vocabulary(metadata)
+    if vocabulary is None:
         return None
-    builders = {"gpt2": _byte_level, "llama": _sentencepiece}
-    if kind not in builders:
-        raise FlextronError(
-            f"the GGUF file's tokenizer is of kind {kind!r}, and only {', '.join(builders)} can be read; "
-            "use the Hugging Face checkpoint instead"
-        )
-    tokenizer = builders[kind](metadata, tokens)
-    _add_tokens(tokenizer, tokens, _types(metadata, tokens))
-    ids = {
-        "bos_token": metadata.get(_KEYS.BOS_ID),
-        "eos_token": metadata.get(_KEYS.EOS_ID),
-        "unk_token": metadata.get(_KEYS.UNK_ID),
-        "pad_token": metadata.get(_KEYS.PAD_ID),
-    }
-    named = {name: tokens[i] for name, i in ids.items() if i is not None}
+    if vocabulary.kind == "gpt2":
+        rule = rule_of(metadata.get(_KEYS.PRE), metadata.get(_ARCHITECTURE))
+        tokenizer, begins = _byte_level(metadata, vocabulary, rule), rule.takes_words
+    else:
+        tokenizer, begins = _sentencepiece(metadata, vocabulary), True
     # SentencePiece and Llama 3 begin with BOS unless the file says otherwise; old files do not say.
-    begins = metadata.get(_KEYS.ADD_BOS, kind == "llama" or metadata.get(_KEYS.PRE) in _WHOLE_WORDS)
-    ends = metadata.get(_KEYS.ADD_EOS, False)
-    _add_template(tokenizer, named.get("bos_token") if begins else None, named.get("eos_token") if ends else None)
+    bos = _framing(metadata, _KEYS.ADD_BOS, begins, vocabulary, "bos_token")
+    eos = _framing(metadata, _KEYS.ADD_EOS, False, vocabulary, "eos_token")
+    _add_tokens(tokenizer, vocabulary)
+    _add_template(tokenizer, bos, eos)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         model_max_length=max_length,
         clean_up_tokenization_spaces=False,
-        chat_template=metadata.get(_KEYS.CHAT_TEMPLATE),
-        **named,
+        chat_template=_chat_template(metadata),
+        **{name: vocabulary.tokens[i] for name, i in vocabulary.special.items()},
     )
 
 
-def _types(metadata: Mapping[str, Any], tokens: Sequence[str]) -> Sequence[int]:
-    """Each token's type; all are ordinary where the file says nothing."""
-    return metadata.get(_KEYS.TOKEN_TYPE) or [gguf.TokenType.NORMAL] * len(tokens)
+def _flag(metadata: Mapping[str, Any], key: str, default: bool) -> bool:
+    value = metadata.get(key, default)
+    if not isinstance(value, bool):
+        raise FlextronError(f"the GGUF file needs true or false as {key}, not {value!r}; convert the model again")
+    return value
 
 
-def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str]) -> Tokenizer:
-    rule = metadata.get(_KEYS.PRE, "default")
-    if rule not in _RULES:
+def _framing(metadata: Mapping[str, Any], key: str, default: bool, vocabulary: Vocabulary, name: str) -> str | None:
+    """The token that every text begins or ends with; None for none."""
+    if not _flag(metadata, key, default):
+        return None
+    if name not in vocabulary.special:
         raise FlextronError(
-            f"the GGUF file's tokenizer splits text by the unknown rule {rule!r}; known are {', '.join(_RULES)}: "
-            "use the Hugging Face checkpoint instead"
+            f"the GGUF file's tokenizer adds its {name} to every text ({key}) and does not say which that is; "
+            "convert the model again"
         )
-    merges = [(left, right) for left, right in (merge.split(" ") for merge in metadata.get(_KEYS.MERGES, ()))]
-    vocab = {token: i for i, token in enumerate(tokens)}
-    tokenizer = Tokenizer(BPE(vocab=vocab, merges=merges, ignore_merges=rule in _WHOLE_WORDS))
-    if rule in _NORMALIZED:
+    return vocabulary.tokens[vocabulary.special[name]]
+
+
+def _chat_template(metadata: Mapping[str, Any]) -> str | dict[str, str] | None:
+    """The template, or templates by name, where a file has more than the default one."""
+    prefix = f"{_KEYS.CHAT_TEMPLATE}."
+    named = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    default = metadata.get(_KEYS.CHAT_TEMPLATE)
+    if default is not None:
+        named["default"] = default
+    if not all(isinstance(template, str) for template in named.values()):
+        raise FlextronError("the GGUF file has a chat template that is no text; convert the model again")
+    return default if named.keys() <= {"default"} else named
+
+
+def _byte_level(metadata: Mapping[str, Any], vocabulary: Vocabulary, rule: Rule) -> Tokenizer:
+    if _flag(metadata, _KEYS.ADD_PREFIX, False):
+        raise FlextronError(
+            f"the GGUF file sets {_KEYS.ADD_PREFIX} for a byte-level tokenizer, which programs understand in different "
+            "ways; use the Hugging Face checkpoint instead"
+        )
+    vocab = {token: i for i, token in enumerate(vocabulary.tokens)}
+    tokenizer = Tokenizer(BPE(vocab=vocab, merges=_stored_merges(metadata, vocab), ignore_merges=rule.takes_words))
+    if rule.is_composed:
         tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = _RULES[rule]()
+    tokenizer.pre_tokenizer = rule.split()
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
-def _sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str]) -> Tokenizer:
-    vocab = {token: i for i, token in enumerate(tokens)}
-    unknown = metadata.get(_KEYS.UNK_ID, 0)
-    merges = _merges_by_score(metadata, tokens)
-    tokenizer = Tokenizer(BPE(vocab=vocab, merges=merges, unk_token=tokens[unknown], fuse_unk=True, byte_fallback=True))
-    has_prefix = metadata.get(_KEYS.ADD_PREFIX, True)
+def _stored_merges(metadata: Mapping[str, Any], vocab: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Pairs of tokens whose union is a token, in the order in which they are merged."""
+    stored = metadata.get(_KEYS.MERGES)
+    if not isinstance(stored, list) or (not stored and any(len(token) > 1 for token in vocab)):
+        raise FlextronError(f"the GGUF file's tokenizer has no merges ({_KEYS.MERGES}); convert the model again")
+    merges = []
+    for merge in stored:
+        left, _, right = str(merge).partition(" ")
+        if not (left in vocab and right in vocab and left + right in vocab):
+            raise FlextronError(
+                f"the GGUF file's tokenizer has the merge {merge[:60]!r}, which does not join two of its tokens to a "
+                "third; convert the model again"
+            )
+        merges.append((left, right))
+    return merges
+
+
+def _sentencepiece(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> Tokenizer:
+    tokens = vocabulary.tokens
+    unknown = vocabulary.special.get("unk_token")
+    tokenizer = Tokenizer(
+        BPE(
+            vocab={token: i for i, token in enumerate(tokens)},
+            merges=list(_merges_by_score(vocabulary, _scores(metadata, len(tokens)))),
+            unk_token=None if unknown is None else tokens[unknown],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    has_prefix = _flag(metadata, _KEYS.ADD_PREFIX, True)
     spaces = normalizers.Replace(" ", _SPACE)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), spaces]) if has_prefix else spaces
     tokenizer.decoder = decoders.Sequence(
@@ -153,24 +149,39 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str]) -> Tokeni
     return tokenizer
 
 
-def _merges_by_score(metadata: Mapping[str, Any], tokens: Sequence[str]) -> list[tuple[str, str]]:
+def _scores(metadata: Mapping[str, Any], size: int) -> Sequence[float]:
+    """Of each token; all 0 where the file has none."""
+    given = metadata.get(_KEYS.SCORES)
+    if given is None:
+        return [0.0] * size
+    scores = np.asarray(given)
+    if scores.ndim != 1 or scores.dtype.kind not in "if" or len(scores) < size or not np.isfinite(scores).all():
+        raise FlextronError(
+            f"the GGUF file's {_KEYS.SCORES} are not one number for each of its {size} tokens; convert the model again"
+        )
+    return [float(score) for score in scores[:size]]
+
+
+def _merges_by_score(vocabulary: Vocabulary, scores: Sequence[float]) -> Iterator[tuple[str, str]]:
     """All pairs of tokens whose union is a token, the best-scoring union first. Only ordinary tokens take part."""
-    scores = {
+    ordinary = {
         token: score
-        for token, score, kind in zip(tokens, metadata[_KEYS.SCORES], _types(metadata, tokens), strict=True)
+        for token, score, kind in zip(vocabulary.tokens, scores, vocabulary.types, strict=True)
         if kind == gguf.TokenType.NORMAL
     }
-    merges = []
-    for union in sorted(scores, key=lambda token: -scores[token]):
-        pairs = [(union[:i], union[i:]) for i in range(1, len(union))]
-        merges += [pair for pair in pairs if pair[0] in scores and pair[1] in scores]
-    return merges
+    if max(map(len, ordinary), default=0) > _LONGEST_PIECE:
+        raise FlextronError(
+            f"the GGUF file's tokenizer has a token of more than {_LONGEST_PIECE} characters; convert the model again"
+        )
+    for union in sorted(ordinary, key=lambda token: -ordinary[token]):
+        for i in range(1, len(union)):
+            if union[:i] in ordinary and union[i:] in ordinary:
+                yield union[:i], union[i:]
 
 
-def _add_tokens(tokenizer: Tokenizer, tokens: Sequence[str], types: Sequence[int]) -> None:
+def _add_tokens(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
     """Mark the tokens that text is searched for before anything else: control tokens and users' own."""
-    control = [t for t, kind in zip(tokens, types, strict=True) if kind == gguf.TokenType.CONTROL]
-    own = [t for t, kind in zip(tokens, types, strict=True) if kind == gguf.TokenType.USER_DEFINED]
+    control, own = vocabulary.of_type(gguf.TokenType.CONTROL), vocabulary.of_type(gguf.TokenType.USER_DEFINED)
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in control])
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in own])
 

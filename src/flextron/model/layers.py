@@ -34,9 +34,25 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+class RMSNorm(nn.RMSNorm):
+    """As PyTorch's; its gains may train in float32 beside activations of fewer digits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension."""
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """As PyTorch's; its gains and biases may train in float32 beside activations of fewer digits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension."""
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
 def make_norm(config: DecoderConfig, size: int) -> nn.Module:
     """The family's normalisation over the last dimension."""
-    return nn.RMSNorm(size, eps=config.norm_eps) if config.norm == "rms" else nn.LayerNorm(size, eps=config.norm_eps)
+    return RMSNorm(size, eps=config.norm_eps) if config.norm == "rms" else LayerNorm(size, eps=config.norm_eps)
 
 
 @lru_cache(maxsize=16)
@@ -131,8 +147,8 @@ class SelfAttention(nn.Module):
         self.v = nn.Linear(config.hidden_size, kv_rows, bias=config.qkv_bias)
         self.o = Contraction(rows, config.hidden_size, bias=config.output_bias)
         if config.qk_norm:
-            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
-            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
 
     def _kv_blocks(self, blocks: tuple[Block, ...]) -> tuple[Block, ...]:
         """Blocks of KV rows; with a single KV head it is whole in the first block and absent from the others."""

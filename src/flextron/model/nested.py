@@ -21,7 +21,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Block", "Contraction", "Layout", "contract", "expand"]
+__all__ = [
+    "Block",
+    "Contraction",
+    "Layout",
+    "autocast",
+    "contract",
+    "contract_blocks",
+    "expand",
+    "expand_blocks",
+    "sum_of_products",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +99,7 @@ class _Expand(torch.autograd.Function):
     def forward(ctx: Any, x_ND: Tensor, w_FD: Tensor, b_F: Tensor | None, blocks: tuple[Block, ...]) -> Any:
         ctx.save_for_backward(x_ND, w_FD)
         ctx.blocks, ctx.has_bias = blocks, b_F is not None
-        return _expand(x_ND, w_FD, b_F, blocks)
+        return expand_blocks(x_ND, w_FD, b_F, blocks)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -97,7 +107,7 @@ class _Expand(torch.autograd.Function):
         need_x, need_w, need_b, _ = ctx.needs_input_grad
         dx = dw = db = None
         if need_x:
-            dx = _accumulate(
+            dx = sum_of_products(
                 x_ND, [(b.num_tokens, g, w_FD[b.start : b.stop]) for b, g in zip(ctx.blocks, grads, strict=True)]
             )
         if need_w:
@@ -118,7 +128,7 @@ class _Contract(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(w_FD, *h)
         ctx.blocks, ctx.has_bias = blocks, b_D is not None
-        return _contract(num_tokens, w_FD, b_D, blocks, h)
+        return contract_blocks(num_tokens, w_FD, b_D, blocks, h)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -141,7 +151,7 @@ def _prefix_like(weight: Tensor, *, covered: bool) -> Tensor:
     return torch.empty_like(weight) if covered else torch.zeros_like(weight)
 
 
-def _accumulate(like: Tensor, terms: Sequence[tuple[int, Tensor, Tensor]]) -> Tensor:
+def sum_of_products(like: Tensor, terms: Sequence[tuple[int, Tensor, Tensor]]) -> Tensor:
     """Sum of `a @ b` over (n, a, b), each added to the first n rows; n falls from term to term."""
     n, a, b = terms[0]
     total = a @ b
@@ -157,7 +167,8 @@ def _prefix(weight: Tensor, stop: int) -> Tensor:
     return weight if stop == weight.shape[0] else weight.narrow(0, 0, stop)
 
 
-def _expand(x_ND: Tensor, w_FD: Tensor, b_F: Tensor | None, blocks: Sequence[Block]) -> tuple[Tensor, ...]:
+def expand_blocks(x_ND: Tensor, w_FD: Tensor, b_F: Tensor | None, blocks: Sequence[Block]) -> tuple[Tensor, ...]:
+    """`expand`, unknown to autograd."""
     if len(blocks) == 1 and blocks[0].num_tokens == x_ND.shape[0]:
         stop = blocks[0].stop
         return (F.linear(x_ND, _prefix(w_FD, stop), None if b_F is None else _prefix(b_F, stop)),)
@@ -167,9 +178,10 @@ def _expand(x_ND: Tensor, w_FD: Tensor, b_F: Tensor | None, blocks: Sequence[Blo
     )
 
 
-def _contract(
+def contract_blocks(
     num_tokens: int, w_FD: Tensor, b_D: Tensor | None, blocks: Sequence[Block], h: Sequence[Tensor]
 ) -> Tensor:
+    """`contract`, unknown to autograd."""
     first = _prefix(w_FD, blocks[0].stop)
     y_ND = h[0] @ first if b_D is None else torch.addmm(b_D, h[0], first)
     if blocks[0].num_tokens < num_tokens:
@@ -179,7 +191,7 @@ def _contract(
     return y_ND
 
 
-def _autocast(*tensors: Any) -> tuple[Any, ...]:
+def autocast(*tensors: Any) -> tuple[Any, ...]:
     """Cast as autocast would (None passes): own functions and products in place are not on its list."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
@@ -201,8 +213,8 @@ def expand(x_ND: Tensor, w_FD: Tensor, b_F: Tensor | None, blocks: tuple[Block, 
         One (num_tokens of the block, rows of the block) tensor a block.
     """
     if not torch.is_grad_enabled():
-        return _expand(x_ND, w_FD, b_F, blocks)
-    x, w, b = _autocast(x_ND, w_FD, b_F)
+        return expand_blocks(x_ND, w_FD, b_F, blocks)
+    x, w, b = autocast(x_ND, w_FD, b_F)
     return tuple(_Expand.apply(x, w, b, blocks))  # type: ignore[no-untyped-call]
 
 
@@ -222,10 +234,10 @@ def contract(
         (N, D), widest tokens first.
     """
     if len(blocks) == 1 and not torch.is_grad_enabled():
-        return _contract(num_tokens, w_FD, b_D, blocks, h)
-    w, b, *h_cast = _autocast(w_FD, b_D, *h)
+        return contract_blocks(num_tokens, w_FD, b_D, blocks, h)
+    w, b, *h_cast = autocast(w_FD, b_D, *h)
     if not torch.is_grad_enabled():
-        return _contract(num_tokens, w, b, blocks, h_cast)
+        return contract_blocks(num_tokens, w, b, blocks, h_cast)
     return _Contract.apply(num_tokens, w, b, blocks, *h_cast)  # type: ignore[no-untyped-call,no-any-return]
 
 

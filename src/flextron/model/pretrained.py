@@ -29,3 +29,5 @@ class Pretrained:
     """Where its files lie; None for a GGUF file."""
     generation_config: Mapping[str, Any] | None = None
     """The checkpoint's `generation_config.json`; None where it has none."""
+    names: frozenset[str] | None = None
+    """Names of the tensors in the stream, where they are known before it starts."""

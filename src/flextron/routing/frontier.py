@@ -4,12 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from flextron.errors import FlextronError
+from flextron.files import checked
 from flextron.spec import SubnetSpec, Target
 
 __all__ = ["Frontier", "FrontierPoint"]
+
+
+_Count = Annotated[int, Field(ge=0, le=2**63)]
+_Measure = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
+_Name = Annotated[str, Field(max_length=10_000)]
+
+
+class _PointFile(BaseModel):
+    """The JSON form of a point."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    spec: dict[str, Any]
+    kind: _Name
+    params: _Count
+    mem_bytes: _Count
+    kv_bytes_per_token: _Count = 0
+    latency_ms: _Measure
+    latency: _Measure
+    loss: _Measure
+
+
+class _FrontierFile(BaseModel):
+    """The JSON form of a frontier."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+    device: _Name
+    text: _Name
+    points: Annotated[list[_PointFile], Field(min_length=1)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,12 +80,10 @@ class FrontierPoint:
         """Read the JSON form.
 
         Raises:
-            FlextronError: keys are missing or unknown.
+            FlextronError: keys are missing, unknown, or have values of the wrong type or size.
         """
-        try:
-            return cls(**{**data, "spec": SubnetSpec.from_dict(data["spec"])})
-        except (TypeError, KeyError) as error:
-            raise FlextronError(f"not a measured sub-network ({error}); measure again with profile") from error
+        found = checked(_PointFile, data, "the measured sub-network", "measure again with profile")
+        return cls(**{**found.model_dump(), "spec": SubnetSpec.from_dict(found.spec)})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,10 +155,8 @@ class Frontier:
         """Read the JSON form.
 
         Raises:
-            FlextronError: keys are missing.
+            FlextronError: keys are missing, or have values of the wrong type or size.
         """
-        try:
-            points = tuple(FrontierPoint.from_dict(p) for p in data["points"])
-            return cls(device=data["device"], text=data["text"], points=points)
-        except (KeyError, TypeError) as error:
-            raise FlextronError(f"not a frontier ({error}); measure again with profile") from error
+        found = checked(_FrontierFile, data, "the frontier", "measure again with profile")
+        points = [FrontierPoint(**{**p.model_dump(), "spec": SubnetSpec.from_dict(p.spec)}) for p in found.points]
+        return cls.of(found.device, found.text, points)

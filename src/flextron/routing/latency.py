@@ -11,12 +11,14 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 
 from flextron.errors import FlextronError
+from flextron.files import checked
 from flextron.model.config import DecoderConfig
 from flextron.model.cost import block_parameters, layer_parameters
 from flextron.model.decoder import Decoder
@@ -29,6 +31,25 @@ __all__ = ["LatencyTable", "Phase", "measure_table", "step_latencies_ms"]
 _NUM_FIT, _NUM_HELD_OUT = 12, 8
 Progress = Callable[[int, int], None]
 Phase = Literal["decode", "prefill"]
+_Width = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,7}$")]
+_Ms = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
+
+
+class _TableFile(BaseModel):
+    """The JSON form of a latency table."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    device: Annotated[str, Field(max_length=10_000)]
+    batch_size: Annotated[int, Field(ge=1, le=2**31)]
+    context: Annotated[int, Field(ge=0, le=2**31)]
+    base_ms: _Ms
+    mlp_ms: Annotated[dict[_Width, _Ms], Field(min_length=1)]
+    attention_ms: Annotated[dict[_Width, _Ms], Field(min_length=1)]
+    full_ms: Annotated[float, Field(gt=0, le=1e12, allow_inf_nan=False)]
+    median_error: _Ms
+    max_error: _Ms
+    phase: Phase = "decode"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,14 +139,16 @@ class LatencyTable:
         """Read the JSON form.
 
         Raises:
-            FlextronError: keys are missing or unknown.
+            FlextronError: keys are missing or unknown, or have values of the wrong type or size.
         """
-        try:
-            tables = {key: {int(k): float(v) for k, v in data[key].items()} for key in ("mlp_ms", "attention_ms")}
-            numbers = {key: float(data[key]) for key in ("base_ms", "full_ms", "median_error", "max_error")}
-            return cls(**{**data, **tables, **numbers})
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise FlextronError(f"not a latency table ({error}); measure it again with profile") from error
+        found = checked(_TableFile, data, "the latency table", "measure it again with profile")
+        mlp_ms, attention_ms = (
+            {int(width): ms for width, ms in costs.items()} for costs in (found.mlp_ms, found.attention_ms)
+        )
+        table = cls(**found.model_dump() | {"mlp_ms": mlp_ms, "attention_ms": attention_ms})
+        if not table.base_ms + max(table.mlp_ms.values()) + max(table.attention_ms.values()) > 0:
+            raise FlextronError("the latency table has no time for a whole network; measure it again with profile")
+        return table
 
 
 class _Probe:
@@ -241,8 +264,7 @@ def measure_table(
         phase=phase,
     )
     errors = [abs(table.predict_ms(s) / t - 1) for s, t in zip(held_out, times[len(design) :], strict=True)]
-    measured = {"median_error": statistics.median(errors), "max_error": max(errors)}
-    return LatencyTable.from_dict(table.to_dict() | measured)
+    return replace(table, median_error=statistics.median(errors), max_error=max(errors))
 
 
 def _fit(rows: list[list[float]], times: list[float]) -> list[float]:

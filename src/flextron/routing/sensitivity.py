@@ -9,22 +9,39 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from flextron.files import checked
 from flextron.model.attention import CausalAttention
 from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
 from flextron.model.layers import Layer, rotary_tables
 from flextron.model.losses import cross_entropy
 from flextron.spec import SearchSpace, SubnetSpec
+from flextron.spec.subnet import MAX_LAYERS
 
 __all__ = ["Sensitivity", "fisher_gradients", "measure_sensitivity"]
 
 _CHUNK = 128
 """Tokens whose probabilities are computed at once."""
+
+
+_Width = Annotated[str, Field(pattern=r"^[0-9]{1,8}$")]
+_Cost = Annotated[float, Field(allow_inf_nan=False)]
+_Tables = Annotated[list[dict[_Width, _Cost]], Field(min_length=1, max_length=MAX_LAYERS)]
+
+
+class _SensitivityFile(BaseModel):
+    """The JSON form of sensitivities."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    mlp: _Tables
+    attention: _Tables
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,10 +59,15 @@ class Sensitivity:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Sensitivity:
-        """Read the JSON form."""
+        """Read the JSON form.
+
+        Raises:
+            FlextronError: keys are missing, or have values of the wrong type or size.
+        """
+        found = checked(_SensitivityFile, data, "the record of sensitivities", "remove it to measure again")
         mlp, attention = (
-            tuple({int(width): float(cost) for width, cost in table.items()} for table in data[key])
-            for key in ("mlp", "attention")
+            tuple({int(width): cost for width, cost in table.items()} for table in tables)
+            for tables in (found.mlp, found.attention)
         )
         return cls(mlp=mlp, attention=attention)
 

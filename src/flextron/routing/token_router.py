@@ -13,21 +13,43 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flextron.errors import FlextronError
+from flextron.files import checked
 from flextron.model.config import DecoderConfig
 from flextron.routing.latency import LatencyTable
 from flextron.spec import SearchSpace, SubnetSpec
+from flextron.spec.subnet import MAX_WIDTH
 
 __all__ = ["PricedRouter", "TokenRouter"]
 
 _LARGEST = 20.0
 """Of a predicted cost's logarithm: beyond it, float32 has better uses."""
+
+
+_Target = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+_Number = Annotated[float, Field(allow_inf_nan=False)]
+_Width = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,7}$")]
+
+
+class _RouterFile(BaseModel):
+    """What is not a tensor, in JSON form."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    space: dict[str, Any]
+    hidden_size: Annotated[int, Field(ge=1, le=MAX_WIDTH)]
+    mlp_costs: dict[_Width, _Number]
+    prices: list[Annotated[tuple[_Target, _Number], Field(strict=False)]]
+    specs: list[Annotated[tuple[_Target, dict[str, Any]], Field(strict=False)]]
+    num_units: Annotated[int, Field(ge=1, le=2**14)]
+    embedding_size: Annotated[int, Field(ge=1, le=2**14)]
 
 
 class TokenRouter(nn.Module):
@@ -200,25 +222,36 @@ class TokenRouter(nn.Module):
         """Rebuild from `to_dict` and `state_dict`.
 
         Raises:
-            FlextronError: keys or tensors are missing, unknown or of other shapes.
+            FlextronError: keys or tensors are missing, unknown or of other types, sizes or shapes.
         """
+        found = checked(_RouterFile, data, "the token router", "train it again with route --token")
         try:
-            values = dict(data)
-            prices = {float(target): float(price) for target, price in values.pop("prices")}
-            specs = {float(target): SubnetSpec.from_dict(spec) for target, spec in values.pop("specs")}
-            space = SearchSpace.from_dict(values.pop("space"))
-            costs = {int(w): float(cost) for w, cost in values.pop("mlp_costs").items()}
-            router = cls(space, values.pop("hidden_size"), costs, **values)
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise FlextronError(f"not a token router ({error}); train it again") from error
+            space = SearchSpace.from_dict(found.space)
+            specs = {target: SubnetSpec.from_dict(spec) for target, spec in found.specs}
+            for spec in specs.values():
+                space.check(spec)
+        except FlextronError as error:
+            raise FlextronError(
+                f"the token router is malformed ({error}); train it again with route --token"
+            ) from error
+        costs = {int(width): cost for width, cost in found.mlp_costs.items()}
+        sizes = {"num_units": found.num_units, "embedding_size": found.embedding_size}
+        other = "the token router's tensors are of another model or search space; train it again with route --token"
+        # before anything is allocated: the file has as much as the sizes ask for
+        first = (found.num_units, found.hidden_size + found.embedding_size)
+        if any(_shape(tensors, f"first.{i}.weight") != first for i in (0, space.num_hidden_layers - 1)):
+            raise FlextronError(other)
+        router = cls(space, found.hidden_size, costs, **sizes)
         try:
             router.load_state_dict(dict(tensors))
         except RuntimeError as error:
-            raise FlextronError(
-                "the token router's tensors are of another model or search space; train it again with route --token"
-            ) from error
-        router.prices, router.specs = prices, specs
+            raise FlextronError(other) from error
+        router.prices, router.specs = dict(found.prices), specs
         return router.eval()
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    return tuple(tensors[name].shape) if name in tensors else ()
 
 
 def _log_costs(x_ND: Tensor, w_UD: Tensor, b_U: Tensor, w_CU: Tensor, b_C: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
@@ -22,6 +22,8 @@ class Delta:
     token: int | None
     logprobs: Logprobs | None
     finish_reason: FinishReason | None
+    offset: int = 0
+    """Where the token's text begins in the answer's, in characters."""
 
 
 @dataclass(slots=True)
@@ -30,6 +32,8 @@ class Answer:
 
     tokenizer: PreTrainedTokenizerBase
     stop: Sequence[str] = ()
+    prompt: InitVar[Sequence[int]] = ()
+    """Token ids; the answer's text is what it adds to theirs."""
     pieces: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[Logprobs] = field(default_factory=list)
@@ -37,9 +41,9 @@ class Answer:
     _detokenizer: Detokenizer = field(init=False)
     _stops: StopStrings = field(init=False)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, prompt: Sequence[int]) -> None:
         """Start with no text."""
-        self._detokenizer = Detokenizer(self.tokenizer)
+        self._detokenizer = Detokenizer(self.tokenizer, prompt)
         self._stops = StopStrings(self.stop)
 
     @property
@@ -49,6 +53,7 @@ class Answer:
 
     def take(self, output: StepOutput) -> Delta:
         """Add what a step did. The answer may be at its end before the engine's request is."""
+        offset = self._detokenizer.position
         text = "" if output.token is None else self._stops.push(self._detokenizer.push(output.token))
         self.finish_reason = output.finish_reason
         if self.finish_reason is not None:
@@ -62,4 +67,4 @@ class Answer:
             self.token_ids.append(output.token)
             if output.logprobs is not None:
                 self.logprobs.append(logprobs := output.logprobs)
-        return Delta(text, output.token, logprobs, self.finish_reason)
+        return Delta(text, output.token, logprobs, self.finish_reason, offset)

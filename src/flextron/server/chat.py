@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from jinja2 import TemplateError
 from starlette.requests import Request
 from starlette.responses import Response
 
+from flextron.jobs.templates import ChatTemplate, TemplateError
 from flextron.server.bodies import ChatBody
 from flextron.server.errors import bad_request
 from flextron.server.generation import Piece, respond
@@ -37,13 +37,13 @@ async def chat(request: Request, service: Service, body: ChatBody) -> Response:
 
 def _render(service: Service, body: ChatBody) -> str:
     """The conversation as the model was trained to read it."""
-    tokenizer = service.tokenizer
-    if not tokenizer.chat_template:
-        raise bad_request("the model has no chat template; use /v1/completions", "messages")
     messages = [message.to_template() for message in body.messages]
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    except (TemplateError, TypeError, ValueError) as error:
+        template = ChatTemplate.of(service.tokenizer, max_chars=service.most_chars)
+        if template is None:
+            raise bad_request("the model has no chat template; use /v1/completions", "messages")
+        return template.render(messages, add_generation_prompt=True)
+    except TemplateError as error:
         raise bad_request(f"the model's chat template does not take these messages: {error}", "messages") from error
 
 
@@ -91,4 +91,4 @@ class _ChatForm:
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
         raw = self._names.raw(token)
-        return {"token": self._names.key(token), "logprob": max(logprob, _LEAST_LOGPROB), "bytes": list(raw)}
+        return {"token": self._names.key(token), "logprob": max(logprob, _LEAST_LOGPROB), "bytes": list(raw) or None}

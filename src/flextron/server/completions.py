@@ -45,7 +45,6 @@ class _CompletionForm:
     def __init__(self, names: TokenNames, echoed: list[str], body: CompletionBody) -> None:
         """Take the prompts' texts, if answers begin with them."""
         self._names, self._echoed, self._body = names, echoed, body
-        self._offsets: dict[int, int] = {}
 
     def whole(self, index: int, piece: Piece) -> dict[str, Any]:
         """With the prompt, if it is echoed."""
@@ -64,18 +63,14 @@ class _CompletionForm:
 
     def _choice(self, index: int, text: str, piece: Piece) -> dict[str, Any]:
         reason = None if piece.finish_reason is None else piece.finish_reason.value
-        logprobs = None if self._body.logprobs is None else self._logprobs(index, piece)
+        logprobs = None if self._body.logprobs is None else self._logprobs(piece)
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
-    def _logprobs(self, index: int, piece: Piece) -> dict[str, Any]:
-        offsets = []
-        for token in piece.tokens:
-            offsets.append(offset := self._offsets.get(index, 0))
-            self._offsets[index] = offset + len(self._names.text(token))
+    def _logprobs(self, piece: Piece) -> dict[str, Any]:
         key = self._names.key
         return {
             "tokens": [key(token) for token in piece.tokens],
             "token_logprobs": [max(p.chosen, _LEAST_LOGPROB) for p in piece.logprobs],
             "top_logprobs": [{key(t): max(value, _LEAST_LOGPROB) for t, value in p.top} for p in piece.logprobs],
-            "text_offset": offsets,
+            "text_offset": piece.offsets,
         }

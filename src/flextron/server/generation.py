@@ -39,6 +39,8 @@ class Piece:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[Logprobs] = field(default_factory=list)
     """One entry a token, where they were asked for."""
+    offsets: list[int] = field(default_factory=list)
+    """Where each token's text begins in the answer's, in characters."""
     finish_reason: FinishReason | None = None
 
     def add(self, delta: Delta) -> None:
@@ -46,6 +48,7 @@ class Piece:
         self.text += delta.text
         if delta.token is not None:
             self.tokens.append(delta.token)
+            self.offsets.append(delta.offset)
         if delta.logprobs is not None:
             self.logprobs.append(delta.logprobs)
         self.finish_reason = delta.finish_reason

@@ -12,6 +12,7 @@ from flextron.engine.runner import make_network
 from flextron.errors import FlextronError
 from flextron.jobs.feeder import Feeder
 from flextron.jobs.jobs import Jobs
+from flextron.jobs.templates import ChatTemplate
 from flextron.model.encoding import encode
 from flextron.model.generation_config import generation_defaults
 from flextron.server.adapters import AdapterNames, LoadedAdapters, NamedAdapter, adapter_reader
@@ -26,6 +27,11 @@ from flextron.server.tokens import TokenNames
 from flextron.server.worker import Event, Job, Worker
 
 __all__ = ["Service"]
+
+_MOST_CHARS = 1_000_000
+"""Of a prompt, for models with few positions."""
+_MOST_TEMPLATES = 8
+"""Conversations that are written at once."""
 
 
 class Service:
@@ -79,15 +85,21 @@ class Service:
         self._adapting: asyncio.Task[None] | None = None
         # one thread: a tokenizer's settings are not safe to use from several
         self._encoder = ThreadPoolExecutor(1, "flextron-tokenizer")
-        # twice the longest token, in case that the tokenizer drops characters
-        longest = max(map(len, self.tokenizer.get_vocab()))
-        self._most_chars = 2 * longest * model.decoder.config.max_position_embeddings
+        # twice the longest token, in case that the tokenizer drops characters; but a vocabulary may have very long
+        # ones, and a tokenizer takes a second for half a million characters
+        longest, positions = max(map(len, self.tokenizer.get_vocab())), model.decoder.config.max_position_embeddings
+        self.most_chars = min(2 * longest * positions, max(_MOST_CHARS, 16 * positions))
+        """Of a prompt."""
+        # several: a chat template may take seconds before it is given up
+        self._templates = ThreadPoolExecutor(_MOST_TEMPLATES, "flextron-templates")
 
     def start(self) -> None:
         """Start the engine's thread, and training; to be called in the event loop."""
         self._loop = asyncio.get_running_loop()
         self._is_idle.set()
         self.worker.start()
+        if self.tokenizer.chat_template:
+            self._templates.submit(ChatTemplate.warm_up)
         if self._feeder is not None:
             self._feeder.start()
         if self.adaptive is not None:
@@ -103,6 +115,7 @@ class Service:
             # after the worker, in whose hands a step may be
             await asyncio.to_thread(self._feeder.stop)
         self._encoder.shutdown()
+        self._templates.shutdown(wait=False, cancel_futures=True)
         self.adapters.close()
 
     @property
@@ -162,16 +175,17 @@ class Service:
         Raises:
             ApiError: the text cannot fit into the model, whatever its tokens are.
         """
+        loop = asyncio.get_running_loop()
+        written = text if isinstance(text, str) else await loop.run_in_executor(self._templates, text)
 
         def run() -> list[int]:
-            written = text if isinstance(text, str) else text()
-            if len(written) > self._most_chars:
+            if len(written) > self.most_chars:
                 raise bad_request(
                     f"the prompt has {len(written)} characters, more than the model has positions for; shorten it"
                 )
             return encode(self.tokenizer, written, add_special_tokens=add_special_tokens)
 
-        return await asyncio.get_running_loop().run_in_executor(self._encoder, run)
+        return await loop.run_in_executor(self._encoder, run)
 
     def room(self, num_prompt: int, choice: Choice) -> int:
         """Tokens that an answer can have at most; at least 1, so that the engine says what does not fit."""

@@ -42,8 +42,8 @@ class ServerSettings:
         """Check the ranges."""
         if self.api_key is not None and (not self.api_key.isascii() or not self.api_key.strip()):
             raise FlextronError("the API key must be a word in ASCII letters; leave it out to let everyone in")
-        if self.max_queue < 0 or not 0 < self.max_body_mb < float("inf") or not 0 < self.max_file_mb < float("inf"):
-            raise FlextronError("max_queue must be at least 0, max_body_mb and max_file_mb above 0")
+        if self.max_queue < 0 or not 0 < self.max_body_mb <= 1e6 or not 0 < self.max_file_mb <= 1e6:
+            raise FlextronError("max_queue must be at least 0, max_body_mb and max_file_mb above 0 and at most 1e6")
         if self.max_tokens_limit is not None and self.max_tokens_limit < 1:
             raise FlextronError(f"max_tokens_limit must be at least 1, not {self.max_tokens_limit}")
         if self.max_loaded_adapters < 1:

@@ -162,7 +162,7 @@ class Worker(threading.Thread):
             for job in jobs:
                 network = self.core.network(job.spec, job.router, job.adapter)
                 job.running = self.core.add(str(id(job)), job.prompt, job.params, network)
-                self._jobs[job.running] = job, Answer(self._tokenizer, job.stop)
+                self._jobs[job.running] = job, Answer(self._tokenizer, job.stop, job.prompt)
         except FlextronError as error:
             self._abort(jobs)
             self._post([(job, error) for job in jobs])

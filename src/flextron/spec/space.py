@@ -6,15 +6,34 @@ import math
 import random
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from flextron.errors import FlextronError
-from flextron.spec.subnet import LayerSpec, SubnetSpec
+from flextron.files import checked
+from flextron.spec.subnet import MAX_LAYERS, MAX_WIDTH, LayerSpec, SubnetSpec
 
 __all__ = ["SearchSpace"]
 
 _FAR_APART = 0.3
 """Standard deviation of a layer's relative width in sub-networks that are meant to be heterogeneous."""
+
+
+_Whole = Annotated[int, Field(ge=-MAX_WIDTH, le=MAX_WIDTH)]
+_Choices = Annotated[list[_Whole], Field(max_length=4096)]
+
+
+class _SpaceFile(BaseModel):
+    """Types and bounds of the JSON form; what the numbers must be together, the space itself checks."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    num_hidden_layers: Annotated[int, Field(le=MAX_LAYERS)]
+    intermediate_sizes: _Choices
+    num_groups: _Choices
+    skippable_layers: _Choices = []
+    max_skipped_layers: _Whole = 0
 
 
 def _check_choices(name: str, choices: tuple[int, ...]) -> None:
@@ -198,8 +217,11 @@ class SearchSpace:
         Raises:
             FlextronError: a key is missing or unknown, or the choices make no sense.
         """
-        try:
-            values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-            return cls(**values)
-        except (TypeError, AttributeError) as error:
-            raise FlextronError(f"not a search space: {error}") from error
+        found = checked(_SpaceFile, data, "the search space", "make the checkpoint again with convert")
+        return cls(
+            num_hidden_layers=found.num_hidden_layers,
+            intermediate_sizes=tuple(found.intermediate_sizes),
+            num_groups=tuple(found.num_groups),
+            skippable_layers=tuple(found.skippable_layers),
+            max_skipped_layers=found.max_skipped_layers,
+        )

@@ -6,13 +6,17 @@ is nothing but a list of widths. A width of 0 skips that half of the layer; a la
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from flextron.errors import FlextronError
 
-__all__ = ["LayerSpec", "SubnetSpec"]
+__all__ = ["MAX_LAYERS", "MAX_WIDTH", "LayerSpec", "SubnetSpec"]
+
+MAX_LAYERS, MAX_WIDTH = 1024, 2**20
+"""Several times what published models have: a damaged file cannot ask for more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,8 +33,8 @@ class LayerSpec:
         """Refuse widths that are no sizes."""
         for name in ("intermediate_size", "num_groups"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise FlextronError(f"{name} must be a whole number of at least 0, not {value!r}")
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_WIDTH:
+                raise FlextronError(f"{name} must be a whole number of at least 0, not {reprlib.repr(value)}")
 
     @property
     def is_skipped(self) -> bool:
@@ -49,6 +53,8 @@ class SubnetSpec:
         """Refuse a network without layers."""
         if not self.layers:
             raise FlextronError("a sub-network needs at least one layer; give one entry for each layer of the model")
+        if len(self.layers) > MAX_LAYERS:
+            raise FlextronError(f"a sub-network has at most {MAX_LAYERS} layers, not {len(self.layers)}")
 
     @classmethod
     def of(cls, intermediate_sizes: Iterable[int], num_groups: Iterable[int]) -> SubnetSpec:
@@ -122,7 +128,7 @@ class SubnetSpec:
         """
         expected = {"intermediate_size", "num_groups"}
         if not isinstance(data, Mapping) or set(data) != expected:
-            found = sorted(data) if isinstance(data, Mapping) else repr(data)
+            found = reprlib.repr(sorted(data, key=str) if isinstance(data, Mapping) else data)
             raise FlextronError(f"a sub-network needs exactly the keys {sorted(expected)}; found {found}")
         if not all(isinstance(data[key], list) for key in expected):
             raise FlextronError("the widths of a sub-network are two lists, one entry a layer")

@@ -115,7 +115,7 @@ def _line_records(stream: io.TextIOWrapper, path: Path) -> Iterator[tuple[str, o
         if line.strip():
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise _malformed(path, number, error) from error
             yield f"{path}, line {number}", record
 
@@ -131,10 +131,11 @@ def _array_records(stream: io.TextIOWrapper, path: Path) -> Iterator[tuple[str, 
             return
         try:
             record, end = decoder.raw_decode(text, start)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             # Malformed and cut off look the same until the file has ended.
-            if ended:
-                raise _malformed(path, line + error.lineno - 1, error) from error
+            if ended or not isinstance(error, json.JSONDecodeError):
+                more_lines = error.lineno - 1 if isinstance(error, json.JSONDecodeError) else 0
+                raise _malformed(path, line + more_lines, error) from error
             more = stream.read(max(_CHUNK, len(text) - position))
             line += text.count("\n", 0, position)
             text, position, ended = text[position:] + more, 0, not more
@@ -143,9 +144,13 @@ def _array_records(stream: io.TextIOWrapper, path: Path) -> Iterator[tuple[str, 
         position = end
 
 
-def _malformed(path: Path, line: int, error: json.JSONDecodeError) -> FlextronError:
+def _malformed(path: Path, line: int, error: ValueError | RecursionError) -> FlextronError:
+    if isinstance(error, json.JSONDecodeError):
+        reason = error.msg
+    else:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"
     return FlextronError(
-        f"{path}, line {line}: malformed JSON ({error.msg}); mend it: one object a line, or one array of objects"
+        f"{path}, line {line}: malformed JSON ({reason}); mend it: one object a line, or one array of objects"
     )
 
 
@@ -158,7 +163,9 @@ def _parquet_texts(path: Path, text_field: str | None) -> Iterator[str]:
             _text_of(row, field, str(path))
             for batch in file.iter_batches(batch_size=256, columns=[field]):
                 yield from _texts(((str(path), record) for record in batch.to_pylist()), field)
-    except (pa.ArrowInvalid, OSError) as error:
+    except UnicodeDecodeError as error:
+        raise FlextronError(f"{path} holds text that is not UTF-8 ({error.reason}); write it anew") from error
+    except (pa.ArrowException, OSError) as error:
         raise FlextronError(f"{path} cannot be read as Parquet ({error}); check that it is whole") from error
 
 
@@ -177,7 +184,23 @@ def _hub_records(source: str, name: str, config: str | None, split: str) -> Iter
             f"no file lies at {source!r}, and the dataset of that name cannot be opened ({reason}); check the path, or"
             " owner/name[:config][@split]"
         ) from error
-    return ((f"{source}, record {number}", record) for number, record in enumerate(dataset, start=1))
+    return _streamed(source, dataset)
+
+
+def _streamed(source: str, dataset: Iterable[object]) -> Iterator[tuple[str, object]]:
+    records, number = iter(dataset), 0
+    while True:
+        number += 1
+        try:
+            record = next(records)
+        except StopIteration:
+            return
+        except (OSError, ValueError, RuntimeError, pa.ArrowException) as error:
+            reason = str(error).partition("\n")[0]
+            raise FlextronError(
+                f"{source}, record {number}: it cannot be read ({reason}); try again, or use files"
+            ) from error
+        yield f"{source}, record {number}", record
 
 
 def _texts(records: Iterable[tuple[str, object]], text_field: str | None) -> Iterator[str]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from flextron.errors import FlextronError
+from flextron.model.adapter import Adapter
 from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
 from flextron.model.losses import cross_entropy, forward_kl, head_metric
@@ -37,10 +38,10 @@ class TeacherStates:
 class Objective(nn.Module):
     """Student in, losses out."""
 
-    def __init__(self, student: Decoder, recipe: TrainRecipe) -> None:
-        """Wrap the student, whose parameters are the module's."""
+    def __init__(self, student: Decoder, recipe: TrainRecipe, adapter: Adapter | None = None) -> None:
+        """Wrap the student, whose parameters are the module's, and those of the adapter that its batches carry."""
         super().__init__()
-        self.student = student
+        self.student, self.adapter = student, adapter
         self._recipe = recipe
 
     def forward(

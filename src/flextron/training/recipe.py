@@ -14,13 +14,13 @@ class TrainRecipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    tokens: int = Field(100_000, gt=0)
+    tokens: int = Field(100_000, gt=0, le=2**50)
     """Training tokens in all, each counted once."""
-    context: int = Field(256, gt=1)
+    context: int = Field(256, gt=1, le=2**24)
     """Tokens of a sequence."""
-    batch_size: int = Field(8, gt=0)
+    batch_size: int = Field(8, gt=0, le=2**20)
     """Sequences of an optimizer step, over all processes and accumulation steps."""
-    micro_batch_size: int = Field(8, gt=0)
+    micro_batch_size: int = Field(8, gt=0, le=2**20)
     """Sequences that run at once in one process."""
     subnets_per_batch: int = Field(2, gt=0)
     """Sub-networks among which the sequences of a micro batch are dealt; all run in one nested pass."""
@@ -42,9 +42,13 @@ class TrainRecipe(BaseModel):
     """Above 1, the drawn sizes lean to the large end."""
     anneal_fraction: float = Field(0.2, ge=0, le=1)
     """Part of the run over which the smallest size comes in."""
-    lr: float = Field(4e-4, gt=0)
+    lora_rank: int | None = Field(None, gt=0, le=2**16)
+    """Rank of the low-rank updates that are trained, with the norms, beside frozen weights; None trains all weights."""
+    lora_alpha: float | None = Field(None, gt=0, le=1e6)
+    """The updates are multiplied by alpha / rank; by default alpha is the rank."""
+    lr: float = Field(4e-4, gt=0, le=100)
     """Peak learning rate of AdamW."""
-    router_lr: float = Field(1e-3, gt=0)
+    router_lr: float = Field(1e-3, gt=0, le=100)
     """Peak learning rate of routers that train along with the model."""
     min_lr_ratio: float = Field(0.1, ge=0, le=1)
     """Learning rate at the end of the cosine, over the peak."""
@@ -75,7 +79,7 @@ class TrainRecipe(BaseModel):
     """Recompute each layer in the backward pass, for less memory."""
     checkpoint_minutes: float = Field(5.0, gt=0)
     """Time between resumable states on disk."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     """Of data order, sub-networks and token choice."""
 
     @model_validator(mode="after")

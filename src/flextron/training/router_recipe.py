@@ -12,7 +12,7 @@ class RouterRecipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    num_measured: int = Field(192, gt=0)
+    num_measured: int = Field(192, gt=0, le=10**6)
     """Sub-networks whose loss is measured for the surrogate."""
     per_round: int = Field(8, gt=0)
     """Of them measured between two turns of the router."""
@@ -45,5 +45,5 @@ class RouterRecipe(BaseModel):
     """Relative deviation from the target latency that costs nothing."""
     min_target: float = Field(0.0, ge=0, lt=1)
     """Smallest target that is drawn; never below what the space reaches."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     """Of targets, noise and initial weights."""

@@ -16,12 +16,14 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from flextron.files import read_json, write_json
+from flextron.files import checked, read_json, write_json
 from flextron.model.decoder import Decoder
 from flextron.model.scoring import mean_loss
 from flextron.routing.allocate import Allocator
@@ -62,6 +64,15 @@ def latency_loss(milliseconds_B: Tensor, wanted_B: Tensor, dead_zone: float) -> 
     return ((milliseconds_B / wanted_B - 1).abs() - dead_zone).clamp_min(0).mean()
 
 
+class _Measured(BaseModel):
+    """Losses on disk."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    identity: str
+    losses: dict[str, Annotated[float, Field(allow_inf_nan=False)]]
+
+
 class _Meter:
     """Measures losses once each; kept on disk, a killed run repeats its steps without measuring again.
 
@@ -73,9 +84,9 @@ class _Meter:
         self._known: dict[str, float] = {}
         if path is not None:
             self._identity = _identity(decoder, tokens_BT)
-            kept = read_json(path) if path.exists() else {}
-            if kept.get("identity") == self._identity:
-                self._known = kept["losses"]
+            if path.exists():
+                kept = checked(_Measured, read_json(path), str(path), "remove it to measure again")
+                self._known = kept.losses if kept.identity == self._identity else {}
 
     def __call__(self, specs: list[SubnetSpec]) -> Tensor:
         new = [s for s in dict.fromkeys(specs) if _key(s) not in self._known]

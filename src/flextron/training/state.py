@@ -10,18 +10,30 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flextron.errors import FlextronError
-from flextron.files import new_directory, read_json, write_json
+from flextron.files import checked, new_directory, read_json, write_json
 from flextron.routing.sensitivity import Sensitivity
 
 __all__ = ["RunDirectory"]
+
+
+class _RunFile(BaseModel):
+    """`run.json`."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    step: Annotated[int, Field(ge=0, le=2**53)]
+    identity: dict[str, Any]
+    history: list[dict[str, float]]
+
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -67,9 +79,9 @@ class RunDirectory:
         """
         if not self._state.exists():
             return None
-        run = read_json(self._state / "run.json")
-        if run["identity"] != self.identity:
-            changed = sorted(k for k in self.identity if run["identity"].get(k) != self.identity[k])
+        run = self._read()
+        if run.identity != self.identity:
+            changed = sorted(k for k in self.identity if run.identity.get(k) != self.identity[k])
             raise FlextronError(
                 f"{self.path} holds an unfinished run that differs in {', '.join(changed)}; "
                 "finish it with its own settings, or remove that directory to start anew"
@@ -79,8 +91,21 @@ class RunDirectory:
             moments = load_file(self._state / "optimizer.safetensors")
         except (SafetensorError, OSError) as error:
             raise FlextronError(f"{self._state} is damaged ({error}); remove it to start anew") from error
-        self._restore(model, optimizer, weights, moments, int(run["step"]))
-        return int(run["step"]), list(run["history"])
+        self._check(model, weights, moments)
+        self._restore(model, optimizer, weights, moments, run.step)
+        return run.step, run.history
+
+    def _read(self) -> _RunFile:
+        path = self._state / "run.json"
+        return checked(_RunFile, read_json(path), str(path), f"remove {self._state} to start anew")
+
+    def _check(self, model: nn.Module, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
+        """See that the state holds what the model trains, and nothing of other shapes."""
+        for name, p in model.named_parameters():
+            stored = [weights.get(name), *(moments.get(f"{name}:{key}") for key in _MOMENTS)]
+            whole = len({t is None for t in stored[1:]}) == 1 and (stored[0] is not None or not p.requires_grad)
+            if not whole or any(t is not None and t.shape != p.shape for t in stored):
+                raise FlextronError(f"{self._state} lacks {name} or has it in another shape; remove it to start anew")
 
     @staticmethod
     @torch.no_grad()
@@ -101,10 +126,8 @@ class RunDirectory:
 
     def forget_finished(self) -> None:
         """Remove the state of a run that ended and was killed before it could: the model has moved on since."""
-        if self._state.exists():
-            identity = read_json(self._state / "run.json")["identity"]
-            if identity.get("start") != self.identity.get("start"):
-                shutil.rmtree(self._state)
+        if self._state.exists() and self._read().identity.get("start") != self.identity.get("start"):
+            shutil.rmtree(self._state)
 
     def sensitivity(self, measure: Callable[[], Sensitivity]) -> Sensitivity:
         """What guides the run's sub-networks: measured when it starts, and the same when it goes on."""

@@ -50,5 +50,5 @@ class TokenRouterRecipe(BaseModel):
     """Largest norm of the gradient, in both stages."""
     heldout_blocks: int = Field(16, gt=0)
     """Blocks at the end of the text for calibration and comparison; neither stage trains on them."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     """Of draws, of the order of tokens, of targets and noise; the router's initialisation is its maker's."""

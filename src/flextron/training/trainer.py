@@ -19,7 +19,10 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
+from flextron.elastic.adapter import norm_parameters
 from flextron.errors import FlextronError
+from flextron.interrupts import Interrupted, held_interrupts
+from flextron.model.adapter import Adapter
 from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
 from flextron.routing.sensitivity import Sensitivity, measure_sensitivity
@@ -84,12 +87,22 @@ def learning_rate(recipe: TrainRecipe, step: int, num_steps: int) -> float:
     return recipe.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def _optimizer(decoder: Decoder, recipe: TrainRecipe) -> torch.optim.AdamW:
-    """AdamW over what trains: matrices with decay, vectors without."""
+def _choose_trained(decoder: Decoder, adapter: Adapter | None, recipe: TrainRecipe) -> list[nn.Parameter]:
+    """What trains: all but embeddings and head, or beside an adapter the norms alone."""
+    if adapter is not None:
+        decoder.requires_grad_(False)
+        trained = [*adapter.parameters(), *norm_parameters(decoder).values()]
+        for p in trained:
+            p.requires_grad_()
+        return trained
     frozen = () if recipe.train_embeddings else ("embedding.", "positions.", "head.")
     for name, p in decoder.named_parameters():
         p.requires_grad_(not name.startswith(frozen) if frozen else True)
-    trained = [p for p in decoder.parameters() if p.requires_grad]
+    return [p for p in decoder.parameters() if p.requires_grad]
+
+
+def _optimizer(trained: Sequence[nn.Parameter], recipe: TrainRecipe) -> torch.optim.AdamW:
+    """AdamW over what trains: matrices with decay, vectors without."""
     groups = [
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": recipe.weight_decay},
         {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0},
@@ -110,6 +123,7 @@ class Run:
         directory: RunDirectory | None = None,
         specs: Sequence[SubnetSpec] = (),
         routing: RouterSampler | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
         """Prepare everything; arguments as for `train`."""
         if recipe.needs_teacher and teacher is None:
@@ -134,10 +148,11 @@ class Run:
         device = self.accelerator.device
         self.decoder = decoder.to(device)
         self.routing = routing
-        self.trained: nn.Module = decoder
-        optimizer = _optimizer(decoder, recipe)
+        self.adapter = None if adapter is None else adapter.to(device)
+        parts: dict[str, nn.Module] = {"decoder": decoder} | ({} if adapter is None else {"adapter": adapter})
+        optimizer = _optimizer(_choose_trained(decoder, adapter, recipe), recipe)
         if routing is not None:
-            self.trained = nn.ModuleDict({"decoder": decoder, "router": routing.router.to(device).requires_grad_()})
+            parts["router"] = routing.router.to(device).requires_grad_()
             optimizer.add_param_group(
                 {
                     "params": list(routing.router.parameters()),
@@ -145,14 +160,17 @@ class Run:
                     "lr_scale": recipe.router_lr / recipe.lr,
                 }
             )
-        self.objective, self.optimizer = self.accelerator.prepare(Objective(decoder, recipe), optimizer)
+        self.trained: nn.Module = nn.ModuleDict(parts) if len(parts) > 1 else decoder
+        self.objective, self.optimizer = self.accelerator.prepare(Objective(decoder, recipe, adapter), optimizer)
         sample = blocks.batch(0, math.ceil(_SAMPLE_TOKENS / blocks.context))
         self.teacher = None
         if teacher is not None and recipe.needs_teacher:
             self.teacher = TeacherStates(teacher.to(device), sample)
 
         def measure() -> Sensitivity:
-            return measure_sensitivity(decoder, sample, space, seed=recipe.seed)
+            # without its adapter the student is no model
+            measured = decoder if adapter is None or teacher is None else teacher
+            return measure_sensitivity(measured, sample, space, seed=recipe.seed)
 
         sensitivity = None
         if recipe.sampling == "guided" and recipe.full_probability < 1 and not specs and routing is None:
@@ -189,9 +207,9 @@ class Run:
             count = min(count, len(rows_BT))
             routed = None if self.routing is None else self.routing.draw(step, m, count)
             if routed is None:
-                batch = Batch.dealt(rows_BT, self.sampler.draw(step, m, count))
+                batch = Batch.dealt(rows_BT, self.sampler.draw(step, m, count), adapter=self.adapter)
             else:
-                batch = Batch.dealt(rows_BT, routed.specs, routed.gates)
+                batch = Batch.dealt(rows_BT, routed.specs, routed.gates, adapter=self.adapter)
             with self._sync(last=m == len(micro_batches) - 1):
                 losses = self._losses(batch, micro_BT, self._rows(step, m, rows_BT.numel()))
                 if routed is not None:
@@ -232,6 +250,7 @@ def train(
     *,
     specs: Sequence[SubnetSpec] = (),
     routing: RouterSampler | None = None,
+    adapter: Adapter | None = None,
     run_directory: Path | None = None,
     identity: dict[str, Any] | None = None,
     on_step: OnStep | None = None,
@@ -246,6 +265,7 @@ def train(
         recipe: all settings.
         specs: the sub-networks to train, each as often as the others; drawn by the recipe if none are given.
         routing: draws them instead, and trains its router along with the model.
+        adapter: trained, with the decoder's norms, in the place of its weights, which stay as they are.
         run_directory: where resumable states go; without one, a killed run is lost.
         identity: facts beside the recipe that a resumed run must share (source of text and model).
         on_step: called after every step with the steps done, the steps in all, and the losses.
@@ -259,7 +279,7 @@ def train(
         facts = {"recipe": recipe.model_dump(mode="json"), "specs": [spec.to_dict() for spec in specs]}
         directory = RunDirectory(run_directory, facts | (identity or {}))
         directory.forget_finished()
-    run = Run(decoder, teacher, space, blocks, recipe, directory, specs, routing)
+    run = Run(decoder, teacher, space, blocks, recipe, directory, specs, routing, adapter)
     optimizer = getattr(run.optimizer, "optimizer", run.optimizer)
     restored = None if directory is None else directory.load(run.trained, optimizer)
     done, history = restored or (0, list[dict[str, float]]())
@@ -267,16 +287,21 @@ def train(
     decoder.train()
     started = saved = time.monotonic()
     first = done
-    for step in range(done, run.num_steps):
-        losses = run.step(step)
-        history.append(losses)
-        now = time.monotonic()
-        if on_step is not None:
-            on_step(step + 1, run.num_steps, losses)
-        due = now - saved > 60 * recipe.checkpoint_minutes and step + 1 < run.num_steps
-        if directory is not None and keeps and due:
-            directory.save(step + 1, run.trained, optimizer, history)
-            saved = time.monotonic()
+    # several processes would stop at different steps, and wait for each other
+    holds = directory is not None and run.accelerator.num_processes == 1
+    with held_interrupts() if holds else nullcontext(lambda: False) as interrupted:
+        for step in range(done, run.num_steps):
+            losses = run.step(step)
+            history.append(losses)
+            now = time.monotonic()
+            if on_step is not None:
+                on_step(step + 1, run.num_steps, losses)
+            due = now - saved > 60 * recipe.checkpoint_minutes and step + 1 < run.num_steps
+            if directory is not None and keeps and (due or interrupted()):
+                directory.save(step + 1, run.trained, optimizer, history)
+                saved = time.monotonic()
+                if interrupted():
+                    raise Interrupted(step + 1, run.num_steps, directory.path)
     seconds = time.monotonic() - started
     tokens_per_step = recipe.batch_size * blocks.context
     _release(decoder)

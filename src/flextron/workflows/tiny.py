@@ -8,26 +8,29 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from flextron.api import ElasticModel, evaluation_text, load
+from flextron.api.packaged import TINY, tiny_model
 from flextron.api.texts import windows
+from flextron.errors import FlextronError
 from flextron.files import write_json
 from flextron.model.scoring import mean_loss
 from flextron.routing.compare import uniform_within
 from flextron.routing.token_calibration import score_routed
 from flextron.training.router_recipe import RouterRecipe
 from flextron.training.token_recipe import TokenRouterRecipe
+from flextron.workflows.demo import RECORD, own_record
 from flextron.workflows.elastify import Progress
-from flextron.workflows.figure import draw_kinds
+from flextron.workflows.figure import can_draw, draw_kinds
 
 __all__ = ["TinySettings", "run_tiny", "tiny_model"]
 
 _PROMPT = "The city was"
+_ASKED = {"model": TINY}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,11 +47,6 @@ class TinySettings:
     context: int = 128
 
 
-def tiny_model() -> Path:
-    """Directory of the elastic model that the package holds."""
-    return Path(str(files("flextron"))) / "assets"
-
-
 def run_tiny(settings: TinySettings, progress: Progress) -> list[dict[str, Any]]:
     """Load, measure, route, compare; the model with what was measured is left in the output directory.
 
@@ -56,6 +54,11 @@ def run_tiny(settings: TinySettings, progress: Progress) -> list[dict[str, Any]]
         Rows for a table: at each target the loss of uniform widths, of the static router's choice, and of routed
         tokens, all within the target's cost on this device.
     """
+    if not can_draw():
+        raise FlextronError("the demo needs matplotlib; pip install matplotlib")
+    # the record comes first, so that an interrupted demo's directory is still known as one
+    own_record(settings.output, _ASKED)
+    write_json(settings.output / RECORD, {"asked": _ASKED})
     model = load(tiny_model())
     topics = evaluation_text()
     with progress("measuring latencies") as measure:
@@ -80,9 +83,9 @@ def run_tiny(settings: TinySettings, progress: Progress) -> list[dict[str, Any]]
         )
     test_BT = windows(topics[2::4], model.tokenizer, num_tokens=settings.num_tokens, context=settings.context)
     rows = [_row(model, target, test_BT) for target in reached]
-    settings.output.mkdir(parents=True, exist_ok=True)
     model.save(settings.output / "elastic", overwrite=True)
-    write_json(settings.output / "demo.json", {"rows": rows, "prompt": _PROMPT, "text": "pydoc topics"})
+    facts = {"asked": _ASKED, "rows": rows, "prompt": _PROMPT, "text": "pydoc topics"}
+    write_json(settings.output / RECORD, facts)
     assert model.frontier is not None
     draw_kinds(model.frontier.points, settings.output / "frontier.png", title=f"the tiny model on {table.device}")
     return rows

@@ -1,0 +1,1 @@
+"""The elastic adapter that the package ships: its training text, its run, and the curve of its losses."""

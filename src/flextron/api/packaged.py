@@ -1,0 +1,21 @@
+"""The model that the package holds: `tiny`, wherever a checkpoint is asked for."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+__all__ = ["TINY", "checkpoint_at", "tiny_model"]
+
+TINY = "tiny"
+"""Name of the packaged model. A directory of that name comes first, and a `Path` always means one."""
+
+
+def tiny_model() -> Path:
+    """Directory of the elastic model that the package holds."""
+    return Path(str(files("flextron"))) / "assets"
+
+
+def checkpoint_at(source: str | Path) -> str | Path:
+    """Where a source lies: the packaged model if it is named, by a string, and nothing here has that name."""
+    return tiny_model() if source == TINY and not Path(TINY).exists() else source

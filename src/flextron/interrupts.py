@@ -1,0 +1,54 @@
+"""Ctrl-C between the steps of a long run: the running step ends, its state is saved, and then the run gives way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["Interrupted", "held_interrupts"]
+
+
+_STDERR = 2
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, after a state was saved; its text says where."""
+
+    def __init__(self, done: int, total: int, directory: Path) -> None:
+        """After `done` of `total` steps."""
+        super().__init__(
+            f"interrupted after step {done} of {total}; the state is saved in {directory}, "
+            "and the same command goes on from there"
+        )
+
+
+@contextmanager
+def held_interrupts() -> Iterator[Callable[[], bool]]:
+    """Hold Ctrl-C back, and give a function that tells whether it was pressed; the second time it ends at once.
+
+    Where another handler than Python's own is set, or in another thread than the main one, nothing is held back.
+    """
+    pressed = threading.Event()
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    ):
+        yield pressed.is_set
+        return
+
+    def hold(*_: object) -> None:
+        if pressed.is_set():
+            raise KeyboardInterrupt
+        pressed.set()
+        # not through a stream, whose lock the interrupted code may have
+        os.write(_STDERR, b"\nafter this step the state is saved; Ctrl-C again ends at once\n")
+
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield pressed.is_set
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
