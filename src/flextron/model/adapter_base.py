@@ -32,8 +32,8 @@ _OF_ANOTHER = (
 )
 _IN_PLACE = (
     "the adapter in {adapter} names {name} as its base model, where the original was before the elastic checkpoint "
-    "took its place; move the latter, and set base_model_name_or_path in adapter_config.json to {name} if the adapter is "
-    "of the original, or to where the elastic one is"
+    "took its place; move the latter, and set base_model_name_or_path in the adapter's config to {name} if it is of "
+    "the original, or to where the elastic one is"
 )
 _OF_UNKNOWN = (
     "the adapter in {adapter} names {name} as its base model, which is neither this elastic checkpoint nor what it was "
