@@ -24,7 +24,7 @@ from flextron.api.texts import needed
 from flextron.model.checkpoint import open_pretrained
 from flextron.workflows.demo import default_model
 
-__all__ = ["SOURCES", "Source", "heldout", "main"]
+__all__ = ["SOURCES", "Source", "heldout", "lines", "main"]
 
 _CHARS = 6000
 """Longest piece of a document."""
@@ -42,10 +42,10 @@ class Source:
     read: Callable[[Path, PreTrainedTokenizerBase], Iterator[str]]
 
 
-def _lines(path: Path) -> Iterator[Any]:
+def lines(path: Path) -> list[Any]:
+    """Records of a compressed file of JSON lines."""
     with pa.input_stream(str(path), compression="zstd") as stream:
-        for line in stream.read().decode().splitlines():
-            yield json.loads(line)
+        return [json.loads(line) for line in stream.read().decode().split("\n") if line]
 
 
 def _pieces(text: str) -> Iterator[str]:
@@ -63,7 +63,7 @@ def _pieces(text: str) -> Iterator[str]:
 def _prose(pattern: str) -> Callable[[Path, PreTrainedTokenizerBase], Iterator[str]]:
     def read(data: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
         for path in sorted(data.glob(pattern)):
-            for record in _lines(path):
+            for record in lines(path):
                 yield from _pieces(record["text"])
 
     return read
@@ -76,7 +76,7 @@ def _instruction(prompt: str) -> str:
 
 def _conversations(data: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     kept = _dolly(data)[:-_HELD_OUT]
-    maths = [(r["question"], r["answer"]) for r in _lines(data / "instruct/gsm8k_train.jsonl.zst")]
+    maths = [(r["question"], r["answer"]) for r in lines(data / "instruct/gsm8k_train.jsonl.zst")]
     rng = random.Random(0)
     while maths:  # conversations of the smaller set come round again
         rng.shuffle(kept)
@@ -88,7 +88,7 @@ def _conversations(data: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[s
 
 def _dolly(data: Path) -> list[tuple[str, str]]:
     """Questions and answers, shuffled; the last ones are held out."""
-    records = _lines(data / "instruct/dolly_hhrlhf_train_small.jsonl.zst")
+    records = lines(data / "instruct/dolly_hhrlhf_train_small.jsonl.zst")
     pairs = [(_instruction(r["prompt"]), r["response"]) for r in records]
     random.Random(0).shuffle(pairs)
     return pairs

@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 
 from flextron.cli import (
+    apply,
     bench,
     convert,
     demo,
@@ -70,6 +71,7 @@ def _guarded(verb: Callable[..., object]) -> Callable[..., None]:
 _VERBS: dict[str, Callable[..., object]] = {
     "demo": demo.demo,
     "convert": convert.convert,
+    "apply": apply.apply,
     "train": train.train,
     "profile": profile.profile,
     "route": route.route,

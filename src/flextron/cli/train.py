@@ -9,6 +9,7 @@ import typer
 
 from flextron import api
 from flextron.cli.console import Json, progress, show
+from flextron.errors import FlextronError
 from flextron.training.recipe import TrainRecipe
 from flextron.workflows.elastify import train_in_place, validate
 
@@ -16,7 +17,9 @@ __all__ = ["train"]
 
 
 def train(
-    directory: Annotated[Path, typer.Argument(help="Elastic checkpoint; replaced by the trained one.")],
+    directory: Annotated[
+        Path, typer.Argument(help="Elastic checkpoint or elastic adapter; replaced by the trained one.")
+    ],
     data: Annotated[str | None, typer.Option(help="Text: file, directory or datasets id.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Training tokens in all.")] = None,
     context: Annotated[int | None, typer.Option(help="Tokens of a sequence.")] = None,
@@ -24,6 +27,13 @@ def train(
     micro_batch_size: Annotated[int | None, typer.Option(help="Sequences that run at once.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32 or bf16.")] = None,
+    lora: Annotated[
+        int | None, typer.Option(help="Train low-rank updates of this rank beside frozen weights: an elastic adapter.")
+    ] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(help="Write the adapter to this new directory, and leave the checkpoint as it is; with --lora."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of data order and sub-networks.")] = None,
     teacher: Annotated[str | None, typer.Option(help="Checkpoint to learn from; default: the model itself.")] = None,
     with_router: Annotated[
@@ -41,9 +51,27 @@ def train(
         "precision": precision,
         "seed": seed,
     }
+    model = api.load(directory)
+    rank = lora if model.adapter is None else model.adapter.rank
+    if lora is not None and lora != rank:
+        raise FlextronError(f"{directory} is an elastic adapter of rank {rank}; leave out --lora, or start a new one")
+    if adapter is not None and (lora is None or adapter.exists()):
+        raise FlextronError(
+            "--adapter needs --lora, the rank"
+            if lora is None
+            else f"{adapter} exists already; choose another directory"
+        )
+    given["lora_rank"] = rank
     recipe = validate(TrainRecipe, {k: v for k, v in given.items() if v is not None}, "train")
     result = train_in_place(
-        api.load(directory), directory, data, recipe, progress, teacher=teacher, with_router=with_router
+        model,
+        adapter or directory,
+        data,
+        recipe,
+        progress,
+        teacher=teacher,
+        with_router=with_router,
+        as_adapter=adapter is not None or model.adapter is not None,
     )
     row = {
         "steps": result.num_steps,
@@ -52,4 +80,4 @@ def train(
         "tokens_per_second": round(result.tokens_per_second, 1),
         "loss": result.history[-1]["loss"],
     }
-    show([row], title=str(directory), as_json=as_json, result=row)
+    show([row], title=str(adapter or directory), as_json=as_json, result=row)

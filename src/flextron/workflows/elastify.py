@@ -150,8 +150,21 @@ def train_in_place(
     teacher: str | None = None,
     specs: Sequence[SubnetSpec] = (),
     with_router: bool = False,
+    as_adapter: bool = False,
 ) -> TrainResult:
-    """Train a model that lies in a directory and replace it there; its state lies in `<directory>.run` meanwhile."""
+    """Train a model and write it to its directory; its state lies in `<directory>.run` meanwhile.
+
+    Args:
+        model: to train.
+        directory: of the model, or of the new elastic adapter.
+        text: as for `ElasticModel.train`.
+        recipe: settings.
+        progress: opens the display.
+        teacher: as for `ElasticModel.train`.
+        specs: as for `ElasticModel.train`.
+        with_router: as for `ElasticModel.train`.
+        as_adapter: write what was added to the base alone.
+    """
     run_directory = directory.with_name(directory.name + ".run")
     with progress("training") as step:
         result = model.train(
@@ -164,7 +177,7 @@ def train_in_place(
             on_step=step,
         )
     if PartialState().is_main_process:
-        model.save(directory, overwrite=True)
+        (model.save_adapter if as_adapter else model.save)(directory, overwrite=True)
         shutil.rmtree(run_directory)
     return result
 
