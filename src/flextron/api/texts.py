@@ -39,10 +39,15 @@ def documents(text: Texts, default: Callable[[], list[str]]) -> Iterable[str]:
 
 
 def windows(
-    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase | None, *, num_tokens: int, context: int
+    documents: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    num_tokens: int,
+    context: int,
+    vocab_size: int | None = None,
 ) -> Tensor:
-    """Packed windows of token ids, int64, (B, context)."""
-    tokens = pack_tokens(documents, needed(tokenizer), num_tokens=num_tokens, context=context)
+    """Packed windows of token ids, int64, (B, context); see `pack_tokens`."""
+    tokens = pack_tokens(documents, needed(tokenizer), num_tokens=num_tokens, context=context, vocab_size=vocab_size)
     return torch.from_numpy(tokens.reshape(-1, context).astype("int64"))
 
 

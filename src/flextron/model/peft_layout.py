@@ -27,6 +27,7 @@ from flextron.model.adapter import Adapter, linear_shapes
 from flextron.model.bypass import Bypass, Ia3, Lora, Shape
 from flextron.model.config import DecoderConfig
 from flextron.model.families import FAMILIES, TensorMap
+from flextron.model.peft_config import check_adapter_config
 from flextron.spec import SubnetSpec
 
 __all__ = ["read_adapter", "write_adapter"]
@@ -190,7 +191,8 @@ def read_adapter(directory: Path, config: DecoderConfig, widths: SubnetSpec | No
         FlextronError: files are missing or damaged, do not fit the model, or ask for what has no implementation.
     """
     widths = widths or config.full_spec
-    settings = _check_settings(read_json(directory / _CONFIG), directory)
+    data = check_adapter_config(read_json(directory / _CONFIG), str(directory / _CONFIG))
+    settings = _check_settings(data, directory)
     try:
         tensors = load_file(directory / _WEIGHTS)
     except (OSError, SafetensorError) as error:

@@ -144,7 +144,7 @@ def find_shards(directory: Path) -> Shards:
 def _weight_map(index: Path) -> Mapping[str, str]:
     found = checked(_Index, read_json(index), str(index), "it names no usable shards (weight_map), download it again")
     for name in found.weight_map.values():
-        if {name} != {PurePosixPath(name).name, PureWindowsPath(name).name} or "\0" in name:
+        if {name} != {PurePosixPath(name).name, PureWindowsPath(name).name} or name == ".." or "\0" in name:
             raise FlextronError(f"{index} names {name!r}, which is no file of its directory; download it again")
         if not name.endswith(".safetensors"):
             raise FlextronError(f"{index} names {name!r}, which is no safetensors file; download the safetensors ones")
