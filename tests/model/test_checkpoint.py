@@ -310,7 +310,11 @@ def test_a_narrowed_export_has_one_name_for_each_size(tmp_path: Path) -> None:
     model = random_model("gpt2")
     decoder = decoder_of(model)
     spec = SubnetSpec.uniform(num_hidden_layers=3, intermediate_size=24, num_groups=4, skip=(1,))
-    config = hf_config_of(model) | {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3, "intermediate_size": 7}
+    config = hf_config_of(model) | {
+        "num_hidden_layers": 3,
+        "layer_types": ["full_attention"] * 3,
+        "intermediate_size": 7,
+    }
     write_checkpoint(extract(decoder, spec), tmp_path, hf_config=config, tokenizer=None)
     assert stock(tmp_path).config.num_hidden_layers == 2
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from flextron.errors import FlextronError
 from flextron.files import checked
 
 __all__ = ["check_adapter_config"]
@@ -57,4 +58,6 @@ def check_adapter_config(data: Any, what: str) -> dict[str, Any]:
         FlextronError: it is no object, or an entry has a value of the wrong type or size.
     """
     checked(_AdapterConfig, data, what, "save the adapter again")
+    if any(len(key) > 100 for key in data):
+        raise FlextronError(f"{what} has a key of more than 100 characters; save the adapter again")
     return dict(data)

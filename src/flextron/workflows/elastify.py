@@ -44,7 +44,7 @@ class StepCallback(Protocol):
         """`done` of `total` steps are over; `figures` are the latest."""
 
 
-_LARGEST_RECIPE = 64 * 1024
+_LARGEST_RECIPE = 16 * 1024
 """Bytes; recipes have some hundred."""
 Progress = Callable[[str], AbstractContextManager[StepCallback]]
 """Opens a progress display for a named stage."""
