@@ -21,7 +21,7 @@ import torch
 from flextron.api import ElasticModel, convert, evaluation_text, load, training_text
 from flextron.api.texts import documents
 from flextron.errors import FlextronError
-from flextron.files import read_json, write_json
+from flextron.files import checked, read_json, write_json
 from flextron.model.batch import Batch
 from flextron.routing import Frontier, SearchSettings
 from flextron.routing.latency import step_latencies_ms
@@ -163,9 +163,10 @@ def run_demo(settings: DemoSettings, progress: Progress) -> dict[str, Any]:
     source = settings.model or default_model()
     settings.output.mkdir(parents=True, exist_ok=True)
     record = settings.output / "demo.json"
-    facts = read_json(record) if record.exists() else {}
+    remedy = "remove its directory, or pass another --output"
+    facts = checked(dict[str, Any], read_json(record), str(record), remedy) if record.exists() else {}
     asked = {"model": source, "data": settings.data, "targets": list(settings.targets), "minutes": settings.minutes}
-    if facts and facts["asked"] != asked:
+    if facts and facts.get("asked") != asked:
         raise FlextronError(f"{settings.output} holds another demo; remove it, or pass another --output")
     demo = _Demo(settings, progress, facts)
     if "rows" in facts:
