@@ -15,10 +15,12 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
+from flextron.elastic.extract import extract
 from flextron.errors import FlextronError, UnsupportedModelError
 from flextron.files import new_directory, read_json, write_json
 from flextron.model.checkpoint import load_decoder, open_pretrained, write_checkpoint
 from flextron.model.families import FAMILIES
+from flextron.spec import SubnetSpec
 from tests.model.families_cases import (
     decoder_of,
     hf_config_of,
@@ -29,6 +31,7 @@ from tests.model.families_cases import (
     relative_error,
     stock,
 )
+from tests.tiny import make_tiny_llama
 
 Tensors = dict[str, torch.Tensor]
 
@@ -277,3 +280,86 @@ def test_json_is_written_in_one_step_and_read_back(tmp_path: Path) -> None:
         write_json(path, {"a": object()})
     assert read_json(path) == {"ß": [1, 2.5, None]}
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2, torch.bool])
+def test_quantised_weights_are_refused_before_anything_is_computed(llama: Path, dtype: torch.dtype) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    edit(llama, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    assert f"{name} is stored as {str(dtype).removeprefix('torch.')}; quantised" in load_error(llama)
+
+
+def test_an_empty_tensor_is_told_by_its_shape(llama: Path) -> None:
+    edit(llama, lambda tensors: tensors.update({"model.embed_tokens.weight": torch.empty(0)}))
+    assert "model.embed_tokens.weight has shape (0,) where the config asks for (67, 32)" in load_error(llama)
+
+
+def test_more_layers_than_tensors_are_refused_at_once(llama: Path) -> None:
+    config = json.loads((llama / "config.json").read_text())
+    (llama / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1000}))
+    assert "config.json has 1000 layers, the checkpoint 30 tensors" in load_error(llama)
+
+
+def test_one_tensor_under_two_names_is_refused(tmp_path: Path) -> None:
+    path = saved("gpt2", tmp_path)
+    edit(path, lambda tensors: tensors.update({"wte.weight": tensors["transformer.wte.weight"] + 1}))
+    assert "holds transformer.wte.weight under two names, with two values" in load_error(path)
+
+
+def test_a_narrowed_export_has_one_name_for_each_size(tmp_path: Path) -> None:
+    model = random_model("gpt2")
+    decoder = decoder_of(model)
+    spec = SubnetSpec.uniform(num_hidden_layers=3, intermediate_size=24, num_groups=4, skip=(1,))
+    config = hf_config_of(model) | {
+        "num_hidden_layers": 3,
+        "layer_types": ["full_attention"] * 3,
+        "intermediate_size": 7,
+    }
+    write_checkpoint(extract(decoder, spec), tmp_path, hf_config=config, tokenizer=None)
+    assert stock(tmp_path).config.num_hidden_layers == 2
+
+
+def with_tokenizer(path: Path, **settings: object) -> Path:
+    """The tiny Llama with a tokenizer, whose `tokenizer_config.json` has other entries."""
+    make_tiny_llama(path)
+    known = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps(known | settings))
+    return path
+
+
+def test_foreign_code_of_a_tokenizer_never_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
+    path = with_tokenizer(tmp_path / "model", **code)
+    (path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Mine: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(FlextronError, match="it asks to run code of its own, which this program never does"):
+        open_pretrained(path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("value", ["1", [], None, True, -5])
+def test_a_tokenizers_longest_text_is_a_number(tmp_path: Path, value: object) -> None:
+    path = with_tokenizer(tmp_path / "model", model_max_length=value)
+    if value is None:
+        assert open_pretrained(path).tokenizer is not None
+        return
+    with pytest.raises(FlextronError, match=r"the tokenizer in .* as model_max_length"):
+        open_pretrained(path)
+
+
+@pytest.mark.parametrize(
+    "entry", [{"hidden_size": "wide"}, {"vocab_size": -1}, {"rope_parameters": {"rope_theta": []}}]
+)
+def test_a_bad_config_is_not_told_as_a_bad_tokenizer(tmp_path: Path, entry: dict[str, object]) -> None:
+    make_tiny_llama(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | entry))
+    with pytest.raises(FlextronError, match=r"^config\.json of a llama model is malformed"):
+        open_pretrained(tmp_path)
+
+
+def test_entries_of_a_config_that_no_family_reads_do_not_disturb_the_tokenizer(tmp_path: Path) -> None:
+    make_tiny_llama(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"id2label": 5, "num_labels": "x"}))
+    assert open_pretrained(tmp_path).tokenizer is not None

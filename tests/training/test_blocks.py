@@ -112,6 +112,13 @@ def test_packing_needs_a_separator() -> None:
         pack_tokens(["w1"], bare, num_tokens=4, context=4)
 
 
+def test_packing_refuses_tokens_that_the_embedding_lacks(tokenizer: PreTrainedTokenizerFast) -> None:
+    """As where tokens were added to a tokenizer, and the model was not resized."""
+    with pytest.raises(FlextronError, match=r"the token 'w5' of id 7, but the model's vocabulary has 7 tokens"):
+        pack_tokens(["w1 w2", "w5 w1"], tokenizer, num_tokens=4, context=2, vocab_size=7)
+    assert pack_tokens(["w1 w2", "w4 w1"], tokenizer, num_tokens=4, context=2, vocab_size=7).max() == 6
+
+
 @given(num_blocks=st.integers(1, 17), batch_size=st.integers(1, 40), seed=st.integers(0, 2**40))
 def test_every_block_comes_once_an_epoch(num_blocks: int, batch_size: int, seed: int) -> None:
     """However batches and epochs fall together."""

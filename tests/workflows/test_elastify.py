@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -144,3 +145,28 @@ def test_a_directory_that_is_something_else_is_kept(sources: Path, tmp_path: Pat
     with pytest.raises(FlextronError, match="not an elastic checkpoint"):
         elastify(recipe, Stages())
     assert [f.name for f in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("a: &a [x]\nb: [*a, *a]\n", r"it uses aliases \(\*name\)"),
+        ("a: &a [*a]\n", "aliases"),
+        ("[" * 50_000, "cannot be read"),
+        ("source: " + "9" * 5000, "cannot be read"),
+        ("source: 2020-99-99", "cannot be read"),
+        ("x" * 100_000, "100000 bytes, more than"),
+        ("- 1", "the recipe"),
+        ("", "the recipe"),
+    ],
+)
+def test_recipes_that_would_take_for_ever_are_refused(tmp_path: Path, content: str, said: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(content)
+    with pytest.raises(FlextronError, match=said):
+        read_recipe(tmp_path / "recipe.yaml")
+
+
+def test_a_recipe_is_a_regular_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "recipe.yaml")
+    with pytest.raises(FlextronError, match="is no regular file"):
+        read_recipe(tmp_path / "recipe.yaml")

@@ -71,6 +71,7 @@ def convert(
         pretrained.tokenizer,
         num_tokens=num_calibration_tokens,
         context=min(context, config.max_position_embeddings),
+        vocab_size=config.vocab_size,
     )
     decoder.to(_default_device())
     importance = rank(decoder, calibration_BT, method)

@@ -18,7 +18,7 @@ from flextron.api.convert import load
 from flextron.api.model import ElasticModel
 from flextron.api.texts import needed
 from flextron.errors import FlextronError
-from flextron.files import read_json, write_json
+from flextron.files import checked, read_json, write_json
 from flextron.interrupts import Interrupted, held_interrupts
 from flextron.jobs.dataset import Dataset, DatasetError, read_dataset
 from flextron.jobs.directory import durable_directory, lock_directory
@@ -130,7 +130,7 @@ def finetune(
         _begin(directory, identity, restart=restart)
         state = directory / _STATE
         is_resumed = state.exists()
-        progress = _Progress(**read_json(state / _PROGRESS)) if is_resumed else _Progress()
+        progress = _read_progress(state / _PROGRESS) if is_resumed else _Progress()
         trainers = LoraTrainers(loaded.decoder, _base_name(model, loaded), spec=spec)
         trainer = trainers(chosen, dataset.examples, seed, state / _TRAINER if is_resumed else None, scored)
         _train(trainer, progress, state, save_seconds, on_step)
@@ -174,6 +174,10 @@ class _Progress:
             self.validations.append((len(self.losses), metrics.valid_loss, metrics.valid_accuracy))
         self.num_tokens += metrics.num_tokens
         self.seconds += seconds
+
+
+def _read_progress(path: Path) -> _Progress:
+    return checked(_Progress, read_json(path), str(path), "pass restart (--restart) to begin anew")
 
 
 def _digest(path: Path) -> str:

@@ -59,7 +59,13 @@ class MeasuredModel(Generates):
         self, specs: Mapping[str, SubnetSpec], text: Texts = None, *, num_tokens: int = 8192, context: int = 256
     ) -> dict[str, Perplexity]:
         """Perplexity of named sub-networks on windows of text; by default of the held-out text of this machine."""
-        tokens_BT = windows(documents(text, evaluation_text), self.tokenizer, num_tokens=num_tokens, context=context)
+        tokens_BT = windows(
+            documents(text, evaluation_text),
+            self.tokenizer,
+            num_tokens=num_tokens,
+            context=context,
+            vocab_size=self.decoder.config.vocab_size,
+        )
         return {name: evaluate_perplexity(self.decoder, tokens_BT, spec) for name, spec in specs.items()}
 
     def num_parameters(self, spec: SubnetSpec | None = None) -> int:
@@ -101,7 +107,11 @@ class MeasuredModel(Generates):
             return self.frontier
         check_windows(num_tokens, context)
         validation_BT = windows(
-            documents(text, evaluation_text), self.tokenizer, num_tokens=num_tokens + 2 * context, context=context
+            documents(text, evaluation_text),
+            self.tokenizer,
+            num_tokens=num_tokens + 2 * context,
+            context=context,
+            vocab_size=self.decoder.config.vocab_size,
         )
         table = self.measure_latencies(batch_size=batch_size, context=decode_context, on_progress=on_measure)
         self.frontier = search_frontier(

@@ -53,7 +53,13 @@ def route(
 ) -> RouterResult:
     """See `ElasticModel.route`."""
     check_windows(num_tokens, context)
-    windows_BT = windows(documents(text, evaluation_text), model.tokenizer, num_tokens=2 * num_tokens, context=context)
+    windows_BT = windows(
+        documents(text, evaluation_text),
+        model.tokenizer,
+        num_tokens=2 * num_tokens,
+        context=context,
+        vocab_size=model.decoder.config.vocab_size,
+    )
     half = max(1, len(windows_BT) // 2)
     table = model.measure_latencies(on_progress=on_measure)
     result = train_static_router(
@@ -93,6 +99,7 @@ def route_tokens(
         needed(model.tokenizer),
         num_tokens=held_out + max(joint, recipe.warm_tokens),
         context=context,
+        vocab_size=model.decoder.config.vocab_size,
     )
     blocks = TokenBlocks.from_tokens(tokens, context=context, seed=recipe.seed)
     with torch.random.fork_rng(devices=[]):

@@ -98,7 +98,12 @@ def check_windows(num_tokens: int, context: int) -> None:
 
 
 def windows(
-    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase | None, *, num_tokens: int, context: int
+    documents: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    num_tokens: int,
+    context: int,
+    vocab_size: int | None = None,
 ) -> Tensor:
     """Packed windows of token ids, int64, (B, context).
 
@@ -106,10 +111,10 @@ def windows(
     perplexity does): models that were trained with BOS predict badly where a window starts in the midst of a text.
 
     Raises:
-        FlextronError: as for `check_windows`, and for documents that are too short.
+        FlextronError: as for `check_windows` and `pack_tokens`.
     """
     check_windows(num_tokens, context)
-    tokens = pack_tokens(documents, needed(tokenizer), num_tokens=num_tokens, context=context)
+    tokens = pack_tokens(documents, needed(tokenizer), num_tokens=num_tokens, context=context, vocab_size=vocab_size)
     windows_BT = torch.from_numpy(tokens.reshape(-1, context).astype("int64"))
     begin = beginning(needed(tokenizer))[:context]
     windows_BT[:, : len(begin)] = torch.tensor(begin, dtype=torch.int64)

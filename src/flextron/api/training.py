@@ -167,7 +167,11 @@ def _training_blocks(
     if stored is not None and stored.exists():
         return TokenBlocks.load(stored, seed=recipe.seed), digest
     tokens = pack_tokens(
-        documents(texts, training_text), needed(model.tokenizer), num_tokens=recipe.tokens, context=recipe.context
+        documents(texts, training_text),
+        needed(model.tokenizer),
+        num_tokens=recipe.tokens,
+        context=recipe.context,
+        vocab_size=model.decoder.config.vocab_size,
     )
     blocks = TokenBlocks.from_tokens(tokens, context=recipe.context, seed=recipe.seed)
     if stored is not None:

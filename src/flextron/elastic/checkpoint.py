@@ -100,7 +100,9 @@ def read_elastic(directory: Path) -> ElasticInfo:
     path = directory / "elastic.json"
     data = read_json(path)
     if isinstance(data, dict) and type(newer := data.get("format_version")) is int and newer > FORMAT_VERSION:
-        raise FlextronError(f"{directory} has format {newer:.4g}, this version reads {FORMAT_VERSION}; update flextron")
+        raise FlextronError(
+            f"{directory} has a newer format than this version reads ({FORMAT_VERSION}); update flextron"
+        )
     found = checked(_ElasticFile, data, str(path), "make the checkpoint again with convert")
     space = SearchSpace.from_dict(found.search_space)
     if len(found.layer_scores) != space.num_hidden_layers:

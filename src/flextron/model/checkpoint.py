@@ -341,8 +341,10 @@ def stock_config(decoder: Decoder, hf_config: Mapping[str, Any]) -> dict[str, An
         out["head_dim"] = config.head_dim
         out["num_attention_heads"] = _num_heads(config, layer.num_groups)
         out["num_key_value_heads"] = config.kv_rows(layer.num_groups) // config.head_dim
-    if "layer_types" in family.keys and isinstance(out.get("layer_types"), list):
-        out["layer_types"] = [out["layer_types"][i] for i in widths.kept_layers]
+    for key in ("layer_types", "mlp_layer_types"):
+        # transformers counts their entries in every family
+        if isinstance(out.get(key), list) and len(out[key]) == config.num_hidden_layers:
+            out[key] = [out[key][i] for i in widths.kept_layers]
     return out
 
 

@@ -29,6 +29,7 @@ from flextron.model.adapter_base import MARK, check_initialisation, mark_of, ord
 from flextron.model.bypass import Bypass, Ia3, Lora, Shape
 from flextron.model.config import DecoderConfig
 from flextron.model.families import FAMILIES, TensorMap
+from flextron.model.peft_config import check_adapter_config
 from flextron.spec import SubnetSpec
 
 __all__ = ["read_adapter", "write_adapter"]
@@ -194,7 +195,8 @@ def read_adapter(directory: Path, config: DecoderConfig, widths: SubnetSpec | No
             cannot be known whether the adapter was made beside an elastic checkpoint or its original.
     """
     widths = widths or config.full_spec
-    settings = _check_settings(read_json(directory / _CONFIG), directory)
+    data = check_adapter_config(read_json(directory / _CONFIG), str(directory / _CONFIG))
+    settings = _check_settings(data, directory)
     tensors, metadata = _read_tensors(directory / _WEIGHTS)
     found: dict[tuple[int, str], Bypass] = {}
     for module in _modules(config, widths):

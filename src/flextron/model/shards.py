@@ -144,7 +144,7 @@ def find_shards(directory: Path) -> Shards:
 def _weight_map(index: Path) -> Mapping[str, str]:
     found = checked(_Index, read_json(index), str(index), "it names no usable shards (weight_map), download it again")
     for name in found.weight_map.values():
-        if {name} != {PurePosixPath(name).name, PureWindowsPath(name).name} or "\0" in name:
+        if {name} != {PurePosixPath(name).name, PureWindowsPath(name).name} or name == ".." or "\0" in name:
             raise FlextronError(f"{index} names {name!r}, which is no file of its directory; download it again")
         if not name.endswith(".safetensors"):
             raise FlextronError(f"{index} names {name!r}, which is no safetensors file; download the safetensors ones")
@@ -159,13 +159,13 @@ def _indexed(directory: Path, named: list[str], weight_map: Mapping[str, str]) -
         lacks = sorted({name for name, of in weight_map.items() if of == shard} - set(held))
         if lacks:
             raise FlextronError(
-                f"{directory / shard} lacks {lacks[0]!r}, which the index names there; download both again"
+                f"{directory / shard} lacks {lacks[0][:200]!r}, which the index names there; download both again"
             )
         files[directory / shard] = tuple(name for name in held if weight_map.get(name, shard) == shard)
     names = [name for held in files.values() for name in held]
     if len(names) > len(set(names)):
         twice = next(name for name in names if names.count(name) > 1)
-        raise FlextronError(f"two shards in {directory} hold {twice!r}, which the index gives to neither; repair them")
+        raise FlextronError(f"two shards in {directory} hold {twice[:200]!r}, which the index gives to neither")
     return Shards(files=files)
 
 

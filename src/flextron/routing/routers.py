@@ -112,7 +112,11 @@ class StaticRouter(nn.Module):
             FlextronError: it is none, or of another search space.
         """
         try:
-            router = cls(space, hidden_size=tensors["mlp.into_weight"].shape[1])
+            hidden_size = tensors["mlp.into_weight"].shape[1]
+            # before anything is allocated: the file has as much as the sizes ask for
+            if tensors["mlp.out_weight"].shape[:2] != (space.num_hidden_layers, hidden_size):
+                raise IndexError
+            router = cls(space, hidden_size=hidden_size)
             router.load_state_dict(dict(tensors))
         except (KeyError, IndexError, RuntimeError) as error:
             raise FlextronError(

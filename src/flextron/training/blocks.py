@@ -27,7 +27,12 @@ _BATCH_CHARS = 1 << 18
 
 
 def pack_tokens(
-    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, num_tokens: int, context: int
+    documents: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    num_tokens: int,
+    context: int,
+    vocab_size: int | None = None,
 ) -> NDArray[np.int32]:
     """Tokenize documents and lay them end to end, with one end-of-sequence token between two.
 
@@ -38,13 +43,15 @@ def pack_tokens(
         tokenizer: must have an end-of-sequence token.
         num_tokens: how many tokens are wanted, separators included.
         context: length of a block in tokens.
+        vocab_size: rows of the embedding that the tokens are for, if it is known; ids beyond it are refused.
 
     Returns:
         Tokens, a whole number of blocks of them: [num_blocks * context]. At most `num_tokens`, fewer if the documents
         run out.
 
     Raises:
-        FlextronError: less than one block is wanted or there, or the tokenizer has no end-of-sequence token.
+        FlextronError: less than one block is wanted or there, the tokenizer has no end-of-sequence token, or a token
+            has no row in the embedding.
     """
     if context < 1 or num_tokens < context:
         raise FlextronError(
@@ -57,6 +64,8 @@ def pack_tokens(
     begin = beginning(tokenizer)
     for ids in _tokenized(documents, tokenizer):
         piece = np.array([*([tokenizer.eos_token_id] if pieces else []), *begin, *ids], dtype=np.int32)
+        if vocab_size is not None:
+            _check_ids(piece, tokenizer, vocab_size)
         pieces.append(piece)
         num_found += len(piece)
         if num_found >= num_tokens:
@@ -68,6 +77,16 @@ def pack_tokens(
         )
     num_used = min(num_found, num_tokens) // context * context
     return np.concatenate(pieces)[:num_used]
+
+
+def _check_ids(ids: NDArray[np.int32], tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """See that each token has a row in the embedding: tokens may have been added without resizing it."""
+    highest = int(ids.max())
+    if highest >= vocab_size:
+        raise FlextronError(
+            f"the text holds the token {tokenizer.convert_ids_to_tokens(highest)!r} of id {highest}, but the model's "
+            f"vocabulary has {vocab_size} tokens; resize its embedding, or use the tokenizer that it was trained with"
+        )
 
 
 def _tokenized(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:

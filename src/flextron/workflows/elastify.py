@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flextron.api import ElasticModel, Texts, convert, load
 from flextron.errors import FlextronError
+from flextron.files import read_text
 from flextron.routing import SearchSettings
 from flextron.spec import SubnetSpec
 from flextron.training.recipe import TrainRecipe
@@ -43,8 +44,20 @@ class StepCallback(Protocol):
         """`done` of `total` steps are over; `figures` are the latest."""
 
 
+_LARGEST_RECIPE = 16 * 1024
+"""Bytes; recipes have some hundred."""
 Progress = Callable[[str], AbstractContextManager[StepCallback]]
 """Opens a progress display for a named stage."""
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Without aliases: a few lines of them can stand for any number of entries."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """See `yaml.composer.Composer`."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it uses aliases (*name); write the values out")
+        return super().compose_node(parent, index)
 
 
 class _Strict(BaseModel):
@@ -93,11 +106,13 @@ def read_recipe(path: Path) -> ElastifyRecipe:
     Raises:
         FlextronError: it is missing, malformed, or has unknown or impossible entries; names the first.
     """
+    if not path.exists():
+        raise FlextronError(f"recipe {path} does not exist")
+    text = read_text(path, _LARGEST_RECIPE)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FlextronError(f"recipe {path} does not exist") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        data = yaml.load(text, _PlainLoader)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        # ValueError: numbers of thousands of digits, dates that are none
         raise FlextronError(f"recipe {path} cannot be read: {str(error).splitlines()[0]}") from error
     return validate(ElastifyRecipe, data, f"recipe {path}")
 
@@ -203,7 +218,7 @@ def _identity(recipe: ElastifyRecipe) -> dict[str, Any]:
 
 def _check_same(model: ElasticModel, recipe: ElastifyRecipe) -> None:
     """The directory must be this recipe's, at some stage."""
-    found, wanted = model.info.provenance.get("elastify", {}), _identity(recipe)
+    found, wanted = dict(model.info.provenance.get("elastify", {})), _identity(recipe)
     changed = [key for key in wanted if found.get(key) != wanted[key]]
     if changed:
         raise FlextronError(
