@@ -29,7 +29,7 @@ from torch import Tensor
 
 from flextron.errors import FlextronError, UnsupportedModelError
 from flextron.model.families import FAMILIES, TensorMap
-from flextron.model.gguf_file import GgufTensor, read_file
+from flextron.model.gguf_file import GgufTensor, read_file, shown
 from flextron.model.gguf_keys import Metadata
 from flextron.model.gguf_rope import rope_scaling, rotated_dimensions
 from flextron.model.gguf_shapes import Sizes, Slot, read_sizes, slots
@@ -98,14 +98,15 @@ def open_gguf(path: Path) -> Pretrained:
 
 def _read(path: Path) -> _File:
     values, tensors = read_file(path)
-    if values.get("general.type", "model") != "model":
-        raise FlextronError(f"{path} holds no model but is of type {values['general.type']!r}; give a model's file")
-    if values.get(gguf.Keys.Split.LLM_KV_SPLIT_COUNT, 1) not in (0, 1):
+    kind, num_parts = values.get("general.type", "model"), values.get(gguf.Keys.Split.LLM_KV_SPLIT_COUNT, 1)
+    if not isinstance(kind, str) or kind != "model":
+        raise FlextronError(f"{path} holds no model but is of type {shown(kind)}; give a model's file")
+    if not isinstance(num_parts, int) or num_parts > 1:
         raise FlextronError(f"{path} is one part of several; join them with `llama-gguf-split --merge` first")
-    arch = str(values.get(gguf.Keys.General.ARCHITECTURE))
-    if arch not in _MODEL_TYPES:
+    arch = values.get(gguf.Keys.General.ARCHITECTURE)
+    if not isinstance(arch, str) or arch not in _MODEL_TYPES:
         raise UnsupportedModelError(
-            f"GGUF architecture {arch} is not supported; supported are {', '.join(_MODEL_TYPES)}"
+            f"GGUF architecture {shown(arch)} is not supported; supported are {', '.join(_MODEL_TYPES)}"
         )
     metadata = Metadata(path, arch, values)
     metadata.check()
@@ -118,7 +119,8 @@ def _read(path: Path) -> _File:
 
 def _variant(metadata: Metadata, tensor: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{metadata.path} is a variant of {metadata.arch} that is not supported: a plain one has no tensor {tensor}"
+        f"{metadata.path} is a variant of {metadata.arch} that is not supported: "
+        f"a plain one has no tensor {shown(tensor)}"
     )
 
 
