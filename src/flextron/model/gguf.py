@@ -9,6 +9,7 @@ the family's tensor list. What the converter rearranges:
 - GPT-NeoX: fused QKV, from one head after the other to all queries, all keys, all values;
 - Llama 3: its rope scaling, from four numbers to one factor per frequency.
 
+No key names the activation; it is the one that published models of the architecture have by default.
 Metadata holds 32-bit floats, so 1e-5 comes back as 9.99999974e-06; floats are rounded to the seven digits they have.
 Sizes are compared with the tensors before anything is built, so that no number of the metadata costs memory.
 """
@@ -154,6 +155,11 @@ def _check_settings(file: _File) -> None:
         )
     if metadata.count("embedding_length_out", sizes.hidden_size) != sizes.hidden_size:
         raise UnsupportedModelError(f"{metadata.path} has outputs of another size than its embedding")
+    if FAMILIES[_MODEL_TYPES[file.arch]].heads_divide_hidden and sizes.hidden_size % sizes.num_heads:
+        raise UnsupportedModelError(
+            f"{metadata.path} has {sizes.num_heads} heads, which do not divide the hidden size {sizes.hidden_size}: "
+            f"transformers has no such {file.arch}"
+        )
     if file.arch != "gptneox" and metadata.flag("use_parallel_residual", False):
         raise UnsupportedModelError(f"{metadata.path} has parallel residuals, which a plain {file.arch} model has not")
 

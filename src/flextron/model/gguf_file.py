@@ -29,6 +29,7 @@ _VERSIONS = (2, 3)
 _SCALARS = dict(enumerate(("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?"))) | {10: "<u8", 11: "<i8", 12: "<f8"}
 """NumPy's types of the format's numbers."""
 _STRING, _ARRAY = 8, 9
+_LENGTH = struct.Struct("<Q")
 _MOST_DIMENSIONS = 4
 _ALIGNMENT = "general.alignment"
 _MOST_SHOWN = 60
@@ -90,10 +91,10 @@ class _Cursor:
 
     def text(self) -> str:
         """A string with its length before it."""
-        length = self.number("Q")
+        length = _LENGTH.unpack_from(self.data, self.take(8))[0]
         start = self.take(length)
         try:
-            return self.data[start : start + length].decode()
+            return self.data[start : self.at].decode()
         except UnicodeDecodeError as error:
             raise _DamageError("a text in its header is not UTF-8") from error
 

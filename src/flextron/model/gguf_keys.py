@@ -104,8 +104,8 @@ class Metadata:
     def get(self, name: str, default: Any = None) -> Any:
         """A value of the architecture; of a list with one entry a layer, all the same, that entry."""
         value = self.values.get(f"{self.arch}.{name}", default)
-        if isinstance(value, np.ndarray) and value.size:
-            if (value != value[0]).any():
+        if isinstance(value, np.ndarray):
+            if not value.size or (value != value[0]).any():
                 raise UnsupportedModelError(
                     f"{self.path} has layers that differ in {self.arch}.{name}; only models of equal layers are read"
                 )
