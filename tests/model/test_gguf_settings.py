@@ -204,10 +204,11 @@ def test_a_missing_bias_beside_others_is_zero(tmp_path: Path) -> None:
 SENSELESS: dict[str, list[Any]] = {
     "block_count": [0, 10**6, 2, 4, 2**31, None, "3", -1], "attention.head_count": [0, None, "4", 3, 64, True],
     "attention.head_count_kv": [3, 0, 8, 1, "2"], "embedding_length": [0, 31, 2**31, None, 32.0],
-    "feed_forward_length": [0, 2**31 - 1, None, []], "context_length": [0, None, 2**31, "64"],
+    "feed_forward_length": [0, 2**31 - 1, None], "context_length": [0, None, 2**31, "64"],
     "attention.key_length": [0, 7, 2**31 - 1], "attention.layer_norm_rms_epsilon": [None, -1.0, float("nan"), "x", 0.0],
     "rope.freq_base": [0.0, -1.0, float("nan"), float("inf"), "x"], "rope.scaling.type": [7],
-    "rope.scaling.factor": [-1.0, float("nan"), "x"], "attention.causal": ["x"], "attention.sliding_window": [-1, "x"],
+    "rope.scaling.factor": [-1.0, [1.0, 2.0], float("nan"), "x"],
+    "attention.causal": ["x"], "attention.sliding_window": [-1, "x"],
 }  # fmt: skip
 
 

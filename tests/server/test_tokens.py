@@ -97,6 +97,7 @@ def test_the_server_names_and_places_what_the_model_says(kind: str, padding: int
     engine, params = Engine(model, kv_cache_gb=0.005), SamplingParams(max_tokens=12, logprobs=5)
     prompt = "The quick"
     (wanted,) = engine.generate(prompt, params)
+    assert model.generate(prompt, max_tokens=12) == wanted.text
     with running(model) as server:
         client = server.client()
         asked = {"model": "tiny", "prompt": prompt, "max_tokens": 12, "temperature": 0, "logprobs": 5}

@@ -9,6 +9,7 @@ the family's tensor list. What the converter rearranges:
 - GPT-NeoX: fused QKV, from one head after the other to all queries, all keys, all values;
 - Llama 3: its rope scaling, from four numbers to one factor per frequency.
 
+No key names the activation; it is the one that published models of the architecture have by default.
 Metadata holds 32-bit floats, so 1e-5 comes back as 9.99999974e-06; floats are rounded to the seven digits they have.
 Sizes are compared with the tensors before anything is built, so that no number of the metadata costs memory.
 """
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from flextron.errors import FlextronError, UnsupportedModelError
 from flextron.model.families import FAMILIES, TensorMap
-from flextron.model.gguf_file import GgufTensor, read_file
+from flextron.model.gguf_file import GgufTensor, read_file, shown
 from flextron.model.gguf_keys import Metadata
 from flextron.model.gguf_rope import rope_scaling, rotated_dimensions
 from flextron.model.gguf_shapes import Sizes, Slot, read_sizes, slots
@@ -98,14 +99,15 @@ def open_gguf(path: Path) -> Pretrained:
 
 def _read(path: Path) -> _File:
     values, tensors = read_file(path)
-    if values.get("general.type", "model") != "model":
-        raise FlextronError(f"{path} holds no model but is of type {values['general.type']!r}; give a model's file")
-    if values.get(gguf.Keys.Split.LLM_KV_SPLIT_COUNT, 1) not in (0, 1):
+    kind, num_parts = values.get("general.type", "model"), values.get(gguf.Keys.Split.LLM_KV_SPLIT_COUNT, 1)
+    if not isinstance(kind, str) or kind != "model":
+        raise FlextronError(f"{path} holds no model but is of type {shown(kind)}; give a model's file")
+    if not isinstance(num_parts, int) or num_parts > 1:
         raise FlextronError(f"{path} is one part of several; join them with `llama-gguf-split --merge` first")
-    arch = str(values.get(gguf.Keys.General.ARCHITECTURE))
-    if arch not in _MODEL_TYPES:
+    arch = values.get(gguf.Keys.General.ARCHITECTURE)
+    if not isinstance(arch, str) or arch not in _MODEL_TYPES:
         raise UnsupportedModelError(
-            f"GGUF architecture {arch} is not supported; supported are {', '.join(_MODEL_TYPES)}"
+            f"GGUF architecture {shown(arch)} is not supported; supported are {', '.join(_MODEL_TYPES)}"
         )
     metadata = Metadata(path, arch, values)
     metadata.check()
@@ -118,7 +120,8 @@ def _read(path: Path) -> _File:
 
 def _variant(metadata: Metadata, tensor: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{metadata.path} is a variant of {metadata.arch} that is not supported: a plain one has no tensor {tensor}"
+        f"{metadata.path} is a variant of {metadata.arch} that is not supported: "
+        f"a plain one has no tensor {shown(tensor)}"
     )
 
 
@@ -152,6 +155,11 @@ def _check_settings(file: _File) -> None:
         )
     if metadata.count("embedding_length_out", sizes.hidden_size) != sizes.hidden_size:
         raise UnsupportedModelError(f"{metadata.path} has outputs of another size than its embedding")
+    if FAMILIES[_MODEL_TYPES[file.arch]].heads_divide_hidden and sizes.hidden_size % sizes.num_heads:
+        raise UnsupportedModelError(
+            f"{metadata.path} has {sizes.num_heads} heads, which do not divide the hidden size {sizes.hidden_size}: "
+            f"transformers has no such {file.arch}"
+        )
     if file.arch != "gptneox" and metadata.flag("use_parallel_residual", False):
         raise UnsupportedModelError(f"{metadata.path} has parallel residuals, which a plain {file.arch} model has not")
 

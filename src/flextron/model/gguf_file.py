@@ -22,15 +22,23 @@ import numpy as np
 
 from flextron.errors import FlextronError
 
-__all__ = ["GgufTensor", "read_file"]
+__all__ = ["GgufTensor", "read_file", "shown"]
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _SCALARS = dict(enumerate(("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?"))) | {10: "<u8", 11: "<i8", 12: "<f8"}
 """NumPy's types of the format's numbers."""
 _STRING, _ARRAY = 8, 9
+_LENGTH = struct.Struct("<Q")
 _MOST_DIMENSIONS = 4
 _ALIGNMENT = "general.alignment"
+_MOST_SHOWN = 60
+
+
+def shown(value: object) -> str:
+    """A value of a file in a message, however long it is."""
+    text = repr(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
 class _DamageError(Exception):
@@ -58,7 +66,7 @@ class GgufTensor:
             return gguf.quants.dequantize(self.data, self.kind)
         except NotImplementedError as error:
             raise FlextronError(
-                f"the GGUF file holds {self.name} as {self.kind.name}, which cannot be read; requantise it"
+                f"the GGUF file holds {shown(self.name)} as {self.kind.name}, which cannot be read; requantise it"
             ) from error
 
 
@@ -83,10 +91,10 @@ class _Cursor:
 
     def text(self) -> str:
         """A string with its length before it."""
-        length = self.number("Q")
+        length = _LENGTH.unpack_from(self.data, self.take(8))[0]
         start = self.take(length)
         try:
-            return self.data[start : start + length].decode()
+            return self.data[start : self.at].decode()
         except UnicodeDecodeError as error:
             raise _DamageError("a text in its header is not UTF-8") from error
 
@@ -168,19 +176,19 @@ def _parse(data: mmap.mmap) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
     for _ in range(num_values):
         key = cursor.text()
         if key in metadata:
-            raise _DamageError(f"{key} occurs twice")
+            raise _DamageError(f"{shown(key)} occurs twice")
         metadata[key] = cursor.value()
     entries = [_entry(cursor) for _ in range(num_tensors)]
     alignment = metadata.get(_ALIGNMENT, gguf.GGUF_DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-        raise _DamageError(f"{_ALIGNMENT} is {alignment!r}, no power of two")
+        raise _DamageError(f"{_ALIGNMENT} is {shown(alignment)}, no power of two")
     return metadata, _tensors(data, entries, cursor.at, alignment)
 
 
 def _entry(cursor: _Cursor) -> _Entry:
     name, num_dims = cursor.text(), cursor.number("I")
     if not 1 <= num_dims <= _MOST_DIMENSIONS:
-        raise _DamageError(f"tensor {name} has {num_dims} dimensions")
+        raise _DamageError(f"tensor {shown(name)} has {num_dims} dimensions")
     dims = [cursor.number("Q") for _ in range(num_dims)]
     return _Entry(name, dims, cursor.number("I"), cursor.number("Q"))
 
@@ -192,14 +200,15 @@ def _tensors(data: mmap.mmap, entries: list[_Entry], header: int, alignment: int
     start, offset = aligned(header), 0
     tensors: dict[str, GgufTensor] = {}
     for entry in entries:
+        name = shown(entry.name)
         if entry.name in tensors:
-            raise _DamageError(f"tensor {entry.name} occurs twice")
+            raise _DamageError(f"tensor {name} occurs twice")
         if entry.offset != offset:
-            raise _DamageError(f"tensor {entry.name} begins at {entry.offset} where the one before ends at {offset}")
+            raise _DamageError(f"tensor {name} begins at {entry.offset} where the one before ends at {offset}")
         kind, row_bytes = _layout(entry)
         num_bytes = math.prod(entry.dims[1:]) * row_bytes
         if start + offset + num_bytes > len(data):
-            raise _DamageError(f"it ends in the middle of tensor {entry.name}")
+            raise _DamageError(f"it ends in the middle of tensor {name}")
         shape = tuple(reversed(entry.dims))
         raw = np.frombuffer(data, np.uint8, num_bytes, start + offset).reshape(*shape[:-1], row_bytes)
         tensors[entry.name] = GgufTensor(name=entry.name, kind=kind, shape=shape, data=raw)
@@ -212,8 +221,8 @@ def _layout(entry: _Entry) -> tuple[gguf.GGMLQuantizationType, int]:
     try:
         kind = gguf.GGMLQuantizationType(entry.kind)
     except ValueError:
-        raise _DamageError(f"tensor {entry.name} is of the unknown type {entry.kind}") from None
+        raise _DamageError(f"tensor {shown(entry.name)} is of the unknown type {entry.kind}") from None
     block, size = gguf.GGML_QUANT_SIZES[kind]
     if min(entry.dims) < 1 or entry.dims[0] % block:
-        raise _DamageError(f"tensor {entry.name} cannot have the shape {entry.dims} as {kind.name}")
+        raise _DamageError(f"tensor {shown(entry.name)} cannot have the shape {entry.dims} as {kind.name}")
     return kind, entry.dims[0] // block * size

@@ -17,6 +17,7 @@ import gguf
 import numpy as np
 
 from flextron.errors import FlextronError, UnsupportedModelError
+from flextron.model.gguf_file import shown
 
 __all__ = ["Metadata"]
 
@@ -92,9 +93,9 @@ class Metadata:
             if name == key or name in _READ or name in _SILENT or _is_neutral(name, value):
                 continue
             if name not in _KNOWN:
-                _log.warning("%s has the key %s, which is unknown and not read", self.path, key)
+                _log.warning("%s has the key %s, which is unknown and not read", self.path, shown(key))
                 continue
-            raise UnsupportedModelError(f"{self.path} is not a plain {self.arch} model: {key} is {_shown(value)}")
+            raise UnsupportedModelError(f"{self.path} is not a plain {self.arch} model: {key[:60]} is {shown(value)}")
         for name in _REFUSED_TOKENIZER:
             key = f"tokenizer.ggml.{name}"
             if not _is_neutral(name, self.values.get(key, 0)):
@@ -103,8 +104,8 @@ class Metadata:
     def get(self, name: str, default: Any = None) -> Any:
         """A value of the architecture; of a list with one entry a layer, all the same, that entry."""
         value = self.values.get(f"{self.arch}.{name}", default)
-        if isinstance(value, np.ndarray) and value.size:
-            if (value != value[0]).any():
+        if isinstance(value, np.ndarray):
+            if not value.size or (value != value[0]).any():
                 raise UnsupportedModelError(
                     f"{self.path} has layers that differ in {self.arch}.{name}; only models of equal layers are read"
                 )
@@ -144,7 +145,7 @@ class Metadata:
         return f"{self.arch}.{name}" in self.values
 
     def _wrong(self, name: str, wanted: str, value: Any) -> FlextronError:
-        found = "is missing" if value is None else f"is {_shown(value)}"
+        found = "is missing" if value is None else f"is {shown(value)}"
         return FlextronError(f"{self.path} needs {wanted} as {self.arch}.{name}, which {found}; convert it again")
 
 
@@ -152,9 +153,3 @@ def _is_neutral(name: str, value: Any) -> bool:
     if isinstance(value, np.ndarray):
         return not value.any()
     return not value or value in _NEUTRAL.get(name, ())
-
-
-def _shown(value: Any) -> str:
-    """A value in a message, however long it is."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from flextron.errors import FlextronError, UnsupportedModelError
+from flextron.model.gguf_file import shown
 from flextron.model.gguf_keys import Metadata
 
 __all__ = ["rope_scaling", "rotated_dimensions"]
@@ -47,7 +48,7 @@ def rope_scaling(metadata: Metadata, freqs: np.ndarray[Any, Any] | None, rotated
     """
     kind, factor = metadata.text("rope.scaling.type", "linear"), _linear_factor(metadata)
     if kind not in ("none", "linear"):
-        raise UnsupportedModelError(f"rope scaling of type {kind!r} is not supported; none, linear and llama3 are")
+        raise UnsupportedModelError(f"rope scaling of type {shown(kind)} is not supported; none, linear and llama3 are")
     linear = None if kind == "none" or factor == 1 else {"rope_type": "linear", "factor": factor}
     llama3 = None if freqs is None else _llama3(metadata, freqs.reshape(-1).astype(np.float64), rotated)
     if linear and llama3:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from tokenizers import Regex, pre_tokenizers
 
 from flextron.errors import FlextronError
+from flextron.model.gguf_file import shown
 
 __all__ = ["Rule", "rule_of"]
 
@@ -94,7 +95,9 @@ def rule_of(name: object, arch: object) -> Rule:
         return _OF_ARCHITECTURES[str(arch)]
     if isinstance(name, str) and name in _RULES:
         return _RULES[name]
-    what = "does not say by which rule it splits text" if name is None else f"splits text by the unknown rule {name!r}"
+    what = f"splits text by the unknown rule {shown(name)}"
+    if name is None:
+        what = "does not say by which rule it splits text"
     raise FlextronError(
         f"the GGUF file's tokenizer {what}; known are {', '.join(_RULES)}: use the Hugging Face checkpoint instead"
     )

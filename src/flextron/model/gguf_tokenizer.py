@@ -19,6 +19,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from flextron.errors import FlextronError
+from flextron.model.gguf_file import shown
 from flextron.model.gguf_rules import Rule, rule_of
 from flextron.model.gguf_vocabulary import Vocabulary, read_vocabulary
 
@@ -67,7 +68,7 @@ def tokenizer_from_metadata(metadata: Mapping[str, Any], *, max_length: int) -> 
 def _flag(metadata: Mapping[str, Any], key: str, default: bool) -> bool:
     value = metadata.get(key, default)
     if not isinstance(value, bool):
-        raise FlextronError(f"the GGUF file needs true or false as {key}, not {value!r}; convert the model again")
+        raise FlextronError(f"the GGUF file needs true or false as {key}, not {shown(value)}; convert the model again")
     return value
 
 
@@ -120,7 +121,7 @@ def _stored_merges(metadata: Mapping[str, Any], vocab: Mapping[str, int]) -> lis
         left, _, right = str(merge).partition(" ")
         if not (left in vocab and right in vocab and left + right in vocab):
             raise FlextronError(
-                f"the GGUF file's tokenizer has the merge {merge[:60]!r}, which does not join two of its tokens to a "
+                f"the GGUF file's tokenizer has the merge {shown(merge)}, which does not join two of its tokens to a "
                 "third; convert the model again"
             )
         merges.append((left, right))

@@ -14,12 +14,13 @@ import gguf
 import numpy as np
 
 from flextron.errors import FlextronError
+from flextron.model.gguf_file import shown
 
 __all__ = ["Vocabulary", "end_ids", "read_vocabulary", "special_ids"]
 
 _log = logging.getLogger("flextron.model")
 _KEYS = gguf.Keys.Tokenizer
-_KINDS = ("gpt2", "llama")
+_KINDS, _NO_KINDS = ("gpt2", "llama"), ("none", "no_vocab")
 _SPECIAL = {"bos_token": _KEYS.BOS_ID, "eos_token": _KEYS.EOS_ID, "unk_token": _KEYS.UNK_ID, "pad_token": _KEYS.PAD_ID}
 """By `transformers`' names."""
 _SENTENCEPIECE = {"unk_token": 0, "bos_token": 1, "eos_token": 2}
@@ -60,11 +61,11 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary | None:
         FlextronError: its kind is unknown, tokens occur twice, or the list of types is too short.
     """
     kind, given = metadata.get(_KEYS.MODEL), metadata.get(_KEYS.LIST)
-    if given is None or kind in (None, "none", "no_vocab"):
+    if given is None or kind is None or (isinstance(kind, str) and kind in _NO_KINDS):
         return None
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise FlextronError(
-            f"the GGUF file's tokenizer is of kind {kind!r}, and only {', '.join(_KINDS)} can be read; "
+            f"the GGUF file's tokenizer is of kind {shown(kind)}, and only {', '.join(_KINDS)} can be read; "
             "use the Hugging Face checkpoint instead"
         )
     if not isinstance(given, list) or not given or not all(isinstance(token, str) for token in given):
@@ -73,7 +74,7 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary | None:
     seen: set[str] = set()
     if len(set(tokens)) < len(tokens):
         twice = next(token for token in tokens if token in seen or seen.add(token))  # type: ignore[func-returns-value]
-        raise FlextronError(f"the GGUF file's tokenizer has the token {twice[:60]!r} twice; convert the model again")
+        raise FlextronError(f"the GGUF file's tokenizer has the token {shown(twice)} twice; convert the model again")
     types = _types(metadata.get(_KEYS.TOKEN_TYPE), tokens)
     return Vocabulary(kind=kind, tokens=tokens, types=types, special=special_ids(metadata, len(tokens)))
 
@@ -96,7 +97,8 @@ def special_ids(metadata: Mapping[str, Any], size: int) -> dict[str, int]:
         metadata: the file's keys and values.
         size: of the vocabulary.
     """
-    defaults = _SENTENCEPIECE if metadata.get(_KEYS.MODEL) == "llama" else {}
+    kind = metadata.get(_KEYS.MODEL)
+    defaults = _SENTENCEPIECE if isinstance(kind, str) and kind == "llama" else {}
     found = {name: _id(metadata, key, size, defaults.get(name)) for name, key in _SPECIAL.items()}
     return {name: i for name, i in found.items() if i is not None}
 
@@ -116,5 +118,5 @@ def _id(metadata: Mapping[str, Any], key: str, size: int, default: int | None) -
         return found
     default = default if default is not None and default < size else None
     if found is not None:
-        _log.warning("the GGUF file's %s is %r, no token of its %d; it is ignored", key, found, size)
+        _log.warning("the GGUF file's %s is %s, no token of its %d; it is ignored", key, shown(found), size)
     return default
