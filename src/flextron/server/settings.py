@@ -17,6 +17,8 @@ class ServerSettings:
     """Of the model."""
     api_key: str | None = None
     """That clients must send; None lets everyone in."""
+    allowed_hosts: tuple[str, ...] | None = ()
+    """Names by which clients on this machine may call it, beside those of loopback; None for any name."""
     max_queue: int = 128
     """Answers that may wait beside those that run."""
     max_body_mb: float = 8.0
