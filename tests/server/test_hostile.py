@@ -28,12 +28,16 @@ TEMPLATE = (
 )
 
 
+SECONDS = 20.0
+"""Enough for a busy machine to answer all others meanwhile."""
+
+
 @pytest.fixture(scope="module")
 def hostile() -> Iterator[Running]:
     model = trained_model()
     assert model.tokenizer is not None
     model.tokenizer.chat_template = TEMPLATE
-    with running(model) as made:
+    with running(model, template_seconds=SECONDS) as made:
         ChatTemplate.warm_up()
         yield made
 
@@ -51,7 +55,6 @@ def test_what_a_template_raises_is_a_400(hostile: Running, content: str) -> None
 
 
 def test_loops_hold_up_nobody(hostile: Running) -> None:
-    say(hostile, "fine")
     answers: list[httpx.Response] = []
     threads = [threading.Thread(target=lambda: answers.append(say(hostile, "loop"))) for _ in range(3)]
     for thread in threads:
@@ -65,13 +68,13 @@ def test_loops_hold_up_nobody(hostile: Running) -> None:
             lambda: client.post("/v1/chat/completions", json=body),
         ):
             assert ask().status_code == 200
-    # each of them would have waited for three times 5 s
+    # one after the other, each would have waited for a loop
     assert not answers
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
     assert len(answers) == 3
     for answer in answers:
-        assert_refused(answer, 400, "did not end within 5 s")
+        assert_refused(answer, 400, "did not end within 20 s")
 
 
 def test_an_endless_line_is_refused_at_once(hostile: Running, tmp_path: Path) -> None:
