@@ -41,8 +41,8 @@ def test_litellm(chat_server: Running, litellm: Any) -> None:
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")
 def test_curl(server: Running) -> None:
-    body = json.dumps({"model": "tiny@0.8", "prompt": "In", "max_tokens": 3, "stream": True, "user": "me", "new": [1]})
-    command = ["curl", "-sNi", f"{server.url}/v1/completions", "-d", body, "-H", "x-request-id: mine"]
+    body = json.dumps({"model": "tiny@0.8", "prompt": "In", "max_tokens": 3, "stream": True, "user": "me"})
+    command = ["curl", "-sNi", f"{server.url}/v1/completions", "--json", body, "-H", "x-request-id: mine"]
     out = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
     head, _, text = out.partition("\n\n")
     assert " 200 " in head

@@ -13,7 +13,7 @@ from flextron import ElasticModel
 from tests.server.running import Running, running
 
 BODY = json.dumps({"model": "tiny", "prompt": "a", "max_tokens": 2}).encode()
-LINE = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\n"
+LINE = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 HEAD = LINE + b"Content-Length: %d\r\n\r\n" % len(BODY)
 SECONDS = 0.5
 
@@ -127,7 +127,7 @@ def test_answers_that_nobody_reads(impatient: Running) -> None:
     with connect(impatient) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         # far more in answers than the system keeps for a client that does not read
-        sock.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: a\r\n\r\n" * 1000)
+        sock.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000)
         drip(sock, b" " * 300)
         with pytest.raises(OSError, match=r"reset|Broken pipe"):
             sock.sendall(b" ")

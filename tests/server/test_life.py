@@ -38,9 +38,10 @@ def slow(model: ElasticModel) -> Iterator[Running]:
 def test_a_client_that_leaves_frees_its_request(slow: Running, stream: bool, n: int) -> None:
     core = slow.service.core
     body = json.dumps(LONG | {"stream": stream, "n": n, "temperature": 1}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(body)}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", int(slow.url.rpartition(":")[2]))) as sock:
-        sock.sendall(head + body)
+        sock.sendall(head.encode() + body)
         wait_until(lambda: len(core.scheduler.running) == n and core.pool.num_used > 0)
     left = time.monotonic()
     slow.wait_until_idle()

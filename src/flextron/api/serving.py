@@ -12,9 +12,25 @@ from flextron.errors import FlextronError
 from flextron.jobs.jobs import Jobs, JobsSettings
 from flextron.jobs.lora import LoraTrainers
 from flextron.model.fingerprint import fingerprint
+from flextron.routing import device_fingerprint
 from flextron.server.adapters import AdapterNames, adapter_reader
 
-__all__ = ["named_adapters", "open_jobs"]
+__all__ = ["missing_measurements", "named_adapters", "open_jobs"]
+
+
+def missing_measurements(model: ElasticModel) -> list[str]:
+    """Why requests to a model cannot name targets, or latencies, on this device; nothing if they can."""
+    if model.frontier is None:
+        return ["the model has no frontier, so requests cannot name targets; run flextron profile first"]
+    here = device_fingerprint(model.decoder.device, model.decoder.dtype)
+    measured = {table.device for table in model.tables.values()}
+    if here in measured and model.frontier.device == here:
+        return []
+    others = ", ".join(sorted(measured | {model.frontier.device} - {here}))
+    return [
+        f"no latency table is of this device and number of threads ({here}), only of {others}, so requests cannot name "
+        "latencies; run flextron profile here"
+    ]
 
 
 def named_adapters(model: ElasticModel, given: Sequence[str]) -> AdapterNames:

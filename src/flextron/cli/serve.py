@@ -29,6 +29,10 @@ def serve(
     api_key: Annotated[
         str | None, typer.Option(envvar="FLEXTRON_API_KEY", help="That clients must send.", show_envvar=True)
     ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="That clients of a server on loopback may call it by, too; repeatable."),
+    ] = None,
     max_queue: Annotated[int, typer.Option(help="Answers that may wait beside those that run.")] = 128,
     max_body_mb: Annotated[float, typer.Option(help="Of a request.")] = 8.0,
     max_tokens_limit: Annotated[int | None, typer.Option(help="Most tokens of an answer.")] = None,
@@ -63,8 +67,9 @@ def serve(
 ) -> None:
     """Serve a model over HTTP as OpenAI does; the sub-network is chosen request by request."""
     try:
-        from flextron.api.serving import named_adapters, open_jobs
+        from flextron.api.serving import missing_measurements, named_adapters, open_jobs
         from flextron.server.app import create_app
+        from flextron.server.browsers import is_loopback
         from flextron.server.run import listen
         from flextron.server.run import serve as run
         from flextron.server.settings import ServerSettings
@@ -75,6 +80,7 @@ def serve(
     settings = ServerSettings(
         name=name or directory.expanduser().resolve().name,
         api_key=api_key,
+        allowed_hosts=tuple(allowed_host or ()) if is_loopback(host) else None,
         max_queue=max_queue,
         max_body_mb=max_body_mb,
         max_tokens_limit=max_tokens_limit,
@@ -108,9 +114,9 @@ def serve(
         if (said := model.generation_defaults.complaint) is not None:
             message(said)
         sock = listen(host, port)
-        if model.frontier is None:
-            message("the model has no frontier, so requests cannot name targets; run flextron profile first")
-        if api_key is None and host not in ("127.0.0.1", "::1", "localhost"):
+        for missing in missing_measurements(model):
+            message(missing)
+        if api_key is None and not is_loopback(host):
             message(f"anyone who reaches {host} may use the model; --api-key asks for a key")
         address = f"\\[{host}]" if ":" in host else host
         message(f"serving {settings.name} at http://{address}:{sock.getsockname()[1]}/v1 (Ctrl-C ends it)")

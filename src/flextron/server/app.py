@@ -77,7 +77,7 @@ def create_app(
         exception_handlers=_HANDLERS,
     )
     app.state.service = service
-    app.add_middleware(Front, api_key=settings.api_key)
+    app.add_middleware(Front, api_key=settings.api_key, allowed_hosts=settings.allowed_hosts)
     _add_models(app, service)
     _add_endpoint(app, service, "/v1/completions", CompletionBody, completions)
     _add_endpoint(app, service, "/v1/chat/completions", ChatBody, chat)
@@ -128,7 +128,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
 def _add_deletion(app: FastAPI, service: Service, jobs: Jobs) -> None:
     """`DELETE /v1/models/{id}`, for what jobs made."""
 
-    @app.delete("/v1/models/{model_id:path}", responses=error_responses(400, 401, 404, 507))
+    @app.delete("/v1/models/{model_id:path}", responses=error_responses(400, 401, 403, 404, 507))
     async def delete_model(model_id: str) -> JSONResponse:
         """Remove a finetuned model; requests that run in it end as usual."""
         try:
@@ -160,7 +160,7 @@ def _add_endpoint(
         name=answer.__name__,
         summary=(answer.__doc__ or "").splitlines()[0],
         response_class=Response,
-        responses=error_responses(400, 401, 404, 408, 413, 429, 500, 503) | {200: {"content": _ANSWERS}},
+        responses=error_responses(400, 401, 403, 404, 408, 413, 415, 429, 500, 503) | {200: {"content": _ANSWERS}},
         openapi_extra=body,
     )(endpoint)
 

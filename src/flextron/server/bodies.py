@@ -1,46 +1,31 @@
-"""Bodies of requests, as OpenAI has them.
-
-Clients newer than this server send keys that it does not know; those are ignored, as OpenAI's own service does. Keys
-that would change the answer and are not supported are accepted with the value that changes nothing, and only with it.
-"""
+"""Bodies of requests, as OpenAI has them; what becomes of keys that are not here is in `keys` and `messages`."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from flextron.model.generation import SamplingParams
 from flextron.model.generation_config import GenerationDefaults
+from flextron.server.keys import check_keys
+from flextron.server.messages import check_messages
 
 __all__ = ["ChatBody", "CompletionBody", "GenerationBody", "Message", "TargetBody"]
 
 _LEAST_TEMPERATURE = 1e-5
 """Below it scores divided by the temperature lose their meaning in float32, and the choice is the likeliest anyway."""
 
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
-    "suffix": ("",),
-    "tools": ([],),
-    "functions": ([],),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "audio": (),
-    "web_search_options": (),
-}
-"""Keys that would change the answer, with the values (beside null) that do not."""
+_MOST_STOPS = 16
+_MOST_STOP_LETTERS = 256
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="ignore")
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
 
 
 class TargetBody(_Strict):
     """What is asked of the sub-network, under the key `flextron`: the fields of `flextron.Target`, and two more."""
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
 
     latency: float | None = None
     latency_ms: float | None = None
@@ -57,15 +42,26 @@ class StreamOptions(_Strict):
     """Of a stream."""
 
     include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+    """Of OpenAI: letters that nobody reads; none are sent."""
+    continuous_usage_stats: Literal[False] | None = None
+    """Of vLLM."""
 
 
-def _filled(text: str) -> str:
-    if not text:
-        raise ValueError("a stop string is empty; give at least one character")
-    return text
+def _check_stops(stop: Any) -> Any:
+    """Say what is wrong with stop strings, which a union of types cannot."""
+    stops = stop if isinstance(stop, list) else [stop]
+    if len(stops) > _MOST_STOPS:
+        raise ValueError(f"{len(stops)} stop strings are more than {_MOST_STOPS}; give fewer")
+    for text in stops:
+        if text == "":
+            raise ValueError("a stop string is empty; give at least one character")
+        if isinstance(text, str) and len(text) > _MOST_STOP_LETTERS:
+            raise ValueError(f"a stop string has {len(text)} characters, more than {_MOST_STOP_LETTERS}; shorten it")
+    return stop
 
 
-_Stop = Annotated[str, Field(max_length=256), AfterValidator(_filled)]
+_Stop = Annotated[str, Field(min_length=1, max_length=_MOST_STOP_LETTERS)]
 
 
 class GenerationBody(_Strict):
@@ -79,22 +75,22 @@ class GenerationBody(_Strict):
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
-    stop: _Stop | Annotated[list[_Stop], Field(max_length=16)] | None = None
+    stop: Annotated[
+        _Stop | Annotated[list[_Stop], Field(max_length=_MOST_STOPS)] | None, BeforeValidator(_check_stops)
+    ] = None
     ignore_eos: bool | None = None
     """Of vLLM: write on where the model would end."""
     add_special_tokens: bool | None = None
     """Of vLLM: whether prompts begin as the tokenizer begins a text. By default texts do, rendered chats do not."""
     flextron: TargetBody | None = None
 
+    endpoint: ClassVar[str]
+    """In the table of keys."""
+
     @model_validator(mode="before")
     @classmethod
-    def _refuse_what_is_not_supported(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            for key, neutral in _NEUTRAL.items():
-                value = data.get(key)
-                if value is not None and (isinstance(value, bool) or value not in neutral):
-                    raise ValueError(f"{key} is not supported by this server; leave it out")
-        return data
+    def _check_keys(cls, data: Any) -> Any:
+        return check_keys(data, cls.endpoint) if isinstance(data, dict) else data
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> GenerationBody:
@@ -142,6 +138,8 @@ class GenerationBody(_Strict):
 class CompletionBody(GenerationBody):
     """Of `/v1/completions`."""
 
+    endpoint = "completions"
+
     prompt: str | list[str] | list[int] | list[list[int]]
     best_of: int | None = None
     echo: bool | None = None
@@ -183,13 +181,12 @@ class Message(_Strict):
     """Of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[TextPart] | None = None
+    content: str | list[TextPart]
     name: str | None = None
 
     def to_template(self) -> dict[str, Any]:
         """What chat templates expect: a text, and no role that is younger than they are."""
-        parts = self.content or ""
-        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         role = "system" if self.role == "developer" else self.role
         return {"role": role, "content": text} | ({} if self.name is None else {"name": self.name})
 
@@ -197,7 +194,9 @@ class Message(_Strict):
 class ChatBody(GenerationBody):
     """Of `/v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    endpoint = "chat"
+
+    messages: Annotated[list[Message], Field(min_length=1), BeforeValidator(check_messages)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None

@@ -39,7 +39,8 @@ def _render(service: Service, body: ChatBody) -> str:
     """The conversation as the model was trained to read it."""
     messages = [message.to_template() for message in body.messages]
     try:
-        template = ChatTemplate.of(service.tokenizer, max_chars=service.most_chars)
+        limits = {"seconds": service.settings.template_seconds, "max_chars": service.most_chars}
+        template = ChatTemplate.of(service.tokenizer, **limits)
         if template is None:
             raise bad_request("the model has no chat template; use /v1/completions", "messages")
         return template.render(messages, add_generation_prompt=True)

@@ -81,4 +81,9 @@ def invalid_body(error: ValidationError) -> ApiError:
     keys = [key for key in keys if key not in ("str", "int", "float", "bool")]
     param = ".".join(keys) or None
     message = first["msg"].removeprefix("Value error, ")
-    return bad_request(f"{param}: {message}" if param else message, param)
+    code = _CODES.get(first["type"], "invalid_type" if first["type"].endswith("_type") else "invalid_value")
+    return ApiError(400, f"{param}: {message}" if param else message, param=param, code=code)
+
+
+_CODES = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}
+"""OpenAI's, by pydantic's kinds of errors."""

@@ -10,6 +10,7 @@ import asyncio
 import mmap
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI
@@ -17,10 +18,12 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 
 from flextron.files import naming_a_full_disk
+from flextron.jobs.dataset import MOST_LINE_BYTES
 from flextron.jobs.records import File
 from flextron.jobs.uploads import FINE_TUNE, Uploads
 from flextron.server.errors import ApiError, bad_request, too_slow
 from flextron.server.http import body_chunks
+from flextron.server.keys import unknown_key
 from flextron.server.multipart import Part, boundary_of, parse_parts
 from flextron.server.openapi import error_responses
 from flextron.server.paging import page_of, paged, parameters
@@ -46,7 +49,7 @@ _QUERY = parameters("purpose", "order", most=_MOST_LISTED)
 def add_files(app: FastAPI, uploads: Uploads, settings: ServerSettings) -> None:
     """Add the paths to an application."""
 
-    @app.post("/v1/files", responses=error_responses(400, 401, 408, 413, 507), openapi_extra=_UPLOAD)
+    @app.post("/v1/files", responses=error_responses(400, 401, 403, 408, 413, 507), openapi_extra=_UPLOAD)
     async def upload_file(request: Request) -> JSONResponse:
         """Keep a file."""
         boundary = boundary_of(request.headers.get("content-type", ""))
@@ -79,7 +82,7 @@ def add_files(app: FastAPI, uploads: Uploads, settings: ServerSettings) -> None:
         name = uploads.get(file_id).filename
         return FileResponse(uploads.path(file_id), media_type="application/octet-stream", filename=name)
 
-    @app.delete("/v1/files/{file_id}", responses=error_responses(400, 401, 404, 507))
+    @app.delete("/v1/files/{file_id}", responses=error_responses(400, 401, 403, 404, 507))
     def delete_file(file_id: str) -> JSONResponse:
         """Remove a file that no unfinished job needs."""
         uploads.delete(file_id)
@@ -110,8 +113,10 @@ def _keep(uploads: Uploads, spool: Any, boundary: bytes, max_bytes: int) -> File
     spool.flush()
     with mmap.mmap(spool.fileno(), 0, access=mmap.ACCESS_READ) as body:
         parts = {part.name: part for part in parse_parts(body, boundary)}
-        if any(name.startswith("expires_after") for name in parts):
-            raise bad_request("files do not expire here; leave expires_after out", "expires_after")
+        for name in parts.keys() - {"purpose", "file"}:
+            if name.startswith("expires_after"):
+                raise bad_request("files do not expire here; leave expires_after out", "expires_after")
+            raise unknown_key(name)
         purpose, file = parts.get("purpose"), parts.get("file")
         if purpose is None or body[purpose.start : purpose.end] != FINE_TUNE.encode():
             raise bad_request(f"purpose must be {FINE_TUNE!r}", "purpose")
@@ -119,7 +124,20 @@ def _keep(uploads: Uploads, spool: Any, boundary: bytes, max_bytes: int) -> File
             raise bad_request("the form has no file", "file")
         if file.end - file.start > max_bytes:
             raise ApiError(413, f"the file is larger than {max_bytes} bytes", param="file", code="file_too_large")
+        _check_lines(body, file)
         return uploads.add(file.filename, FINE_TUNE, _pieces(body, file))
+
+
+def _check_lines(body: mmap.mmap, part: Part) -> None:
+    """Refuse now what a job would refuse later."""
+    at = part.start
+    while part.end - at > MOST_LINE_BYTES:
+        found = body.rfind(b"\n", at, at + MOST_LINE_BYTES)
+        if found < 0:
+            number = 1 + sum(piece.count(b"\n") for piece in _pieces(body, replace(part, end=at)))
+            message = f"line {number} of the file is longer than {MOST_LINE_BYTES} bytes; make several examples of it"
+            raise ApiError(400, message, param="file", code="line_too_long")
+        at = found + 1
 
 
 def _pieces(body: mmap.mmap, part: Part) -> Iterator[bytes]:

@@ -17,6 +17,7 @@ from flextron.jobs.jobs import Jobs
 from flextron.jobs.records import Checkpoint, Event, Job
 from flextron.server.errors import bad_request, not_found
 from flextron.server.http import read_body
+from flextron.server.keys import unknown_key, unsupported
 from flextron.server.openapi import error_responses
 from flextron.server.paging import page_of, paged, parameters
 from flextron.server.settings import ServerSettings
@@ -31,7 +32,7 @@ _QUERY = parameters(most=_MOST_LISTED)
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="ignore")
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
 
 
 class SupervisedBody(_Strict):
@@ -66,10 +67,14 @@ class FineTuningBody(_Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_what_is_not_supported(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("integrations") not in (None, []):
-            raise ValueError("integrations is not supported by this server; leave it out")
-        return data
+    def _check_keys(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        if data.get("integrations") not in (None, []):
+            raise unsupported("integrations")
+        for name in data.keys() - cls.model_fields.keys() - {"integrations"}:
+            raise unknown_key(name)
+        return {name: value for name, value in data.items() if name != "integrations"}
 
     @property
     def chosen(self) -> dict[str, Any]:
@@ -89,7 +94,7 @@ def add_finetuning(app: FastAPI, jobs: Jobs, settings: ServerSettings) -> None:
     """Add the paths to an application."""
     max_bytes, seconds = int(settings.max_body_mb * 1e6), settings.client_seconds
 
-    @app.post(_PATH, responses=error_responses(400, 401, 404, 408, 413, 507), openapi_extra=_BODY)
+    @app.post(_PATH, responses=error_responses(400, 401, 403, 404, 408, 413, 415, 507), openapi_extra=_BODY)
     async def create_fine_tuning_job(request: Request) -> JSONResponse:
         """Begin a job."""
         body = await read_body(request, FineTuningBody, max_bytes, seconds)
@@ -113,7 +118,7 @@ def add_finetuning(app: FastAPI, jobs: Jobs, settings: ServerSettings) -> None:
             f"{_PATH}/{{job_id}}/{name}",
             name=f"{name}_fine_tuning_job",
             summary=(change.__doc__ or "").split(";")[0],
-            responses=error_responses(400, 401, 404, 507),
+            responses=error_responses(400, 401, 403, 404, 507),
         )
         def change_fine_tuning_job(job_id: str) -> JSONResponse:
             return JSONResponse(_written(jobs, change(job_id)))

@@ -1,4 +1,4 @@
-"""Around every request: its id, the access log, the key, unexpected errors; and reading a body safely."""
+"""Around every request: its id, the access log, who may enter, unexpected errors; and reading a body safely."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -18,9 +18,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from flextron.server.browsers import check_host, check_origin
 from flextron.server.errors import ApiError, bad_request, invalid_body, too_slow
 
-__all__ = ["Front", "answer_error", "body_chunks", "read_body"]
+__all__ = ["Front", "answer_error", "body_chunks", "check_json", "read_body"]
 
 _log = logging.getLogger("flextron.server")
 _GOOD_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -40,9 +41,16 @@ def answer_error(error: ApiError) -> JSONResponse:
 class Front:
     """ASGI middleware, the outermost one."""
 
-    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
-        """Wrap an app; without a key everyone may enter."""
+    def __init__(self, app: ASGIApp, api_key: str | None, allowed_hosts: Collection[str] | None = ()) -> None:
+        """Wrap an app.
+
+        Args:
+            app: that answers.
+            api_key: without one everyone may enter, but no web page of another origin.
+            allowed_hosts: names beside those of loopback; None for any name.
+        """
         self._app, self._key = app, None if api_key is None else api_key.encode()
+        self._hosts = None if allowed_hosts is None else frozenset(host.lower() for host in allowed_hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request."""
@@ -53,16 +61,22 @@ class Front:
         given = headers.get("x-request-id", "")
         request_id = given if _GOOD_ID.fullmatch(given) else uuid.uuid4().hex
 
+        is_head = scope["method"] == "HEAD"
+
         async def tagged(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message)["x-request-id"] = request_id
+            elif is_head and message["type"] == "http.response.body":
+                message = dict(message, body=b"")
             await send(message)
 
         try:
-            app = self._app if self._may_enter(scope["path"], headers) else answer_error(_no_key())
-            await app(scope, receive, tagged)
+            refusal = self._refusal(scope, headers)
+            app = self._app if refusal is None else answer_error(refusal)
+            # what has GET has HEAD, with the same headers
+            await app(dict(scope, method="GET") if is_head else scope, receive, tagged)
         except Exception:
             _log.exception("request %s failed", request_id)
             if not status:
@@ -72,6 +86,17 @@ class Front:
             seconds = time.monotonic() - arrived
             # repr: a path may hold line breaks
             _log.info("%s %s %r %d %.3f s", request_id, scope["method"], scope["path"], status, seconds)
+
+    def _refusal(self, scope: Scope, headers: Headers) -> ApiError | None:
+        """Why a request may not enter, if it may not."""
+        try:
+            if self._hosts is not None:
+                check_host(scope, headers, self._hosts)
+            if self._key is None:
+                check_origin(scope, headers)
+        except ApiError as error:
+            return error
+        return None if self._may_enter(scope["path"], headers) else _no_key()
 
     def _may_enter(self, path: str, headers: Headers) -> bool:
         if self._key is None or path in _OPEN:
@@ -98,6 +123,7 @@ async def read_body(request: Request, kind: type[B], max_bytes: int, seconds: fl
     Raises:
         ApiError: it is too large, too slow, no JSON, or not what `kind` says.
     """
+    check_json(request)
     try:
         raw = await asyncio.wait_for(_read(request, max_bytes), seconds)
     except (TimeoutError, asyncio.TimeoutError) as error:
@@ -109,6 +135,18 @@ async def read_body(request: Request, kind: type[B], max_bytes: int, seconds: fl
         return kind.model_validate(data)
     except ValidationError as error:
         raise invalid_body(error) from error
+
+
+def check_json(request: Request) -> None:
+    """See that a body is sent as JSON, which a web page of another origin cannot do without asking first.
+
+    Raises:
+        ApiError: it is sent as something else.
+    """
+    given = request.headers.get("content-type", "")
+    if given.partition(";")[0].strip().lower() != "application/json":
+        message = f"the body must be JSON, sent with content-type: application/json, not {given[:100]!r}"
+        raise ApiError(415, message, code="unsupported_media_type")
 
 
 async def _read(request: Request, max_bytes: int) -> bytes:

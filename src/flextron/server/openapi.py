@@ -30,9 +30,11 @@ class ErrorBody(BaseModel):
 _TOLD = {
     400: "The request cannot be answered as it is.",
     401: "The API key is missing or wrong.",
+    403: "The host or the origin is not allowed.",
     404: "There is no such model, file or job.",
     408: "The request did not arrive in time.",
     413: "The body is too large.",
+    415: "The body is not sent as JSON.",
     429: "The queue is full.",
     500: "The engine has stopped.",
     503: "The server is shutting down.",

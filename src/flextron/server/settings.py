@@ -17,6 +17,8 @@ class ServerSettings:
     """Of the model."""
     api_key: str | None = None
     """That clients must send; None lets everyone in."""
+    allowed_hosts: tuple[str, ...] | None = ()
+    """Names by which clients on this machine may call it, beside those of loopback; None for any name."""
     max_queue: int = 128
     """Answers that may wait beside those that run."""
     max_body_mb: float = 8.0
@@ -31,6 +33,8 @@ class ServerSettings:
     """For running answers to end after a signal."""
     client_seconds: float = 60.0
     """For a client to send a request's headers, its body, and to take what waits for it."""
+    template_seconds: float = 5.0
+    """For a chat template to write a conversation."""
     slo_tpot_ms: float | None = None
     """Time between two tokens of an answer that `adaptive` holds."""
     slo_ttft_ms: float | None = None
@@ -48,8 +52,9 @@ class ServerSettings:
             raise FlextronError(f"max_tokens_limit must be at least 1, not {self.max_tokens_limit}")
         if self.max_loaded_adapters < 1:
             raise FlextronError(f"max_loaded_adapters must be at least 1, not {self.max_loaded_adapters}")
-        if not 0 < self.client_seconds < float("inf"):
-            raise FlextronError(f"client_seconds must be a number above 0, not {self.client_seconds}")
+        for name in ("client_seconds", "template_seconds"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise FlextronError(f"{name} must be a number above 0, not {getattr(self, name)}")
         if self.min_latency_target is not None:
             if not 0 < self.min_latency_target <= 1:
                 raise FlextronError(f"min_latency_target must be in (0, 1], not {self.min_latency_target}")

@@ -1,0 +1,258 @@
+"""What becomes of each key of a request's body: one table for OpenAI's keys, vLLM's, llama-server's and others'.
+
+A key that changes answers is served or refused, never dropped. Refused ones are taken with the values that change
+nothing, so that clients may spell out their defaults. Keys that change no answer are ignored. Keys that are not in the
+table are refused, as OpenAI refuses them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from flextron.server.errors import ApiError
+
+__all__ = ["KEYS", "Does", "Key", "check_keys", "is_neutral", "unknown_key", "unsupported"]
+
+
+class Does(Enum):
+    """What the server does with a key."""
+
+    SERVE = "serve"
+    IGNORE = "ignore"
+    """It changes no answer."""
+    REFUSE = "refuse"
+    """Unless its value is a neutral one, or null."""
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """An entry of the table."""
+
+    name: str
+    does: Does
+    neutral: tuple[Any, ...] = ()
+    """Values that change nothing."""
+    origin: str = "openai"
+    """Whose key it is."""
+
+
+def _keys(origin: str, does: Does, *names: str) -> list[Key]:
+    return [Key(name, does, (), origin) for name in names]
+
+
+def _refused(origin: str, /, **neutral: tuple[Any, ...]) -> list[Key]:
+    return [Key(name, Does.REFUSE, values, origin) for name, values in neutral.items()]
+
+
+_BOTH = [
+    *_keys("openai", Does.SERVE, "model", "stream", "stream_options", "max_tokens", "temperature", "top_p", "seed"),
+    *_keys("openai", Does.SERVE, "n", "stop", "logprobs"),
+    *_keys("flextron", Does.SERVE, "flextron"),
+    *_keys("vllm", Does.SERVE, "ignore_eos"),
+    *_keys("openai", Does.IGNORE, "user", "metadata", "store", "service_tier", "safety_identifier"),
+    *_keys("openai", Does.IGNORE, "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "prediction"),
+    *_refused(
+        "openai",
+        frequency_penalty=(0,),
+        presence_penalty=(0,),
+        logit_bias=({}, []),
+        response_format=({"type": "text"},),
+    ),
+    *_keys("vllm", Does.IGNORE, "request_id"),
+    *_refused(
+        "vllm",
+        use_beam_search=(False,),
+        top_k=(-1, 0),
+        min_p=(0,),
+        repetition_penalty=(1,),
+        length_penalty=(1,),
+        early_stopping=(False,),
+        stop_token_ids=([],),
+        include_stop_str_in_output=(False,),
+        min_tokens=(0,),
+        skip_special_tokens=(True,),
+        spaces_between_special_tokens=(True,),
+        truncate_prompt_tokens=(),
+        truncation_side=(),
+        prompt_logprobs=(),
+        allowed_token_ids=(),
+        bad_words=([],),
+        guided_json=(),
+        guided_regex=(),
+        guided_choice=(),
+        guided_grammar=(),
+        guided_json_object=(False,),
+        guided_decoding_backend=(),
+        guided_whitespace_pattern=(),
+        structural_tag=(),
+        structured_outputs=(),
+        priority=(0,),
+        logits_processors=([],),
+        return_tokens_as_token_ids=(False,),
+        return_token_ids=(False,),
+        cache_salt=(),
+        kv_transfer_params=({},),
+        vllm_xargs=({},),
+        thinking_token_budget=(),
+    ),
+    *_keys("llama-server", Does.IGNORE, "cache_prompt", "id_slot", "n_cache_reuse", "sse_ping_interval"),
+    # of samplers that are refused unless they are off
+    *_keys("llama-server", Does.IGNORE, "repeat_last_n", "dry_base", "dry_allowed_length", "dry_penalty_last_n"),
+    *_keys("llama-server", Does.IGNORE, "dry_sequence_breakers", "xtc_threshold", "mirostat_tau", "mirostat_eta"),
+    *_refused(
+        "llama-server",
+        n_predict=(),
+        n_probs=(0,),
+        n_keep=(0,),
+        n_discard=(0,),
+        n_indent=(0,),
+        n_cmpl=(1,),
+        dynatemp_range=(0,),
+        dynatemp_exponent=(1,),
+        typical_p=(1,),
+        repeat_penalty=(1,),
+        dry_multiplier=(0,),
+        xtc_probability=(0,),
+        mirostat=(0,),
+        top_n_sigma=(-1,),
+        min_keep=(0,),
+        samplers=(),
+        grammar=("",),
+        grammar_lazy=(False,),
+        grammar_triggers=([],),
+        json_schema=(),
+        t_max_predict_ms=(0, -1),
+        return_tokens=(False,),
+        return_progress=(False,),
+        timings_per_token=(False,),
+        post_sampling_probs=(False,),
+        response_fields=([],),
+        lora=([],),
+    ),
+    *_keys("ollama", Does.IGNORE, "keep_alive"),
+    *_refused(
+        "ollama",
+        options=({},),
+        format=("",),
+        think=(),
+        raw=(False,),
+        template=("",),
+        system=("",),
+        context=([],),
+        images=([],),
+        num_ctx=(),
+        num_predict=(),
+        tfs_z=(1,),
+    ),
+    *_refused(
+        "others",
+        top_a=(0,),
+        min_new_tokens=(0,),
+        max_new_tokens=(),
+        no_repeat_ngram_size=(0,),
+        do_sample=(),
+        regex=(),
+        ebnf=(),
+        lora_path=(),
+        stop_regex=(),
+        no_stop_trim=(False,),
+        custom_logit_processor=(),
+        models=(),
+        transforms=([],),
+        plugins=([],),
+        extra_body=({},),
+    ),
+]
+
+_COMPLETIONS = [
+    *_keys("openai", Does.SERVE, "prompt", "best_of", "echo"),
+    *_refused("openai", suffix=("",)),
+    *_refused("vllm", add_special_tokens=(True,), prompt_embeds=()),
+    *_refused("llama-server", input_prefix=("",), input_suffix=("",), input_extra=([],)),
+]
+
+_CHAT = [
+    *_keys("openai", Does.SERVE, "messages", "max_completion_tokens", "top_logprobs"),
+    # without tools there is nothing to call in parallel
+    *_keys("openai", Does.IGNORE, "parallel_tool_calls"),
+    *_refused(
+        "openai",
+        tools=([],),
+        tool_choice=("none", "auto"),
+        functions=([],),
+        function_call=("none", "auto"),
+        modalities=(["text"],),
+        audio=(),
+        web_search_options=(),
+        reasoning_effort=("none",),
+        verbosity=("medium",),
+        moderation=(),
+    ),
+    *_refused(
+        "vllm",
+        best_of=(1,),
+        echo=(False,),
+        add_generation_prompt=(True,),
+        continue_final_message=(False,),
+        add_special_tokens=(False,),
+        documents=([],),
+        chat_template=(),
+        chat_template_kwargs=({},),
+        mm_processor_kwargs=({},),
+        media_io_kwargs=({},),
+        include_reasoning=(True,),
+    ),
+    *_refused(
+        "llama-server",
+        reasoning_format=("none",),
+        reasoning_in_content=(False,),
+        thinking_forced_open=(False,),
+        parse_tool_calls=(False,),
+        reasoning_budget=(-1,),
+    ),
+    *_refused("others", reasoning=(), thinking=(), enable_thinking=(), separate_reasoning=(), stream_reasoning=()),
+]
+
+KEYS: dict[str, dict[str, Key]] = {
+    endpoint: {key.name: key for key in [*_BOTH, *own]}
+    for endpoint, own in (("completions", _COMPLETIONS), ("chat", _CHAT))
+}
+"""By endpoint and name."""
+
+
+def check_keys(body: Mapping[str, Any], endpoint: str) -> dict[str, Any]:
+    """Those keys of a body that are served.
+
+    Raises:
+        ApiError: another one would change the answer, or is unknown.
+    """
+    table, served = KEYS[endpoint], {}
+    for name, value in body.items():
+        key = table.get(name)
+        if key is None:
+            raise unknown_key(name)
+        if key.does is Does.SERVE:
+            served[name] = value
+        elif key.does is Does.REFUSE and value is not None and not is_neutral(value, key.neutral):
+            raise unsupported(name)
+    return served
+
+
+def is_neutral(value: Any, neutral: Iterable[Any]) -> bool:
+    """Whether a value is one of these; no number is true or false."""
+    return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in neutral)
+
+
+def unsupported(name: str) -> ApiError:
+    """400: a key would change the answer."""
+    message = f"{name} is not supported by this server; leave it out"
+    return ApiError(400, message, param=name, code="unsupported_parameter")
+
+
+def unknown_key(name: str) -> ApiError:
+    """400: nobody knows what the key would change."""
+    message = f"{name[:100]} is no key that this server knows; leave it out"
+    return ApiError(400, message, param=name[:100], code="unknown_parameter")
