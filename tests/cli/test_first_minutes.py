@@ -234,3 +234,24 @@ def test_ctrl_c_where_nothing_is_saved_promises_nothing(tmp_path: Path) -> None:
     assert code == 130
     assert err.strip().splitlines()[-1] == "interrupted"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("fast")
+@pytest.mark.parametrize(("verb", "beside"), [("train", "elastic.run"), ("route", "elastic.route")])
+def test_directories_for_unfinished_work_that_hold_something_else(
+    run: Any, made: Places, tmp_path: Path, verb: str, beside: str
+) -> None:
+    elastic = copy_of(made.profiled, tmp_path / "elastic")
+    (tmp_path / beside).mkdir()
+    (tmp_path / beside / "thesis.tex").write_text("mine")
+    options = ("--data", made.text, *TRAIN) if verb == "train" else ("--text", made.text)
+    assert_refused(run(verb, elastic, *options), beside, "thesis.tex", "move it away")
+    assert (tmp_path / beside / "thesis.tex").read_text() == "mine"
+
+
+def test_paths_and_texts_are_no_markup(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert_refused(run("info", "[/bold] :100: [red]"), "[/bold] :100: [red] is no directory")
+    assert_refused(run("convert", "no[/x]where", "out"), "no[/x]where")
+    shutil.copytree(tiny_model(), tmp_path / "[/red]:100:")
+    assert "[/red]:100:" in run("info", "[/red]:100:").out

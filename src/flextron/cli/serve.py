@@ -110,6 +110,6 @@ def serve(
             message("the model has no frontier, so requests cannot name targets; run flextron profile first")
         if api_key is None and host not in ("127.0.0.1", "::1", "localhost"):
             message(f"anyone who reaches {host} may use the model; --api-key asks for a key")
-        address = f"\\[{host}]" if ":" in host else host
+        address = f"[{host}]" if ":" in host else host
         message(f"serving {settings.name} at http://{address}:{sock.getsockname()[1]}/v1 (Ctrl-C ends it)")
         run(app, sock)
