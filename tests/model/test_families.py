@@ -25,6 +25,7 @@ from tests.model.families_cases import (
     hf_config_of,
     hf_greedy,
     hf_logits,
+    in_float64,
     our_logits,
     random_from,
     random_model,
@@ -43,7 +44,7 @@ def test_logits_equal_those_of_transformers(case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_gradients_equal_those_of_transformers(case: str, gradient_checkpointing: bool) -> None:
-    model, tokens = random_model(case), random_tokens(2, 12)
+    model, tokens = in_float64(random_model(case)), random_tokens(2, 12)
     decoder = decoder_of(model)
     decoder.gradient_checkpointing = gradient_checkpointing
     targets = random_tokens(24, seed=2)
@@ -65,7 +66,7 @@ def test_gradients_equal_those_of_transformers(case: str, gradient_checkpointing
             joined = m.join([g for g in grads if g is not None], decoder.config.head_dim)
             expected = reference[name].grad
             assert expected is not None
-            assert relative_error(joined, expected) <= 1e-5, name
+            assert relative_error(joined, expected) <= 1e-10, name
             compared.update([name, *(p.format(i=i) for p in m.ours)])
     assert compared == set(ours) | set(reference)
 

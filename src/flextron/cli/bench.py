@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
+from rich.text import Text
 
 from flextron.bench.lengths import Limits
 from flextron.bench.metrics import Objectives
@@ -105,9 +105,9 @@ def serve(
         if report.by_target:
             show(report.targets(), title="by target", as_json=False)
     for warning in report.warnings():
-        message(f"note: {escape(warning)}")
+        message(f"note: {warning}")
     if report.run.interrupted:
         raise typer.Exit(130)
     if not report.summary.num_ok:
-        message("[red]error:[/red] no request succeeded")
+        message(Text.assemble(("error:", "red"), " no request succeeded"))
         raise typer.Exit(1)

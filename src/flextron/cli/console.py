@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import Progress
+from rich.text import Text
 
 from flextron.cli.bars import ProgressLine
 from flextron.cli.tables import print_one, print_rows
@@ -23,9 +24,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print machine-readable resul
 _messages = Console(stderr=True)
 
 
-def message(text: str) -> None:
-    """A line for people, on stderr."""
-    _messages.print(text, highlight=False, soft_wrap=True)
+def message(text: str | Text) -> None:
+    """A line for people, on stderr. Strings are shown as they are: paths and models' texts may look like markup."""
+    _messages.print(Text(text) if isinstance(text, str) else text, highlight=False, soft_wrap=True)
 
 
 @contextmanager

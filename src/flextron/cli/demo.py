@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from flextron.cli.console import Json, message, progress, show
 from flextron.workflows.demo import DemoSettings, run_demo
@@ -41,5 +42,6 @@ def demo(
     for target in facts["unreachable"]:
         message(f"target {target:g} is below the fastest sub-network of this model on this device")
     for row in facts["rows"]:
-        message(f"[bold]{row['target']:g}[/bold]  {facts['prompt']}[green]{row['text']!r}[/green]")
+        parts = (f"{row['target']:g}", "bold"), f"  {facts['prompt']}", (repr(row["text"]), "green")
+        message(Text.assemble(*parts))
     message(f"picture: {facts['picture']}; elastic checkpoint: {output / 'elastic'} (try: flextron info)")

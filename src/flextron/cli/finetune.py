@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from flextron import api
 from flextron.api.remote import RemoteFinetuning
@@ -141,9 +140,9 @@ def _watch(client: RemoteFinetuning, server: str, job_id: str, *, as_json: bool)
                     figures = {name: data[key] for name, key in names.items() if key in data}
                     step(data["step"], data["total_steps"], figures)
                 else:
-                    message(escape(event["message"]))
+                    message(event["message"])
     except KeyboardInterrupt:
-        message(escape(f"the job goes on; watch it again: {again}; end it: {again} --cancel"))
+        message(f"the job goes on; watch it again: {again}; end it: {again} --cancel")
         raise typer.Exit(130) from None
     ended = client.job(job_id)
     if ended["status"] == "failed":

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 
 import typer
-from rich.markup import escape
+from rich.text import Text
 
 from flextron.cli import (
     apply,
@@ -44,7 +44,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _fail(reason: str) -> typer.Exit:
-    message(f"[red]error:[/red] {escape(reason)}")
+    message(Text.assemble(("error:", "red"), " ", " ".join(reason.split())))
     return typer.Exit(2)
 
 
@@ -56,7 +56,7 @@ def _guarded(verb: Callable[..., object]) -> Callable[..., None]:
         try:
             verb(*args, **kwargs)
         except KeyboardInterrupt as error:
-            message(escape(str(error)) or "interrupted")
+            message(str(error) or "interrupted")
             raise typer.Exit(130) from None
         except (FlextronError, OSError) as error:
             raise _fail(str(error)) from error

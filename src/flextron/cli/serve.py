@@ -118,6 +118,6 @@ def serve(
             message(missing)
         if api_key is None and not is_loopback(host):
             message(f"anyone who reaches {host} may use the model; --api-key asks for a key")
-        address = f"\\[{host}]" if ":" in host else host
+        address = f"[{host}]" if ":" in host else host
         message(f"serving {settings.name} at http://{address}:{sock.getsockname()[1]}/v1 (Ctrl-C ends it)")
         run(app, sock)

@@ -10,7 +10,6 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -34,9 +33,11 @@ def print_rows(console: Console, rows: list[dict[str, Any]], title: str) -> None
         return
     table = _table(show_header=True)
     for name, width, value in zip(names, widths, rows[0].values(), strict=True):
-        table.add_column(name, width=width, overflow="fold", justify="left" if isinstance(value, str) else "right")
+        table.add_column(
+            Text(name), width=width, overflow="fold", justify="left" if isinstance(value, str) else "right"
+        )
     for row_cells in cells:
-        table.add_row(*map(escape, row_cells))
+        table.add_row(*map(Text, row_cells))
     console.print(table)
 
 
@@ -52,7 +53,7 @@ def print_one(console: Console, row: dict[str, Any], title: str | None = None) -
     table.add_column(width=width, overflow="fold")
     table.add_column(overflow="fold")
     for name, value in zip(names, row.values(), strict=True):
-        table.add_row(escape(name), escape(_cell(value)))
+        table.add_row(Text(name), Text(_cell(value)))
     console.print(table)
     console.print()
 

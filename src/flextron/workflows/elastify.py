@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -26,6 +27,7 @@ __all__ = [
     "ProfileStage",
     "Progress",
     "StepCallback",
+    "check_own",
     "elastify",
     "read_recipe",
     "run_profile",
@@ -35,6 +37,7 @@ __all__ = [
 
 
 M = TypeVar("M", bound=BaseModel)
+_OF_A_RUN = ("state", ".state*", "tokens-*.npy", ".tokens-*", "sensitivity.json", ".sensitivity.json*")
 
 
 class StepCallback(Protocol):
@@ -181,6 +184,7 @@ def train_in_place(
         as_adapter: write what was added to the base alone.
     """
     run_directory = directory.with_name(directory.name + ".run")
+    check_own(run_directory, _OF_A_RUN)
     with progress("training") as step:
         result = model.train(
             text,
@@ -195,6 +199,20 @@ def train_in_place(
         (model.save_adapter if as_adapter else model.save)(directory, overwrite=True)
         shutil.rmtree(run_directory)
     return result
+
+
+def check_own(directory: Path, names: Sequence[str]) -> None:
+    """See that a directory that is removed in the end holds nothing else than what is put there.
+
+    Raises:
+        FlextronError: it does.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise FlextronError(f"{directory} is in the way of unfinished work; move it away")
+    found = sorted(p.name for p in directory.iterdir()) if directory.exists() else []
+    foreign = [name for name in found if not any(fnmatch(name, pattern) for pattern in names)]
+    if foreign:
+        raise FlextronError(f"{directory} is for unfinished work and holds something else, {foreign[0]}; move it away")
 
 
 def run_profile(model: ElasticModel, stage: ProfileStage, progress: Progress, text: Texts = None) -> None:

@@ -34,13 +34,20 @@ def _pyplot() -> Any:
     return plt
 
 
+def _set_title(figure: Any, title: str) -> None:
+    """The whole title, in as many lines as it needs."""
+    lines = wrap(title, _LINE)
+    # a dollar sign would begin a formula
+    text = figure.suptitle("\n".join(lines).replace("$", r"\$"), fontsize=11)
+    while text.get_window_extent().width > 0.98 * figure.bbox.width:  # wide letters
+        text.set_fontsize(0.9 * text.get_fontsize())
+
+
 def _finish(plt: Any, figure: Any, axes: Any, path: Path, title: str) -> None:
     axes.set(xlabel="decode latency, fraction of the full model's", ylabel="perplexity", yscale="log")
-    # a dollar sign would begin a formula
-    figure.suptitle("\n".join(wrap(title.replace("$", r"\$"), _LINE)), fontsize="medium")
+    _set_title(figure, title)
     axes.grid(visible=True, which="both", alpha=0.3)
     axes.legend()
-    figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
 
@@ -52,7 +59,7 @@ def draw_kinds(points: Sequence[FrontierPoint], path: Path, *, title: str) -> No
         FlextronError: matplotlib is not installed.
     """
     plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(7, 4.5), dpi=150)
+    figure, axes = plt.subplots(figsize=(7, 4.5), dpi=150, layout="constrained")
     for kind in sorted({p.kind for p in points}):
         mine = sorted((p for p in points if p.kind == kind), key=lambda p: p.latency)
         style = "o-" if kind == "router" else "x"
@@ -67,7 +74,7 @@ def draw_frontiers(frontiers: Mapping[str, Frontier], path: Path, *, title: str)
         FlextronError: matplotlib is not installed.
     """
     plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(7, 4.5), dpi=150)
+    figure, axes = plt.subplots(figsize=(7, 4.5), dpi=150, layout="constrained")
     for (name, frontier), colour in zip(frontiers.items(), ("tab:grey", "tab:blue", "tab:green"), strict=False):
         uniform = [p for p in frontier.points if p.kind == "uniform"]
         best = frontier.best()

@@ -10,7 +10,7 @@ from flextron.api import ElasticModel, Texts
 from flextron.errors import FlextronError
 from flextron.files import write_json
 from flextron.training.router_recipe import RouterRecipe
-from flextron.workflows.elastify import Progress
+from flextron.workflows.elastify import Progress, check_own
 from flextron.workflows.figure import can_draw, draw_kinds
 
 __all__ = ["comparison_rows", "run_route", "run_route_tokens"]
@@ -39,6 +39,7 @@ def run_route(
     if picture is not None and not can_draw():
         raise FlextronError("drawing needs matplotlib; pip install matplotlib, or go without a picture")
     run_directory = directory.with_name(directory.name + ".route")
+    check_own(run_directory, ("losses.json", ".losses.json*"))
     with (
         progress("measuring latencies") as measure,
         progress("training the router") as training,
