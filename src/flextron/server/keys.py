@@ -51,7 +51,7 @@ _BOTH = [
     *_keys("openai", Does.SERVE, "model", "stream", "stream_options", "max_tokens", "temperature", "top_p", "seed"),
     *_keys("openai", Does.SERVE, "n", "stop", "logprobs"),
     *_keys("flextron", Does.SERVE, "flextron"),
-    *_keys("vllm", Does.SERVE, "ignore_eos"),
+    *_keys("vllm", Does.SERVE, "ignore_eos", "add_special_tokens"),
     *_keys("openai", Does.IGNORE, "user", "metadata", "store", "service_tier", "safety_identifier"),
     *_keys("openai", Does.IGNORE, "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "prediction"),
     *_refused(
@@ -170,7 +170,7 @@ _BOTH = [
 _COMPLETIONS = [
     *_keys("openai", Does.SERVE, "prompt", "best_of", "echo"),
     *_refused("openai", suffix=("",)),
-    *_refused("vllm", add_special_tokens=(True,), prompt_embeds=()),
+    *_refused("vllm", prompt_embeds=()),
     *_refused("llama-server", input_prefix=("",), input_suffix=("",), input_extra=([],)),
 ]
 
@@ -197,7 +197,6 @@ _CHAT = [
         echo=(False,),
         add_generation_prompt=(True,),
         continue_final_message=(False,),
-        add_special_tokens=(False,),
         documents=([],),
         chat_template=(),
         chat_template_kwargs=({},),
