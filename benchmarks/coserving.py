@@ -42,16 +42,16 @@ from benchmarks.harness import RESULTS, Figure, interleaved_seconds, median, rat
 from benchmarks.peft_memory import saved_by_peft, saved_by_windows
 from flextron.api import load
 from flextron.engine import CoServing
-from flextron.jobs.feeder import Feeder
-from flextron.jobs.hyperparameters import Hyperparameters
+from flextron.finetuning.hyperparameters import Hyperparameters
+from flextron.finetuning.layerwise import Finetuning
+from flextron.finetuning.lora import LoraTrainers
+from flextron.finetuning.packing import Example
+from flextron.finetuning.recompute import KEEPABLE
+from flextron.jobs.driver import Feeder
 from flextron.jobs.jobs import Jobs, JobsSettings
-from flextron.jobs.lora import LoraTrainers
 from flextron.model.adapter import Adapter
 from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
-from flextron.model.packing import Example
-from flextron.model.recompute import KEEPABLE
-from flextron.model.windowed import Finetuning
 from flextron.workflows.tiny import tiny_model
 
 __all__ = ["run"]

@@ -13,12 +13,12 @@ from pathlib import Path
 from flextron.bench.traces import read_trace, slice_trace
 from flextron.engine import CoServing, EngineCore, EngineSettings, Filler, StepOutput
 from flextron.engine import Sequence as Running
-from flextron.jobs.hyperparameters import Hyperparameters
-from flextron.jobs.lora import UPDATE, LoraTrainer, LoraTrainers
-from flextron.jobs.trainer import Example
+from flextron.finetuning.hyperparameters import Hyperparameters
+from flextron.finetuning.lora import UPDATE, LoraTrainer, LoraTrainers
+from flextron.finetuning.trainer import Example
+from flextron.generation.generate import SamplingParams
 from flextron.model.config import DecoderConfig
 from flextron.model.decoder import Decoder
-from flextron.model.generation import SamplingParams
 
 __all__ = [
     "SLO",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from flextron.model.checkpoint import stock_tensors
-from flextron.model.generation import SamplingParams, generate
-from tests.model.families_cases import (
+from flextron.checkpoints.huggingface import stock_tensors
+from flextron.generation.generate import SamplingParams, generate
+from tests.checkpoints.families_cases import (
     CASES,
     decoder_of,
     hf_greedy,

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from benchmarks import smollm2
+from flextron.kernels.decoder import Weights
+from flextron.kernels.quantization import GROUP, column_scales, quantize_groups, quantize_rows
 from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
-from flextron.model.native import Weights
-from flextron.model.quantization import GROUP, column_scales, quantize_groups, quantize_rows
 
 __all__ = ["perplexity"]
 

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from flextron.api import evaluation_text
 from flextron.api.texts import windows
-from flextron.model.checkpoint import load_decoder, open_pretrained, write_checkpoint
+from flextron.checkpoints.huggingface import load_decoder, open_pretrained, write_checkpoint
+from flextron.checkpoints.pretrained import Pretrained
 from flextron.model.decoder import Decoder
-from flextron.model.pretrained import Pretrained
 from flextron.workflows.demo import default_model
 
 __all__ = ["checkpoint", "decoder", "eval_windows", "peer", "pretrained", "sharded_checkpoint"]

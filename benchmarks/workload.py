@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from benchmarks import smollm2
 from flextron.engine import EngineCore, EngineSettings
+from flextron.generation.generate import SamplingParams
+from flextron.kernels.decoder import Weights
 from flextron.model.decoder import Decoder
-from flextron.model.generation import SamplingParams
-from flextron.model.native import Weights
 from flextron.spec import SubnetSpec
 
 __all__ = ["Decoding", "Request", "mixed_arrival", "offline", "requests"]

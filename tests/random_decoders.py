@@ -8,13 +8,13 @@ from copy import deepcopy
 import torch
 from torch import Tensor
 
+from flextron.checkpoints.families import config_from_hf
+from flextron.kernels.decoder import Weights
+from flextron.kernels.quantization import GROUP, column_scales, quantize_groups, quantize_rows
 from flextron.model.config import DecoderConfig
 from flextron.model.decoder import Decoder
-from flextron.model.families import config_from_hf
-from flextron.model.native import Weights
-from flextron.model.quantization import GROUP, column_scales, quantize_groups, quantize_rows
 from flextron.spec import LayerSpec, SubnetSpec
-from tests.model.families_cases import CASES
+from tests.checkpoints.families_cases import CASES
 
 
 def random_decoder(name: str) -> Decoder:

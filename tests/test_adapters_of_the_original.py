@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 
 import flextron
 from flextron import ElasticModel, Engine, SamplingParams
-from flextron.api.serving import named_adapters
 from flextron.errors import FlextronError
 from flextron.model.permutation import Permutation
-from tests.model.test_peft_layout import randomized
+from flextron.server.startup import named_adapters
+from tests.checkpoints.test_peft import randomized
 from tests.server.running import running
 from tests.tiny import make_tiny_llama
 

@@ -17,10 +17,10 @@ from flextron import ElasticModel, Engine, SamplingParams
 from flextron.api.texts import windows
 from flextron.cli.main import app
 from flextron.errors import FlextronError
-from flextron.jobs.dataset import read_dataset
-from flextron.jobs.hyperparameters import Hyperparameters
-from tests.model.families_cases import HEADS, SIZES, hf_logits, random_from, relative_error
-from tests.model.tokenizer_cases import BEGINNINGS, make_tokenizer
+from flextron.finetuning.dataset import read_dataset
+from flextron.finetuning.hyperparameters import Hyperparameters
+from tests.checkpoints.families_cases import HEADS, SIZES, hf_logits, random_from, relative_error
+from tests.generation.tokenizer_cases import BEGINNINGS, make_tokenizer
 from tests.server.running import running
 
 PROMPT = "Once upon a time"

@@ -16,15 +16,15 @@ import torch
 import yaml
 
 import flextron
+from flextron.checkpoints.families import config_from_hf
+from flextron.checkpoints.huggingface import load_decoder, open_pretrained
+from flextron.checkpoints.peft import read_adapter, write_adapter
+from flextron.checkpoints.peft_config import check_adapter_config
+from flextron.checkpoints.shards import find_shards
 from flextron.elastic.checkpoint import read_elastic
 from flextron.files import read_json
 from flextron.model.adapter import Adapter
 from flextron.model.bypass import Lora
-from flextron.model.checkpoint import load_decoder, open_pretrained
-from flextron.model.families import config_from_hf
-from flextron.model.peft_config import check_adapter_config
-from flextron.model.peft_layout import read_adapter, write_adapter
-from flextron.model.shards import find_shards
 from flextron.routing import Frontier, LatencyTable, StaticRouter
 from flextron.routing.sensitivity import Sensitivity
 from flextron.routing.token_router import TokenRouter
@@ -32,9 +32,9 @@ from flextron.spec import SearchSpace, SubnetSpec
 from flextron.training.state import RunDirectory
 from flextron.workflows.elastify import ElastifyRecipe, read_recipe
 from flextron.workflows.report import frontier_rows, summary
+from tests.checkpoints.families_cases import CASES, decoder_of, hf_config_of, random_model
+from tests.checkpoints.gguf.writing import fields_of, to_gguf, write_gguf
 from tests.damage import Watch, damaged, damaged_bytes, little_memory, written
-from tests.model.families_cases import CASES, decoder_of, hf_config_of, random_model
-from tests.model.gguf_writing import fields_of, to_gguf, write_gguf
 from tests.tiny import make_tiny_llama
 from tests.token_toy import opinionated_router
 from tests.toy import SPACE, TABLE

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from flextron import ElasticModel, Engine, FlextronError, SamplingParams, Target
+from flextron.checkpoints.peft import write_adapter
+from flextron.generation.generate import generate
+from flextron.kernels.decoder import Weights, why_not_native
 from flextron.model.adapter import Adapter
-from flextron.model.generation import generate
-from flextron.model.native import Weights, why_not_native
-from flextron.model.peft_layout import write_adapter
 from flextron.spec import SubnetSpec
 from tests.model.adapter_cases import merged, random_lora, randomize
 from tests.trained import trained_model

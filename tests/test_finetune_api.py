@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 
 import flextron
 from flextron import ElasticModel, FlextronError
-from flextron.jobs.dataset import read_dataset
-from flextron.jobs.hyperparameters import Hyperparameters
-from flextron.jobs.lora import LoraTrainer
-from flextron.jobs.trainer import StepMetrics
-from flextron.model.peft_layout import read_adapter
+from flextron.checkpoints.peft import read_adapter
+from flextron.finetuning.dataset import read_dataset
+from flextron.finetuning.hyperparameters import Hyperparameters
+from flextron.finetuning.lora import LoraTrainer
+from flextron.finetuning.trainer import StepMetrics
 from flextron.workflows.tiny import tiny_model
 from tests.jobs.making import jsonl
 from tests.jobs.scoring import score

@@ -18,7 +18,7 @@ from flextron.spec import LayerSpec, SearchSpace, SubnetSpec
 from flextron.training.blocks import TokenBlocks
 from flextron.training.recipe import TrainRecipe
 from flextron.workflows.elastify import StepCallback
-from tests.model.families_cases import VOCAB, decoder_of, random_model
+from tests.checkpoints.families_cases import VOCAB, decoder_of, random_model
 
 CONTEXT = 12
 

@@ -21,7 +21,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerBase
 
 from flextron.api.texts import needed
-from flextron.model.checkpoint import open_pretrained
+from flextron.checkpoints.huggingface import open_pretrained
 from flextron.workflows.demo import default_model
 
 __all__ = ["SOURCES", "Source", "heldout", "lines", "main"]

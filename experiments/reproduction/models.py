@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import torch
 
+from flextron.checkpoints.families import config_from_hf
 from flextron.model.decoder import Decoder
-from flextron.model.families import config_from_hf
 from flextron.model.layers import Contraction
 from flextron.spec import SubnetSpec
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import json
 import os
 import re
@@ -27,11 +28,14 @@ from flextron.errors import FlextronError
 __all__ = [
     "NoSpaceError",
     "checked",
+    "durable_directory",
+    "lock_directory",
     "naming_a_full_disk",
     "new_directory",
     "new_file",
     "read_json",
     "read_text",
+    "sync",
     "write_json",
 ]
 
@@ -219,3 +223,51 @@ def checked(kind: type[T], data: Any, what: str, remedy: str) -> T:
         # ascii: names in the file may be no text that a terminal takes
         said = said.encode("ascii", "backslashreplace").decode()
         raise FlextronError(f"{what} is malformed ({said}); {remedy}") from error
+
+
+@contextmanager
+def lock_directory(path: Path) -> Iterator[None]:
+    """Keep other processes out of a directory.
+
+    Raises:
+        FlextronError: another process has it, or it cannot be written.
+    """
+    try:
+        # not inherited: a child must not keep the directory when this process has ended
+        handle = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise FlextronError(f"the directory {path} cannot be used ({error.strerror}); choose another") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise FlextronError(
+                f"the directory {path} is in use by another process; give each one of its own"
+            ) from error
+        yield
+    finally:
+        os.close(handle)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a directory's list of names, is on the disk itself."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def durable_directory(path: Path) -> Iterator[Path]:
+    """A temporary directory that becomes `path`, whole, when the block ends well, and is then on the disk.
+
+    Raises:
+        FlextronError: the disk is full; what was at `path` before is still there.
+    """
+    with new_directory(path, overwrite=True) as temporary:
+        yield temporary
+        for written in temporary.rglob("*"):
+            sync(written)
+        sync(temporary)
+    sync(path.parent)

@@ -18,11 +18,11 @@ from openai import OpenAI
 
 from flextron import ElasticModel
 from flextron.api.remote import RemoteFinetuning
+from flextron.checkpoints.peft import write_adapter
 from flextron.errors import FlextronError
-from flextron.model.peft_layout import write_adapter
 from tests.cli import test_cli
 from tests.cli.test_cli import assert_refused
-from tests.jobs.lora_maker import LoraMaker
+from tests.finetuning.lora_maker import LoraMaker
 from tests.jobs.making import RECORDS, jsonl
 from tests.model.adapter_cases import random_lora
 from tests.server.running import wait_until

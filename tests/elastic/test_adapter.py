@@ -14,8 +14,8 @@ from flextron.elastic.adapter import ElasticAdapter, norm_parameters, sharing
 from flextron.elastic.sketch import check_sketch, sketch
 from flextron.errors import FlextronError
 from flextron.model.batch import Batch
+from tests.checkpoints.families_cases import CASES, random_model, random_tokens, stock
 from tests.model.adapter_cases import merged, randomize
-from tests.model.families_cases import CASES, random_model, random_tokens, stock
 from tests.random_decoders import random_decoder
 from tests.tiny import make_tiny_llama
 from tests.toy import prose

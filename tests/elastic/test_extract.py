@@ -9,7 +9,7 @@ from flextron.elastic import extract
 from flextron.errors import FlextronError
 from flextron.model.cost import num_parameters
 from flextron.spec import SubnetSpec
-from tests.model.families_cases import CASES, decoder_of, our_logits, random_model, random_tokens
+from tests.checkpoints.families_cases import CASES, decoder_of, our_logits, random_model, random_tokens
 
 WIDE = SubnetSpec.of([40, 24, 16], [2, 2, 1])
 NARROW = SubnetSpec.of([8, 24, 0], [1, 0, 1])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flextron.elastic.importance import rank, removal_order
-from tests.model.families_cases import decoder_of, hf_logits, random_model, random_tokens
+from tests.checkpoints.families_cases import decoder_of, hf_logits, random_model, random_tokens
 
 CASES = ["llama", "llama-3", "llama-mqa", "qwen3", "gpt2", "neox"]
 TOKENS = random_tokens(6, 16)  # more sequences than are run at once

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from flextron.checkpoints.huggingface import write_checkpoint
 from flextron.elastic import Importance, permute, rank
-from flextron.model.checkpoint import write_checkpoint
 from flextron.model.decoder import Decoder
 from flextron.spec import SubnetSpec
-from tests.model.families_cases import (
+from tests.checkpoints.families_cases import (
     CASES,
     decoder_of,
     hf_config_of,

@@ -13,19 +13,19 @@ import pytest
 import torch
 from peft import PeftModel
 
+from flextron.checkpoints.huggingface import write_checkpoint
+from flextron.checkpoints.peft import read_adapter, write_adapter
 from flextron.elastic.extract import extract
 from flextron.engine import EngineCore, Network, Sequence, Speculation
 from flextron.errors import FlextronError
+from flextron.generation.generate import SamplingParams, generate
 from flextron.model.adapter import Adapter
 from flextron.model.batch import Batch
-from flextron.model.checkpoint import write_checkpoint
 from flextron.model.config import DecoderConfig
-from flextron.model.generation import SamplingParams, generate
-from flextron.model.peft_layout import read_adapter, write_adapter
 from flextron.spec import SubnetSpec
+from tests.checkpoints.families_cases import decoder_of, hf_config_of, hf_greedy, random_model, random_tokens, stock
 from tests.engine.test_engine import DECODER, PATHS, SPECS, engine
 from tests.model.adapter_cases import merged, random_ia3, random_lora
-from tests.model.families_cases import decoder_of, hf_config_of, hf_greedy, random_model, random_tokens, stock
 from tests.model.test_token_routing import BySign, spec_of
 from tests.random_decoders import ragged_specs, random_decoder
 

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from flextron.engine import CoServing, EngineCore, EngineSettings, Filler, Sequence, StepOutput
 from flextron.errors import FlextronError
-from flextron.jobs.lora import LoraTrainer, LoraTrainers
-from flextron.jobs.trainer import StepMetrics
+from flextron.finetuning.lora import LoraTrainer, LoraTrainers
+from flextron.finetuning.trainer import StepMetrics
+from flextron.generation.generate import SamplingParams
 from flextron.model.decoder import Decoder
-from flextron.model.generation import SamplingParams
-from tests.jobs.test_lora import CHOSEN, examples
+from tests.finetuning.test_lora import CHOSEN, examples
 from tests.random_decoders import ragged_specs, random_decoder
 
 DECODER = random_decoder("llama")

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from flextron.engine import EngineCore, EngineSettings, FinishReason, Sequence
 from flextron.engine.runner import unit_bytes
 from flextron.errors import FlextronError
+from flextron.generation.generate import SamplingParams, generate
+from flextron.kernels.build import load_library
+from flextron.kernels.decoder import Weights
 from flextron.model.batch import Batch
-from flextron.model.compiled import load_library
 from flextron.model.decoder import Decoder
-from flextron.model.generation import SamplingParams, generate
-from flextron.model.native import Weights
 from flextron.spec import SubnetSpec
 from tests.random_decoders import ragged_specs, random_decoder, rounded_decoder
 

@@ -13,9 +13,9 @@ from flextron.engine import EngineCore, EngineSettings, FinishReason, Speculatio
 from flextron.engine.runner import unit_bytes
 from flextron.engine.speculation import Draft, verified
 from flextron.errors import FlextronError
-from flextron.model.compiled import load_library
-from flextron.model.generation import SamplingParams, generate
-from flextron.model.native import Weights
+from flextron.generation.generate import SamplingParams, generate
+from flextron.kernels.build import load_library
+from flextron.kernels.decoder import Weights
 from tests.engine.test_engine import DECODER, PAGE, PATHS, SPECS, engine, requests, serve
 from tests.random_decoders import ragged_specs, random_decoder
 

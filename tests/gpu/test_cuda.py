@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import flextron
+from flextron.generation.generate import SamplingParams, generate
 from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
-from flextron.model.generation import SamplingParams, generate
 from flextron.spec import SubnetSpec
 from flextron.training.trainer import train
-from tests.model.families_cases import random_tokens, relative_error
+from tests.checkpoints.families_cases import random_tokens, relative_error
 from tests.tiny import make_tiny_llama
 from tests.toy import SPACE, prose, toy_blocks, toy_decoder, toy_recipe
 

@@ -7,11 +7,11 @@ import copy
 import pytest
 import torch
 
+from flextron.generation.generate import SamplingParams, generate
 from flextron.model.batch import Batch
-from flextron.model.generation import SamplingParams, generate
 from flextron.training.token_recipe import TokenRouterRecipe
 from flextron.training.token_routing import train_token_router
-from tests.model.families_cases import random_tokens, relative_error
+from tests.checkpoints.families_cases import random_tokens, relative_error
 from tests.token_toy import STATIC, opinionated_router
 from tests.toy import TABLE, toy_blocks, toy_decoder
 

@@ -9,12 +9,12 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from flextron.jobs.hyperparameters import Hyperparameters
+from flextron.finetuning.hyperparameters import Hyperparameters
+from flextron.finetuning.trainer import MakeTrainer
 from flextron.jobs.jobs import Jobs, JobsSettings
 from flextron.jobs.records import Job, Status
-from flextron.jobs.trainer import MakeTrainer
 from flextron.workflows.tiny import tiny_model
-from tests.jobs.bigram import BigramMaker
+from tests.finetuning.bigram import BigramMaker
 from tests.server.running import wait_until
 
 __all__ = ["CHAT_TEMPLATE", "CONTEXT", "RECORDS", "jsonl", "new_jobs", "settled", "tokenizer", "upload"]

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from flextron.jobs import preparer
+from flextron.jobs import loader as preparer
 from flextron.jobs.jobs import Jobs
 from flextron.jobs.records import Status
-from flextron.jobs.run import Run
-from tests.jobs.bigram import BigramMaker
+from flextron.jobs.running_job import Run
+from tests.finetuning.bigram import BigramMaker
 from tests.jobs.making import RECORDS, new_jobs, settled, upload
 from tests.server.running import wait_until
 

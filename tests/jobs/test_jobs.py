@@ -17,14 +17,14 @@ import torch
 from safetensors.torch import load_file
 
 from flextron.errors import FlextronError
-from flextron.jobs.dataset import read_dataset
-from flextron.jobs.feeder import Feeder
-from flextron.jobs.hyperparameters import Hyperparameters
+from flextron.finetuning.dataset import read_dataset
+from flextron.finetuning.hyperparameters import Hyperparameters
+from flextron.finetuning.trainer import StepMetrics
+from flextron.jobs.database import UnknownIdError
+from flextron.jobs.driver import Feeder
 from flextron.jobs.jobs import Jobs
 from flextron.jobs.records import Checkpoint, Job, Status
-from flextron.jobs.store import UnknownIdError
-from flextron.jobs.trainer import StepMetrics
-from tests.jobs.bigram import BigramMaker, is_whole, train_alone
+from tests.finetuning.bigram import BigramMaker, is_whole, train_alone
 from tests.jobs.making import CONTEXT, RECORDS, jsonl, new_jobs, settled, tokenizer, upload
 from tests.server.running import wait_until
 

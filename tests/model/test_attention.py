@@ -12,13 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from flextron.checkpoints.families import config_from_hf
 from flextron.errors import FlextronError
 from flextron.model.attention import CachedAttention, CausalAttention
 from flextron.model.batch import Batch
 from flextron.model.config import DecoderConfig
-from flextron.model.families import config_from_hf
 from flextron.spec import SubnetSpec
-from tests.model.families_cases import CASES, decoder_of, hf_config_of, random_model, random_tokens, relative_error
+from tests.checkpoints.families_cases import (
+    CASES,
+    decoder_of,
+    hf_config_of,
+    random_model,
+    random_tokens,
+    relative_error,
+)
 
 HEAD_DIM = 8
 WINDOWS = [None, 1, 3, 5, 100]

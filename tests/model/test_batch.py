@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flextron.model.batch import Batch, Segment
 from flextron.spec import SubnetSpec
-from tests.model.families_cases import CASES, decoder_of, random_model, random_tokens, relative_error
+from tests.checkpoints.families_cases import CASES, decoder_of, random_model, random_tokens, relative_error
 
 LENGTHS = (7, 3, 7, 11, 1, 5)
 

@@ -12,8 +12,8 @@ from flextron.model.attention import CachedAttention
 from flextron.model.batch import Batch, Segment, TokenChoice
 from flextron.model.decoder import Decoder
 from flextron.spec import SubnetSpec
+from tests.checkpoints.families_cases import CASES, random_tokens, relative_error
 from tests.model.adapter_cases import merged, random_ia3, random_lora, targets_of
-from tests.model.families_cases import CASES, random_tokens, relative_error
 from tests.random_decoders import ragged_specs, random_decoder
 
 LENGTHS = (5, 3, 7, 4, 6, 1)

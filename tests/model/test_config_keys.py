@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 
+from flextron.checkpoints.families import FAMILIES, config_from_hf
+from flextron.checkpoints.huggingface import load_decoder, open_pretrained
 from flextron.errors import FlextronError, UnsupportedModelError
-from flextron.model.checkpoint import load_decoder, open_pretrained
-from flextron.model.families import FAMILIES, config_from_hf
-from tests.model.families_cases import (
+from tests.checkpoints.families_cases import (
     CASES,
     HEADS,
     LLAMA3,

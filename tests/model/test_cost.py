@@ -18,7 +18,7 @@ from flextron.model.cost import (
 )
 from flextron.model.decoder import Decoder
 from flextron.spec import SubnetSpec
-from tests.model.families_cases import CASES, decoder_of, random_model, random_tokens
+from tests.checkpoints.families_cases import CASES, decoder_of, random_model, random_tokens
 
 
 def specs_for(decoder: Decoder) -> list[SubnetSpec]:

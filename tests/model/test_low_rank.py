@@ -12,8 +12,8 @@ from flextron.model.batch import Batch
 from flextron.model.bypass import Bypasses, Lora, Shape
 from flextron.model.low_rank import SharedLora
 from flextron.model.nested import Contraction, Layout
+from tests.checkpoints.families_cases import CASES, random_tokens
 from tests.model.adapter_cases import random_lora
-from tests.model.families_cases import CASES, random_tokens
 from tests.random_decoders import ragged_specs, random_decoder
 
 

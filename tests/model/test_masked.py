@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from flextron.checkpoints.huggingface import load_decoder, open_pretrained, write_checkpoint
 from flextron.elastic import extract
 from flextron.errors import FlextronError
-from flextron.model.checkpoint import load_decoder, open_pretrained, write_checkpoint
 from flextron.model.config import DecoderConfig
 from flextron.spec import SubnetSpec
-from tests.model.families_cases import (
+from tests.checkpoints.families_cases import (
     CASES,
     decoder_of,
     hf_config_of,

@@ -7,7 +7,7 @@ import torch
 
 from flextron.errors import FlextronError
 from flextron.model.permutation import Permutation
-from tests.model.families_cases import decoder_of, random_model
+from tests.checkpoints.families_cases import decoder_of, random_model
 
 
 def shuffled(case: str, seed: int = 0) -> Permutation:

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from flextron.model.checkpoint import load_decoder, open_pretrained, write_checkpoint
-from tests.model.families_cases import (
+from flextron.checkpoints.huggingface import load_decoder, open_pretrained, write_checkpoint
+from tests.checkpoints.families_cases import (
     CASES,
     hf_logits,
     our_logits,

@@ -12,17 +12,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flextron.errors import FlextronError
+from flextron.generation.generate import SamplingParams, generate
 from flextron.model.attention import CachedAttention, CausalAttention
 from flextron.model.batch import Batch, Segment
 from flextron.model.config import DecoderConfig
 from flextron.model.decoder import Decoder
-from flextron.model.generation import SamplingParams, generate
 from flextron.model.layers import ACTIVATIONS, Layer, rotary_tables
 from flextron.model.nested import Layout
 from flextron.model.scoring import mean_loss
 from flextron.model.token_layout import TokenLayout
 from flextron.spec import SubnetSpec
-from tests.model.families_cases import decoder_of, random_model, random_tokens, relative_error
+from tests.checkpoints.families_cases import decoder_of, random_model, random_tokens, relative_error
 
 CHOICES = torch.tensor([0, 8, 24, 40])
 FAMILIES = ["llama", "llama-3", "llama-mqa", "gpt2", "neox"]

@@ -96,7 +96,7 @@ def test_a_probe_runs_one_decode_step_of_the_stated_network(spec: SubnetSpec, mo
         return hidden
 
     monkeypatch.setattr(Decoder, "forward", recorded)
-    monkeypatch.setattr("flextron.model.decoding.why_not_native", lambda _: "this test looks into the operators")
+    monkeypatch.setattr("flextron.generation.decoding.why_not_native", lambda _: "this test looks into the operators")
     times = step_latencies_ms(decoder, [spec], batch_size=3, context=20, repeats=2)
     assert len(times) == 1
     assert times[0] > 0

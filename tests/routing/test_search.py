@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from flextron.model.cost import num_parameters
 from flextron.routing import Frontier, SearchSettings, search_frontier
-from tests.model.families_cases import random_tokens
+from tests.checkpoints.families_cases import random_tokens
 from tests.toy import SPACE, TABLE, segment_logits, synthetic_ms, toy_decoder
 
 CALIBRATION, VALIDATION = random_tokens(2, 10, seed=1), random_tokens(6, 10, seed=2)

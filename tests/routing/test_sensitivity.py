@@ -13,7 +13,7 @@ from flextron.model.decoder import Decoder
 from flextron.model.layers import Layer, rotary_tables
 from flextron.routing.sensitivity import Sensitivity, measure_sensitivity
 from flextron.spec import SearchSpace, SubnetSpec
-from tests.model.families_cases import random_tokens
+from tests.checkpoints.families_cases import random_tokens
 from tests.toy import toy_decoder
 
 TOKENS = random_tokens(3, 11)

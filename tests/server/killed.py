@@ -17,7 +17,7 @@ import openai
 from openai import OpenAI
 
 from flextron.jobs.records import Checkpoint
-from tests.jobs.bigram import is_whole
+from tests.finetuning.bigram import is_whole
 from tests.jobs.making import jsonl
 from tests.server.running import KEY
 from tests.server.tuning import chat_model, tuning

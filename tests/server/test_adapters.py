@@ -16,13 +16,13 @@ from openai import OpenAI
 
 import flextron
 from flextron import ElasticModel, FlextronError
-from flextron.jobs.lora import LoraTrainers
+from flextron.checkpoints.peft import write_adapter
+from flextron.finetuning.lora import LoraTrainers
 from flextron.jobs.records import Checkpoint
 from flextron.model.adapter import Adapter
-from flextron.model.peft_layout import write_adapter
 from flextron.server.adapters import AdapterNames, LoadedAdapters, NamedAdapter, adapter_reader
 from flextron.server.errors import ApiError
-from tests.jobs.lora_maker import LoraMaker
+from tests.finetuning.lora_maker import LoraMaker
 from tests.model.adapter_cases import merged, random_ia3, random_lora
 from tests.server.running import running, wait_until
 from tests.server.test_refusals import assert_refused

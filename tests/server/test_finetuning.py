@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from flextron import ElasticModel
-from flextron.jobs.dataset import read_dataset
-from flextron.jobs.hyperparameters import Hyperparameters
-from flextron.jobs.lora import LoraTrainer, LoraTrainers
-from flextron.model.peft_layout import read_adapter
-from tests.jobs.bigram import BigramMaker, is_whole
+from flextron.checkpoints.peft import read_adapter
+from flextron.finetuning.dataset import read_dataset
+from flextron.finetuning.hyperparameters import Hyperparameters
+from flextron.finetuning.lora import LoraTrainer, LoraTrainers
+from tests.finetuning.bigram import BigramMaker, is_whole
 from tests.jobs.making import RECORDS, jsonl
 from tests.jobs.scoring import score
 from tests.server.test_openapi import check_operations

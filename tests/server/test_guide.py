@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from flextron import ElasticModel
-from flextron.jobs.hyperparameters import Hyperparameters
-from flextron.jobs.lora import LoraTrainers
+from flextron.finetuning.hyperparameters import Hyperparameters
+from flextron.finetuning.lora import LoraTrainers
 from tests.server.running import Running
 from tests.server.tuning import tuning
 

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from flextron.jobs.templates import ChatTemplate
+from flextron.generation.templates import ChatTemplate
 from tests.jobs.making import RECORDS, jsonl
 from tests.server.running import Running, running
 from tests.server.test_refusals import GOOD, assert_refused

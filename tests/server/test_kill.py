@@ -15,10 +15,10 @@ import torch
 from openai import OpenAI
 from safetensors.torch import load_file
 
-from flextron.jobs.dataset import read_dataset
-from flextron.jobs.hyperparameters import Hyperparameters
-from flextron.jobs.trainer import Example
-from tests.jobs.bigram import BigramMaker
+from flextron.finetuning.dataset import read_dataset
+from flextron.finetuning.hyperparameters import Hyperparameters
+from flextron.finetuning.trainer import Example
+from tests.finetuning.bigram import BigramMaker
 from tests.jobs.making import CONTEXT, tokenizer
 from tests.server.killed import Books, Child
 from tests.server.running import wait_until

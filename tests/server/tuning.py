@@ -11,11 +11,11 @@ from typing import Any
 from openai import OpenAI
 
 from flextron import ElasticModel
+from flextron.finetuning.trainer import MakeTrainer
 from flextron.jobs.jobs import Jobs, OnAdapter
 from flextron.jobs.records import Checkpoint
-from flextron.jobs.trainer import MakeTrainer
 from flextron.server.adapters import AdapterNames
-from tests.jobs.bigram import BigramMaker
+from tests.finetuning.bigram import BigramMaker
 from tests.jobs.making import CHAT_TEMPLATE, RECORDS, jsonl, new_jobs
 from tests.server.running import Running, running, wait_until
 

@@ -13,7 +13,7 @@ from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
 from flextron.spec import SubnetSpec
 from flextron.training.objective import Objective, TeacherStates
-from tests.model.families_cases import random_tokens
+from tests.checkpoints.families_cases import random_tokens
 from tests.toy import SPACE, segment_logits, toy_decoder, toy_recipe
 
 TOKENS = random_tokens(5, 9)

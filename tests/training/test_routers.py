@@ -23,7 +23,7 @@ from flextron.training.blocks import TokenBlocks
 from flextron.training.router_recipe import RouterRecipe
 from flextron.training.routers import JointRouting, RouterResult, latency_loss, train_static_router
 from flextron.training.trainer import train
-from tests.model.families_cases import VOCAB, random_tokens
+from tests.checkpoints.families_cases import VOCAB, random_tokens
 from tests.toy import CONTEXT, SPACE, TABLE, toy_blocks, toy_decoder, toy_recipe, weights_of
 
 

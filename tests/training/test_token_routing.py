@@ -22,7 +22,7 @@ from flextron.training.token_costs import token_costs
 from flextron.training.token_joint import JointStage, SampledRouter
 from flextron.training.token_recipe import TokenRouterRecipe
 from flextron.training.token_routing import TokenRouterResult, routed_kl, train_token_router
-from tests.model.families_cases import random_tokens
+from tests.checkpoints.families_cases import random_tokens
 from tests.token_toy import HIDDEN, STATIC, opinionated_router
 from tests.toy import SPACE, TABLE, same_weights, synthetic_ms, toy_blocks, toy_decoder, weights_of
 

@@ -1,6 +1,7 @@
 """The Python face of the package; thin over the floors below."""
 
-from flextron.api.convert import convert, load
+from flextron.api.checkpoint import load
+from flextron.api.convert import convert
 from flextron.api.dense import DenseModel
 from flextron.api.engine import Completion, Engine
 from flextron.api.finetuning import FinetuneResult, finetune

@@ -10,14 +10,14 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from flextron.api.texts import check_prompt, needed
+from flextron.checkpoints.generation_config import GenerationDefaults, generation_defaults
+from flextron.checkpoints.huggingface import write_checkpoint
 from flextron.files import new_directory
+from flextron.generation.detokenize import continuation
+from flextron.generation.encoding import encode
+from flextron.generation.generate import SamplingParams, generate
 from flextron.model.batch import TokenChoice
-from flextron.model.checkpoint import write_checkpoint
 from flextron.model.decoder import Decoder
-from flextron.model.detokenize import continuation
-from flextron.model.encoding import encode
-from flextron.model.generation import SamplingParams, generate
-from flextron.model.generation_config import GenerationDefaults, generation_defaults
 from flextron.spec import SubnetSpec
 
 __all__ = ["DenseModel", "Generates"]

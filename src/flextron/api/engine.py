@@ -9,19 +9,19 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from flextron.api.convert import load
+from flextron.api.checkpoint import load
 from flextron.api.model import ElasticModel
 from flextron.api.texts import needed
+from flextron.checkpoints.peft import read_adapter
 from flextron.engine import EngineCore, EngineSettings, FinishReason, Logprobs, Network, Speculation
 from flextron.engine import Sequence as Running
+from flextron.engine.output import Answer
 from flextron.errors import FlextronError
+from flextron.generation.encoding import encode
+from flextron.generation.generate import SamplingParams
+from flextron.kernels.decoder import Weights
 from flextron.model.adapter import Adapter
-from flextron.model.encoding import encode
-from flextron.model.generation import SamplingParams
-from flextron.model.native import Weights
-from flextron.model.peft_layout import read_adapter
 from flextron.routing.token_router import PricedRouter
-from flextron.server.answer import Answer
 from flextron.spec import SubnetSpec, Target
 
 __all__ = ["Completion", "Engine", "speculation_of"]

@@ -14,18 +14,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flextron.api.convert import load
+from flextron.api.checkpoint import load
 from flextron.api.model import ElasticModel
 from flextron.api.texts import needed
+from flextron.checkpoints.origin import PermutedFrom
 from flextron.errors import FlextronError
-from flextron.files import checked, read_json, write_json
+from flextron.files import checked, durable_directory, lock_directory, read_json, write_json
+from flextron.finetuning.dataset import Dataset, DatasetError, read_dataset
+from flextron.finetuning.hyperparameters import Hyperparameters
+from flextron.finetuning.lora import LoraTrainers
+from flextron.finetuning.trainer import StepMetrics, Trainer
 from flextron.interrupts import Interrupted, held_interrupts
-from flextron.jobs.dataset import Dataset, DatasetError, read_dataset
-from flextron.jobs.directory import durable_directory, lock_directory
-from flextron.jobs.hyperparameters import Hyperparameters
-from flextron.jobs.lora import LoraTrainers
-from flextron.jobs.trainer import StepMetrics, Trainer
-from flextron.model.origin import PermutedFrom
 from flextron.spec import SubnetSpec, Target
 
 __all__ = ["FIGURES_FILE", "FinetuneResult", "finetune"]

@@ -16,14 +16,14 @@ from flextron.api.measured import MeasuredModel
 from flextron.api.routing import TOKEN_TARGETS, OnProgress, route, route_tokens
 from flextron.api.texts import Texts, check_prompt
 from flextron.api.training import train_model
+from flextron.checkpoints.origin import PermutedFrom
 from flextron.elastic import extract, write_elastic
 from flextron.elastic.adapter import ElasticAdapter
 from flextron.elastic.adapter_file import Bits, write_adapter
 from flextron.elastic.checkpoint import write_tensors
 from flextron.errors import FlextronError
 from flextron.files import new_file, write_json
-from flextron.model.generation import SamplingParams
-from flextron.model.origin import PermutedFrom
+from flextron.generation.generate import SamplingParams
 from flextron.routing import StaticRouter
 from flextron.routing.losses import KnownLosses
 from flextron.routing.token_router import PricedRouter, TokenRouter

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from flextron.errors import FlextronError
-from flextron.model.encoding import beginning
+from flextron.generation.encoding import beginning
 from flextron.training.blocks import pack_tokens
 from flextron.training.documents import read_documents
 from flextron.training.machine_text import drop_overlaps, pydoc_topics, python_docstrings

@@ -13,10 +13,10 @@ import torch
 
 from flextron.api.packaged import checkpoint_at
 from flextron.api.texts import Texts, documents, needed, source_name, training_text
+from flextron.checkpoints.huggingface import load_decoder, open_pretrained
 from flextron.elastic.adapter import ElasticAdapter, sharing
 from flextron.errors import FlextronError
 from flextron.model.adapter import Adapter
-from flextron.model.checkpoint import load_decoder, open_pretrained
 from flextron.model.decoder import Decoder
 from flextron.spec import SubnetSpec
 from flextron.training.blocks import TokenBlocks, pack_tokens

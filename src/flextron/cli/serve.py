@@ -14,7 +14,7 @@ from flextron.cli.console import message
 from flextron.engine import EngineSettings
 from flextron.errors import FlextronError
 from flextron.jobs.jobs import JobsSettings
-from flextron.model.native import Weights
+from flextron.kernels.decoder import Weights
 
 __all__ = ["serve"]
 
@@ -67,12 +67,12 @@ def serve(
 ) -> None:
     """Serve a model over HTTP as OpenAI does; the sub-network is chosen request by request."""
     try:
-        from flextron.api.serving import missing_measurements, named_adapters, open_jobs
         from flextron.server.app import create_app
         from flextron.server.browsers import is_loopback
         from flextron.server.run import listen
         from flextron.server.run import serve as run
         from flextron.server.settings import ServerSettings
+        from flextron.server.startup import missing_measurements, named_adapters, open_jobs
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in _EXTRA:
             raise

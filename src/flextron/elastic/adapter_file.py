@@ -18,10 +18,10 @@ from flextron.elastic.adapter import ElasticAdapter, norm_parameters
 from flextron.elastic.checkpoint import ElasticInfo, read_elastic, read_tensors, write_tensors
 from flextron.errors import FlextronError
 from flextron.files import checked, new_directory, read_json, write_json
+from flextron.kernels.quantization import quantize_rows
 from flextron.model.adapter import Adapter
 from flextron.model.decoder import Decoder
 from flextron.model.permutation import Permutation
-from flextron.model.quantization import quantize_rows
 
 __all__ = ["Bits", "StoredAdapter", "is_adapter", "read_adapter", "write_adapter"]
 

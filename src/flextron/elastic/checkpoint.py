@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from flextron.checkpoints.huggingface import write_checkpoint
+from flextron.checkpoints.origin import write_origin
 from flextron.errors import FlextronError
 from flextron.files import checked, new_directory, new_file, read_json, write_json
-from flextron.model.checkpoint import write_checkpoint
 from flextron.model.decoder import Decoder
-from flextron.model.origin import write_origin
 from flextron.spec import SearchSpace
 
 __all__ = ["FORMAT_VERSION", "ElasticInfo", "read_elastic", "read_tensors", "write_elastic", "write_tensors"]

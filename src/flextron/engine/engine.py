@@ -22,11 +22,11 @@ from flextron.engine.scheduler import Scheduler
 from flextron.engine.sequence import Chunk, FinishReason, Network, Sequence
 from flextron.engine.speculation import Speculation, Speculator, verified
 from flextron.errors import FlextronError
+from flextron.generation.generate import SamplingParams, sample
+from flextron.kernels.decoder import Weights
 from flextron.model.adapter import Adapter
 from flextron.model.batch import Segment, TokenChoice
 from flextron.model.decoder import Decoder
-from flextron.model.generation import SamplingParams, sample
-from flextron.model.native import Weights
 from flextron.spec import SubnetSpec
 
 __all__ = ["EngineCore", "EngineSettings", "Logprobs", "StepOutput"]

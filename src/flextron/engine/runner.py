@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from flextron.engine.sequence import Chunk, Network
+from flextron.generation.decoding import unit_offsets
+from flextron.kernels.adapters import NativeAdapter, why_adapter_not_native
+from flextron.kernels.decoder import NativeStep, Weights, why_not_native
 from flextron.model.adapter import Adapter
 from flextron.model.attention import sdpa, window_mask
 from flextron.model.batch import Batch, TokenChoice
 from flextron.model.config import DecoderConfig
 from flextron.model.decoder import Decoder
-from flextron.model.decoding import unit_offsets
-from flextron.model.native import NativeStep, Weights, why_not_native
-from flextron.model.native_adapter import NativeAdapter, why_adapter_not_native
 from flextron.spec import SubnetSpec
 
 __all__ = ["PagedAttention", "Runner", "make_network", "nested_network", "unit_bytes"]

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from flextron.engine.pages import Page
+from flextron.generation.generate import SamplingParams
 from flextron.model.adapter import Adapter
 from flextron.model.batch import TokenChoice
-from flextron.model.generation import SamplingParams
 from flextron.spec import SubnetSpec
 
 __all__ = ["Chunk", "FinishReason", "Network", "Sequence"]

@@ -25,9 +25,9 @@ from flextron.engine.scheduler import Scheduler
 from flextron.engine.sequence import Chunk, Network, Sequence
 from flextron.engine.timing import TimeLine
 from flextron.errors import FlextronError
+from flextron.generation.generate import SamplingParams, most_likely, probabilities, sample
+from flextron.kernels.decoder import Weights
 from flextron.model.adapter import Adapter
-from flextron.model.generation import SamplingParams, most_likely, probabilities, sample
-from flextron.model.native import Weights
 from flextron.spec import SubnetSpec
 
 __all__ = ["Draft", "Speculation", "Speculator", "verified"]

@@ -1,18 +1,16 @@
-"""The state directory: who may use it, what lies where, and how files get there so that they stay."""
+"""The state directory: who may use it, and what lies where."""
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
-from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection
+from contextlib import ExitStack
 from pathlib import Path
 
 from flextron.errors import FlextronError
-from flextron.files import new_directory
+from flextron.files import lock_directory
 
-__all__ = ["StateDirectory", "durable_directory", "lock_directory", "sync"]
+__all__ = ["StateDirectory"]
 
 
 class StateDirectory:
@@ -80,51 +78,3 @@ class StateDirectory:
                     shutil.rmtree(left)
                 else:
                     left.unlink()
-
-
-@contextmanager
-def lock_directory(path: Path) -> Iterator[None]:
-    """Keep other processes out of a directory.
-
-    Raises:
-        FlextronError: another process has it, or it cannot be written.
-    """
-    try:
-        # not inherited: a child must not keep the directory when this process has ended
-        handle = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise FlextronError(f"the directory {path} cannot be used ({error.strerror}); choose another") from error
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise FlextronError(
-                f"the directory {path} is in use by another process; give each one of its own"
-            ) from error
-        yield
-    finally:
-        os.close(handle)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or a directory's list of names, is on the disk itself."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def durable_directory(path: Path) -> Iterator[Path]:
-    """A temporary directory that becomes `path`, whole, when the block ends well, and is then on the disk.
-
-    Raises:
-        FlextronError: the disk is full; what was at `path` before is still there.
-    """
-    with new_directory(path, overwrite=True) as temporary:
-        yield temporary
-        for written in temporary.rglob("*"):
-            sync(written)
-        sync(temporary)
-    sync(path.parent)

@@ -12,14 +12,14 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from flextron.errors import FlextronError
+from flextron.finetuning.hyperparameters import Hyperparameters
+from flextron.finetuning.trainer import MakeTrainer
 from flextron.jobs.attempts import Attempts
+from flextron.jobs.database import Store
 from flextron.jobs.directory import StateDirectory
-from flextron.jobs.hyperparameters import Hyperparameters
-from flextron.jobs.journal import Journal
-from flextron.jobs.preparer import Preparer
+from flextron.jobs.loader import Preparer
 from flextron.jobs.records import ALIVE, Checkpoint, Job, Status
-from flextron.jobs.store import Store
-from flextron.jobs.trainer import MakeTrainer
+from flextron.jobs.repository import Journal
 from flextron.jobs.turns import Turns
 from flextron.jobs.uploads import Uploads
 

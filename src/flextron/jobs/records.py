@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from flextron.jobs.hyperparameters import Hyperparameters
+from flextron.finetuning.hyperparameters import Hyperparameters
 
 __all__ = ["ALIVE", "ENDED", "Checkpoint", "Event", "File", "Job", "JobError", "Status", "new_id"]
 

@@ -13,14 +13,14 @@ from collections.abc import Callable
 
 from flextron.errors import FlextronError
 from flextron.files import NoSpaceError
+from flextron.finetuning.trainer import MakeTrainer, StepMetrics
 from flextron.jobs.attempts import Attempts
 from flextron.jobs.directory import StateDirectory
-from flextron.jobs.journal import Journal
-from flextron.jobs.preparer import Preparer
+from flextron.jobs.loader import Preparer
 from flextron.jobs.records import ALIVE, ENDED, Status
-from flextron.jobs.run import Run
+from flextron.jobs.repository import Journal
+from flextron.jobs.running_job import Run
 from flextron.jobs.shares import Shares
-from flextron.jobs.trainer import MakeTrainer, StepMetrics
 from flextron.jobs.uploads import Uploads
 
 __all__ = ["Turns"]

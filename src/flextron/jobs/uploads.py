@@ -9,10 +9,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from flextron.errors import FlextronError
-from flextron.files import new_file
-from flextron.jobs.directory import StateDirectory, sync
+from flextron.files import new_file, sync
+from flextron.jobs.database import Store
+from flextron.jobs.directory import StateDirectory
 from flextron.jobs.records import ENDED, File, new_id
-from flextron.jobs.store import Store
 
 __all__ = ["FINE_TUNE", "RESULTS", "Uploads", "insert_file"]
 

@@ -30,7 +30,7 @@ class Rope:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Origin:
-    """Where weights come from that are another checkpoint's in another order; see `flextron.model.origin`."""
+    """Where weights come from that are another checkpoint's in another order; see `flextron.checkpoints.origin`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +38,7 @@ class DecoderConfig:
     """Shape and family traits of a decoder. Field names are Hugging Face's where it has one."""
 
     family: str
-    """Key into `flextron.model.families.FAMILIES`."""
+    """Key into `flextron.checkpoints.families.FAMILIES`."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int

@@ -34,7 +34,7 @@ class Decoder(nn.Module):
         self.widths = widths or config.full_spec
         self.gradient_checkpointing = False
         self.num_ranks = 1
-        """Processes that share its weights; more than 1 for a shard (`flextron.model.parallel`)."""
+        """Processes that share its weights; more than 1 for a shard (`flextron.parallel.tensor`)."""
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.rope is None:
             self.positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)

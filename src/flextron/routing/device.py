@@ -1,4 +1,4 @@
-"""Names for the device at hand: latencies measured on one hold on no other."""
+"""The device at hand, and a name for it: latencies measured on one hold on no other."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["device_fingerprint"]
+__all__ = ["default_device", "device_fingerprint"]
+
+
+def default_device() -> torch.device:
+    """A GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _cpu_name() -> str:

@@ -19,10 +19,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from flextron.errors import FlextronError
 from flextron.files import checked
+from flextron.generation.decoding import Steps
 from flextron.model.config import DecoderConfig
 from flextron.model.cost import block_parameters, layer_parameters
 from flextron.model.decoder import Decoder
-from flextron.model.decoding import Steps
 from flextron.routing.device import device_fingerprint
 from flextron.spec import LayerSpec, SearchSpace, SubnetSpec
 

@@ -16,11 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from flextron.checkpoints.peft import read_adapter
 from flextron.errors import FlextronError
 from flextron.jobs.records import Checkpoint
 from flextron.model.adapter import Adapter
 from flextron.model.decoder import Decoder
-from flextron.model.peft_layout import read_adapter
 from flextron.server.errors import ApiError, not_found
 
 __all__ = ["AdapterNames", "LoadedAdapters", "NamedAdapter", "adapter_reader", "is_word"]

@@ -17,8 +17,8 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from flextron.engine import EngineSettings
 from flextron.errors import FlextronError
 from flextron.files import NoSpaceError
+from flextron.jobs.database import UnknownIdError
 from flextron.jobs.jobs import Jobs
-from flextron.jobs.store import UnknownIdError
 from flextron.server.adapters import AdapterNames
 from flextron.server.bodies import ChatBody, CompletionBody
 from flextron.server.chat import chat

@@ -6,8 +6,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from flextron.model.generation import SamplingParams
-from flextron.model.generation_config import GenerationDefaults
+from flextron.checkpoints.generation_config import GenerationDefaults
+from flextron.generation.generate import SamplingParams
 from flextron.server.keys import check_keys
 from flextron.server.messages import check_messages
 

@@ -7,10 +7,10 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from flextron.jobs.templates import ChatTemplate, TemplateError
+from flextron.generation.templates import ChatTemplate, TemplateError
 from flextron.server.bodies import ChatBody
 from flextron.server.errors import bad_request
-from flextron.server.generation import Piece, respond
+from flextron.server.responses import Piece, respond
 from flextron.server.service import Service
 from flextron.server.tokens import TokenNames
 

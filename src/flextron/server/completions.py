@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from flextron.server.bodies import CompletionBody
-from flextron.server.generation import Piece, respond
+from flextron.server.responses import Piece, respond
 from flextron.server.service import Service
 from flextron.server.tokens import TokenNames
 

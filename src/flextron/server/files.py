@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 
 from flextron.files import naming_a_full_disk
-from flextron.jobs.dataset import MOST_LINE_BYTES
+from flextron.finetuning.dataset import MOST_LINE_BYTES
 from flextron.jobs.records import File
 from flextron.jobs.uploads import FINE_TUNE, Uploads
 from flextron.server.errors import ApiError, bad_request, too_slow

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from flextron.jobs.hyperparameters import Hyperparameters
+from flextron.finetuning.hyperparameters import Hyperparameters
 from flextron.jobs.jobs import Jobs
 from flextron.jobs.records import Checkpoint, Event, Job
 from flextron.server.errors import bad_request, not_found

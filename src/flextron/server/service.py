@@ -7,14 +7,14 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from flextron.checkpoints.generation_config import generation_defaults
 from flextron.engine import CoServing, EngineCore, EngineSettings, Filler
 from flextron.engine.runner import make_network
 from flextron.errors import FlextronError
-from flextron.jobs.feeder import Feeder
+from flextron.generation.encoding import encode
+from flextron.generation.templates import ChatTemplate
+from flextron.jobs.driver import Feeder
 from flextron.jobs.jobs import Jobs
-from flextron.jobs.templates import ChatTemplate
-from flextron.model.encoding import encode
-from flextron.model.generation_config import generation_defaults
 from flextron.server.adapters import AdapterNames, LoadedAdapters, NamedAdapter, adapter_reader
 from flextron.server.adaptive import WINDOW_SECONDS, Adaptive, Objective
 from flextron.server.bodies import GenerationBody

@@ -6,10 +6,10 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
+from flextron.engine.output import Delta
 from flextron.errors import FlextronError
 from flextron.server.adapters import NamedAdapter
 from flextron.server.adaptive import Adaptive
-from flextron.server.answer import Delta
 from flextron.server.errors import ApiError, bad_request, engine_died
 from flextron.server.metrics import Metrics
 from flextron.server.targets import Choice

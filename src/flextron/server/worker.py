@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerBase
 
 from flextron.engine import EngineCore, Filler
 from flextron.engine import Sequence as Running
+from flextron.engine.output import Answer, Delta
 from flextron.errors import FlextronError
+from flextron.generation.generate import SamplingParams
 from flextron.model.adapter import Adapter
-from flextron.model.generation import SamplingParams
 from flextron.routing.token_router import PricedRouter
-from flextron.server.answer import Answer, Delta
 from flextron.spec import SubnetSpec
 
 __all__ = ["Event", "Job", "Load", "Sign", "Worker"]

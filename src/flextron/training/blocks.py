@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flextron.errors import FlextronError
 from flextron.files import new_file
-from flextron.model.encoding import beginning
+from flextron.generation.encoding import beginning
 
 __all__ = ["TokenBlocks", "pack_tokens"]
 

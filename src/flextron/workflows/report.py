@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from flextron.api import ElasticModel
-from flextron.evals import Perplexity
+from flextron.model.perplexity import Perplexity
 
 __all__ = ["frontier_rows", "perplexity_rows", "summary"]
 

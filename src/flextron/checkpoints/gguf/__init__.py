@@ -1,0 +1,1 @@
+"""GGUF files as if they were Hugging Face checkpoints: format, keys, shapes, tokenizers."""

@@ -1,0 +1,376 @@
+"""Checkpoints in and out: a Hugging Face directory, a hub id or a `.gguf` file to a `Decoder`, and back to a directory.
+
+Reading streams: shards are opened one after the other and each tensor is copied to its place, so the peak is the model
+and one shard. What is written is an ordinary Hugging Face checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from flextron.checkpoints.families import FAMILIES, TensorMap, config_from_hf, parsed_config
+from flextron.checkpoints.generation_config import GENERATION_CONFIG, read_generation_config
+from flextron.checkpoints.gguf.checkpoint import open_gguf
+from flextron.checkpoints.origin import checked_origin
+from flextron.checkpoints.pretrained import Pretrained
+from flextron.checkpoints.shards import check_files, find_shards
+from flextron.errors import FlextronError
+from flextron.files import read_json, write_json
+from flextron.model.config import DecoderConfig
+from flextron.model.decoder import Decoder
+from flextron.spec import SubnetSpec
+
+__all__ = ["check_stock", "find_directory", "load_decoder", "open_pretrained", "stock_tensors", "write_checkpoint"]
+
+_BUFFERS = re.compile(r"rotary_emb\.inv_freq|attn\.(masked_)?bias$|attention\.(masked_)?bias$")
+_LEAST_SHARD_BYTES = 64 * 1024**2
+_EMBEDDING, _HEAD = "embedding.weight", "head.weight"
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def open_pretrained(source: str | Path) -> Pretrained:
+    """Find a checkpoint; reads its config, its tokenizer and the names of its tensors, no weights.
+
+    Raises:
+        FlextronError: there is none, it lacks a config or safetensors weights, or its config is not usable.
+    """
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf":
+        return open_gguf(path)
+    path = find_directory(source, "a checkpoint directory, a .gguf file")
+    check_files(path)
+    if (path / "adapter_config.json").exists():
+        raise FlextronError(
+            f"{path} holds an adapter (adapter_config.json), with which transformers would load another model; "
+            "merge it into its base model first, or remove the file"
+        )
+    hf_config = read_json(path / "config.json")
+    config_from_hf(hf_config)
+    shards = find_shards(path)
+    return Pretrained(
+        name=str(source),
+        hf_config=hf_config,
+        tensors=shards.stream,
+        tokenizer=_tokenizer(path, hf_config),
+        names=shards.names,
+        directory=path,
+        generation_config=read_generation_config(path),
+    )
+
+
+def find_directory(source: str | Path, what: str) -> Path:
+    """A directory on this machine, downloaded from the hub where the source is an id.
+
+    Args:
+        source: directory or hub id.
+        what: the files asked for, for the message.
+
+    Raises:
+        FlextronError: there is none.
+    """
+    path = Path(source).expanduser()
+    return path if path.is_dir() else _download(str(source), what)
+
+
+def _download(hub_id: str, what: str) -> Path:
+    if hub_id.startswith((".", "/", "~")) or hub_id.count("/") > 1:
+        raise FlextronError(f"{hub_id} does not exist; give {what} or a hub id")
+    try:
+        return Path(
+            snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"])
+        )
+    except Exception as error:  # the hub client raises many kinds: no network, no such id, gated
+        raise FlextronError(
+            f"{hub_id} is neither a directory here nor a model that the hub gave ({type(error).__name__}); "
+            "check the name and the network"
+        ) from error
+
+
+def _tokenizer(path: Path, hf_config: Mapping[str, Any]) -> PreTrainedTokenizerBase | None:
+    """The tokenizer, where there is one; what is foreign code in its files never runs."""
+    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        return None
+    # the config is given, so that a fault in config.json is not taken for one of the tokenizer
+    config = parsed_config(hf_config)
+    config._name_or_path = str(path)
+    if isinstance(hf_config.get("tokenizer_class"), str):
+        config.tokenizer_class = hf_config["tokenizer_class"]
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, config=config, trust_remote_code=False)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers raises bare Exceptions, and panics that are none
+        said = str(error).strip().split("\n")[0][:300]
+        if "trust_remote_code" in str(error):
+            said = "it asks to run code of its own, which this program never does"
+        raise FlextronError(f"the tokenizer in {path} cannot be read ({said}); restore its files") from error
+    _check_tokenizer(tokenizer, path)
+    return tokenizer
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """See that the settings that others read are of their types."""
+    longest = tokenizer.model_max_length
+    if isinstance(longest, bool) or not isinstance(longest, int | float) or not longest > 0:
+        raise FlextronError(f"the tokenizer in {path} has no number as model_max_length; restore tokenizer_config.json")
+
+
+def _layer_maps(config: DecoderConfig, parameters: Mapping[str, Any]) -> Iterator[tuple[str, TensorMap]]:
+    """(Checkpoint name, map) of every tensor that the decoder needs, layer templates filled in.
+
+    Layer by layer, which spreads the tensors that must be laid out anew for writing evenly over the files.
+    """
+    maps = FAMILIES[config.family].tensors
+    outer = [(0, m) for m in maps if "{i}" not in m.hf]
+    inner = [(i, m) for i in range(config.num_hidden_layers) for m in maps if "{i}" in m.hf]
+    for i, m in outer + inner:
+        ours = tuple(name.format(i=i) for name in m.ours)
+        if all(name in parameters for name in ours):
+            yield m.hf.format(i=i), replace(m, hf=m.hf.format(i=i), ours=ours)
+
+
+def _joined_shape(tensor_map: TensorMap, shapes: list[torch.Size]) -> torch.Size:
+    """The checkpoint's shape of parameters that it stacks by rows."""
+    shape = (sum(s[0] for s in shapes), *shapes[0][1:])
+    return torch.Size(reversed(shape) if tensor_map.is_turned and len(shape) == 2 else shape)
+
+
+def load_decoder(pretrained: Pretrained, dtype: torch.dtype = torch.float32) -> Decoder:
+    """Build the decoder of a checkpoint and fill it, on the CPU.
+
+    Memory is taken as tensors arrive, so a config cannot ask for more than the files hold. Of embedding and head, the
+    file decides what is tied: one of a tied pair is both, and two that differ are two.
+
+    Raises:
+        FlextronError: tensors are missing, have the wrong shape or type, or hold NaN or infinity.
+    """
+    config = config_from_hf(pretrained.hf_config)
+    if pretrained.directory is not None:
+        config = replace(config, origin=checked_origin(pretrained.directory, config))
+    if pretrained.names is not None and len(pretrained.names) < config.num_hidden_layers:
+        raise FlextronError(
+            f"config.json has {config.num_hidden_layers} layers, the checkpoint {len(pretrained.names)} tensors; they "
+            "do not belong together"
+        )
+    with torch.device("meta"):
+        untied = Decoder(replace(config, tie_word_embeddings=False))
+    weights = _read_weights(untied, pretrained.tensors(), dtype)
+    tied = config.tie_word_embeddings and _tie(weights)
+    wanted = _layer_maps(untied.config, dict(untied.named_parameters()))
+    lacking = [name for name, m in wanted if not all(p in weights or (tied and p == _HEAD) for p in m.ours)]
+    if lacking:
+        raise FlextronError(f"the checkpoint lacks {len(lacking)} tensors, first {lacking[0]}; download it again")
+    with torch.device("meta"):
+        decoder = Decoder(replace(config, tie_word_embeddings=tied)).to(dtype)
+    decoder.load_state_dict(weights, assign=True)
+    return decoder
+
+
+@torch.no_grad()
+def _tie(weights: dict[str, Tensor]) -> bool:
+    """Make one parameter of a pair that the config ties, if it is one."""
+    if _HEAD in weights and _EMBEDDING in weights and not torch.equal(weights[_HEAD], weights[_EMBEDDING]):
+        return False
+    if _HEAD in weights:
+        weights[_EMBEDDING] = weights.pop(_HEAD)
+    return True
+
+
+@torch.no_grad()
+def _read_weights(decoder: Decoder, tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Copies of the parameters that a stream of (checkpoint name, tensor) holds, by their names here.
+
+    Args:
+        decoder: has the shapes.
+        tensors: the stream.
+        dtype: of the copies.
+
+    Raises:
+        FlextronError: as for `load_decoder`.
+    """
+    family, parameters = FAMILIES[decoder.config.family], dict(decoder.named_parameters())
+    wanted = dict(_layer_maps(decoder.config, parameters))
+    weights: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        key = family.aliases.get(name, name)
+        # checkpoints of the base model alone leave out its prefix (GPT-2's on the hub do)
+        key = key if key in wanted else family.prefix + name
+        if key not in wanted:
+            if _BUFFERS.search(name):
+                continue
+            raise FlextronError(
+                f"the checkpoint holds {name}, which a {decoder.config.family} model has no place for; config.json and "
+                "weights do not belong together"
+            )
+        _check_tensor(name, tensor, _joined_shape(wanted[key], [parameters[p].shape for p in wanted[key].ours]))
+        for target, part in zip(wanted[key].ours, wanted[key].split(tensor, decoder.config.head_dim), strict=True):
+            copied = torch.empty(part.shape, dtype=dtype).copy_(part)
+            if not torch.equal(weights.setdefault(target, copied), copied):
+                raise FlextronError(f"the checkpoint holds {key} under two names, with two values; remove one of them")
+    return weights
+
+
+def _check_tensor(name: str, tensor: Tensor, expected: torch.Size) -> None:
+    """See that a tensor is what the config says, before anything is computed with it."""
+    if tensor.shape != expected:
+        raise FlextronError(
+            f"tensor {name} has shape {tuple(tensor.shape)} where the config asks for {tuple(expected)}; "
+            "config.json and weights do not belong together"
+        )
+    if tensor.dtype not in _DTYPES:
+        raise FlextronError(
+            f"tensor {name} is stored as {str(tensor.dtype).removeprefix('torch.')}; quantised weights are not "
+            "supported, use the original in bf16, fp16 or fp32"
+        )
+    # the extremes are not finite if anything is not, and need no copy of the tensor
+    if not all(bool(extreme.isfinite()) for extreme in tensor.aminmax()):
+        raise FlextronError(f"tensor {name} holds NaN or infinity; the checkpoint is damaged, download it again")
+
+
+def write_checkpoint(
+    decoder: Decoder,
+    directory: Path,
+    *,
+    hf_config: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase | None,
+    generation_config: Mapping[str, Any] | None = None,
+    shard_bytes: int | None = None,
+) -> None:
+    """Write config, weights and tokenizer into an existing directory, as `transformers` lays them out.
+
+    Args:
+        decoder: uniform; its skipped layers are left out and the others renumbered.
+        directory: to write into.
+        hf_config: the config of the original checkpoint; its sizes are replaced by the decoder's.
+        tokenizer: written beside the weights where given.
+        generation_config: likewise.
+        shard_bytes: size at which a new file begins; by default an eighth of the model, so that what must be laid out
+            anew for writing needs little memory beside it, but no less than 64 MiB.
+
+    Raises:
+        FlextronError: the decoder's layers differ in width, or its family has no config for them.
+    """
+    directory.joinpath("config.json").write_text(
+        json.dumps(stock_config(decoder, hf_config), indent=2) + "\n", encoding="utf-8"
+    )
+    if shard_bytes is None:
+        shard_bytes = max(_LEAST_SHARD_BYTES, sum(p.nbytes for p in decoder.parameters()) // 8)
+    shards: list[dict[str, str]] = []
+    pending: dict[str, Tensor] = {}
+    size = total = 0
+
+    def flush() -> None:
+        name = f"part-{len(shards):05d}.safetensors"
+        save_file(pending, directory / name, metadata={"format": "pt"})
+        shards.append(dict.fromkeys(pending, name))
+        pending.clear()
+
+    for name, tensor in stock_tensors(decoder, {n: p.detach() for n, p in decoder.named_parameters()}):
+        num_bytes = tensor.numel() * tensor.element_size()
+        if pending and size + num_bytes > shard_bytes:
+            flush()
+            size = 0
+        pending[name] = tensor
+        size, total = size + num_bytes, total + num_bytes
+    flush()
+    _name_shards(directory, shards, total)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+    if generation_config is not None:
+        write_json(directory / GENERATION_CONFIG, generation_config)
+
+
+def _name_shards(directory: Path, shards: list[dict[str, str]], total: int) -> None:
+    """Give the parts their final names, and an index where there are several."""
+    if len(shards) == 1:
+        directory.joinpath("part-00000.safetensors").rename(directory / "model.safetensors")
+        return
+    final = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for i, name in enumerate(final):
+        directory.joinpath(f"part-{i:05d}.safetensors").rename(directory / name)
+    weight_map = {name: final[i] for i, shard in enumerate(shards) for name in shard}
+    write_json(
+        directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+    )
+
+
+def stock_tensors(decoder: Decoder, values: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Values of the decoder's parameters (weights, or gradients) under their checkpoint's names and in its layout."""
+    number = {old: new for new, old in enumerate(decoder.widths.kept_layers)}
+    for name, m in _layer_maps(decoder.config, values):
+        layer = re.match(r"layers\.(\d+)\.", m.ours[0])
+        if layer:
+            name = re.sub(r"(?<=\.)\d+(?=\.)", str(number[int(layer[1])]), name, count=1)
+        yield name, m.join([values[p] for p in m.ours], decoder.config.head_dim)
+
+
+def stock_config(decoder: Decoder, hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The `config.json` of a uniform decoder.
+
+    Raises:
+        FlextronError: see `write_checkpoint`.
+    """
+    config, widths, family = decoder.config, decoder.widths, FAMILIES[decoder.config.family]
+    out = dict(hf_config) | {
+        "architectures": [family.architecture],
+        "model_type": config.family,
+        "dtype": str(decoder.dtype).removeprefix("torch."),
+        "tie_word_embeddings": config.tie_word_embeddings,
+    }
+    out.pop("torch_dtype", None)
+    if widths == config.full_spec:
+        return out
+    check_stock(config, widths)
+    layer = widths.layers[widths.kept_layers[0]]
+    sizes = {"intermediate_size": layer.intermediate_size, "num_hidden_layers": len(widths.kept_layers)}
+    for key in sizes:
+        out.pop(key, None)  # a second name of the same size would win
+    out |= {family.config_keys.get(key, key): value for key, value in sizes.items()}
+    if family.explicit_head_dim:
+        out["head_dim"] = config.head_dim
+        out["num_attention_heads"] = _num_heads(config, layer.num_groups)
+        out["num_key_value_heads"] = config.kv_rows(layer.num_groups) // config.head_dim
+    for key in ("layer_types", "mlp_layer_types"):
+        # transformers counts their entries in every family
+        if isinstance(out.get(key), list) and len(out[key]) == config.num_hidden_layers:
+            out[key] = [out[key][i] for i in widths.kept_layers]
+    return out
+
+
+def _num_heads(config: DecoderConfig, num_groups: int) -> int:
+    return num_groups * config.query_rows_per_group // config.head_dim
+
+
+def check_stock(config: DecoderConfig, widths: SubnetSpec) -> None:
+    """Raise unless a sub-network is an ordinary checkpoint of its family.
+
+    Raises:
+        FlextronError: its layers differ in width, or the family's config cannot say its number of heads.
+    """
+    if not widths.is_uniform:
+        raise FlextronError(
+            "only a sub-network with equal widths in all its layers is a stock checkpoint; "
+            "choose one with select(..., uniform=True)"
+        )
+    groups = widths.layers[widths.kept_layers[0]].num_groups
+    if FAMILIES[config.family].heads_divide_hidden and config.hidden_size % _num_heads(config, groups):
+        raise FlextronError(
+            f"transformers refuses a {config.family} with {_num_heads(config, groups)} heads, which do not divide the "
+            f"hidden size {config.hidden_size}; choose another number of groups than {groups}"
+        )
+    if groups != config.num_groups and not FAMILIES[config.family].explicit_head_dim:
+        raise FlextronError(
+            f"a stock {config.family} checkpoint cannot have fewer heads than hidden size / head size; "
+            f"keep all {config.num_groups} groups and narrow the MLP or skip layers instead"
+        )

@@ -1,0 +1,330 @@
+"""Token-level finetuning: exact gradients of an adapter in units of work as small as one asks for (FlexLLM, section 6).
+
+A unit is one layer for a window of tokens. Forward goes layer by layer, and within a layer from the first tokens to the
+last, whose windows append to keys and values of their own. The head follows. Backward goes layer by layer from the
+last, and within a layer from the last tokens to the first: what later windows send to earlier keys and values is summed
+up, and enters the key and value projections once all later windows have added theirs. Between units only the layers'
+inputs, keys and values are kept; a unit computes the rest of its layer and window again. The cuts need not be the same
+forward and backward.
+
+The paper's windows go through all layers at once, which makes a small unit read every weight for few tokens. One layer
+for many tokens takes the same time at the speed of a large batch.
+
+Shapes: T tokens of all examples that are run, N tokens of a window, D hidden size, K KV heads, d head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flextron.errors import FlextronError
+from flextron.finetuning.activations import Saved, put_rows
+from flextron.finetuning.attention import WindowAttention
+from flextron.finetuning.packing import Example, Packed
+from flextron.finetuning.recompute import KEEPABLE, PrunedBatch, RecordedBatch, unread_linears
+from flextron.model.adapter import Adapter
+from flextron.model.batch import Batch, Segment
+from flextron.model.decoder import Decoder
+from flextron.model.losses import scored, summed_cross_entropy
+from flextron.spec import SubnetSpec
+
+__all__ = ["Finetuning", "Stage"]
+
+
+class Stage(str, Enum):
+    """Kinds of units, in their order."""
+
+    FORWARD = "forward"
+    """A layer for a window of tokens."""
+    HEAD = "head"
+    """The head and the loss, both ways, for a window of the tokens that have a weight."""
+    BACKWARD = "backward"
+    """A layer's gradients for a window of tokens."""
+
+
+class Finetuning:
+    """One forward and backward pass of an adapter over packed examples, unit by unit; or the forward pass alone.
+
+    Call `run` until it returns 0; in between, anything else may run on the decoder. The adapter's gradients are added
+    to its parameters' `grad`, as autograd would. The adapter must not change before the last unit.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        adapter: Adapter,
+        examples: Sequence[Example],
+        *,
+        spec: SubnetSpec | None = None,
+        total_weight: float | None = None,
+        keep: Collection[str] = (),
+        backward: bool = True,
+    ) -> None:
+        """Lay out the work; computes nothing yet.
+
+        Args:
+            decoder: frozen.
+            adapter: in training.
+            examples: packed side by side; none sees another.
+            spec: sub-network to train in; by default the decoder's full widths.
+            total_weight: what the weighted sum of losses is divided by; by default the sum of these examples' weights.
+                With gradient accumulation, the sum over all that one step accumulates.
+            keep: what is kept instead of computed again, memory for time: products of the linears q, o, gate, up, and
+                `attention`, what the heads give.
+            backward: False ends the pass after the head: losses without gradients.
+
+        Raises:
+            FlextronError: `keep` names others, an example has fewer than two tokens or other than one weight a token,
+                nothing has weight, a text exceeds learned positions, or the adapter is for a narrower sub-network or
+                has nothing in this one.
+        """
+        self.spec = spec or decoder.widths
+        self._decoder, self._adapter, self._keep = decoder, adapter, frozenset(keep)
+        self._backward = backward
+        if not self._keep <= KEEPABLE:
+            raise FlextronError(f"only {', '.join(sorted(KEEPABLE))} can be kept, not {sorted(self._keep)}")
+        Segment(self.spec, (), adapter=adapter)  # refuses an adapter that does not fit
+        self._packed = Packed(decoder.config, examples, total_weight, decoder.device, decoder.dtype)
+        self._trained = self._trained_layers() if backward else ()
+        (self._rows,) = self._packed.weights_T.nonzero(as_tuple=True)
+        self._parameters = list(adapter.parameters())
+        self._versions = self._adapter_versions()
+        self.saved = Saved()
+        self._loss = torch.zeros((), dtype=torch.float64, device=decoder.device)
+        self.num_right = 0
+        """Tokens with a weight that the model holds for the likeliest."""
+        self._pending = list(self.spec.kept_layers)
+        """Layers of the stage that are not complete, the next one last."""
+        self._pending.reverse()
+        self._num_done = 0
+        """Tokens of that layer, or of the head's, that have had their turn."""
+        self.stage: Stage | None = Stage.FORWARD
+        """Of the next unit; None once the gradients are complete."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens to run: all but the last of each example, which predicts nothing."""
+        return len(self._packed)
+
+    @property
+    def num_left(self) -> int:
+        """Tokens of this stage whose turn is still to come, summed over its layers."""
+        if self.stage is None:
+            return 0
+        if self.stage is Stage.HEAD:
+            return len(self._rows) - self._num_done
+        return len(self._pending) * self.num_tokens - self._num_done
+
+    @property
+    def num_left_of_layer(self) -> int:
+        """Of these, tokens that the next unit can have: those of its layer."""
+        if self.stage is None:
+            return 0
+        return (len(self._rows) if self.stage is Stage.HEAD else self.num_tokens) - self._num_done
+
+    @property
+    def num_weighted(self) -> int:
+        """Tokens that predict something that has a weight."""
+        return len(self._rows)
+
+    @property
+    def loss(self) -> float:
+        """Weighted mean negative log-likelihood, in nats, of the tokens that went through the head."""
+        return float(self._loss)
+
+    def run(self, num_tokens: int) -> int:
+        """Run the next unit: one layer, or the head, and its next tokens, as many as are left up to `num_tokens`.
+
+        Args:
+            num_tokens: at least 1.
+
+        Returns:
+            How many tokens the unit had; 0 once the gradients are complete.
+
+        Raises:
+            FlextronError: the adapter has changed since the first unit.
+        """
+        if self.stage is None:
+            return 0
+        if self._adapter_versions() != self._versions:
+            raise FlextronError("the adapter has changed in the middle of a pass; step only when the pass is done")
+        if self.stage is Stage.FORWARD:
+            return self._run_forward(num_tokens)
+        if self.stage is Stage.HEAD:
+            return self._run_head(num_tokens) if self._backward else self._score(num_tokens)
+        return self._run_backward(num_tokens)
+
+    @torch.no_grad()
+    def _run_forward(self, num_tokens: int) -> int:
+        saved, i, start = self.saved, self._pending[-1], self._num_done
+        stop = min(start + num_tokens, self.num_tokens)
+        kept: dict[tuple[int, str], Tensor] = {}
+        batch = self._batch(start, stop)
+        batch = RecordedBatch(batch.tokens_N, batch.positions_N, batch.segments, self._keep, kept)
+        if i == self.spec.kept_layers[0]:
+            x_ND = self._decoder.embed(batch)
+            if i in self._trained:
+                put_rows(saved.inputs, i, x_ND, start, self.num_tokens)
+        else:
+            where = saved.inputs.get(i, saved.stream)
+            assert where is not None
+            x_ND = where[start:stop]
+        attention = WindowAttention(self._decoder.config, saved.held(i, self._packed.seen(start), x_ND))
+        x_ND = self._decoder.layers[i](x_ND, batch, i, self._packed.rope(start, stop), attention)
+        self._keep_rows(i, start, attention, kept)
+        self._pass_up(x_ND, start)
+        self._num_done = stop
+        if stop == self.num_tokens:
+            if i not in self._trained:
+                saved.forget(i)
+            self._pending.pop()
+            self._num_done = 0
+            if not self._pending:
+                self.stage = Stage.HEAD
+        return stop - start
+
+    def _keep_rows(self, i: int, start: int, attention: WindowAttention, kept: dict[tuple[int, str], Tensor]) -> None:
+        """Keep what a window of a layer made for later windows and for the way back."""
+        saved = self.saved
+        made: list[tuple[dict[Any, Tensor], Any, Tensor]] = []
+        if attention.new is not None:
+            made += [(saved.keys, i, attention.new[0]), (saved.values, i, attention.new[1])]
+        if i in self._trained:
+            made += [(saved.products, key, rows) for key, rows in kept.items()]
+            if attention.given is not None and "attention" in self._keep:
+                made += [(saved.heads, i, attention.given[0]), (saved.log_sums, i, attention.given[1])]
+        for where, key, rows in made:
+            put_rows(where, key, rows, start, self.num_tokens)
+
+    def _pass_up(self, x_ND: Tensor, start: int) -> None:
+        """Put a window of a layer's outputs where the next layer, or the head, finds them."""
+        saved = self.saved
+        above = self._pending[-2] if len(self._pending) > 1 else None
+        if above in self._trained:
+            put_rows(saved.inputs, above, x_ND, start, self.num_tokens)
+            if start + len(x_ND) == self.num_tokens:
+                saved.stream = None
+            return
+        if saved.stream is None:
+            saved.stream = x_ND.new_empty(self.num_tokens, x_ND.shape[1])
+        saved.stream[start : start + len(x_ND)] = x_ND
+
+    @torch.no_grad()
+    def _run_head(self, num_tokens: int) -> int:
+        """Add losses; turn the last layer's outputs into gradients."""
+        stream_TD = self.saved.stream
+        assert stream_TD is not None
+        rows = self._rows[self._num_done : self._num_done + num_tokens]
+        with torch.enable_grad():
+            x = stream_TD[rows].requires_grad_()
+            hidden = self._decoder.final_norm(x)
+        head, packed = self._decoder.head_weight.detach(), self._packed
+        loss = summed_cross_entropy(hidden.detach(), head, packed.targets_T[rows], packed.weights_T[rows])
+        self._loss += loss.total
+        self.num_right += loss.num_right
+        (stream_TD[rows],) = torch.autograd.grad(hidden, x, loss.gradient_ND)
+        self._num_done += len(rows)
+        if self._num_done == len(self._rows):
+            stream_TD[packed.weights_T == 0] = 0
+            self.stage, self._pending, self._num_done = Stage.BACKWARD, list(self._trained), 0
+        return len(rows)
+
+    @torch.no_grad()
+    def _score(self, num_tokens: int) -> int:
+        """Add losses; nothing follows."""
+        assert self.saved.stream is not None
+        rows, packed = self._rows[self._num_done : self._num_done + num_tokens], self._packed
+        hidden = self._decoder.final_norm(self.saved.stream[rows])
+        total, right = scored(hidden, self._decoder.head_weight, packed.targets_T[rows], packed.weights_T[rows])
+        self._loss += total
+        self.num_right += right
+        self._num_done += len(rows)
+        if self._num_done == len(self._rows):
+            self.stage = self.saved.stream = None
+        return len(rows)
+
+    def _run_backward(self, num_tokens: int) -> int:
+        layer, stop = self._pending[-1], self.num_tokens - self._num_done
+        start = max(0, stop - num_tokens)
+        self._differentiate(layer, start, stop)
+        self._num_done = self.num_tokens - start
+        if start == 0:
+            self.saved.forget(layer)
+            self._pending.pop()
+            self._num_done = 0
+            if not self._pending:
+                self.stage = self.saved.stream = None
+        return stop - start
+
+    def _trained_layers(self) -> tuple[int, ...]:
+        """Layers from the lowest that has a bypass in the sub-network; lower ones need no backward pass."""
+        widths = self.spec.layers
+        adapted = [i for i in self._adapter.adapted_layers if self._adapter.targets_in(i, widths[i])]
+        if not adapted:
+            raise FlextronError("the adapter has no bypass in this sub-network; nothing could be trained")
+        return tuple(i for i in self.spec.kept_layers if i >= adapted[0])
+
+    def _adapter_versions(self) -> list[int]:
+        return [p._version for p in self._parameters]
+
+    def _batch(self, start: int, stop: int) -> Batch:
+        window, packed = slice(start, stop), self._packed
+        segment = Segment(self.spec, packed.lengths(start, stop), adapter=self._adapter)
+        return Batch(packed.tokens_T[window], packed.positions_T[window], (segment,))
+
+    def _differentiate(self, i: int, start: int, stop: int) -> None:
+        """Compute a layer again for a window, and carry the gradients from its outputs to its inputs."""
+        saved, window = self.saved, slice(start, stop)
+        assert saved.stream is not None
+        targets = self._adapter.targets_in(i, self.spec.layers[i])
+        is_lowest = i == self._trained[0]
+        x_ND = saved.inputs[i][window].detach().requires_grad_(not is_lowest)
+        held, known = saved.held(i, self._packed.seen(start), x_ND), None
+        if i in saved.keys:
+            # in the lowest layer, earlier keys and values matter only if something in their projections is trained
+            matters = len(held[0]) > 0 and (not is_lowest or not targets.isdisjoint("kv"))
+            held = held[0].detach().requires_grad_(matters), held[1].detach().requires_grad_(matters)
+            known = saved.keys[i][window], saved.values[i][window]
+            if saved.key_value_gradients is None:
+                saved.key_value_gradients = _accumulator(saved.keys[i]), _accumulator(saved.values[i])
+        given = (saved.heads[i][window], saved.log_sums[i][window]) if i in saved.heads else None
+        attention = WindowAttention(self._decoder.config, held, known, given)
+        y_ND = self._run_again(i, x_ND, start, stop, attention)
+
+        ends = [(y_ND, saved.stream[window])]
+        sums = saved.key_value_gradients or ()
+        ends += [(t, s[window].to(t.dtype)) for t, s in zip(attention.new or (), sums, strict=True)]
+        ends = [(t, g) for t, g in ends if t.requires_grad]
+        sources = [t for t in (x_ND, *held) if t.requires_grad]
+        parameters: list[Tensor] = [p for t in sorted(targets) for p in self._adapter.at(i)[t].parameters()]
+        gradients = list(
+            torch.autograd.grad([t for t, _ in ends], sources + parameters, [g for _, g in ends], allow_unused=True)
+        )
+        if x_ND.requires_grad:
+            saved.stream[window] = gradients.pop(0)
+        if held[0].requires_grad:
+            for total in sums:
+                total[self._packed.seen(start)] += gradients.pop(0)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
+    @torch.enable_grad()
+    def _run_again(self, i: int, x_ND: Tensor, start: int, stop: int, attention: WindowAttention) -> Tensor:
+        """A layer's graph; the value is meaningless where `recompute` leaves products out."""
+        batch = self._batch(start, stop)
+        known = {t: rows[start:stop] for (layer, t), rows in self.saved.products.items() if layer == i}
+        unread = unread_linears(self._decoder.config, self.spec.layers[i]) | known.keys()
+        pruned = PrunedBatch(batch.tokens_N, batch.positions_N, batch.segments, unread, known)
+        y_ND: Tensor = self._decoder.layers[i](x_ND, pruned, i, self._packed.rope(start, stop), attention)
+        return y_ND
+
+
+def _accumulator(like: Tensor) -> Tensor:
+    """Zeros for a sum of many terms: in float32 where the model is in less."""
+    return torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))

@@ -1,0 +1,130 @@
+"""What a job needs of the numbers: a protocol, so that this package knows neither models nor optimizers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from flextron.errors import FlextronError
+from flextron.finetuning.hyperparameters import Hyperparameters
+
+__all__ = ["Example", "MakeTrainer", "StepMetrics", "Trainer", "UnitTrainer", "not_finite"]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One conversation, or one prompt with its completion."""
+
+    token_ids: Sequence[int]
+    is_trained: Sequence[int]
+    """For each token 1 if the model learns to say it, else 0; at least one is 1, and the first never is."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepMetrics:
+    """One optimizer step."""
+
+    loss: float
+    """Mean over the trained tokens, in nats."""
+    num_tokens: int
+    """That went through forward and backward, prompts included."""
+    accuracy: float | None = None
+    """Share of the trained tokens that were the likeliest; None where it was not measured."""
+    valid_loss: float | None = None
+    """Likewise of the whole validation file, after the step; None where it was not measured."""
+    valid_accuracy: float | None = None
+    num_valid_tokens: int = 0
+    """That went through forward for that."""
+
+    def check(self, step: int) -> None:
+        """See that losses are numbers.
+
+        Raises:
+            FlextronError: one is not, after this step.
+        """
+        for name, loss in (("training", self.loss), ("validation", self.valid_loss)):
+            if loss is not None and not math.isfinite(loss):
+                raise not_finite(f"the {name} loss", loss, step)
+
+
+def not_finite(what: str, value: float, step: int) -> FlextronError:
+    """Training that went astray, with the remedy."""
+    return FlextronError(
+        f"{what} became {value} at step {step}; lower learning_rate or learning_rate_multiplier, "
+        "or look for odd examples"
+    )
+
+
+class Trainer(Protocol):
+    """Trains one adapter. All methods are called by one thread.
+
+    After `save_state` and a new start from that state, the same steps follow, to the bit where the device allows it.
+    """
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps in all, at least 1."""
+
+    @property
+    def step_number(self) -> int:
+        """Steps whose metrics were given, those before a restart included."""
+
+    def step(self) -> StepMetrics:
+        """Take one optimizer step, and score the validation examples if that is due.
+
+        Raises:
+            FlextronError: training cannot go on; the job fails with this message.
+        """
+
+    def save_state(self, directory: Path) -> None:
+        """Write all that an exact resume needs into an empty directory."""
+
+    def save_adapter(self, directory: Path) -> None:
+        """Write the adapter into an empty directory, as it is served."""
+
+
+class UnitTrainer(Trainer, Protocol):
+    """A trainer whose steps can be cut into units of a chosen size, with anything between them."""
+
+    @property
+    def unit(self) -> str:
+        """Kind of the next unit; those of one kind take about the same time a token."""
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that the next unit can have at most."""
+
+    def run(self, num_tokens: int) -> StepMetrics | None:
+        """Run the next unit with at most so many tokens; the step's metrics if it was the step's last.
+
+        Raises:
+            FlextronError: as for `step`.
+        """
+
+
+class MakeTrainer(Protocol):
+    """Makes a trainer; called by the thread that will take its steps."""
+
+    def __call__(
+        self,
+        hyperparameters: Hyperparameters,
+        examples: Sequence[Example],
+        seed: int,
+        resume: Path | None,
+        validation: Sequence[Example] = (),
+    ) -> Trainer:
+        """A trainer that begins anew, or goes on where a state ends.
+
+        Args:
+            hyperparameters: of the job.
+            examples: at least one, in the file's order.
+            seed: of all that is random.
+            resume: a directory that `Trainer.save_state` wrote for the same arguments; None to begin.
+            validation: scored at the end of each epoch, at each checkpoint and at the end.
+
+        Raises:
+            FlextronError: these hyperparameters do not go with the model; the job fails with this message.
+        """

@@ -1,0 +1,1 @@
+"""Text from a decoder: prompts to tokens, sampling, plain generation, tokens to text."""

@@ -1,0 +1,77 @@
+"""An adapter as the compiled iteration of `csrc/decoder.cpp` reads it: pointers to its parameters, where they are."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from flextron.errors import FlextronError
+from flextron.model.adapter import TARGETS, Adapter
+from flextron.model.bypass import Bypass, Ia3, Lora
+
+__all__ = ["NativeAdapter", "why_adapter_not_native"]
+
+_Pointer = ctypes.c_void_p
+
+
+class _Bypass(ctypes.Structure):
+    _fields_ = (
+        *((name, _Pointer) for name in ("a", "b", "inputs", "outputs")),
+        ("rank", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+    )
+
+
+def why_adapter_not_native(adapter: Adapter) -> str | None:
+    """Why an adapter cannot run in the compiled iteration, in one sentence; None if it can.
+
+    LoRA can beside all linears, IA3 where it has factors of outputs, or of the inputs of `o` and `down`.
+    """
+    for layer in adapter.adapted_layers:
+        for target, bypass in adapter.at(layer).items():
+            if not isinstance(bypass, Lora | Ia3):
+                return f"there are no kernels for {type(bypass).__name__}"
+            if isinstance(bypass, Ia3) and bypass.on_input and target not in ("o", "down"):
+                return f"there are no kernels for factors of the inputs of {target}"
+    return None
+
+
+class NativeAdapter:
+    """Pointers to an adapter's parameters, which must stay as they are while this lives."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        """Collect the pointers; parameters that are not float32 on the CPU are copied.
+
+        Raises:
+            FlextronError: `why_adapter_not_native` has a reason.
+        """
+        if (reason := why_adapter_not_native(adapter)) is not None:
+            raise FlextronError(f"the adapter does not run compiled: {reason}")
+        self.max_rank = 0
+        """Of its LoRA bypasses; 0 if it has none."""
+        self._tensors: list[Tensor] = []
+        """Kept alive for the pointers."""
+        self._bypasses = (_Bypass * (len(adapter.layers) * len(TARGETS)))()
+        for layer in adapter.adapted_layers:
+            for target, bypass in adapter.at(layer).items():
+                self._bypasses[layer * len(TARGETS) + TARGETS.index(target)] = self._native(bypass)
+
+    @property
+    def address(self) -> int:
+        """Of the bypasses, layer after layer, as long as this lives."""
+        return ctypes.addressof(self._bypasses)
+
+    def _native(self, bypass: Bypass) -> _Bypass:
+        if isinstance(bypass, Lora):
+            self.max_rank = max(self.max_rank, bypass.rank)
+            return _Bypass(self._address(bypass.a), self._address(bypass.b), None, None, bypass.rank, bypass.scale)
+        assert isinstance(bypass, Ia3)
+        factors = self._address(bypass.factors)
+        return _Bypass(None, None, factors if bypass.on_input else None, None if bypass.on_input else factors, 0, 0.0)
+
+    def _address(self, parameter: Tensor) -> int:
+        tensor = parameter.detach().to("cpu", torch.float32).contiguous()
+        self._tensors.append(tensor)
+        return tensor.data_ptr()

@@ -1,0 +1,326 @@
+// One iteration of the decoder on a CPU, from token ids to scores, for a ragged batch, in a single parallel region.
+//
+// A decode step reads all weights for a handful of tokens, so it runs at the speed of memory if nothing else gets in
+// the way. Each weight row is read once and multiplied with the tokens that are at least that wide: tokens are ordered
+// by width in every layer, widest first, so that row f belongs to a prefix of them (nested sub-networks without masks).
+//
+// Every weight has its nested dimension first. `expand` takes dot products with rows, `contract` adds multiples of
+// rows. The MLP is one pass: neuron f reads its rows of gate, up and down, and leaves nothing in memory.
+//
+// Tokens may have adapters of their own. What these add is computed token by token beside the dense products, which stay
+// the same for all (`Bypasses`).
+//
+// Shapes: N tokens, D hidden size, F neurons, H query heads, K KV heads, d head size, P tokens of a page.
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <omp.h>
+#include <type_traits>
+#include <vector>
+
+#include "lora.h"
+#include "int4.h"
+#include "rows.h"
+#include "decoder.h"
+
+namespace {
+
+// W is the type of the weights whose rows are outputs, E that of the head and of weights whose rows are inputs.
+template <class W, class E>
+struct Step {
+    static constexpr bool kIsFourBit = std::is_same<W, FourBit>::value;
+    const Shape& s;
+    const LayerWeights* layers;
+    const Ends& ends;
+    const Tokens& b;
+    Bypasses bypasses;
+    std::vector<Order> attention, mlp;
+    Floats x, xn, q, k, v, heads, partial;
+    std::vector<int32_t> prepared;  // tokens of xn for four-bit weights
+    long D, N, d, kv_max, q_max;
+
+    long kv_rows(long groups) const { return d * (s.is_multi_query ? std::min(groups, 1L) : groups); }
+
+    Step(const Shape& s, const LayerWeights* layers, const Ends& ends, const Tokens& b, int threads)
+        : s(s), layers(layers), ends(ends), b(b), bypasses(b, s.hidden_size, threads) {
+        D = s.hidden_size, N = b.num_tokens, d = s.head_dim;
+        attention.resize(s.num_layers), mlp.resize(s.num_layers);
+        long groups = 0;
+        for (long l = 0; l < s.num_layers; l++) {
+            attention[l].set(b.num_groups + l * N, N);
+            mlp[l].set(b.mlp_widths + l * N, N);
+            groups = std::max(groups, attention[l].widest());
+        }
+        q_max = groups * s.query_rows_per_group, kv_max = kv_rows(groups);
+        x.resize(N * D), xn.resize(2 * N * D), q.resize(N * q_max), k.resize(N * kv_max), v.resize(N * kv_max);
+        if (kIsFourBit) prepared.resize(2 * N * token_size(D));
+        heads.resize(N * q_max), partial.resize((long)threads * N * D);
+    }
+
+    void norms(const Order& order, const Norm& norm, float* out, int id, int nt) {
+        for (long i = id; i < order.size(); i += nt) {
+            normalize(&x[order.tokens[i] * D], norm, s.is_layer_norm, s.norm_eps, D, out + i * D);
+            if (kIsFourBit)
+                prepare_token(out + i * D, D, prepared.data() + ((out - xn.data()) / D + i) * token_size(D));
+        }
+    }
+
+    void attention_input(long l, float* out, int id, int nt) {
+        norms(attention[l], layers[l].attention_norm, out, id, nt);
+        bypasses.read(l, {kQ, kK, kV}, attention[l], out, id, nt);
+    }
+
+    void mlp_input(long l, float* out, int id, int nt) {
+        norms(mlp[l], layers[l].mlp_norm, out, id, nt);
+        bypasses.read(l, {kGate, kUp}, mlp[l], out, id, nt);
+    }
+
+    // Products of rows first to first + rows with n tokens of `in`, which is a part of `xn`; (n, ldo).
+    void products(const Linear& linear, long first, long rows, const float* in, long n, float* out, long ldo) const {
+        if constexpr (kIsFourBit) {
+            const int32_t* tokens = prepared.data() + (in - xn.data()) / D * token_size(D);
+            dot_groups({static_cast<const uint8_t*>(linear.weight), linear.group_scales}, first, rows, tokens, n, D, out,
+                       ldo);
+        } else {
+            dot_rows(static_cast<const W*>(linear.weight) + first * D, D, rows, in, D, n, D, out, ldo);
+        }
+    }
+
+    void project(long l, Target target, const Order& order, long unit, const Linear& linear, float* out, long ldo,
+                 int id, int nt) const {
+        share_rows(order, unit, id, nt, [&](long a, long e, long n) {
+            products(linear, a, e - a, xn.data(), n, out + a, ldo);
+            finish(linear, a, e - a, n, out + a, ldo);
+            bypasses.add(l, target, order, a, e - a, out + a, ldo, n);
+        });
+    }
+
+    void rotate(float* head, long token) const {
+        const long R = s.rotated, half = R / 2;
+        const float *cos = b.cos + token * R, *sin = b.sin + token * R;
+        for (long i = 0; i < half; i++) {
+            const float lo = head[i], hi = head[i + half];
+            head[i] = lo * cos[i] + hi * sin[i];
+            head[i + half] = hi * cos[i + half] + lo * sin[i + half];
+        }
+    }
+
+    float* unit(long layer, long token, long page, long kv_head) const {
+        const int32_t* row = b.tables[token] + page * b.table_rows[token];
+        return b.cache + (long)row[b.unit_offsets[layer * N + token] + kv_head] * 2 * s.page_size * d;
+    }
+
+    // Normalises and rotates the heads of every token, and writes keys and values to their pages.
+    void place(long l, int id, int nt) {
+        const Order& order = attention[l];
+        const LayerWeights& w = layers[l];
+        for (long i = id; i < order.size(); i += nt) {
+            const long token = order.tokens[i], position = b.positions[token];
+            const long q_rows = order.widths[i] * s.query_rows_per_group, kv = kv_rows(order.widths[i]);
+            for (long r = 0; r < q_rows; r += d) {
+                float* head = &q[i * q_max + r];
+                if (w.q_norm.weight) normalize(head, w.q_norm, false, s.norm_eps, d, head);
+                if (s.rotated) rotate(head, token);
+            }
+            for (long r = 0; r < kv; r += d) {
+                float* head = &k[i * kv_max + r];
+                if (w.k_norm.weight) normalize(head, w.k_norm, false, s.norm_eps, d, head);
+                if (s.rotated) rotate(head, token);
+                float* keys = unit(l, token, position / s.page_size, r / d) + position % s.page_size * d;
+                std::memcpy(keys, head, d * sizeof(float));
+                std::memcpy(keys + s.page_size * d, &v[i * kv_max + r], d * sizeof(float));
+            }
+        }
+    }
+
+    // Heads of one token over one KV head.
+    void attend(long l, long i, long kv_head, Floats& scores) {
+        const Order& order = attention[l];
+        const long token = order.tokens[i], P = s.page_size, last = b.positions[token];
+        const long per_kv = s.is_multi_query ? order.widths[i] : s.query_rows_per_group / d;
+        const long first = s.window > 0 ? std::max(0L, last + 1 - s.window) : 0;
+        const long start = first / P * P, ld = (last / P + 1) * P - start;
+        float* own_q = &q[i * q_max + kv_head * per_kv * d];
+        float* out = &heads[i * q_max + kv_head * per_kv * d];
+        if ((long)scores.size() < per_kv * ld) scores.resize(per_kv * ld);
+        for (long p = start; p <= last; p += P) {
+            ask_for_page(p + P <= last ? unit(l, token, p / P + 1, kv_head) : unit(l, token, start / P, kv_head) + P * d,
+                         P * d);
+            dot_rows(unit(l, token, p / P, kv_head), d, P, own_q, d, per_kv, d, &scores[p - start], ld);
+        }
+        const float scale = 1.0f / std::sqrt((float)d);
+        for (long h = 0; h < per_kv; h++) {
+            float* row = &scores[h * ld];
+            float most = -INFINITY, total = 0;
+            const long a = first - start, e = last + 1 - start;
+            for (long j = a; j < e; j++) most = std::max(most, row[j]);
+            for (long j = a; j < e; j++) row[j] = std::exp((row[j] - most) * scale), total += row[j];
+            for (long j = a; j < e; j++) row[j] /= total;
+            std::fill(row, row + a, 0.0f);
+            std::fill(row + e, row + ld, 0.0f);
+        }
+        std::fill(out, out + per_kv * d, 0.0f);
+        for (long p = start; p <= last; p += P) {
+            if (p + P <= last) ask_for_page(unit(l, token, p / P + 1, kv_head) + P * d, P * d);
+            add_rows(unit(l, token, p / P, kv_head) + P * d, d, std::min(P, last + 1 - p), &scores[p - start], ld, out,
+                     d, per_kv, d);
+        }
+    }
+
+    // x += what all threads' partial sums say, the bias, and what bypasses make of it.
+    void residual(long l, Target target, const Order& order, const Linear& linear, int id, int nt) {
+        const float* bias = linear.bias;
+        for (long i = id; i < order.size(); i += nt) {
+            float* own = &x[order.tokens[i] * D];
+            for (int p = 0; p < nt; p++) {
+                float* y = &partial[((long)p * N + i) * D];
+                if (linear.column_scales)
+                    for (long c = 0; c < D; c++) y[c] *= linear.column_scales[c];
+                for (long c = 0; c < D; c++) own[c] += y[c];
+            }
+            if (bias)
+                for (long c = 0; c < D; c++) own[c] += bias[c];
+            bypasses.add_whole(l, target, order, i, partial.data(), bias, nt, own);
+        }
+    }
+
+    // Neurons f to f + rows of n tokens, with their biases and bypasses; (n, kChunk).
+    void neurons(long l, Target target, const Linear& linear, long f, long rows, const float* in, long n,
+                 float* out) const {
+        products(linear, f, rows, in, n, out, kChunk);
+        finish(linear, f, rows, n, out, kChunk);
+        bypasses.add(l, target, mlp[l], f, rows, out, kChunk, n);
+    }
+
+    // own += h times rows first to first + rows; h, (n, ldh), is used up.
+    void contract(const Linear& linear, long first, long rows, float* h, long ldh, float* own, long n) const {
+        if (linear.scales)
+            for (long t = 0; t < n; t++)
+                for (long r = 0; r < rows; r++) h[t * ldh + r] *= linear.scales[first + r];
+        add_rows(static_cast<const E*>(linear.weight) + first * D, D, rows, h, ldh, own, D, n, D);
+    }
+
+    void feed_forward(long l, const float* in, float* own, int id, int nt) {
+        const LayerWeights& w = layers[l];
+        Floats up(kChunk * N), gate(w.gate.weight ? kChunk * N : 0);
+        share_rows(mlp[l], 1, id, nt, [&](long a, long e, long n) {
+            neurons(l, kUp, w.up, a, e - a, in, n, up.data());
+            if (w.gate.weight) {
+                neurons(l, kGate, w.gate, a, e - a, in, n, gate.data());
+                activate(gate.data(), kChunk * n, s.activation);
+                for (long i = 0; i < kChunk * n; i++) up[i] *= gate[i];
+            } else {
+                activate(up.data(), kChunk * n, s.activation);
+            }
+            bypasses.read_rows(l, kDown, mlp[l], a, e - a, up.data(), kChunk, n, id);
+            contract(w.down, a, e - a, up.data(), kChunk, own, n);
+        });
+    }
+
+    void embed(int id, int nt) {
+        for (long t = id; t < N; t += nt) {
+            std::memcpy(&x[t * D], ends.embedding + b.ids[t] * D, D * sizeof(float));
+            if (ends.positions)
+                for (long c = 0; c < D; c++) x[t * D + c] += ends.positions[b.positions[t] * D + c];
+        }
+    }
+
+    void score(int id, int nt) {
+        const long n = b.num_scores, V = s.vocab_size;
+        for (long i = id; i < n; i += nt)
+            normalize(&x[b.rows[i] * D], ends.final_norm, s.is_layer_norm, s.norm_eps, D, &xn[i * D]);
+#pragma omp barrier
+        const long last = n ? V * (id + 1) / nt : 0;
+        for (long a = V * id / nt; a < last; a += kChunk) {
+            const long count = std::min(kChunk, last - a);
+            dot_rows(static_cast<const E*>(ends.head.weight) + a * D, D, count, xn.data(), D, n, D, b.scores + a, V);
+            finish(ends.head, a, count, n, b.scores + a, V);
+        }
+    }
+
+    void run(int id, int nt) {
+        Floats scores;
+        embed(id, nt);
+#pragma omp barrier
+        float* own = &partial[(long)id * N * D];
+        float *xa = xn.data(), *xm = xn.data() + N * D;
+        for (long l = 0; l < s.num_layers; l++) {
+            const LayerWeights& w = layers[l];
+            const Order &heads_of = attention[l], &neurons_of = mlp[l];
+            if (heads_of.size()) {
+                attention_input(l, xa, id, nt);
+                if (s.parallel_residual && neurons_of.size()) mlp_input(l, xm, id, nt);
+#pragma omp barrier
+                project(l, kQ, heads_of, s.query_rows_per_group, w.q, q.data(), q_max, id, nt);
+                project_kv(l, id, nt);
+#pragma omp barrier
+                place(l, id, nt);
+#pragma omp barrier
+                long task = 0;
+                for (long i = 0; i < heads_of.size(); i++)
+                    for (long h = 0; h < kv_rows(heads_of.widths[i]) / d; h++, task++)
+                        if (task % nt == id) attend(l, i, h, scores);
+                std::fill(own, own + heads_of.size() * D, 0.0f);
+                bypasses.clear_parts(id);
+#pragma omp barrier
+                share_rows(heads_of, s.query_rows_per_group, id, nt, [&](long a, long e, long n) {
+                    bypasses.read_rows(l, kO, heads_of, a, e - a, heads.data() + a, q_max, n, id);
+                    contract(w.o, a, e - a, heads.data() + a, q_max, own, n);
+                });
+#pragma omp barrier
+                residual(l, kO, heads_of, w.o, id, nt);
+#pragma omp barrier
+            } else if (s.parallel_residual && neurons_of.size()) {
+                mlp_input(l, xm, id, nt);
+#pragma omp barrier
+            }
+            if (neurons_of.size()) {
+                if (!s.parallel_residual) mlp_input(l, xm, id, nt);
+                std::fill(own, own + neurons_of.size() * D, 0.0f);
+                bypasses.clear_parts(id);
+#pragma omp barrier
+                feed_forward(l, xm, own, id, nt);
+#pragma omp barrier
+                residual(l, kDown, neurons_of, w.down, id, nt);
+#pragma omp barrier
+            }
+        }
+        score(id, nt);
+    }
+
+    void project_kv(long l, int id, int nt) {
+        const Order& order = attention[l];
+        const LayerWeights& w = layers[l];
+        if (!s.is_multi_query) {
+            project(l, kK, order, d, w.k, k.data(), kv_max, id, nt);
+            project(l, kV, order, d, w.v, v.data(), kv_max, id, nt);
+            return;
+        }
+        Order one = order;  // all share one KV head
+        std::fill(one.widths.begin(), one.widths.end(), 1);
+        project(l, kK, one, d, w.k, k.data(), kv_max, id, nt);
+        project(l, kV, one, d, w.v, v.data(), kv_max, id, nt);
+    }
+};
+
+template <class W, class E>
+void run_step(const Shape& shape, const LayerWeights* layers, const Ends& ends, const Tokens& tokens, int threads) {
+    Step<W, E> step(shape, layers, ends, tokens, threads);
+#pragma omp parallel num_threads(threads)
+    step.run(omp_get_thread_num(), omp_get_num_threads());
+}
+
+}  // namespace
+
+extern "C" {
+
+// Scores after the wanted tokens; keys and values go to the cache's pages.
+void flextron_step(const Shape* shape, const LayerWeights* layers, const Ends* ends, const Tokens* tokens,
+                   int threads) {
+    const auto run = shape->weights == kInt4   ? run_step<FourBit, int8_t>
+                     : shape->weights == kInt8 ? run_step<int8_t, int8_t>
+                                               : run_step<float, float>;
+    run(*shape, layers, *ends, *tokens, threads);
+}
+}

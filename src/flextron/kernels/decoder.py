@@ -1,0 +1,269 @@
+"""The compiled iteration of `csrc/decoder.cpp`: a decoder as one call.
+
+Where there is no compiler, or a model has a shape that the kernels do not take, the engine runs PyTorch's operators.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from flextron.errors import FlextronError
+from flextron.kernels.adapters import NativeAdapter
+from flextron.kernels.build import load_library
+from flextron.kernels.quantization import GROUP, column_scales, pack_groups, quantize_groups, quantize_rows
+from flextron.model.decoder import Decoder
+from flextron.model.layers import rotary_tables
+
+__all__ = ["NativeStep", "Weights", "why_not_native"]
+
+_LANES = 8
+_ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_new": 2, "gelu_fast": 2, "gelu_pytorch_tanh": 2, "relu": 3}
+
+_Pointer = ctypes.c_void_p
+Weights = Literal["float32", "int8", "int4"]
+_WEIGHTS = get_args(Weights)
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = (("weight", _Pointer), ("bias", _Pointer))
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = (
+        ("weight", _Pointer),
+        ("bias", _Pointer),
+        ("scales", _Pointer),
+        ("group_scales", _Pointer),
+        ("column_scales", _Pointer),
+    )
+
+
+class _LayerWeights(ctypes.Structure):
+    _fields_ = (
+        *((name, _Norm) for name in ("attention_norm", "mlp_norm")),
+        *((name, _Linear) for name in ("q", "k", "v", "o")),
+        *((name, _Norm) for name in ("q_norm", "k_norm")),
+        *((name, _Linear) for name in ("gate", "up", "down")),
+    )
+
+
+class _Ends(ctypes.Structure):
+    _fields_ = (("embedding", _Pointer), ("positions", _Pointer), ("final_norm", _Norm), ("head", _Linear))
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = (
+        *(
+            (name, ctypes.c_int64)
+            for name in ("hidden_size", "head_dim", "vocab_size", "num_layers", "rotated", "window")
+        ),
+        *((name, ctypes.c_int64) for name in ("page_size", "query_rows_per_group", "is_multi_query")),
+        *((name, ctypes.c_int64) for name in ("parallel_residual", "is_layer_norm", "activation", "weights")),
+        ("norm_eps", ctypes.c_float),
+    )
+
+
+class _Tokens(ctypes.Structure):
+    _fields_ = (
+        ("num_tokens", ctypes.c_int64),
+        *((name, _Pointer) for name in ("ids", "positions", "mlp_widths", "num_groups", "tables", "table_rows")),
+        *((name, _Pointer) for name in ("unit_offsets", "cos", "sin", "adapters")),
+        ("max_rank", ctypes.c_int64),
+        ("cache", _Pointer),
+        ("num_scores", ctypes.c_int64),
+        *((name, _Pointer) for name in ("rows", "scores")),
+    )
+
+
+def why_not_native(decoder: Decoder) -> str | None:
+    """Why a decoder cannot run in the compiled iteration, in one sentence; None if it can."""
+    config = decoder.config
+    if decoder.num_ranks > 1:
+        return f"the weights are shared by {decoder.num_ranks} ranks"
+    if decoder.device.type != "cpu":
+        return f"the weights lie on {decoder.device.type}"
+    if decoder.dtype != torch.float32:
+        return f"the weights are {decoder.dtype}"
+    if config.hidden_size % _LANES or config.head_dim % _LANES:
+        return f"hidden size {config.hidden_size} or head size {config.head_dim} is no multiple of {_LANES}"
+    library = load_library("decoder")
+    return library if isinstance(library, str) else None
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+class NativeStep:
+    """A decoder as one call, from token ids to scores. Weights stay where they are; the decoder must outlive this."""
+
+    def __init__(self, decoder: Decoder, page_size: int, weights: Weights = "float32") -> None:
+        """Collect pointers; with `int8` and `int4`, quantize a copy.
+
+        Args:
+            decoder: in float32 on the CPU.
+            page_size: tokens of a page of the KV cache.
+            weights: `int8` reads an eight-bit copy of all matrices, a scale a row (norms and biases stay as they are);
+                `int4` one of four bits, a scale for 32 columns of a row, with `o`, `down` and the head in eight.
+
+        Raises:
+            FlextronError: `why_not_native` has a reason, or `int4` is asked for and rows cannot be cut into groups.
+        """
+        reason = why_not_native(decoder)
+        library = load_library("decoder")
+        if reason is not None or isinstance(library, str):
+            raise FlextronError(f"no compiled iteration: {reason}")
+        if weights == "int4" and decoder.config.hidden_size % GROUP:
+            raise FlextronError(
+                f"int4 needs a hidden size that is a multiple of {GROUP}, not {decoder.config.hidden_size}; use int8"
+            )
+        self.weights: Weights = weights
+        """Precision of the matrices."""
+        self._library, self._decoder = library, decoder
+        config = decoder.config
+        self._shape = _Shape(
+            hidden_size=config.hidden_size,
+            head_dim=config.head_dim,
+            vocab_size=config.vocab_size,
+            num_layers=config.num_hidden_layers,
+            rotated=0 if config.rope is None else int(config.head_dim * config.rope.fraction),
+            window=config.sliding_window or 0,
+            page_size=page_size,
+            query_rows_per_group=config.query_rows_per_group,
+            is_multi_query=config.is_multi_query,
+            parallel_residual=config.parallel_residual,
+            is_layer_norm=config.norm == "layer",
+            activation=_ACTIVATIONS[config.activation],
+            weights=_WEIGHTS.index(weights),
+            norm_eps=config.norm_eps,
+        )
+        self._layers = (_LayerWeights * config.num_hidden_layers)()
+        self._cos_sin = (torch.empty(0, 0), torch.empty(0, 0))
+        self._quantized: list[Tensor] = []
+        """Kept alive for the pointers."""
+        for layer, native in zip(decoder.layers, self._layers, strict=True):
+            for name, module in _parts(layer):
+                bias = _address(getattr(module, "bias", None))
+                if name.endswith("norm"):
+                    setattr(native, name, _Norm(_address(module.weight), bias))
+                else:
+                    linear = self._linear(module.weight, bias, weights, sums_rows=name in ("o", "down"))
+                    setattr(native, name, linear)
+        norm: Any = decoder.final_norm
+        positions: Any = getattr(decoder, "positions", None)
+        self._ends = _Ends(
+            embedding=_address(decoder.embedding.weight),
+            positions=None if positions is None else _address(positions.weight),
+            final_norm=_Norm(_address(norm.weight), _address(getattr(norm, "bias", None))),
+            head=self._linear(decoder.head_weight, None, "float32" if weights == "float32" else "int8"),
+        )
+
+    def _linear(self, weight: Tensor, bias: int | None, weights: Weights, *, sums_rows: bool = False) -> _Linear:
+        """With a quantized copy, but for float32; `sums_rows` where rows are inputs, not outputs."""
+        if weights == "float32":
+            return _Linear(_address(weight), bias)
+        columns = column_scales(weight) if sums_rows else None
+        if columns is not None:
+            weight = weight / columns
+        if weights == "int8" or sums_rows:
+            numbers, scales = quantize_rows(weight)
+            linear = _Linear(_address(numbers), bias, scales=_address(scales), column_scales=_address(columns))
+        else:
+            numbers, scales = quantize_groups(weight)
+            numbers = pack_groups(numbers)
+            scales = pad(scales.flatten(), (1, _LANES))  # the kernels read vectors around them
+            linear = _Linear(
+                _address(numbers), bias, group_scales=_address(scales[1:]), column_scales=_address(columns)
+            )
+        self._quantized += [numbers, scales, *([] if columns is None else [columns])]
+        return linear
+
+    def __call__(
+        self,
+        tokens_N: Tensor,
+        positions_N: Tensor,
+        mlp_widths_LN: Tensor,
+        num_groups_LN: Tensor,
+        tables: Sequence[Tensor],
+        unit_offsets_LN: Tensor,
+        cache: Tensor,
+        rows: Sequence[int],
+        adapters: Sequence[NativeAdapter | None] | None = None,
+    ) -> Tensor:
+        """Run all tokens through the decoder.
+
+        Args:
+            tokens_N: ids, int64.
+            positions_N: int64.
+            mlp_widths_LN: neurons of each token in each layer, int32; 0 skips.
+            num_groups_LN: attention groups, int32; 0 skips.
+            tables: page table of each token's sequence, (pages, units of a page), int32; tokens may share one.
+            unit_offsets_LN: first unit of each layer in a row of that table, int32.
+            cache: (units, 2, page size, head size), float32.
+            rows: tokens after which scores are wanted.
+            adapters: of each token, at least as wide as the token's sub-network, or None; none by default.
+
+        Returns:
+            Scores over the vocabulary after these, (rows, vocabulary).
+        """
+        addresses = torch.tensor([t.data_ptr() for t in tables])
+        lengths = torch.tensor([t.shape[1] for t in tables])
+        wanted = torch.tensor(rows, dtype=torch.int64)
+        owned = None if adapters is None else torch.tensor([0 if a is None else a.address for a in adapters])
+        scores_RV = torch.empty(len(rows), self._shape.vocab_size)
+        cos, sin = self._rotations(positions_N)
+        tokens = _Tokens(
+            num_tokens=len(tokens_N),
+            ids=_address(tokens_N),
+            positions=_address(positions_N),
+            mlp_widths=_address(mlp_widths_LN),
+            num_groups=_address(num_groups_LN),
+            tables=_address(addresses),
+            table_rows=_address(lengths),
+            unit_offsets=_address(unit_offsets_LN),
+            cos=_address(cos),
+            sin=_address(sin),
+            adapters=_address(owned),
+            max_rank=max((a.max_rank for a in adapters or () if a is not None), default=0),
+            cache=_address(cache),
+            num_scores=len(rows),
+            rows=_address(wanted),
+            scores=_address(scores_RV),
+        )
+        self._library.flextron_step(
+            ctypes.byref(self._shape),
+            self._layers,
+            ctypes.byref(self._ends),
+            ctypes.byref(tokens),
+            torch.get_num_threads(),
+        )
+        return scores_RV
+
+    def _rotations(self, positions_N: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Cosines and sines of the positions, (N, rotated) each, out of tables that grow with the longest sequence."""
+        config = self._decoder.config
+        if config.rope is None:
+            return None, None
+        last = int(positions_N.max())
+        if last >= len(self._cos_sin[0]):
+            known = torch.arange(max(last + 1, min(max(256, 2 * last), config.max_position_embeddings)))
+            rope = rotary_tables(config, known, torch.float32)
+            assert rope is not None
+            self._cos_sin = (rope[0].squeeze(1), rope[1].squeeze(1))
+        cos, sin = self._cos_sin
+        return cos[positions_N], sin[positions_N]
+
+
+def _parts(layer: nn.Module) -> list[tuple[str, Any]]:
+    """Weights of a layer by the kernels' names; absent ones are left out."""
+    attention, mlp = getattr(layer, "attention", None), getattr(layer, "mlp", None)
+    parts = [(name, getattr(layer, name, None)) for name in ("attention_norm", "mlp_norm")]
+    parts += [(name, getattr(attention, name, None)) for name in ("q", "k", "v", "o", "q_norm", "k_norm")]
+    parts += [(name, getattr(mlp, name, None)) for name in ("gate", "up", "down")]
+    return [(name, module) for name, module in parts if module is not None]

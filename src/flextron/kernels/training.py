@@ -1,0 +1,141 @@
+"""The compiled kernels of `csrc/training.cpp`: attention of training windows, and the gate of gated MLPs, in float32 on a CPU.
+
+Shapes: N tokens of the window, M keys, H query heads, K KV heads, d head size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flextron.kernels.build import load_library
+
+__all__ = ["attend", "attend_backward", "silu_gate", "takes", "takes_heads"]
+
+_LANES = 8
+_Pointer, _Number = ctypes.c_void_p, ctypes.c_int64
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = (
+        *((name, _Number) for name in ("num_heads", "num_kv_heads", "head_dim", "window", "num_sequences")),
+        ("lengths", _Pointer),
+        ("held", _Number),
+        *((name, _Pointer) for name in "qkv"),
+        *((f"{name}_stride", _Number) for name in "qkv"),
+        *((name, _Pointer) for name in ("out", "log_sums")),
+        ("threads", _Number),
+    )
+
+
+class _Gradients(ctypes.Structure):
+    _fields_ = (("out", _Pointer), ("out_stride", _Number), *((name, _Pointer) for name in "qkv"))
+
+
+def takes(x: Tensor) -> bool:
+    """Whether there are kernels for tensors like this one."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and not isinstance(load_library("training"), str)
+
+
+def takes_heads(q_NHd: Tensor) -> bool:
+    """Whether there is attention for queries like these."""
+    return q_NHd.shape[-1] % _LANES == 0 and takes(q_NHd)
+
+
+def attend(
+    q_NHd: Tensor, k_MKd: Tensor, v_MKd: Tensor, lengths: Sequence[int], window: int | None
+) -> tuple[Tensor, Tensor]:
+    """As `blockwise.attend`."""
+    q, k, v = (_rows(t) for t in (q_NHd, k_MKd, v_MKd))
+    out_NHd, log_sums_NH = q.new_empty(q.shape), q.new_empty(q.shape[:2])
+    task = _task(q, k, v, lengths, window, out_NHd, log_sums_NH)
+    _library().flextron_attend(ctypes.byref(task))
+    return out_NHd, log_sums_NH
+
+
+def attend_backward(
+    q_NHd: Tensor,
+    k_MKd: Tensor,
+    v_MKd: Tensor,
+    lengths: Sequence[int],
+    window: int | None,
+    given: tuple[Tensor, Tensor],
+    g_NHd: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """As `blockwise.attend_backward`."""
+    q, k, v, g = (_rows(t) for t in (q_NHd, k_MKd, v_MKd, g_NHd))
+    out_NHd, log_sums_NH = (t.contiguous() for t in given)
+    task = _task(q, k, v, lengths, window, out_NHd, log_sums_NH)
+    dq, dk, dv = (t.new_empty(t.shape) if need else None for t, need in zip((q, k, v), needs, strict=True))
+    gradients = _Gradients(g.data_ptr(), g.stride(0), *(None if t is None else t.data_ptr() for t in (dq, dk, dv)))
+    _library().flextron_attend_back(ctypes.byref(task), ctypes.byref(gradients))
+    return dq, dk, dv
+
+
+def silu_gate(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up, elementwise, with gradients."""
+    return _SiluGate.apply(gate, up)  # type: ignore[no-untyped-call,no-any-return]
+
+
+class _SiluGate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        ctx.save_for_backward(gate, up)
+        out = torch.empty_like(gate)
+        _library().flextron_gate(*_addresses(gate, up, out), _Number(gate.numel()), _Number(torch.get_num_threads()))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        gate, up = ctx.saved_tensors
+        out = grads[0].contiguous()
+        d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+        _library().flextron_gate_back(
+            *_addresses(gate, up, out, d_gate, d_up), _Number(gate.numel()), _Number(torch.get_num_threads())
+        )
+        return d_gate, d_up
+
+
+def _addresses(*tensors: Tensor) -> list[ctypes.c_void_p]:
+    return [_Pointer(t.data_ptr()) for t in tensors]
+
+
+def _library() -> ctypes.CDLL:
+    library = load_library("training")
+    assert not isinstance(library, str)
+    return library
+
+
+def _rows(x_NHd: Tensor) -> Tensor:
+    """The tensor, each row of which is in one piece."""
+    in_one_piece = x_NHd.stride(2) == 1 and x_NHd.stride(1) == x_NHd.shape[2]
+    return x_NHd if in_one_piece else x_NHd.contiguous()
+
+
+def _task(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], window: int | None, out: Tensor, log_sums: Tensor
+) -> _Attention:
+    return _Attention(
+        num_heads=q.shape[1],
+        num_kv_heads=k.shape[1],
+        head_dim=q.shape[2],
+        window=window or 0,
+        num_sequences=len(lengths),
+        lengths=ctypes.cast((_Number * len(lengths))(*lengths), _Pointer),
+        held=len(k) - len(q),
+        q=q.data_ptr(),
+        k=k.data_ptr(),
+        v=v.data_ptr(),
+        q_stride=q.stride(0),
+        k_stride=k.stride(0),
+        v_stride=v.stride(0),
+        out=out.data_ptr(),
+        log_sums=log_sums.data_ptr(),
+        threads=torch.get_num_threads(),
+    )

@@ -1,0 +1,224 @@
+"""What both endpoints do with a request: queue it, follow it, word its answer, and let go of it in any case."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from flextron.engine import FinishReason, Logprobs
+from flextron.engine.output import Delta
+from flextron.server.bodies import GenerationBody
+from flextron.server.errors import ApiError
+from flextron.server.service import Service
+from flextron.server.session import Session
+from flextron.server.targets import Choice
+from flextron.server.worker import Job
+
+__all__ = ["Form", "Piece", "respond"]
+
+_log = logging.getLogger("flextron.server")
+_CLIENT_LEFT = 499
+"""As nginx logs it; nobody reads the answer."""
+
+
+@dataclass(slots=True)
+class Piece:
+    """A part of an answer, or all of it."""
+
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[Logprobs] = field(default_factory=list)
+    """One entry a token, where they were asked for."""
+    offsets: list[int] = field(default_factory=list)
+    """Where each token's text begins in the answer's, in characters."""
+    finish_reason: FinishReason | None = None
+
+    def add(self, delta: Delta) -> None:
+        """Append what a step added."""
+        self.text += delta.text
+        if delta.token is not None:
+            self.tokens.append(delta.token)
+            self.offsets.append(delta.offset)
+        if delta.logprobs is not None:
+            self.logprobs.append(delta.logprobs)
+        self.finish_reason = delta.finish_reason
+
+
+class Form(Protocol):
+    """How an endpoint words answers: each method gives an entry of `choices`."""
+
+    prefix: str
+    """Of ids."""
+    whole_object: str
+    piece_object: str
+
+    def whole(self, index: int, piece: Piece) -> dict[str, Any]:
+        """All of an answer."""
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """What a stream says before the first piece, if anything."""
+
+    def part(self, index: int, piece: Piece) -> list[dict[str, Any]]:
+        """A piece of an answer in a stream."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Envelope:
+    """What all chunks of an answer share."""
+
+    form: Form
+    session: Session
+    num_choices: int
+    """Of each prompt."""
+    id: str
+    created: int
+
+    def whole(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+        choices = [self.form.whole(i, piece) for i, piece in enumerate(pieces)]
+        head = self._head(self.form.whole_object, choices)
+        return head | {"usage": self.usage(sum(len(p.tokens) for p in pieces)), **self._report()}
+
+    def chunk(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        return self._head(self.form.piece_object, choices) | more
+
+    def first(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        return self.chunk(choices, **more, **self._report())
+
+    def usage(self, num_tokens: int) -> dict[str, int]:
+        num_prompt = sum(self.session.num_prompt_tokens[:: self.num_choices])
+        return {"prompt_tokens": num_prompt, "completion_tokens": num_tokens, "total_tokens": num_prompt + num_tokens}
+
+    def _head(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        model = self.session.choice.model_id
+        return {"id": self.id, "object": kind, "created": self.created, "model": model, "choices": choices}
+
+    def _report(self) -> dict[str, Any]:
+        return {"flextron": self.session.choice.report()}
+
+
+async def respond(
+    request: Request,
+    service: Service,
+    body: GenerationBody,
+    choice: Choice,
+    prompts: Sequence[list[int]],
+    max_tokens: Sequence[int],
+    form: Form,
+) -> Response:
+    """Answer prompts.
+
+    Args:
+        request: to notice when the client leaves.
+        service: the engine.
+        body: sampling, stop strings, stream or not.
+        choice: the sub-network.
+        prompts: token ids.
+        max_tokens: new tokens at most, of each prompt.
+        form: the endpoint's.
+
+    Raises:
+        ApiError: the engine does not take the request, or broke it off before anything was sent.
+    """
+    jobs = [
+        Job(
+            index=i * body.num_choices + j,
+            prompt=prompt,
+            params=body.sampling(j, most, service.defaults),
+            stop=body.stops,
+            spec=choice.spec,
+            router=choice.router,
+        )
+        for i, (prompt, most) in enumerate(zip(prompts, max_tokens, strict=True))
+        for j in range(body.num_choices)
+    ]
+    session = await service.open(jobs, choice)
+    envelope = _Envelope(form, session, body.num_choices, f"{form.prefix}-{uuid.uuid4().hex}", int(time.time()))
+    if body.stream:
+        return _EventStream(session, _events(envelope, len(jobs), wants_usage=body.wants_usage))
+    try:
+        pieces = await _unless_client_leaves(request, _collect(session, len(jobs)))
+    finally:
+        session.close()
+    return Response(status_code=_CLIENT_LEFT) if pieces is None else JSONResponse(envelope.whole(pieces))
+
+
+async def _collect(session: Session, count: int) -> list[Piece]:
+    """All answers, whole."""
+    pieces = [Piece() for _ in range(count)]
+    async for index, delta in session.deltas():
+        pieces[index].add(delta)
+    return pieces
+
+
+async def _unless_client_leaves(request: Request, work: Any) -> list[Piece] | None:
+    """The result of a coroutine; None if the client was gone before, which ends the coroutine."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
+async def _events(envelope: _Envelope, count: int, *, wants_usage: bool) -> AsyncIterator[str]:
+    """A stream of server-sent events; an error in the middle is one of them, and the last."""
+    empty = {"usage": None} if wants_usage else {}
+    form, num_tokens, is_first = envelope.form, 0, True
+    pending = [Piece() for _ in range(count)]
+    try:
+        openings = [o for i in range(count) if (o := form.opening(i)) is not None]
+        if openings:
+            yield _event(envelope.first(openings, **empty))
+            is_first = False
+        async for index, delta in envelope.session.deltas():
+            num_tokens += delta.token is not None
+            pending[index].add(delta)
+            if not pending[index].text and delta.finish_reason is None:
+                continue
+            for part in form.part(index, pending[index]):
+                make = envelope.first if is_first else envelope.chunk
+                is_first = False
+                yield _event(make([part], **empty))
+            pending[index] = Piece()
+        if wants_usage:
+            yield _event(envelope.chunk([], usage=envelope.usage(num_tokens)))
+        yield "data: [DONE]\n\n"
+    except ApiError as error:
+        yield _event(error.body())
+    except Exception:
+        _log.exception("a stream broke")
+        yield _event(ApiError(500, "an unexpected error; the server's log says more", kind="server_error").body())
+
+
+def _event(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+class _EventStream(StreamingResponse):
+    """Lets go of the session in any case, even if the client leaves before the first event."""
+
+    def __init__(self, session: Session, events: AsyncIterator[str]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        self._session = session
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._session.close()

@@ -1,0 +1,166 @@
+"""One grid of tiny random Hugging Face models over all families and traits, shared by the tests of model and elastic.
+
+Every parameter is random (matrices of scale 0.2, norm weights about 1, biases not 0), so that none can be mixed up,
+left out or read twice without a visible difference. Sizes differ from each other wherever a family lets them.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from flextron.checkpoints.huggingface import load_decoder, open_pretrained
+from flextron.model.batch import Batch
+from flextron.model.decoder import Decoder
+from flextron.spec import SubnetSpec
+
+VOCAB = 67
+SIZES: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3}
+HEADS: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+IDS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2}
+GPT2: dict[str, Any] = {"vocab_size": VOCAB, "n_embd": 32, "n_head": 4, "n_positions": 64, **IDS}
+NEOX: dict[str, Any] = {"num_attention_heads": 4, "max_position_embeddings": 64, "hidden_act": "gelu"}
+ROPE_NEOX: dict[str, Any] = {"rope_type": "default", "rope_theta": 20000.0, "partial_rotary_factor": 0.25}
+# 16 positions originally and head size 12: some frequencies are kept, some divided, some in between
+LLAMA3: dict[str, Any] = {
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+CASES: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**SIZES, **HEADS),
+    "llama-3": LlamaConfig(
+        **SIZES,
+        **HEADS,
+        head_dim=12,
+        attention_bias=True,
+        mlp_bias=True,
+        tie_word_embeddings=True,
+        rope_parameters=LLAMA3,
+    ),
+    "llama-linear": LlamaConfig(
+        **SIZES, **HEADS, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}
+    ),
+    "llama-mqa": LlamaConfig(**SIZES | HEADS | {"num_key_value_heads": 1}),
+    "mistral": MistralConfig(**SIZES, **HEADS, sliding_window=5),
+    "qwen2": Qwen2Config(**SIZES, **HEADS),
+    "qwen3": Qwen3Config(**SIZES, **HEADS, head_dim=12, tie_word_embeddings=True),
+    "gpt2": GPT2Config(**GPT2, n_layer=3, n_inner=40),
+    "neox": GPTNeoXConfig(**SIZES, **NEOX, rope_parameters=ROPE_NEOX),
+    "neox-sequential": GPTNeoXConfig(
+        **SIZES,
+        **NEOX | {"hidden_act": "gelu_fast"},
+        rope_parameters=ROPE_NEOX | {"partial_rotary_factor": 0.5},
+        use_parallel_residual=False,
+    ),
+}
+
+
+def random_model(case: str, seed: int = 3) -> PreTrainedModel:
+    """The case's model with random parameters, in evaluation mode and with the plainest attention."""
+    return random_from(CASES[case], seed)
+
+
+def random_from(config: PretrainedConfig, seed: int = 3) -> PreTrainedModel:
+    """As `random_model`, of any config."""
+    torch.manual_seed(seed)
+    # a copy: models write their dtype into their config, which other tests share
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager").eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(0, 0.2)
+            if parameter.dim() == 1 and name.endswith("weight"):
+                parameter.add_(1)
+    return model
+
+
+def in_float64(model: PreTrainedModel) -> PreTrainedModel:
+    """The model in float64 throughout: in any dtype, stock RMS norms and eager softmax round to float32."""
+    model = model.double()
+    for parent in list(model.modules()):
+        for name, norm in list(parent.named_children()):
+            if type(norm).__name__.endswith("RMSNorm"):
+                exact = nn.RMSNorm(norm.weight.shape, eps=norm.variance_epsilon, dtype=torch.float64)
+                exact.weight = norm.weight
+                setattr(parent, name, exact)
+    model.set_attn_implementation("sdpa")
+    return model
+
+
+def hf_config_of(model: PreTrainedModel) -> dict[str, Any]:
+    """What the model's `config.json` holds."""
+    data: dict[str, Any] = json.loads(model.config.to_json_string())
+    return data
+
+
+def decoder_of(model: PreTrainedModel) -> Decoder:
+    """Our decoder with the model's weights, read from what `transformers` publishes of it."""
+    with TemporaryDirectory() as directory:
+        model.save_pretrained(directory)
+        return load_decoder(open_pretrained(directory), dtype=model.dtype)
+
+
+def stock(directory: Path) -> PreTrainedModel:
+    """What unmodified `transformers` makes of a directory; complains of weights that are missing or superfluous."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        directory, attn_implementation="eager", output_loading_info=True, local_files_only=True
+    )
+    model, report = loaded
+    complaints = {kind: found for kind, found in report.items() if found}
+    assert not complaints, complaints
+    out: PreTrainedModel = model.eval()
+    return out
+
+
+def random_tokens(*shape: int, seed: int = 1) -> Tensor:
+    """Token ids, all different enough from each other to matter."""
+    return torch.randint(VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def hf_logits(model: PreTrainedModel, tokens_BT: Tensor) -> Tensor:
+    """The reference's logits, (B, T, vocabulary)."""
+    logits: Tensor = model(tokens_BT, use_cache=False).logits
+    return logits
+
+
+def our_logits(decoder: Decoder, tokens_BT: Tensor, spec: SubnetSpec | None = None) -> Tensor:
+    """The decoder's logits in a sub-network (by default all that it holds), (B, T, vocabulary)."""
+    logits_NV = decoder.logits(decoder(Batch.padded(tokens_BT, spec or decoder.widths)))
+    return logits_NV.view(*tokens_BT.shape, -1)
+
+
+def hf_greedy(model: PreTrainedModel, prompt: Sequence[int], num_tokens: int) -> list[int]:
+    """Greedy continuation by running the whole text again for each token: no cache that could be wrong."""
+    tokens = list(prompt)
+    for _ in range(num_tokens):
+        tokens.append(int(hf_logits(model, torch.tensor([tokens]))[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+def relative_error(ours: Tensor, reference: Tensor) -> float:
+    """Largest deviation, as a fraction of the reference's largest entry."""
+    assert ours.shape == reference.shape, (ours.shape, reference.shape)
+    return float(((ours - reference).abs().max() / reference.abs().max()).detach())
