@@ -113,15 +113,15 @@ def _keep(uploads: Uploads, spool: Any, boundary: bytes, max_bytes: int) -> File
     spool.flush()
     with mmap.mmap(spool.fileno(), 0, access=mmap.ACCESS_READ) as body:
         parts = {part.name: part for part in parse_parts(body, boundary)}
-        for name in parts.keys() - {"purpose", "file"}:
-            if name.startswith("expires_after"):
-                raise bad_request("files do not expire here; leave expires_after out", "expires_after")
-            raise unknown_key(name)
+        if any(name.startswith("expires_after") for name in parts):
+            raise bad_request("files do not expire here; leave expires_after out", "expires_after")
         purpose, file = parts.get("purpose"), parts.get("file")
         if purpose is None or body[purpose.start : purpose.end] != FINE_TUNE.encode():
             raise bad_request(f"purpose must be {FINE_TUNE!r}", "purpose")
         if file is None or file.filename is None:
             raise bad_request("the form has no file", "file")
+        for name in parts.keys() - {"purpose", "file"}:
+            raise unknown_key(name)
         if file.end - file.start > max_bytes:
             raise ApiError(413, f"the file is larger than {max_bytes} bytes", param="file", code="file_too_large")
         _check_lines(body, file)
