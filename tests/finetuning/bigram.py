@@ -61,17 +61,17 @@ class Bigram:
         is_due = self.step_number % self._per_epoch == 0 or self._chosen.has_checkpoint(self.step_number)
         return StepMetrics(
             loss=float(loss.detach()),
-            num_tokens=sum(len(example.token_ids) for example in chosen),
+            num_tokens=sum(len(example.tokens) for example in chosen),
             valid_loss=float(self._loss(self._validation).detach()) if self._validation and is_due else None,
         )
 
     def _loss(self, examples: Sequence[Example]) -> Tensor:
         pairs = torch.tensor(
             [
-                (example.token_ids[i - 1] % SIZE, example.token_ids[i] % SIZE)
+                (example.tokens[i - 1] % SIZE, example.tokens[i] % SIZE)
                 for example in examples
-                for i in range(1, len(example.token_ids))
-                if example.is_trained[i]
+                for i in range(1, len(example.tokens))
+                if example.mask[i]
             ]
         )
         wanted = torch.nn.functional.one_hot(pairs[:, 1], SIZE)

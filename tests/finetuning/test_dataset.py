@@ -33,13 +33,13 @@ def read(path: Path, tok: PreTrainedTokenizerBase, content: bytes, context: int 
 
 def learnt(tok: PreTrainedTokenizerBase, example: Example) -> str:
     """The text of the tokens that are trained on."""
-    pairs = zip(example.token_ids, example.is_trained, strict=True)
+    pairs = zip(example.tokens, example.mask, strict=True)
     return str(tok.decode([token for token, is_trained in pairs if is_trained]))
 
 
 def test_prompt_and_completion(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:
     (example,) = read(tmp_path, tok, jsonl([{"prompt": "2 and 3 are", "completion": " five, é 中"}])).examples
-    assert tok.decode(example.token_ids) == f"2 and 3 are five, é 中{tok.eos_token}"
+    assert tok.decode(example.tokens) == f"2 and 3 are five, é 中{tok.eos_token}"
     assert learnt(tok, example) == f" five, é 中{tok.eos_token}"
 
 
@@ -47,7 +47,7 @@ def test_the_assistants_turns_alone_are_learnt(tmp_path: Path, tok: PreTrainedTo
     system, again = {"role": "system", "content": "Be kind"}, {"role": "assistant", "content": "Bye"}
     (example,) = read(tmp_path, tok, jsonl([{"messages": [system, USER, ANSWER, USER, again]}]), context=200).examples
     whole = "<system>Be kind</>\n<user>Hi there</>\n<assistant>Hello, you</>\n<user>Hi there</>\n<assistant>Bye</>\n"
-    assert tok.decode(example.token_ids) == whole
+    assert tok.decode(example.tokens) == whole
     assert learnt(tok, example).replace("</>\n", "|") == "Hello, you|Bye|"
 
 
@@ -61,7 +61,7 @@ def test_weights_parts_and_the_developer(tmp_path: Path, tok: PreTrainedTokenize
         {"role": "assistant", "content": parts, "weight": 1},
     ]
     (example,) = read(tmp_path, tok, jsonl([{"messages": messages}]), context=200).examples
-    assert str(tok.decode(example.token_ids)).startswith("<system>Be kind</>")
+    assert str(tok.decode(example.tokens)).startswith("<system>Be kind</>")
     assert learnt(tok, example) == "Good day</>\n"
 
 
@@ -76,9 +76,9 @@ def test_over_long_examples(tmp_path: Path, tok: PreTrainedTokenizerBase) -> Non
     short = {"prompt": "a ", "completion": "b"}
     found = read(tmp_path, tok, jsonl([short, long]), context=20)
     assert found.num_truncated == 1
-    assert [len(e.token_ids) for e in found.examples][1] == 20
+    assert [len(e.tokens) for e in found.examples][1] == 20
     found = read(tmp_path, tok, jsonl([short, long]), max_tokens=10)
-    assert len(found.examples[1].token_ids) == len(found.examples[1].is_trained) == 10
+    assert len(found.examples[1].tokens) == len(found.examples[1].mask) == 10
     with pytest.raises(DatasetError, match=r"line 2 has .* tokens, more than 20; shorten it"):
         read(tmp_path, tok, jsonl([short, long]), context=20, over_long="refuse")
     with pytest.raises(DatasetError, match="line 1 has nothing to learn within its first 20 tokens"):
@@ -176,7 +176,7 @@ def test_no_file_is_too_strange(tmp_path: Path, tok: PreTrainedTokenizerBase, co
         found = read(tmp_path, tok, content)
     except DatasetError:
         return
-    assert all(any(e.is_trained) and not e.is_trained[0] for e in found.examples)
+    assert all(any(e.mask) and not e.mask[0] for e in found.examples)
 
 
 def test_hyperparameters_go_through_json() -> None:
@@ -247,7 +247,7 @@ def test_templates_that_do_not_serve(tmp_path: Path, tok: PreTrainedTokenizerBas
 
 def test_tokens_that_the_model_lacks(tmp_path: Path, tok: PreTrainedTokenizerBase) -> None:
     (tmp_path / "data").write_bytes(jsonl([{"prompt": "a ", "completion": "b"}]))
-    tokens = read_dataset(tmp_path / "data", tok, Hyperparameters(), 64).examples[0].token_ids
+    tokens = read_dataset(tmp_path / "data", tok, Hyperparameters(), 64).examples[0].tokens
     assert read_dataset(tmp_path / "data", tok, Hyperparameters(), 64, max(tokens) + 1).examples
     with pytest.raises(
         DatasetError, match=rf"line 1 holds the token .* \({max(tokens)}\), .* vocabulary of {max(tokens)}"

@@ -73,9 +73,9 @@ def plain_losses(decoder: Decoder, adapter: Adapter, data: Sequence[Example]) ->
         batch = [data[i] for i in order[index * CHOSEN.batch_size : (index + 1) * CHOSEN.batch_size]]
         logits, targets = [], []
         for e in batch:
-            tokens = torch.tensor(e.token_ids)
+            tokens = torch.tensor(e.tokens)
             out = decoder.logits(decoder(Batch.ragged([tokens], [decoder.widths], adapters=[adapter])))
-            is_trained = torch.tensor(e.is_trained[1:], dtype=torch.bool)
+            is_trained = torch.tensor(e.mask[1:], dtype=torch.bool)
             logits.append(out[:-1][is_trained])
             targets.append(tokens[1:][is_trained])
         loss = F.cross_entropy(torch.cat(logits), torch.cat(targets))
@@ -101,7 +101,7 @@ def test_the_curve_is_that_of_a_plain_loop(case: str) -> None:
         assert [m.loss for m in metrics] == pytest.approx(losses, abs=1e-4)
         for ours, theirs in zip(work.adapter.parameters(), first.adapter.parameters(), strict=True):
             assert float((ours - theirs).detach().abs().max()) < 2e-3
-        assert sum(m.num_tokens for m in metrics) == CHOSEN.n_epochs * sum(len(e.token_ids) - 1 for e in data)
+        assert sum(m.num_tokens for m in metrics) == CHOSEN.n_epochs * sum(len(e.tokens) - 1 for e in data)
         assert all(m.accuracy is not None and 0 <= m.accuracy <= 1 for m in metrics)
 
 
@@ -143,7 +143,7 @@ def test_validation_is_that_of_a_plain_decoder_and_changes_nothing(case: str, tm
                 loss, accuracy = score(decoder, work.adapter, held_out)
                 assert metrics.valid_loss == pytest.approx(loss, abs=1e-5)
                 assert metrics.valid_accuracy == pytest.approx(accuracy)
-                assert metrics.num_valid_tokens == sum(len(e.token_ids) - 1 for e in held_out)
+                assert metrics.num_valid_tokens == sum(len(e.tokens) - 1 for e in held_out)
         assert [m.loss for m in found] == pytest.approx([m.loss for m in alone], abs=1e-5)
 
 
@@ -194,7 +194,7 @@ def test_what_a_sub_network_learns_is_all_that_wider_ones_get() -> None:
     spec = ragged_specs(decoder.config, 2)[0]
     work = trainer(decoder, examples(6), spec=spec)
     finish(work, [50])
-    tokens = torch.tensor(examples(1)[0].token_ids)
+    tokens = torch.tensor(examples(1)[0].tokens)
     narrow = work.adapter.narrowed(spec)
     wide = Adapter.lora(decoder.config, rank=CHOSEN.rank, alpha=CHOSEN.alpha)
     for i in range(len(spec.layers)):

@@ -20,7 +20,7 @@ def score(decoder: Decoder, adapter: Adapter, data: Sequence[Example]) -> tuple[
     """Mean loss and share of right tokens, by the textbook."""
     logits, targets = [], []
     for e in data:
-        tokens, is_trained = torch.tensor(list(e.token_ids)), torch.tensor(list(e.is_trained[1:]), dtype=torch.bool)
+        tokens, is_trained = torch.tensor(list(e.tokens)), torch.tensor(list(e.mask[1:]), dtype=torch.bool)
         out = decoder.logits(decoder(Batch.ragged([tokens], [decoder.widths], adapters=[adapter])))
         logits.append(out[:-1][is_trained])
         targets.append(tokens[1:][is_trained])

@@ -51,12 +51,12 @@ class Pass:
         """That went through."""
         self._num_right = self._num_weighted = 0
         self._name = "" if backward else "validation "
-        total = float(sum(sum(e.is_trained) for e in examples))
+        total = float(sum(sum(e.mask) for e in examples))
 
         def made() -> Iterator[Finetuning]:
             for pack in _packs(examples, pack_tokens):
-                keep = kept(sum(len(e.token_ids) for e in pack)) if backward else ()
-                tensors = [packing.Example(_integers(e.token_ids), _weights(e)) for e in pack]
+                keep = kept(sum(len(e.tokens) for e in pack)) if backward else ()
+                tensors = [packing.Example(_integers(e.tokens), _weights(e)) for e in pack]
                 yield Finetuning(decoder, adapter, tensors, spec=spec, total_weight=total, keep=keep, backward=backward)
 
         # one at a time: all examples of a large file side by side would fill the memory
@@ -98,7 +98,7 @@ def _packs(examples: Sequence[Example], num_tokens: int) -> Iterator[list[Exampl
     pack: list[Example] = []
     size = 0
     for example in examples:
-        own = len(example.token_ids) - 1
+        own = len(example.tokens) - 1
         if pack and size + own > num_tokens:
             yield pack
             pack, size = [], 0
@@ -112,4 +112,4 @@ def _integers(token_ids: Sequence[int]) -> Tensor:
 
 
 def _weights(example: Example) -> Tensor:
-    return torch.tensor(list(example.is_trained), dtype=torch.float32)
+    return torch.tensor(list(example.mask), dtype=torch.float32)

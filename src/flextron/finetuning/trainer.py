@@ -18,8 +18,8 @@ __all__ = ["Example", "MakeTrainer", "StepMetrics", "Trainer", "UnitTrainer", "n
 class Example:
     """One conversation, or one prompt with its completion."""
 
-    token_ids: Sequence[int]
-    is_trained: Sequence[int]
+    tokens: Sequence[int]
+    mask: Sequence[int]
     """For each token 1 if the model learns to say it, else 0; at least one is 1, and the first never is."""
 
 
