@@ -1,4 +1,4 @@
-"""The compiled kernels of `csrc/training.cpp`: attention of training windows, and the gate of gated MLPs, in float32 on a CPU.
+"""The compiled kernels of `csrc/training.cpp`: attention of training windows and the gate of gated MLPs, float32, CPU.
 
 Shapes: N tokens of the window, M keys, H query heads, K KV heads, d head size.
 """
