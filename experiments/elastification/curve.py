@@ -32,7 +32,7 @@ from flextron.routing.sensitivity import measure_sensitivity
 from flextron.spec import SearchSpace, SubnetSpec
 from flextron.workflows.demo import default_model
 
-__all__ = ["SIZES", "TextSet", "choose", "main", "texts"]
+__all__ = ["SIZES", "TextSet", "choose", "main", "measure", "texts", "wikitext"]
 
 SIZES = (1.0, 0.9, 0.75, 0.6, 0.5, 0.4)
 """Weights of a sub-network, embeddings included, over the full network's."""
@@ -62,7 +62,8 @@ class TextSet:
         return float(torch.cat(losses).double().mean())
 
 
-def _wikitext(data: Path, part: str) -> str:
+def wikitext(data: Path, part: str) -> str:
+    """A part of WikiText-2."""
     with pa.input_stream(str(data / "wikitext-2" / part), compression="zstd") as stream:
         return str(stream.read().decode())
 
@@ -73,7 +74,7 @@ def texts(data: Path, tokenizer: Any, num_tokens: int) -> dict[str, TextSet]:
     for record in lines(data / "eval-llm-foundry/lambada_openai.jsonl.zst")[: num_tokens // 40]:
         context = tokenizer(record["context"])["input_ids"]
         items.append((context, tokenizer(" " + record["continuation"], add_special_tokens=False)["input_ids"]))
-    wiki = [_wikitext(data, "wiki.test.raw.zst")]
+    wiki = [wikitext(data, "wiki.test.raw.zst")]
     return {
         "wikitext-2": TextSet(windows(wiki, tokenizer, num_tokens=num_tokens, context=_CONTEXT)),
         "lambada": TextSet(items=items),
@@ -126,7 +127,7 @@ def main() -> None:
 def measure(model: flextron.ElasticModel, data: Path, num_tokens: int) -> dict[str, Any]:
     """One row of the curve."""
     tokenizer = needed(model.tokenizer)
-    validation = _wikitext(data, "wt2.valid.tokens.txt.zst")
+    validation = wikitext(data, "wt2.valid.tokens.txt.zst")
     search_BT = windows([validation], tokenizer, num_tokens=10 * _CONTEXT, context=_CONTEXT)
     chosen = choose(model.decoder, model.space, search_BT)
     losses = {

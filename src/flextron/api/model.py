@@ -104,8 +104,9 @@ class ElasticModel(MeasuredModel):
                 "it is not known what the model was made from; convert the original again and train that"
             )
         extra: dict[str, Any] = {}
-        if self.frontier is not None:
-            extra[LOSSES_FILE] = KnownLosses.of(self.frontier).to_dict()
+        losses = self.losses if self.frontier is None else KnownLosses.of(self.frontier)
+        if losses is not None:
+            extra[LOSSES_FILE] = losses.to_dict()
         if self.token_router is not None:
             extra[TOKEN_ROUTER_FILE] = self.token_router.to_dict()
         write_adapter(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -60,6 +60,10 @@ class KnownPoint:
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
         return {name: getattr(self, name) for name in self.__slots__ if name != "spec"} | {"spec": self.spec.to_dict()}
+
+    def with_loss(self, loss: float) -> KnownPoint:
+        """The same sub-network with another loss."""
+        return replace(self, loss=loss)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -31,7 +31,7 @@ from flextron.training.recipe import TrainRecipe
 from flextron.workflows.elastify import ProfileStage, Progress, train_in_place
 from flextron.workflows.figure import can_draw, draw_frontiers
 
-__all__ = ["RECORD", "DemoSettings", "default_model", "own_record", "run_demo"]
+__all__ = ["RECORD", "DemoSettings", "check_packages", "default_model", "own_record", "run_demo", "training_tokens"]
 
 RECORD = "demo.json"
 """In the directory of a demo; a directory without it is none."""
@@ -79,10 +79,10 @@ def _packaged_model() -> Path | None:
     return files[0] if files else None
 
 
-def _check_packages(settings: DemoSettings) -> None:
+def check_packages(settings: DemoSettings | None = None) -> None:
     """Say what is missing before minutes of work, all of it at once."""
     needed = []
-    if settings.model is None and _packaged_model() is None:
+    if (settings is None or settings.model is None) and _packaged_model() is None:
         needed.append(f"its model ({_MODEL_REMEDY})")
     if not can_draw():
         needed.append("matplotlib (pip install matplotlib)")
@@ -155,7 +155,7 @@ def _search_targets(targets: Sequence[float]) -> tuple[float, ...]:
     return tuple(sorted({*inner, *between}, reverse=True))
 
 
-def _training_tokens(model: ElasticModel, recipe: TrainRecipe, minutes: float) -> int:
+def training_tokens(model: ElasticModel, recipe: TrainRecipe, minutes: float) -> int:
     """How many tokens fit into the minutes, from the time of a forward pass; whole steps."""
     tokens = torch.zeros(recipe.micro_batch_size, recipe.context, dtype=torch.long, device=model.decoder.device)
     batch = Batch.padded(tokens, model.decoder.widths)
@@ -198,7 +198,7 @@ def run_demo(settings: DemoSettings, progress: Progress) -> dict[str, Any]:
     Raises:
         FlextronError: the output directory holds something else, or a stage cannot run.
     """
-    _check_packages(settings)
+    check_packages(settings)
     source = settings.model or default_model()
     asked = {"model": source, "data": settings.data, "targets": list(settings.targets), "minutes": settings.minutes}
     facts = own_record(settings.output, asked)
@@ -218,7 +218,7 @@ def run_demo(settings: DemoSettings, progress: Progress) -> dict[str, Any]:
         model.save_profile(demo.elastic)
     if not model.info.recipe:
         if "tokens" not in facts:
-            demo.remember(tokens=_training_tokens(model, settings.train, settings.minutes))
+            demo.remember(tokens=training_tokens(model, settings.train, settings.minutes))
         recipe = settings.train.model_copy(update={"tokens": facts["tokens"]})
         # minutes are too few for all sub-networks: those that will be asked for, the two widest twice as often
         chosen = demo.chosen()
