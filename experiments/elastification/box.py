@@ -69,7 +69,8 @@ def card(recipe: Any, curve: list[dict[str, Any]]) -> str:
     return f"""# Elastic adapter for SmolLM2-135M-Instruct
 
 Low-rank updates of rank {recipe["train"]["lora_rank"]} beside all linears, and norm gains, in eight bits. With its
-base, HuggingFaceTB/SmolLM2-135M-Instruct (Apache-2.0), it makes an elastic model: `flextron.load(base, elastic=DIRECTORY)`.
+base, HuggingFaceTB/SmolLM2-135M-Instruct (Apache-2.0), it makes an elastic model:
+`flextron.load(base, elastic=DIRECTORY)`.
 
 ## Training
 
