@@ -142,6 +142,26 @@ def test_routes_are_trained_compared_drawn_and_used(
     assert json.loads(trained.out)["tokens"] == 128
 
 
+def test_an_elastic_adapter_is_trained_goes_on_and_is_applied(run: Any, made: Places, tmp_path: Path) -> None:
+    adapter, before = tmp_path / "adapter", load_file(made.elastic / "model.safetensors")
+    rows = json.loads(
+        run("train", made.elastic, "--data", made.text, *TRAIN, "--lora", 2, "--adapter", adapter, "--json").out
+    )
+    assert rows["tokens"] == 128
+    after = load_file(made.elastic / "model.safetensors")
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert_refused(run("train", made.elastic, *TRAIN, "--lora", 2, "--adapter", adapter), "exists already")
+    assert_refused(run("train", made.elastic, *TRAIN, "--adapter", tmp_path / "other"), "--lora")
+    assert_refused(run("train", adapter, "--data", made.text, *TRAIN, "--lora", 4), "rank 2")
+    assert json.loads(run("train", adapter, "--data", made.text, *TRAIN, "--json").out)["tokens"] == 128
+    assert api.load(adapter).info.recipe["num_tokens"] == 256
+    assert run("apply", made.checkpoint, adapter, tmp_path / "applied").code == 0
+    ours, right = api.load(tmp_path / "applied"), api.load(made.checkpoint, elastic=adapter)
+    for mine, theirs in zip(ours.decoder.parameters(), right.decoder.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+    assert_refused(run("apply", made.checkpoint, made.elastic, tmp_path / "none"), "no elastic adapter")
+
+
 def test_people_get_tables_on_stdout(run: Any, made: Places) -> None:
     outcome = run("info", made.profiled)
     assert outcome.code == 0
