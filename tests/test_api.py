@@ -231,7 +231,7 @@ def test_an_existing_directory_is_kept(profiled: ElasticModel, tmp_path: Path) -
         ({"multiple_of": 48}, "256 is not a multiple of 48"),
         ({"ratios": (0.5, 1.5)}, "ratios"),
         ({"max_skipped_layers": -1}, "max_skipped_layers"),
-        ({"num_calibration_tokens": 10}, "context"),
+        ({"num_calibration_tokens": 10}, "one window"),
     ],
 )
 def test_choices_that_do_not_fit_are_refused(checkpoint: Path, options: dict[str, object], message: str) -> None:
@@ -279,7 +279,7 @@ def test_directories_that_are_no_elastic_checkpoints_are_named(checkpoint: Path,
     info = tmp_path / "elastic" / "elastic.json"
     data = json.loads(info.read_text())
     info.write_text(json.dumps(data | {"format_version": 99}))
-    with pytest.raises(FlextronError, match="99"):
+    with pytest.raises(FlextronError, match="newer format"):
         flextron.load(tmp_path / "elastic")
     info.write_text(json.dumps({k: v for k, v in data.items() if k != "search_space"}))
     with pytest.raises(FlextronError, match="search_space"):

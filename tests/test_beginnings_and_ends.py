@@ -220,12 +220,12 @@ def test_examples_begin_as_the_tokenizer_begins_a_text_and_chats_as_their_templa
 
     found = example({"prompt": prompt, "completion": "a time"})
     bare = tokenizer(prompt + "a time", add_special_tokens=False)["input_ids"]
-    assert list(found.token_ids) == [*begin, *bare, *end]
+    assert list(found.tokens) == [*begin, *bare, *end]
     # all that begins in the completion is learnt, and the end, but nothing before the first token of all
     starts = tokenizer(prompt + "a time", add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     learnt = [False] * len(begin) + [start >= len(prompt) for start, _ in starts] + [True]
-    assert [bool(b) for b in found.is_trained] == [False, *learnt[1:]]
+    assert [bool(b) for b in found.mask] == [False, *learnt[1:]]
     assert sum(learnt) > 2
     messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "a time"}]
     chat = example({"messages": messages})
-    assert list(chat.token_ids) == tokenizer.apply_chat_template(messages, return_dict=False)
+    assert list(chat.tokens) == tokenizer.apply_chat_template(messages, return_dict=False)

@@ -132,7 +132,7 @@ def test_the_elastic_checkpoint_is_known_wherever_it_lies_and_after_training(her
     assert torch.equal(read.get_parameter("layers.0.down.a").t(), kept[key])
 
 
-@pytest.mark.parametrize("base", [None, "", "somewhere/else", "other", "other-elastic", "x" * 5000, "a\0b", 7])
+@pytest.mark.parametrize("base", [None, "", "somewhere/else", "other", "other-elastic", "x" * 5000, "a\0b"])
 def test_any_other_base_is_refused(base: Any, here: Path) -> None:
     saved_adapter(original("llama", here / "hf"), here / "a", base_model_name_or_path=base)
     random_model("llama", seed=5).save_pretrained(here / "other")

@@ -85,8 +85,8 @@ def test_a_damaged_library_is_built_again(cache: Path, damage: Callable[[bytes],
     library.unlink()  # this process has it mapped
     library.write_bytes(damage(whole))
     # in a process of its own: a damaged library that is mapped ends the process
-    code = "from flextron.model import compiled; from pathlib import Path; import sys\n"
-    code += "compiled._SOURCES = Path(sys.argv[1]); print(compiled.load_library('step').answer())"
+    code = "from flextron.kernels import build; from pathlib import Path; import sys\n"
+    code += "build._SOURCES = Path(sys.argv[1]); print(build.load_library('decoder').answer())"
     command = [sys.executable, "-c", code, str(compiled._SOURCES)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ}, check=False)
     assert (done.returncode, done.stdout) == (0, "41\n"), done.stderr
@@ -97,7 +97,7 @@ def test_a_damaged_library_is_built_again(cache: Path, damage: Callable[[bytes],
 def test_what_a_killed_build_leaves_is_cleaned(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started = tmp_path / "started"
     slow = script(tmp_path / "slow", f"touch {started}; sleep 60")
-    code = "from flextron.kernels.build import load_library; load_library('step')"
+    code = "from flextron.kernels.build import load_library; load_library('decoder')"
     process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "CXX": str(slow)}, stderr=-3)
     while not started.exists():
         assert process.poll() is None
@@ -164,7 +164,7 @@ def test_kernels_that_are_not_wanted_are_no_news(
 
 @needs_compiler
 def test_it_is_said_on_stderr_without_any_set_up(tmp_path: Path) -> None:
-    code = "from flextron.kernels.build import load_library; load_library('step'); load_library('window')"
+    code = "from flextron.kernels.build import load_library; load_library('decoder'); load_library('training')"
     command = [sys.executable, "-c", code]
     broken = script(tmp_path / "broken", "echo 'error: no luck' >&2; exit 1")
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "CXX": str(broken)}, check=True)

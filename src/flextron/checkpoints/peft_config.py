@@ -32,6 +32,7 @@ def _quick(pattern: str) -> str:
 
 
 _Pattern = Annotated[str, Field(max_length=200), AfterValidator(_quick)]
+_Rank = Annotated[int, Field(ge=1, le=2**20)]
 _Alpha = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
 
 
@@ -41,6 +42,8 @@ class _AdapterConfig(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
 
     peft_type: Annotated[str, Field(max_length=100)] | None = None
+    r: _Rank = 8
+    rank_pattern: Annotated[dict[_Pattern, _Rank], Field(max_length=10_000)] | None = None
     lora_alpha: _Alpha = 8
     alpha_pattern: Annotated[dict[_Pattern, _Alpha], Field(max_length=10_000)] | None = None
     use_rslora: bool | None = None
