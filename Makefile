@@ -9,7 +9,7 @@ DOCS_READY := .venv/.docs-ready
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/pytest -q -n 2
 RUNNABLE_HERE := not gpu and not browser and not peer
 
-.PHONY: demo test test-isa test-isa-all test-slow test-all check fix bench bench-core bench-routing bench-serving bench-coserving docs clean
+.PHONY: demo test test-isa test-isa-all test-slow test-all check fix bench bench-core bench-routing bench-serving bench-coserving bench-quality docs clean
 
 demo: $(READY)  ## Convert a small model, train it, print its latency table; MODEL= and DATA= choose others.
 	$(BIN)/flextron demo $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)")
@@ -43,7 +43,7 @@ fix: $(READY)  ## Mend what ruff can.
 bench: $(READY)  ## All benchmark suites; each writes benchmarks/results/<suite>.json.
 	$(BIN)/python -m benchmarks; status=$$?; $(BIN)/python -m benchmarks.readme; exit $$status
 
-bench-core bench-routing bench-serving bench-coserving: bench-%: $(READY)  ## One suite alone.
+bench-core bench-routing bench-serving bench-coserving bench-quality: bench-%: $(READY)  ## One suite alone.
 	$(BIN)/python -m benchmarks $*; status=$$?; $(BIN)/python -m benchmarks.readme; exit $$status
 
 docs: $(DOCS_READY)  ## The documentation, into site/.

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import core, coserving, routing, serving
+from benchmarks import core, coserving, quality, routing, serving
 
-SUITES = {"core": core.run, "routing": routing.run, "serving": serving.run, "coserving": coserving.run}
+SUITES = {
+    "core": core.run,
+    "routing": routing.run,
+    "serving": serving.run,
+    "coserving": coserving.run,
+    "quality": quality.run,
+}
 
 
 def main() -> int:

@@ -219,7 +219,9 @@ def _peer_step(tokens: torch.Tensor):
 
 def demo_record() -> dict:
     """The demo's record; runs the demo where it was not run yet."""
-    subprocess.run([sys.executable, "-m", "flextron", "demo", "--json"], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-m", "flextron", "demo", "--from-scratch", "--json"], check=True, stdout=subprocess.DEVNULL
+    )
     return json.loads(Path("out/demo/demo.json").read_text(encoding="utf-8"))
 
 
