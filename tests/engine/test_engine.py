@@ -22,7 +22,7 @@ from flextron.spec import SubnetSpec
 from tests.random_decoders import ragged_specs, random_decoder, rounded_decoder
 
 PAGE = 4
-PATHS = [False] if isinstance(load_library("step"), str) else [True, False]
+PATHS = [False] if isinstance(load_library("decoder"), str) else [True, False]
 DECODER = random_decoder("llama")
 SPECS = ragged_specs(DECODER.config, 3)
 
@@ -86,7 +86,7 @@ def test_answers_are_those_of_plain_generation(name: str, native: bool) -> None:
     assert core.pool.num_used == 0
 
 
-@pytest.mark.skipif(isinstance(load_library("step"), str), reason="needs the compiled iteration")
+@pytest.mark.skipif(isinstance(load_library("decoder"), str), reason="needs the compiled iteration")
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 @pytest.mark.parametrize("name", ["llama", "neox"])
 def test_answers_of_quantized_engines_are_those_of_the_rounded_weights(name: str, weights: Weights) -> None:

@@ -65,7 +65,7 @@ def test_the_network_itself_as_draft_is_always_right() -> None:
     assert sequence.answer == generate(DECODER, [[1, 2, 3]], FULL, SamplingParams(max_tokens=13))[0]
 
 
-@pytest.mark.skipif(isinstance(load_library("step"), str), reason="needs the compiled iteration")
+@pytest.mark.skipif(isinstance(load_library("decoder"), str), reason="needs the compiled iteration")
 @pytest.mark.parametrize("drafts", ["int8", "int4"])
 @pytest.mark.parametrize("weights", ["float32", "int8"])
 def test_drafts_of_few_bits_serve_the_same_answers(weights: Weights, drafts: Weights) -> None:

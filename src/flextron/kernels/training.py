@@ -13,27 +13,11 @@ import torch
 from torch import Tensor
 
 from flextron.kernels.build import load_library
+from flextron.kernels.layout import LANES, Attention, Gradients
 
 __all__ = ["attend", "attend_backward", "silu_gate", "takes", "takes_heads"]
 
-_LANES = 8
 _Pointer, _Number = ctypes.c_void_p, ctypes.c_int64
-
-
-class _Attention(ctypes.Structure):
-    _fields_ = (
-        *((name, _Number) for name in ("num_heads", "num_kv_heads", "head_dim", "window", "num_sequences")),
-        ("lengths", _Pointer),
-        ("held", _Number),
-        *((name, _Pointer) for name in "qkv"),
-        *((f"{name}_stride", _Number) for name in "qkv"),
-        *((name, _Pointer) for name in ("out", "log_sums")),
-        ("threads", _Number),
-    )
-
-
-class _Gradients(ctypes.Structure):
-    _fields_ = (("out", _Pointer), ("out_stride", _Number), *((name, _Pointer) for name in "qkv"))
 
 
 def takes(x: Tensor) -> bool:
@@ -43,7 +27,7 @@ def takes(x: Tensor) -> bool:
 
 def takes_heads(q_NHd: Tensor) -> bool:
     """Whether there is attention for queries like these."""
-    return q_NHd.shape[-1] % _LANES == 0 and takes(q_NHd)
+    return q_NHd.shape[-1] % LANES == 0 and takes(q_NHd)
 
 
 def attend(
@@ -72,7 +56,7 @@ def attend_backward(
     out_NHd, log_sums_NH = (t.contiguous() for t in given)
     task = _task(q, k, v, lengths, window, out_NHd, log_sums_NH)
     dq, dk, dv = (t.new_empty(t.shape) if need else None for t, need in zip((q, k, v), needs, strict=True))
-    gradients = _Gradients(g.data_ptr(), g.stride(0), *(None if t is None else t.data_ptr() for t in (dq, dk, dv)))
+    gradients = Gradients(g.data_ptr(), g.stride(0), *(None if t is None else t.data_ptr() for t in (dq, dk, dv)))
     _library().flextron_attend_back(ctypes.byref(task), ctypes.byref(gradients))
     return dq, dk, dv
 
@@ -120,8 +104,8 @@ def _rows(x_NHd: Tensor) -> Tensor:
 
 def _task(
     q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], window: int | None, out: Tensor, log_sums: Tensor
-) -> _Attention:
-    return _Attention(
+) -> Attention:
+    return Attention(
         num_heads=q.shape[1],
         num_kv_heads=k.shape[1],
         head_dim=q.shape[2],

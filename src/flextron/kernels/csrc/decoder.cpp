@@ -23,6 +23,7 @@
 #include "int4.h"
 #include "rows.h"
 #include "decoder.h"
+#include "decoder_layout.h"
 
 namespace {
 
@@ -314,6 +315,12 @@ void run_step(const Shape& shape, const LayerWeights* layers, const Ends& ends, 
 }  // namespace
 
 extern "C" {
+
+// The layout of the structs above, as text.
+const char* flextron_layout() {
+    static const std::string text = decoder_layout();
+    return text.c_str();
+}
 
 // Scores after the wanted tokens; keys and values go to the cache's pages.
 void flextron_step(const Shape* shape, const LayerWeights* layers, const Ends* ends, const Tokens* tokens,

@@ -80,9 +80,9 @@ struct Tokens {
 
 namespace {
 
-enum Weights { kFloat32, kInt8, kInt4 };
+enum Weights { kFloat32, kInt8, kInt4, kNumWeights };
 
-enum Activation { kSilu, kGelu, kGeluTanh, kRelu };
+enum Activation { kSilu, kGelu, kGeluTanh, kRelu, kNumActivations };
 
 // The activation of n numbers in place.
 void activate(float* z, long n, int64_t kind) {
