@@ -47,7 +47,7 @@ from flextron.finetuning.layerwise import Finetuning
 from flextron.finetuning.lora import LoraTrainers
 from flextron.finetuning.packing import Example
 from flextron.finetuning.recompute import KEEPABLE
-from flextron.jobs.driver import Feeder
+from flextron.jobs.driver import TrainingDriver
 from flextron.jobs.jobs import Jobs, JobsSettings
 from flextron.model.adapter import Adapter
 from flextron.model.batch import Batch
@@ -551,18 +551,18 @@ def fair_jobs() -> Figure:
             file = jobs.uploads.add("train.jsonl", "fine-tune", [content])
             chosen = Hyperparameters(n_epochs=500, batch_size=2 + k % 3, rank=4 + k)
             made.append(jobs.create(training_file=file.id, hyperparameters=chosen, seed=k).id)
-        feeder = Feeder(jobs)
-        feeder.start()
+        driver = TrainingDriver(jobs)
+        driver.start()
         deadline = time.monotonic() + 90.0
         tokens = [0]
         while time.monotonic() < deadline and min(tokens) < 8_000:
-            if feeder.unit is None:
+            if driver.unit is None:
                 time.sleep(0.001)
             else:
-                feeder.run_unit(512)
+                driver.run_unit(512)
             if random.random() < 0.01:
-                tokens = [sum(m.num_tokens for _, m in jobs.journal.steps(job)) for job in made]
-        feeder.stop()
+                tokens = [sum(m.num_tokens for _, m in jobs.repository.steps(job)) for job in made]
+        driver.stop()
         jobs.close()
     mean = statistics.fmean(tokens)
     return Figure(

@@ -12,12 +12,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from flextron.finetuning.hyperparameters import Hyperparameters
 from flextron.finetuning.trainer import MakeTrainer
 from flextron.jobs.jobs import Jobs, JobsSettings
-from flextron.jobs.records import Job, Status
+from flextron.jobs.records import Job
 from flextron.workflows.tiny import tiny_model
 from tests.finetuning.bigram import BigramMaker
-from tests.server.running import wait_until
 
-__all__ = ["CHAT_TEMPLATE", "CONTEXT", "RECORDS", "jsonl", "new_jobs", "settled", "tokenizer", "upload"]
+__all__ = ["CHAT_TEMPLATE", "CONTEXT", "RECORDS", "jsonl", "new_jobs", "settled", "step", "tokenizer", "upload"]
 
 CONTEXT = 64
 CHAT_TEMPLATE = (
@@ -68,6 +67,19 @@ def settled(jobs: Jobs, records: Iterable[Any] = RECORDS, suffix: str | None = N
     """A new job that has been validated."""
     chosen = Hyperparameters(**{"n_epochs": 2, "batch_size": 3, **hyperparameters})
     job = jobs.create(training_file=upload(jobs, records), suffix=suffix, hyperparameters=chosen, seed=1)
-    wait_until(lambda: jobs.journal.get(job.id).status != Status.VALIDATING)
-    wait_until(lambda: job.id in jobs._preparer.held() or jobs.journal.get(job.id).status == Status.FAILED)
-    return jobs.journal.get(job.id)
+    jobs.wait_prepared(job.id)
+    return jobs.repository.get(job.id)
+
+
+def step(jobs: Jobs) -> bool:
+    """Take an optimizer step of the job whose turn it is; False if there is none to take."""
+    run = jobs.scheduler.next()
+    if run is None:
+        return False
+    try:
+        metrics = run.trainer.step()
+    except Exception as error:
+        jobs.scheduler.fail(run, error)
+    else:
+        jobs.scheduler.record(run, metrics)
+    return True

@@ -21,11 +21,11 @@ from flextron.finetuning.dataset import read_dataset
 from flextron.finetuning.hyperparameters import Hyperparameters
 from flextron.finetuning.trainer import StepMetrics
 from flextron.jobs.database import UnknownIdError
-from flextron.jobs.driver import Feeder
+from flextron.jobs.driver import TrainingDriver
 from flextron.jobs.jobs import Jobs
 from flextron.jobs.records import Checkpoint, Job, Status
 from tests.finetuning.bigram import BigramMaker, is_whole, train_alone
-from tests.jobs.making import CONTEXT, RECORDS, jsonl, new_jobs, settled, tokenizer, upload
+from tests.jobs.making import CONTEXT, RECORDS, jsonl, new_jobs, settled, step, tokenizer, upload
 from tests.server.running import wait_until
 
 NUM_STEPS = 8
@@ -45,19 +45,19 @@ def jobs(tmp_path: Path, maker: BigramMaker) -> Iterator[Jobs]:
 
 
 def messages(jobs: Jobs, job_id: str) -> list[str]:
-    return [event.message for event in jobs.journal.events(job_id, after=None, limit=100)[0]][::-1]
+    return [event.message for event in jobs.repository.events(job_id, after=None, limit=100)[0]][::-1]
 
 
 def train(jobs: Jobs, num_steps: int | None = None) -> int:
     """So many steps, or all there are."""
     done = 0
-    while done != num_steps and jobs.turns.step():
+    while done != num_steps and step(jobs):
         done += 1
     return done
 
 
 def alone(path: Path, jobs: Jobs, job_id: str) -> tuple[list[float], torch.Tensor]:
-    job = jobs.journal.get(job_id)
+    job = jobs.repository.get(job_id)
     (path / "alone").write_bytes(jsonl(RECORDS))
     dataset = read_dataset(path / "alone", tokenizer(), job.hyperparameters, CONTEXT)
     return train_alone(job.hyperparameters, dataset.examples, job.seed)
@@ -65,7 +65,7 @@ def alone(path: Path, jobs: Jobs, job_id: str) -> tuple[list[float], torch.Tenso
 
 def assert_as_alone(path: Path, jobs: Jobs, job_id: str) -> None:
     """The same losses in the results, and the same adapter, to the bit."""
-    job = jobs.journal.get(job_id)
+    job = jobs.repository.get(job_id)
     losses, weight_VV = alone(path, jobs, job_id)
     assert job.status == Status.SUCCEEDED
     assert job.result_file is not None
@@ -81,14 +81,14 @@ def test_a_life(tmp_path: Path) -> None:
     job = settled(jobs, suffix="sums", checkpoint_every=3)
     assert (job.status, job.finished_at, job.fine_tuned_model) == (Status.QUEUED, None, None)
     assert train(jobs, 1) == 1
-    assert jobs.journal.get(job.id).status == Status.RUNNING
-    assert jobs.turns.estimated_finish(job.id) is not None
+    assert jobs.repository.get(job.id).status == Status.RUNNING
+    assert jobs.scheduler.estimated_finish(job.id) is not None
     assert train(jobs) == NUM_STEPS - 1
     assert_as_alone(tmp_path, jobs, job.id)
-    job = jobs.journal.get(job.id)
+    job = jobs.repository.get(job.id)
     assert job.fine_tuned_model == f"ft:tiny:flextron:sums:{job.id[-8:]}"
     assert job.finished_at is not None
-    steps = [c.step for c in jobs.journal.checkpoints(job.id, after=None, limit=10)[0]]
+    steps = [c.step for c in jobs.repository.checkpoints(job.id, after=None, limit=10)[0]]
     assert steps == [8, 6, 3]
     assert [(c.step, c.name) for c, _ in told] == [
         (3, f"{job.fine_tuned_model}:ckpt-step-3"),
@@ -96,10 +96,10 @@ def test_a_life(tmp_path: Path) -> None:
         (8, job.fine_tuned_model),
     ]
     assert all(is_whole(directory, c.step) for c, directory in told)
-    assert jobs.journal.trained_tokens(job.id) == sum(m.num_tokens for _, m in jobs.journal.steps(job.id)) > 0
+    assert jobs.repository.trained_tokens(job.id) == sum(m.num_tokens for _, m in jobs.repository.steps(job.id)) > 0
     assert not jobs._directory.state(job.id).exists()
     assert messages(jobs, job.id)[-2:] == [f"new adapter: {job.fine_tuned_model}", "the job has succeeded"]
-    assert jobs.turns.estimated_finish(job.id) is None
+    assert jobs.scheduler.estimated_finish(job.id) is None
     jobs.close()
     # a new start tells of what is there
     again: list[tuple[Checkpoint, Path]] = []
@@ -115,7 +115,7 @@ def test_a_restart_resumes_exactly(tmp_path: Path, save_seconds: float) -> None:
         assert train(jobs, 2) == 2
         jobs.close()
         jobs = new_jobs(tmp_path / "state", save_seconds=save_seconds)
-        wait_until(lambda jobs=jobs: job.id in jobs._preparer.held())
+        jobs.wait_prepared(job.id)
     assert train(jobs) == NUM_STEPS - 6
     assert "resumed after step 4" in messages(jobs, job.id)
     assert_as_alone(tmp_path, jobs, job.id)
@@ -128,16 +128,16 @@ def test_after_a_crash_adapters_stay_as_they_are(tmp_path: Path) -> None:
     job = settled(jobs, checkpoint_every=2)
     train(jobs, 5)
     before = {step: jobs._directory.adapter(job.id, step).stat().st_ino for step in (2, 4)}
-    seen = jobs.journal.events(job.id, after=None, limit=100)[0]
+    seen = jobs.repository.events(job.id, after=None, limit=100)[0]
     # gone without a word: no state was saved
     jobs._store.close()
     jobs._directory.close()
     jobs = new_jobs(tmp_path / "state", on_adapter=lambda checkpoint, directory: told.append(checkpoint.step))
-    wait_until(lambda: job.id in jobs._preparer.held())
+    jobs.wait_prepared(job.id)
     assert train(jobs) == NUM_STEPS
     assert told == [2, 4, 6, 8]
     assert {step: jobs._directory.adapter(job.id, step).stat().st_ino for step in before} == before
-    assert jobs.journal.events(job.id, after=None, limit=100)[0][-len(seen) :] == seen
+    assert jobs.repository.events(job.id, after=None, limit=100)[0][-len(seen) :] == seen
     assert_as_alone(tmp_path, jobs, job.id)
     jobs.close()
 
@@ -150,7 +150,7 @@ def test_pause_and_resume(tmp_path: Path, jobs: Jobs) -> None:
     with pytest.raises(FlextronError, match="is paused, so it cannot be paused"):
         jobs.pause(job.id)
     assert jobs.resume(job.id).status == Status.QUEUED
-    wait_until(lambda: job.id in jobs._preparer.held())
+    jobs.wait_prepared(job.id)
     assert train(jobs) == NUM_STEPS - 3
     assert_as_alone(tmp_path, jobs, job.id)
     for change in (jobs.pause, jobs.resume, jobs.cancel):
@@ -165,7 +165,7 @@ def test_pause_and_resume_between_two_steps(tmp_path: Path, jobs: Jobs) -> None:
     train(jobs, 3)
     jobs.pause(job.id)
     jobs.resume(job.id)
-    wait_until(lambda: job.id in jobs._preparer.held())
+    jobs.wait_prepared(job.id)
     assert train(jobs) == NUM_STEPS - 3
     assert not jobs._preparer.held()
     assert_as_alone(tmp_path, jobs, job.id)
@@ -174,15 +174,15 @@ def test_pause_and_resume_between_two_steps(tmp_path: Path, jobs: Jobs) -> None:
 def test_a_pause_during_the_last_step(tmp_path: Path, jobs: Jobs) -> None:
     job = settled(jobs)
     train(jobs, NUM_STEPS - 1)
-    run = jobs.turns.next()
+    run = jobs.scheduler.next()
     assert run is not None
     metrics = run.trainer.step()
     jobs.pause(job.id)
-    jobs.turns.record(run, metrics)
-    assert jobs.journal.get(job.id).status == Status.PAUSED
+    jobs.scheduler.record(run, metrics)
+    assert jobs.repository.get(job.id).status == Status.PAUSED
     assert train(jobs) == 0
     jobs.resume(job.id)
-    wait_until(lambda: job.id in jobs._preparer.held())
+    jobs.wait_prepared(job.id)
     assert train(jobs) == 1
     assert_as_alone(tmp_path, jobs, job.id)
 
@@ -191,16 +191,16 @@ def test_a_pause_during_the_last_step(tmp_path: Path, jobs: Jobs) -> None:
 def test_cancel_during_a_step(jobs: Jobs, num_steps: int) -> None:
     job = settled(jobs, checkpoint_every=2)
     train(jobs, num_steps)
-    run = jobs.turns.next()
+    run = jobs.scheduler.next()
     assert run is not None
     metrics = run.trainer.step()
     assert jobs.cancel(job.id).status == Status.CANCELLED
-    jobs.turns.record(run, metrics)
+    jobs.scheduler.record(run, metrics)
     assert train(jobs) == 0
-    found = jobs.journal.get(job.id)
+    found = jobs.repository.get(job.id)
     assert (found.status, found.fine_tuned_model, found.result_file) == (Status.CANCELLED, None, None)
     assert found.finished_at is not None
-    assert len(jobs.journal.steps(job.id)) == num_steps
+    assert len(jobs.repository.steps(job.id)) == num_steps
     assert not jobs._directory.state(job.id).exists()
     assert len(jobs.uploads.page(purpose=None, after=None, limit=10, is_rising=True)[0]) == 1
     assert len(list(jobs._directory.files.iterdir())) == 1
@@ -214,15 +214,15 @@ def test_jobs_at_once_share_fairly(tmp_path: Path) -> None:
         for i in range(8)
     ]
     train(jobs, 600)
-    tokens = [jobs.journal.trained_tokens(job.id) for job in made]
-    assert {jobs.journal.get(job.id).status for job in made} == {Status.RUNNING}
+    tokens = [jobs.repository.trained_tokens(job.id) for job in made]
+    assert {jobs.repository.get(job.id).status for job in made} == {Status.RUNNING}
     assert max(tokens) / min(tokens) < 1.1
     # one that joins later gets the same from then on
     late = settled(jobs, n_epochs=500)
     jobs.cancel(made[0].id)
-    before = {job.id: jobs.journal.trained_tokens(job.id) for job in [*made[1:], late]}
+    before = {job.id: jobs.repository.trained_tokens(job.id) for job in [*made[1:], late]}
     train(jobs, 600)
-    since = [jobs.journal.trained_tokens(job_id) - n for job_id, n in before.items()]
+    since = [jobs.repository.trained_tokens(job_id) - n for job_id, n in before.items()]
     assert max(since) / min(since) < 1.1
     jobs.close()
 
@@ -231,7 +231,7 @@ def test_jobs_beyond_the_limit_wait_in_their_order(tmp_path: Path) -> None:
     jobs = new_jobs(tmp_path / "state", max_training=2)
     made = [settled(jobs) for _ in range(4)]
     train(jobs, 4)
-    statuses = [jobs.journal.get(job.id).status for job in made]
+    statuses = [jobs.repository.get(job.id).status for job in made]
     assert statuses == [Status.RUNNING, Status.RUNNING, Status.QUEUED, Status.QUEUED]
     assert train(jobs) == 4 * NUM_STEPS - 4
     for job in made:
@@ -242,7 +242,7 @@ def test_jobs_beyond_the_limit_wait_in_their_order(tmp_path: Path) -> None:
 def test_a_loss_that_is_no_number(jobs: Jobs, tmp_path: Path) -> None:
     bad, good = settled(jobs, n_epochs=50, learning_rate_multiplier=1e6), settled(jobs)
     train(jobs)
-    found = jobs.journal.get(bad.id)
+    found = jobs.repository.get(bad.id)
     assert found.status == Status.FAILED
     assert found.error is not None
     assert "the training loss became" in found.error.message
@@ -271,7 +271,7 @@ def test_trainers_that_fail(jobs: Jobs, maker: BigramMaker, fault: Exception, sa
     train(jobs, 2)
     maker.fault = fault
     train(jobs)
-    found = jobs.journal.get(job.id)
+    found = jobs.repository.get(job.id)
     assert found.status == Status.FAILED
     assert found.error is not None
     assert said in found.error.message
@@ -284,9 +284,10 @@ def test_a_damaged_state_fails_its_job_alone(tmp_path: Path) -> None:
     jobs.close()
     (jobs._directory.state(bad.id) / "state.safetensors").write_bytes(b"\0" * 20)
     jobs = new_jobs(tmp_path / "state")
-    wait_until(lambda: jobs._preparer.held().keys() == {bad.id, good.id})
+    jobs.wait_prepared(bad.id)
+    jobs.wait_prepared(good.id)
     train(jobs)
-    assert jobs.journal.get(bad.id).status == Status.FAILED
+    assert jobs.repository.get(bad.id).status == Status.FAILED
     assert_as_alone(tmp_path, jobs, good.id)
     jobs.close()
 
@@ -300,15 +301,15 @@ def test_a_full_disk_pauses_the_job(
     train(jobs, 3)
     maker.disk_is_full.set()
     train(jobs)
-    assert jobs.journal.get(job.id).status == Status.PAUSED
-    event = jobs.journal.events(job.id, after=None, limit=1)[0][0]
+    assert jobs.repository.get(job.id).status == Status.PAUSED
+    event = jobs.repository.events(job.id, after=None, limit=1)[0][0]
     assert event.level == "error"
     assert "paused at its last saved state: no space is left to write" in event.message
-    for checkpoint in jobs.journal.checkpoints(job.id, after=None, limit=10)[0]:
+    for checkpoint in jobs.repository.checkpoints(job.id, after=None, limit=10)[0]:
         assert is_whole(jobs._directory.adapter(job.id, checkpoint.step), checkpoint.step)
     maker.disk_is_full.clear()
     jobs.resume(job.id)
-    wait_until(lambda: job.id in jobs._preparer.held())
+    jobs.wait_prepared(job.id)
     train(jobs)
     assert_as_alone(tmp_path, jobs, job.id)
 
@@ -323,7 +324,7 @@ def test_a_full_disk_when_a_client_pauses(tmp_path: Path, maker: BigramMaker) ->
     assert "rests at its last saved state" in messages(jobs, job.id)[-1]
     maker.disk_is_full.clear()
     jobs.resume(job.id)
-    wait_until(lambda: job.id in jobs._preparer.held())
+    jobs.wait_prepared(job.id)
     assert train(jobs) == NUM_STEPS
     assert_as_alone(tmp_path, jobs, job.id)
     jobs.close()
@@ -336,11 +337,11 @@ disk = Path(sys.argv[1])
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "none", str(disk)], check=True)
 from flextron.files import NoSpaceError
 from flextron.jobs.records import Status
-from tests.jobs.making import new_jobs, settled
+from tests.jobs.making import new_jobs, settled, step
 jobs = new_jobs(disk / "state")
 job = settled(jobs, n_epochs=1000)
 for _ in range(4):
-    jobs.turns.step()
+    step(jobs)
 filler = disk / "filler"
 handle = os.open(filler, os.O_WRONLY | os.O_CREAT)
 try:
@@ -351,7 +352,7 @@ except OSError:
 stalls = 0
 for _ in range(300):
     try:
-        jobs.turns.step()
+        step(jobs)
     except NoSpaceError:
         stalls += 1
 try:
@@ -360,20 +361,19 @@ try:
 except NoSpaceError:
     pass
 filler.unlink()
-status = jobs.journal.get(job.id).status
+status = jobs.repository.get(job.id).status
 assert status in (Status.RUNNING, Status.PAUSED), status
-assert len(jobs.journal.steps(job.id)) < 1000
+assert len(jobs.repository.steps(job.id)) < 1000
 jobs.close()
 jobs = new_jobs(disk / "state")
 if status == Status.PAUSED:
     jobs.resume(job.id)
-while job.id not in jobs._preparer.held():
-    pass
-before = len(jobs.journal.steps(job.id))
+jobs.wait_prepared(job.id)
+before = len(jobs.repository.steps(job.id))
 for _ in range(before + 5):
-    assert jobs.turns.step()
-assert jobs.journal.get(job.id).status == Status.RUNNING
-assert len(jobs.journal.steps(job.id)) > before
+    assert step(jobs)
+assert jobs.repository.get(job.id).status == Status.RUNNING
+assert len(jobs.repository.steps(job.id)) > before
 print("well", stalls)
 """
 
@@ -446,14 +446,14 @@ def test_suffixes_are_used_once(jobs: Jobs) -> None:
 def test_a_deleted_adapter_frees_its_suffix(jobs: Jobs) -> None:
     first = settled(jobs, suffix="mine", checkpoint_every=4)
     train(jobs)
-    name = jobs.journal.get(first.id).fine_tuned_model
+    name = jobs.repository.get(first.id).fine_tuned_model
     assert name is not None
     jobs.delete_adapter(f"{name}:ckpt-step-4")
     with pytest.raises(FlextronError, match="another job has the suffix 'mine'"):
         jobs.create(training_file=first.training_file, suffix="mine")
     jobs.delete_adapter(name)
     again = jobs.create(training_file=first.training_file, suffix="mine")
-    assert jobs.journal.get(first.id).fine_tuned_model == name
+    assert jobs.repository.get(first.id).fine_tuned_model == name
     with pytest.raises(FlextronError, match="another job has the suffix 'mine'"):
         jobs.create(training_file=first.training_file, suffix="mine")
     jobs.cancel(again.id)
@@ -493,9 +493,8 @@ def with_validation(jobs: Jobs, records: Any, **hyperparameters: Any) -> Job:
     chosen = Hyperparameters(n_epochs=2, batch_size=3, **hyperparameters)
     files = {"training_file": upload(jobs), "validation_file": upload(jobs, records)}
     job = jobs.create(**files, hyperparameters=chosen, seed=1)
-    failed = Status.FAILED
-    wait_until(lambda: job.id in jobs._preparer.held() or jobs.journal.get(job.id).status == failed)
-    return jobs.journal.get(job.id)
+    jobs.wait_prepared(job.id)
+    return jobs.repository.get(job.id)
 
 
 def test_validation(tmp_path: Path) -> None:
@@ -510,7 +509,7 @@ def test_validation(tmp_path: Path) -> None:
     train(jobs, 4)
     jobs.close()
     jobs = new_jobs(tmp_path / "state")
-    wait_until(lambda: job.id in jobs._preparer.held())
+    jobs.wait_prepared(job.id)
     train(jobs)
     assert_as_alone(tmp_path, jobs, job.id)
     (tmp_path / "valid").write_bytes(jsonl(RECORDS[:5]))
@@ -520,15 +519,15 @@ def test_validation(tmp_path: Path) -> None:
     alone = BigramMaker()(job.hyperparameters, data, 1, None, held_out)
     losses = {step: alone.step().valid_loss for step in range(1, NUM_STEPS + 1)}
     assert [step for step, loss in losses.items() if loss is not None] == [3, 4, 6, 8]
-    assert {step: m.valid_loss for step, m in jobs.journal.steps(job.id)} == losses
-    checkpoints = jobs.journal.checkpoints(job.id, after=None, limit=10)[0]
+    assert {step: m.valid_loss for step, m in jobs.repository.steps(job.id)} == losses
+    checkpoints = jobs.repository.checkpoints(job.id, after=None, limit=10)[0]
     assert [(c.step, c.valid_loss) for c in checkpoints] == [(step, losses[step]) for step in (8, 6, 3)]
-    events = [e for e in jobs.journal.events(job.id, after=None, limit=100)[0] if e.type == "metrics"]
+    events = [e for e in jobs.repository.events(job.id, after=None, limit=100)[0] if e.type == "metrics"]
     for event in events:
         found = {event.data.get(key) for key in ("valid_loss", "full_valid_loss")}
         assert found == {losses[event.data["step"]]}
         assert ("validation loss" in event.message) == ("valid_loss" in event.data)
-    rows = csv.DictReader(jobs.uploads.path(str(jobs.journal.get(job.id).result_file)).read_text().splitlines())
+    rows = csv.DictReader(jobs.uploads.path(str(jobs.repository.get(job.id).result_file)).read_text().splitlines())
     assert [row["valid_loss"] for row in rows] == ["" if loss is None else str(loss) for loss in losses.values()]
     jobs.close()
 
@@ -553,7 +552,7 @@ def test_directories_of_the_format_before(tmp_path: Path) -> None:
     jobs.pause(job.id)
     train(jobs)
     jobs.resume(job.id)
-    jobs.delete_adapter(str(jobs.journal.get(deleted.id).fine_tuned_model))
+    jobs.delete_adapter(str(jobs.repository.get(deleted.id).fine_tuned_model))
     jobs.close()
     with sqlite3.connect(tmp_path / "state" / "state.sqlite") as database:
         database.execute("DROP INDEX one_suffix")
@@ -568,7 +567,7 @@ def test_directories_of_the_format_before(tmp_path: Path) -> None:
         database.execute("PRAGMA user_version = 2")
     database.close()
     jobs = new_jobs(tmp_path / "state", fingerprint="these")
-    wait_until(lambda: job.id in jobs._preparer.held())
+    jobs.wait_prepared(job.id)
     train(jobs)
     for made in (job, done):
         assert_as_alone(tmp_path, jobs, made.id)
@@ -580,23 +579,23 @@ def test_directories_of_the_format_before(tmp_path: Path) -> None:
         new_jobs(tmp_path / "state", fingerprint="others")
 
 
-def test_a_step_that_ends_with_the_feeder_is_in_the_books(tmp_path: Path) -> None:
+def test_a_step_that_ends_with_the_driver_is_in_the_books(tmp_path: Path) -> None:
     made = new_jobs(tmp_path / "state")
     job = settled(made)
-    feeder = Feeder(made)
-    feeder.start()
-    for step in (1, 2, 3):
-        wait_until(lambda: feeder.unit is not None)
-        if step == 3:
-            feeder._is_ending.set()
-        while feeder.unit is not None:
-            feeder.run_unit(1)
-    feeder.stop()
+    driver = TrainingDriver(made)
+    driver.start()
+    for number in (1, 2, 3):
+        wait_until(lambda: driver.unit is not None)
+        if number == 3:
+            driver._is_ending.set()
+        while driver.unit is not None:
+            driver.run_unit(1)
+    driver.stop()
     made.close()
     again = new_jobs(tmp_path / "state")
-    wait_until(lambda: job.id in again._preparer.held())
+    again.wait_prepared(job.id)
     assert train(again) == NUM_STEPS - 3
-    assert [step for step, _ in again.journal.steps(job.id)] == list(range(1, NUM_STEPS + 1))
+    assert [step for step, _ in again.repository.steps(job.id)] == list(range(1, NUM_STEPS + 1))
     again.close()
 
 
@@ -606,8 +605,8 @@ def test_many_threads_at_once(jobs: Jobs) -> None:
 
     def train() -> None:
         while not is_ending.is_set():
-            if not jobs.turns.step():
-                jobs.turns.wait(0.05)
+            if not step(jobs):
+                jobs.scheduler.wait(0.05)
 
     trainer = threading.Thread(target=train)
     trainer.start()
@@ -632,11 +631,11 @@ def test_many_threads_at_once(jobs: Jobs) -> None:
     for thread in threads:
         thread.join()
     assert not faults
-    wait_until(lambda: not jobs.journal.with_status(Status.VALIDATING, Status.QUEUED, Status.RUNNING), 60)
+    wait_until(lambda: not jobs.repository.with_status(Status.VALIDATING, Status.QUEUED, Status.RUNNING), 60)
     is_ending.set()
     trainer.join()
-    statuses = [job.status for job in jobs.journal.page(after=None, limit=100)[0]]
+    statuses = [job.status for job in jobs.repository.page(after=None, limit=100)[0]]
     assert len(statuses) == 20
     assert set(statuses) <= {Status.SUCCEEDED, Status.CANCELLED, Status.PAUSED}
-    assert not jobs.turns._runs
+    assert not jobs.scheduler._runs
     assert not jobs._preparer.held()

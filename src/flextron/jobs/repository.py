@@ -17,14 +17,14 @@ from flextron.jobs.database import Store, UnknownIdError
 from flextron.jobs.records import ALIVE, ENDED, Checkpoint, Event, File, Job, JobError, Status, new_id
 from flextron.jobs.uploads import FINE_TUNE, insert_file
 
-__all__ = ["Journal"]
+__all__ = ["JobRepository"]
 
 _MEASURED = ("loss", "accuracy", "num_tokens", "valid_loss", "valid_accuracy")
 """Of a step, what its row holds."""
 _log = logging.getLogger("flextron.server")
 
 
-class Journal:
+class JobRepository:
     """Callable from any thread; what a method wrote is on the disk when it returns."""
 
     def __init__(self, store: Store) -> None:

@@ -13,7 +13,7 @@ from flextron.engine.runner import make_network
 from flextron.errors import FlextronError
 from flextron.generation.encoding import encode
 from flextron.generation.templates import ChatTemplate
-from flextron.jobs.driver import Feeder
+from flextron.jobs.driver import TrainingDriver
 from flextron.jobs.jobs import Jobs
 from flextron.server.adapters import AdapterNames, LoadedAdapters, NamedAdapter, adapter_reader
 from flextron.server.adaptive import WINDOW_SECONDS, Adaptive, Objective
@@ -65,12 +65,12 @@ class Service:
         self.names = TokenNames(self.tokenizer)
         self.defaults = generation_defaults(model.generation_config, model.hf_config, self.tokenizer)
         self.core = EngineCore(model.decoder, engine)
-        self._feeder: Feeder | None = None
+        self._driver: TrainingDriver | None = None
         self._filler: Filler | None = None
         if jobs is not None:
-            self._feeder = Feeder(jobs, lambda: self.worker.wake())
+            self._driver = TrainingDriver(jobs, lambda: self.worker.wake())
             objectives = CoServing(tpot_ms=settings.slo_tpot_ms, ttft_ms=settings.slo_ttft_ms)
-            self._filler = Filler(self.core, self._feeder, objectives)
+            self._filler = Filler(self.core, self._driver, objectives)
         self.worker = Worker(self.core, self.tokenizer, self._post, self._filler)
         self.adapters = LoadedAdapters(
             names, adapter_reader(model.decoder), settings.max_loaded_adapters, self.worker.forget
@@ -100,8 +100,8 @@ class Service:
         self.worker.start()
         if self.tokenizer.chat_template:
             self._templates.submit(ChatTemplate.warm_up)
-        if self._feeder is not None:
-            self._feeder.start()
+        if self._driver is not None:
+            self._driver.start()
         if self.adaptive is not None:
             self._adapting = asyncio.create_task(self._adapt(self.adaptive))
 
@@ -111,9 +111,9 @@ class Service:
             self._adapting.cancel()
         self.worker.shut_down()
         await asyncio.to_thread(self.worker.join)
-        if self._feeder is not None:
+        if self._driver is not None:
             # after the worker, in whose hands a step may be
-            await asyncio.to_thread(self._feeder.stop)
+            await asyncio.to_thread(self._driver.stop)
         self._encoder.shutdown()
         self._templates.shutdown(wait=False, cancel_futures=True)
         self.adapters.close()
@@ -129,7 +129,7 @@ class Service:
         return 1.0 if self.adaptive is None else self.adaptive.cap
 
     def _num_trained(self) -> int:
-        return 0 if self._feeder is None else self._feeder.num_tokens
+        return 0 if self._driver is None else self._driver.num_tokens
 
     def choose(self, body: GenerationBody) -> Choice:
         """What a request that arrives now runs in.
