@@ -1,4 +1,4 @@
-"""All jobs of a model: clients make and change them from any thread, one thread trains them step by step (`scheduler`)."""
+"""All jobs of a model: clients make and change them from any thread, one thread trains them (`scheduler`)."""
 
 from __future__ import annotations
 
