@@ -9,9 +9,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from typing import cast
 
-from flextron.finetuning.trainer import StepMetrics, UnitTrainer
+from flextron.finetuning.trainer import StepMetrics, Trainer
 from flextron.jobs.jobs import Jobs
 from flextron.jobs.running_job import RunningJob
 
@@ -63,9 +62,9 @@ class TrainingDriver(threading.Thread):
             self._is_taken.set()
 
     @property
-    def _trainer(self) -> UnitTrainer:
+    def _trainer(self) -> Trainer:
         assert self._run is not None
-        return cast(UnitTrainer, self._run.trainer)
+        return self._run.trainer
 
     def run(self) -> None:
         """Keep the books."""

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from flextron.errors import FlextronError
 from flextron.files import NoSpaceError
 from flextron.finetuning.dataset import Dataset, read_dataset
-from flextron.finetuning.trainer import Example
+from flextron.finetuning.example import Example
 from flextron.jobs.attempts import Attempts
 from flextron.jobs.records import ALIVE, Job, Status
 from flextron.jobs.repository import JobRepository

@@ -58,7 +58,7 @@ def _address(tensor: Tensor | None) -> int | None:
 
 
 class NativeStep:
-    """A decoder as one call, from token ids to scores. Weights stay where they are; the decoder must outlive this."""
+    """A decoder as one call, from token ids to logits. Weights stay where they are; the decoder must outlive this."""
 
     def __init__(self, decoder: Decoder, page_size: int, weights: Weights = "float32") -> None:
         """Collect pointers; with `int8` and `int4`, quantize a copy.
@@ -145,7 +145,7 @@ class NativeStep:
         positions_N: Tensor,
         mlp_widths_LN: Tensor,
         num_groups_LN: Tensor,
-        tables: Sequence[Tensor],
+        block_tables: Sequence[Tensor],
         unit_offsets_LN: Tensor,
         cache: Tensor,
         rows: Sequence[int],
@@ -158,20 +158,20 @@ class NativeStep:
             positions_N: int64.
             mlp_widths_LN: neurons of each token in each layer, int32; 0 skips.
             num_groups_LN: attention groups, int32; 0 skips.
-            tables: page table of each token's sequence, (pages, units of a page), int32; tokens may share one.
+            block_tables: block table of each token's sequence, (pages, units of a page), int32; tokens may share one.
             unit_offsets_LN: first unit of each layer in a row of that table, int32.
             cache: (units, 2, page size, head size), float32.
-            rows: tokens after which scores are wanted.
+            rows: tokens after which logits are wanted.
             adapters: of each token, at least as wide as the token's sub-network, or None; none by default.
 
         Returns:
-            Scores over the vocabulary after these, (rows, vocabulary).
+            Logits after these, (rows, vocabulary).
         """
-        addresses = torch.tensor([t.data_ptr() for t in tables])
-        lengths = torch.tensor([t.shape[1] for t in tables])
+        addresses = torch.tensor([t.data_ptr() for t in block_tables])
+        lengths = torch.tensor([t.shape[1] for t in block_tables])
         wanted = torch.tensor(rows, dtype=torch.int64)
         owned = None if adapters is None else torch.tensor([0 if a is None else a.address for a in adapters])
-        scores_RV = torch.empty(len(rows), self._shape.vocab_size)
+        logits_RV = torch.empty(len(rows), self._shape.vocab_size)
         cos, sin = self._rotations(positions_N)
         tokens = Tokens(
             num_tokens=len(tokens_N),
@@ -179,7 +179,7 @@ class NativeStep:
             positions=_address(positions_N),
             mlp_widths=_address(mlp_widths_LN),
             num_groups=_address(num_groups_LN),
-            tables=_address(addresses),
+            block_tables=_address(addresses),
             table_rows=_address(lengths),
             unit_offsets=_address(unit_offsets_LN),
             cos=_address(cos),
@@ -187,9 +187,9 @@ class NativeStep:
             adapters=_address(owned),
             max_rank=max((a.max_rank for a in adapters or () if a is not None), default=0),
             cache=_address(cache),
-            num_scores=len(rows),
+            num_logits=len(rows),
             rows=_address(wanted),
-            scores=_address(scores_RV),
+            logits=_address(logits_RV),
         )
         self._library.flextron_step(
             ctypes.byref(self._shape),
@@ -198,7 +198,7 @@ class NativeStep:
             ctypes.byref(tokens),
             torch.get_num_threads(),
         )
-        return scores_RV
+        return logits_RV
 
     def _rotations(self, positions_N: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Cosines and sines of the positions, (N, rotated) each, out of tables that grow with the longest sequence."""

@@ -99,12 +99,12 @@ class Tokens(ctypes.Structure):
 
     _fields_ = (
         ("num_tokens", _Number),
-        *((name, _Pointer) for name in ("ids", "positions", "mlp_widths", "num_groups", "tables", "table_rows")),
+        *((name, _Pointer) for name in ("ids", "positions", "mlp_widths", "num_groups", "block_tables", "table_rows")),
         *((name, _Pointer) for name in ("unit_offsets", "cos", "sin", "adapters")),
         ("max_rank", _Number),
         ("cache", _Pointer),
-        ("num_scores", _Number),
-        *((name, _Pointer) for name in ("rows", "scores")),
+        ("num_logits", _Number),
+        *((name, _Pointer) for name in ("rows", "logits")),
     )
 
 
@@ -114,10 +114,10 @@ class Attention(ctypes.Structure):
     _fields_ = (
         *((name, _Number) for name in ("num_heads", "num_kv_heads", "head_dim", "window", "num_sequences")),
         ("lengths", _Pointer),
-        ("held", _Number),
+        ("num_past", _Number),
         *((name, _Pointer) for name in "qkv"),
         *((f"{name}_stride", _Number) for name in "qkv"),
-        *((name, _Pointer) for name in ("out", "log_sums")),
+        *((name, _Pointer) for name in ("out", "lse")),
         ("threads", _Number),
     )
 

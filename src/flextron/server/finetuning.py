@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse
 
 from flextron.finetuning.hyperparameters import Hyperparameters
 from flextron.jobs.jobs import Jobs
-from flextron.jobs.records import Checkpoint, Event, Job
+from flextron.jobs.records import Checkpoint, Job, JobEvent
 from flextron.server.errors import bad_request, not_found
 from flextron.server.http import read_body
 from flextron.server.keys import unknown_key, unsupported
@@ -184,7 +184,7 @@ def _written(jobs: Jobs, job: Job) -> dict[str, Any]:
     }
 
 
-def _event(event: Event) -> dict[str, Any]:
+def _event(event: JobEvent) -> dict[str, Any]:
     return {"object": "fine_tuning.job.event", **asdict(event)}
 
 

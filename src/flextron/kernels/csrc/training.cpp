@@ -37,9 +37,9 @@ inline std::string training_layout() {
     text += describe_struct("Attention", sizeof(Attention),
             {FIELD(Attention, num_heads), FIELD(Attention, num_kv_heads), FIELD(Attention, head_dim),
              FIELD(Attention, window), FIELD(Attention, num_sequences), FIELD(Attention, lengths),
-             FIELD(Attention, held), FIELD(Attention, q), FIELD(Attention, k), FIELD(Attention, v),
+             FIELD(Attention, num_past), FIELD(Attention, q), FIELD(Attention, k), FIELD(Attention, v),
              FIELD(Attention, q_stride), FIELD(Attention, k_stride), FIELD(Attention, v_stride),
-             FIELD(Attention, out), FIELD(Attention, log_sums), FIELD(Attention, threads)});
+             FIELD(Attention, out), FIELD(Attention, lse), FIELD(Attention, threads)});
     text += describe_struct("Gradients", sizeof(Gradients),
             {FIELD(Gradients, out), FIELD(Gradients, out_stride), FIELD(Gradients, q), FIELD(Gradients, k),
              FIELD(Gradients, v)});
@@ -56,12 +56,12 @@ const char* flextron_layout() {
     return text.c_str();
 }
 
-// Causal attention of a window's tokens; fills `out` and `log_sums`.
-void flextron_attend(const Attention* attention) { Run(*attention).forward(); }
+// Causal attention of a window's tokens; fills `out` and `lse`.
+void flextron_attend(const Attention* attention) { FlashAttention(*attention).forward(); }
 
 // Its gradients, from what `flextron_attend` gave.
 void flextron_attend_back(const Attention* attention, const Gradients* gradients) {
-    Run(*attention).backward(*gradients);
+    FlashAttention(*attention).backward(*gradients);
 }
 
 // out = silu(gate) up, of `size` numbers.
