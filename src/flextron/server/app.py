@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
+from flextron.api import ElasticModel
 from flextron.engine import EngineSettings
 from flextron.errors import FlextronError
 from flextron.files import NoSpaceError
@@ -30,7 +31,6 @@ from flextron.server.http import RequestMiddleware, answer_error, read_body
 from flextron.server.openapi import describe, error_responses
 from flextron.server.service import Service
 from flextron.server.settings import ServerSettings
-from flextron.server.targets import Served
 
 __all__ = ["create_app"]
 
@@ -38,7 +38,7 @@ _ANSWERS: dict[str, Any] = {"application/json": {}, "text/event-stream": {}}
 
 
 def create_app(
-    model: Served,
+    model: ElasticModel,
     settings: ServerSettings | None = None,
     engine: EngineSettings | None = None,
     jobs: Jobs | None = None,

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from flextron.checkpoints.generation_config import generation_defaults
+from flextron.api import ElasticModel
 from flextron.engine import CoServing, CoServingScheduler, EngineCore, EngineSettings
 from flextron.engine.runner import make_network
 from flextron.errors import FlextronError
@@ -22,9 +22,9 @@ from flextron.server.errors import ApiError, bad_request, shutting_down
 from flextron.server.metrics import Metrics
 from flextron.server.session import Session
 from flextron.server.settings import ServerSettings
-from flextron.server.targets import Catalog, Choice, Served
+from flextron.server.targets import Catalog, Choice
 from flextron.server.tokens import TokenNames
-from flextron.server.worker import GenerationRequest, RequestEvent, Worker
+from flextron.server.worker import GenerationRequest, Worker
 
 __all__ = ["Service"]
 
@@ -39,7 +39,7 @@ class Service:
 
     def __init__(
         self,
-        model: Served,
+        model: ElasticModel,
         settings: ServerSettings,
         engine: EngineSettings,
         adapters: AdapterNames | None = None,
@@ -63,7 +63,7 @@ class Service:
                 model.select(latency=1.0)
                 self.adaptive = Adaptive(objective, self.catalog.rungs)
         self.names = TokenNames(self.tokenizer)
-        self.defaults = generation_defaults(model.generation_config, model.hf_config, self.tokenizer)
+        self.defaults = model.generation_defaults
         self.core = EngineCore(model.decoder, engine)
         self._driver: TrainingDriver | None = None
         self._coserving: CoServingScheduler | None = None
@@ -71,7 +71,7 @@ class Service:
             self._driver = TrainingDriver(jobs, lambda: self.worker.wake())
             objectives = CoServing(tpot_ms=settings.slo_tpot_ms, ttft_ms=settings.slo_ttft_ms)
             self._coserving = CoServingScheduler(self.core, self._driver, objectives)
-        self.worker = Worker(self.core, self.tokenizer, self._post, self._coserving)
+        self.worker = Worker(self.core, self.tokenizer, self._coserving)
         self.adapters = LoadedAdapters(
             names, adapter_reader(model.decoder), settings.max_loaded_adapters, self.worker.forget
         )
@@ -81,7 +81,6 @@ class Service:
         self.is_draining = False
         self._sessions: set[Session] = set()
         self._is_idle = asyncio.Event()
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._adapting: asyncio.Task[None] | None = None
         # one thread: a tokenizer's settings are not safe to use from several
         self._encoder = ThreadPoolExecutor(1, "flextron-tokenizer")
@@ -95,9 +94,8 @@ class Service:
 
     def start(self) -> None:
         """Start the engine's thread, and training; to be called in the event loop."""
-        self._loop = asyncio.get_running_loop()
         self._is_idle.set()
-        self.worker.start()
+        self.worker.begin(asyncio.get_running_loop())
         if self.tokenizer.chat_template:
             self._templates.submit(ChatTemplate.warm_up)
         if self._driver is not None:
@@ -261,14 +259,3 @@ class Service:
         self._sessions.discard(session)
         if not self._sessions:
             self._is_idle.set()
-
-    def _post(self, events: list[tuple[GenerationRequest, RequestEvent]]) -> None:
-        """Pass on what the worker says; runs in its thread."""
-
-        def deliver() -> None:
-            for request, event in events:
-                request.listener(request, event)
-
-        assert self._loop is not None
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(deliver)

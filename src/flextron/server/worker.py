@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import queue
 import threading
@@ -77,36 +78,34 @@ class Load:
     """Of these, right."""
 
 
-Post = Callable[[list[tuple[GenerationRequest, RequestEvent]]], None]
-
-
 class Worker(threading.Thread):
     """Owns the engine from `start` on."""
 
     def __init__(
-        self,
-        core: EngineCore,
-        tokenizer: PreTrainedTokenizerBase,
-        post: Post,
-        coserving: CoServingScheduler | None = None,
+        self, core: EngineCore, tokenizer: PreTrainedTokenizerBase, coserving: CoServingScheduler | None = None
     ) -> None:
         """Take the engine.
 
         Args:
             core: the engine.
             tokenizer: for the answers' text.
-            post: called in this thread with what happened to requests; must pass it on to their listeners.
             coserving: gives training the time between iterations, if there is something to train.
         """
         super().__init__(name="flextron-engine", daemon=True)
         self.core = core
         self.load = Load()
         """Replaced as a whole, so that other threads may read it."""
-        self._tokenizer, self._post, self._coserving = tokenizer, post, coserving
+        self._tokenizer, self._coserving = tokenizer, coserving
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._requests: dict[Request, tuple[GenerationRequest, OutputProcessor]] = {}
         self._num_prompt_tokens = 0
         self._has_ended = False
+
+    def begin(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Start the thread; listeners are called in this event loop."""
+        self._loop = loop
+        self.start()
 
     def submit(self, requests: Sequence[GenerationRequest]) -> None:
         """Queue requests, all or none of them; callable from any thread, as all methods but `run`."""
@@ -195,6 +194,17 @@ class Worker(threading.Thread):
             events.append((request, delta))
         if events:
             self._post(events)
+
+    def _post(self, events: list[tuple[GenerationRequest, RequestEvent]]) -> None:
+        """Tell the requests' listeners, in the event loop."""
+
+        def deliver() -> None:
+            for request, event in events:
+                request.listener(request, event)
+
+        assert self._loop is not None
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(deliver)
 
     def _report(self) -> None:
         scheduler, pool, speculator = self.core.scheduler, self.core.pool, self.core.speculator
