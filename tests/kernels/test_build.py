@@ -17,6 +17,7 @@ import pytest
 
 from flextron.kernels import build as compiled
 from flextron.kernels.build import load_library
+from flextron.kernels.layout import Source, expected_layout
 
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 
@@ -26,8 +27,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty cache and a source that compiles at once; nothing was said yet."""
     sources = tmp_path / "kernels"
     sources.mkdir()
-    for name, answer in (("decoder", 41), ("training", 42)):
-        (sources / f"{name}.cpp").write_text(f'extern "C" int answer() {{ return {answer}; }}')
+    answers: tuple[tuple[Source, int], ...] = (("decoder", 41), ("training", 42))
+    for name, answer in answers:
+        layout = "\\n".join(expected_layout(name))
+        text = f'int answer() {{ return {answer}; }} const char* flextron_layout() {{ return "{layout}"; }}'
+        (sources / f"{name}.cpp").write_text(f'extern "C" {{ {text} }}')
     monkeypatch.setattr(compiled, "_SOURCES", sources)
     monkeypatch.setattr(compiled, "_said", set())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -44,7 +48,7 @@ def script(path: Path, text: str) -> Path:
     return path
 
 
-def answer(name: compiled.Source) -> int:
+def answer(name: Source) -> int:
     load_library.cache_clear()
     library = load_library(name)
     assert isinstance(library, ctypes.CDLL), library
