@@ -127,7 +127,7 @@ class FlextronLM(TemplateLM):  # type: ignore[misc]
         """See `LM.loglikelihood`."""
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)  # type: ignore[no-any-return]
 
-    def _loglikelihood_tokens(self, requests: Sequence[Encoded], **_: Any) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(self, requests: Sequence[Encoded], **options: Any) -> list[tuple[float, bool]]:
         asked = [self._fitted(context, continuation) for _, context, continuation in requests]
         scores = score_continuations(
             self.model.decoder, asked, self.spec, batch_size=self.batch_size, on_done=self.on_done

@@ -95,7 +95,7 @@ def score_continuations(
         on_done: called with continuations scored and in all.
 
     Raises:
-        FlextronError: a context and its continuation exceed the model's positions.
+        FlextronError: a context and its continuation exceed learned positions.
     """
     by_inputs: dict[tuple[int, ...], list[int]] = {}
     for i, one in enumerate(asked):
