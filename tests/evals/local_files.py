@@ -12,7 +12,7 @@ import zstandard
 __all__ = ["SUBJECTS", "write_files"]
 
 SUBJECTS = ("abstract_algebra", "world_religions")
-_WORDS = "once upon a time small model learned to be smaller still".split()
+_WORDS = ["once", "upon", "a", "time", "small", "model", "learned", "to", "be", "smaller", "still"]
 
 
 def _some(draw: random.Random, most: int = 5) -> str:

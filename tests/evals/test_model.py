@@ -20,7 +20,7 @@ from flextron.errors import FlextronError
 from flextron.evals.model import FlextronLM
 from tests.tiny import make_tiny_llama
 
-WORDS = "once upon a time a small model learned to be smaller still".split()
+WORDS = ["once", "upon", "a", "time", "a", "small", "model", "learned", "to", "be", "smaller", "still"]
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if not loop.last or add_generation_prompt %}\n{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"

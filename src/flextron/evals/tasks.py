@@ -9,13 +9,15 @@ from __future__ import annotations
 import functools
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import zstandard
 from datasets import Dataset
+from lm_eval.api.group import Group
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks.hellaswag.utils import preprocess
 from lm_eval.tasks.winogrande import preprocess_winogrande
 
@@ -36,12 +38,6 @@ def _find(folder: Path, name: str) -> Path | None:
     return next(found, None)
 
 
-def _lines(path: Path) -> Iterator[str]:
-    with path.open("rb") as raw:
-        stream = zstandard.ZstdDecompressor().stream_reader(raw) if path.suffix == ".zst" else raw
-        yield from io.TextIOWrapper(stream, encoding="utf-8")
-
-
 def _rows(path: Path, read: Callable[[Row], Row]) -> list[Row]:
     """What a file holds, in the form that prompts are made from.
 
@@ -50,16 +46,20 @@ def _rows(path: Path, read: Callable[[Row], Row]) -> list[Row]:
     """
     rows: list[Row] = []
     try:
-        for line in _lines(path):
-            if line.strip():
-                rows.append(read(json.loads(line)))
+        with path.open("rb") as raw, _plain(raw, path) as lines:
+            rows.extend(read(json.loads(line)) for line in lines if line.strip())
     except (ValueError, LookupError, TypeError, AttributeError, zstandard.ZstdError) as error:
         raise FlextronError(
-            f"{path}, line {len(rows) + 1}, is no row of this task ({error!r}); take the file as it was published"
+            f"{path}, row {len(rows) + 1}, is not of this task ({error!r}); take the file as it was published"
         ) from error
     if not rows:
         raise FlextronError(f"{path} is empty; take the file as it was published")
     return rows
+
+
+def _plain(raw: BinaryIO, path: Path) -> io.TextIOWrapper:
+    is_packed = path.suffix == ".zst"
+    return io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(raw) if is_packed else raw, encoding="utf-8")
 
 
 def _as_it_is(row: Row) -> Row:
@@ -181,8 +181,8 @@ LOCAL_TASKS: Mapping[str, LocalTask] = {
 """By the names that they have in lm-eval."""
 
 
-def local_task(name: str, folder: Path) -> dict[str, Any]:
-    """A configuration of lm-eval for a task or group, with its rows.
+def local_task(name: str, folder: Path) -> ConfigurableTask | Group:
+    """A task of lm-eval, or a group of them, with its rows.
 
     Args:
         name: of one of `LOCAL_TASKS`.
@@ -201,18 +201,13 @@ def local_task(name: str, folder: Path) -> dict[str, Any]:
         raise FlextronError(f"{folder} is no directory; name the one that holds the tasks' files")
     splits = {split: _rows(_needed(folder, names, name), task.read) for split, names in task.files.items()}
     if not task.by_subject:
-        return _config(name, task, splits)
-    subjects = sorted({row["subject"] for row in splits["test"]})
-    return {
-        "group": name,
-        "task": [
-            _config(f"{name}_{subject}", task, {s: _of(subject, rows) for s, rows in splits.items()}, subject)
-            for subject in subjects
-        ],
-        "aggregate_metric_list": [
-            {"metric": metric, "aggregation": "mean", "weight_by_size": True} for metric in task.metrics
-        ],
-    }
+        return ConfigurableTask(config=_config(name, task, splits))
+    metrics = [{"metric": metric, "aggregation": "mean", "weight_by_size": True} for metric in task.metrics]
+    group = Group.from_config({"group": name, "aggregate_metric_list": metrics})
+    for subject in sorted({row["subject"] for row in splits["test"]}):
+        own = {split: [row for row in rows if row["subject"] == subject] for split, rows in splits.items()}
+        group.add(ConfigurableTask(config=_config(f"{name}_{subject}", task, own, subject)))
+    return group
 
 
 def _needed(folder: Path, names: tuple[str, ...], task: str) -> Path:
@@ -221,10 +216,6 @@ def _needed(folder: Path, names: tuple[str, ...], task: str) -> Path:
         files = " or ".join(name + _SUFFIXES[0] for name in names)
         raise FlextronError(f"{folder} holds no {files}, which {task} needs; put it there, or leave the task out")
     return path
-
-
-def _of(subject: str, rows: list[Row]) -> list[Row]:
-    return [row for row in rows if row["subject"] == subject]
 
 
 def _config(name: str, task: LocalTask, splits: Mapping[str, list[Row]], subject: str | None = None) -> dict[str, Any]:
