@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["SummedLoss", "cross_entropy", "forward_kl", "head_metric", "scored", "summed_cross_entropy", "token_losses"]
+__all__ = [
+    "SummedLoss",
+    "cross_entropy",
+    "forward_kl",
+    "head_metric",
+    "scored",
+    "summed_cross_entropy",
+    "token_losses",
+    "token_scores",
+]
 
 CHUNK_TOKENS = 256
 
@@ -168,6 +177,28 @@ def token_losses(h_ND: Tensor, w_VD: Tensor, targets_N: Tensor) -> Tensor:
     """Negative log-likelihood of each target, (N,), float32, in nats; for evaluation."""
     h, w = _matched(h_ND, w_VD)
     return torch.cat([F.cross_entropy((h[r] @ w.t()).float(), targets_N[r], reduction="none") for r in _chunks(len(h))])
+
+
+@torch.no_grad()
+def token_scores(h_ND: Tensor, w_VD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    """What an evaluation asks of each target.
+
+    Args:
+        h_ND: final hidden states.
+        w_VD: the head.
+        targets_N: token ids, int64.
+
+    Returns:
+        Log-likelihoods, (N,), float32, in nats.
+        Whether each is the likeliest token, (N,), bool.
+    """
+    h, w = _matched(h_ND, w_VD)
+    log_p, is_likeliest = [], []
+    for rows in _chunks(len(h)):
+        logits_NV, target = (h[rows] @ w.t()).float(), targets_N[rows]
+        log_p.append(-F.cross_entropy(logits_NV, target, reduction="none"))
+        is_likeliest.append(logits_NV.argmax(-1) == target)
+    return torch.cat(log_p), torch.cat(is_likeliest)
 
 
 @torch.no_grad()
