@@ -1,0 +1,44 @@
+"""The documentation names files that exist, and its walks through the code stay short."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+NAMED = re.compile(r"`([a-z_]+(?:/[A-Za-z0-9_]+)*/[A-Za-z0-9_]+\.(?:py|cpp|h))`|`(files\.py)`")
+WALKS = {
+    "From a target to the kernel": 14,
+    "From a token to the answer": 12,
+    "From an example to an optimizer step": 18,
+    "From a pretrained weight to the saved one": 12,
+}
+
+
+def named_files(text: str) -> set[str]:
+    """Files of the code that a text names in backticks."""
+    return {first or second for first, second in NAMED.findall(text)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    names = named_files(page.read_text(encoding="utf-8"))
+    assert [n for n in sorted(names) if not any((r / n).is_file() for r in (ROOT / "src" / "flextron", ROOT))] == []
+
+
+@pytest.mark.parametrize("title", WALKS)
+def test_a_walk_has_eight_steps_and_says_how_many_files_it_passes(title: str) -> None:
+    _, _, rest = (ROOT / "docs" / "structure.md").read_text(encoding="utf-8").partition(f"\n## {title}\n")
+    walk = rest.partition("\n## ")[0]
+    count = len(named_files(walk))
+    assert f"{count} files." in walk
+    assert count <= WALKS[title]
+    assert re.findall(r"^(\d+)\. ", walk, re.MULTILINE) == [str(i) for i in range(1, 9)]
+
+
+def test_the_pattern_finds_files_and_nothing_else() -> None:
+    text = "`model/nested.py` `files.py` `kernels/csrc/simd.h` `model/nested.py:3` `chat.py` `docs/index.md` `a/b`"
+    assert named_files(text) == {"model/nested.py", "files.py", "kernels/csrc/simd.h"}
