@@ -1,6 +1,6 @@
 """`python -m benchmarks.readme`: puts the measured figures into README.md and docs/benchmarks.md.
 
-Both files hold a block between a line `<!-- figures … -->` and a line `<!-- /figures -->`. This script makes what stands
+Both files hold a block between a line `<!-- figures … -->` and a line `<!-- /figures -->`. This script makes what is
 between them from `benchmarks/results/*.json`: six headline figures for the README, all figures for the documentation.
 With `--check` it writes nothing, and the exit code is 1 if a file is out of date.
 """

