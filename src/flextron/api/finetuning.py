@@ -41,7 +41,7 @@ class FinetuneResult:
     """What came out, and what it took."""
 
     adapter: Path
-    """In peft's layout; `finetuning.json` in it holds these figures."""
+    """The adapter's directory, in peft's layout; `finetuning.json` in it holds these figures."""
     spec: SubnetSpec
     """The sub-network that it was trained in."""
     num_examples: int
@@ -49,21 +49,21 @@ class FinetuneResult:
     """Examples that lost their end."""
     num_steps: int
     num_tokens: int
-    """That went through forward and backward."""
+    """Tokens that went through forward and backward."""
     seconds: float
-    """Of training, those before a restart included."""
+    """Seconds of training, those before a restart included."""
     losses: tuple[float, ...]
-    """Of each step: means over the trained tokens, in nats."""
+    """Loss of each step: means over the trained tokens, in nats."""
     validations: tuple[tuple[int, float, float], ...] = ()
     """Steps after which the validation file was scored, each with the mean loss and the share of right tokens."""
 
     @property
     def tokens_per_second(self) -> float:
-        """Of training."""
+        """Tokens trained per second."""
         return self.num_tokens / self.seconds
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The JSON form."""
         written = {"adapter": str(self.adapter), "spec": self.spec.to_dict()}
         return asdict(self) | written | {"tokens_per_second": self.tokens_per_second}
 

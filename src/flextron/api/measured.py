@@ -46,7 +46,7 @@ class MeasuredModel(Generates):
     frontier: Frontier | None = None
     """Measured sub-networks, once profiled."""
     losses: KnownLosses | None = None
-    """Of sub-networks, as they came with an elastic adapter; `profile` adds this device's latencies."""
+    """Losses of sub-networks, as they came with an elastic adapter; `profile` adds this device's latencies."""
     generation_config: Mapping[str, Any] | None = None
     """The checkpoint's `generation_config.json`, if it has one."""
 

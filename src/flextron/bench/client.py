@@ -42,7 +42,7 @@ class Server:
     ignore_eos: bool = False
     """Ask the server not to stop early (an extension that vLLM and llama.cpp know)."""
     timeout_s: float = 600.0
-    """For a request as a whole, from sending on."""
+    """Limit on a whole request, from the moment that it is sent."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be asked."""

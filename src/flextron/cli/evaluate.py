@@ -18,9 +18,7 @@ def evaluate(
     directory: Annotated[Path, typer.Argument(help="Elastic checkpoint to evaluate. `tiny` names the packaged model.")],
     text: Annotated[
         str | None,
-        typer.Option(
-            help="Text to measure on: file, directory or datasets id. Default: topics of Python's language reference."
-        ),
+        typer.Option(help="Text to measure on: file, directory or datasets id. Default: Python's language reference."),
     ] = None,
     latency: Annotated[
         list[float] | None,

@@ -20,7 +20,7 @@ def profile(
     text: Annotated[
         str | None,
         typer.Option(
-            help="Text to measure losses on: file, directory or datasets id. Default: topics of Python's language reference."
+            help="Text to measure losses on: file, directory or datasets id. Default: Python's language reference."
         ),
     ] = None,
     num_tokens: Annotated[int, typer.Option(help="Tokens of the text that are used.")] = 2048,

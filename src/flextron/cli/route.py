@@ -21,14 +21,14 @@ def route(
     text: Annotated[
         str | None,
         typer.Option(
-            help="Text to measure losses on: file, directory or datasets id. Default: topics of Python's language reference."
+            help="Text to measure losses on: file, directory or datasets id. Default: Python's language reference."
         ),
     ] = None,
     num_tokens: Annotated[int, typer.Option(help="Tokens of the text that each measurement uses.")] = 1024,
     num_measured: Annotated[
         int | None,
         typer.Option(
-            help=f"Number of sub-networks that are measured for the surrogate. Default: {default_of(RouterRecipe, 'num_measured')}."
+            help=f"Sub-networks measured for the surrogate. Default: {default_of(RouterRecipe, 'num_measured')}."
         ),
     ] = None,
     seed: Annotated[

@@ -84,9 +84,7 @@ def serve(
     ] = 30.0,
     client_seconds: Annotated[
         float,
-        typer.Option(
-            help="Seconds after which a client that is too slow to send a request or to read its response is disconnected."
-        ),
+        typer.Option(help="Seconds that a client may take to send a request, or to read its response."),
     ] = 60.0,
 ) -> None:
     """Serve a model over HTTP as OpenAI does; the sub-network is chosen request by request."""

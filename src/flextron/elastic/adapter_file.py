@@ -59,7 +59,7 @@ class StoredAdapter:
     tensors: Mapping[str, Tensor]
     """Updates and norms, float32, by name."""
     base_sketch: Tensor
-    """Of the permuted base, see `flextron.elastic.sketch`."""
+    """Sketch of the permuted base, see `flextron.elastic.sketch`."""
     extra: Mapping[str, Any]
     """Further JSON documents by name: the losses of sub-networks."""
 

@@ -39,7 +39,7 @@ class ElasticInfo:
     layer_scores: tuple[float, ...]
     """Importance of each layer, see `Importance`."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """Where it comes from: source, importance method, calibration tokens, package versions, date."""
+    """Its history: source, importance method, calibration tokens, package versions, date."""
     recipe: Mapping[str, Any] = field(default_factory=dict)
     """The resolved training recipe and what it measured; empty before training."""
 

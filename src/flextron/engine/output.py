@@ -23,7 +23,7 @@ class Delta:
     logprobs: Logprobs | None
     finish_reason: FinishReason | None
     offset: int = 0
-    """Where the token's text begins in the answer's, in characters."""
+    """Position in the answer at which the token's text begins, in characters."""
 
 
 @dataclass(slots=True)
@@ -48,7 +48,7 @@ class Answer:
 
     @property
     def text(self) -> str:
-        """All of it, without a stop string."""
+        """The text so far, without a stop string."""
         return "".join(self.pieces)
 
     def take(self, output: StepOutput) -> Delta:

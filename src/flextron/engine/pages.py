@@ -26,7 +26,7 @@ class Page:
     units: list[int]
     num_users: int = 1
     key: bytes | None = None
-    """Of its content, once it is full and may be shared."""
+    """Key of its content, once it is full and may be shared."""
 
 
 def page_key(before: bytes, tokens: Sequence[int]) -> bytes:

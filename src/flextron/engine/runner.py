@@ -128,7 +128,7 @@ class Runner:
         self._native = {w: NativeStep(decoder, page_size, w) for w in sorted(wanted)}
         self._columns: dict[tuple[tuple[Network, int], ...], tuple[Tensor, Tensor, Tensor]] = {}
         self._adapters: dict[Adapter, NativeAdapter | None] = {}
-        """None for those that run by operators only."""
+        """Compiled forms of adapters; None for those that only PyTorch's operators can run."""
 
     @property
     def is_native(self) -> bool:
@@ -177,14 +177,14 @@ class Runner:
         return groups
 
     def _compiled(self, adapter: Adapter) -> NativeAdapter | None:
-        """For the compiled iteration; None if it does not run there."""
+        """An adapter's form for the compiled iteration; None if it does not run there."""
         if adapter not in self._adapters:
             runs = why_adapter_not_native(adapter) is None
             self._adapters[adapter] = NativeAdapter(adapter) if runs else None
         return self._adapters[adapter]
 
     def _run_group(self, chunks: Items[Chunk], native: NativeStep | None) -> Tensor:
-        """As `run`, compiled or by PyTorch's operators."""
+        """Run one group of chunks, compiled or by PyTorch's operators."""
         device = self.decoder.device
         tokens_N = torch.tensor([t for c in chunks for t in c.tokens], device=device)
         positions_N = torch.tensor([p for c in chunks for p in range(c.start, c.start + len(c.tokens))], device=device)

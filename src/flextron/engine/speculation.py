@@ -43,11 +43,11 @@ class Speculation:
     """Precision of the drafts. `int8` reads a quarter of the bytes, `int4` about a fifth, and each keeps a copy of that
     size in memory."""
     num_tokens: int | None = None
-    """Of a draft; chosen by measurement by default."""
+    """Tokens of a draft; chosen by measurement by default."""
     max_num_tokens: int = 8
-    """Of a draft, when chosen."""
+    """Most tokens of a draft whose length is chosen."""
     max_num_seqs: int = 4
-    """With more requests than that at once nothing is drafted: then the processor has no time to spare."""
+    """Most requests at once with which tokens are drafted; with more, the processor has no time to spare."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -75,7 +75,7 @@ class _Candidate:
     network: Network
     num_rounds: int = 0
     accepted: float = 0.0
-    """Of the drafted tokens that were checked, with those long ago counting less."""
+    """Share of the checked drafts that were accepted, with those long ago counting less."""
     checked: float = 0.0
     time: TimeLine = field(default_factory=TimeLine)
 

@@ -75,7 +75,7 @@ class WindowAttention:
 
 
 class _Attend(torch.autograd.Function):
-    """On a CPU; the scores are computed again for the gradients, the rest only if it is not given."""
+    """Attention on a CPU. The backward pass computes the scores again, and the outputs if they are not given."""
 
     @staticmethod
     def forward(

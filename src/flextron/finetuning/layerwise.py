@@ -104,7 +104,7 @@ class Finetuning:
         self._num_done = 0
         """Tokens of that layer, or of the head's, that have had their turn."""
         self.stage: Stage | None = Stage.FORWARD
-        """Of the next unit; None once the gradients are complete."""
+        """Stage of the next unit; None once the gradients are complete."""
 
     @property
     def num_tokens(self) -> int:
@@ -122,7 +122,7 @@ class Finetuning:
 
     @property
     def num_left_of_layer(self) -> int:
-        """Of these, tokens that the next unit can have: those of its layer."""
+        """Tokens of the next unit's layer whose turn is still to come."""
         if self.stage is None:
             return 0
         return (len(self._rows) if self.stage is Stage.HEAD else self.num_tokens) - self._num_done

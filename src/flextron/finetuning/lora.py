@@ -34,7 +34,7 @@ UPDATE = "update"
 _WARM_UP = 0.03
 _MOST_NORM = 1.0
 _STEP_TOKENS = 1024
-"""Of a unit when nothing waits for it."""
+"""Tokens of a unit when nothing waits for it."""
 _TENSORS, _STATE = "tensors.safetensors", "state.json"
 
 
@@ -115,7 +115,7 @@ class LoraTrainer:
         self._optimizer = torch.optim.AdamW(self.adapter.parameters(), lr=self._rate, weight_decay=0.0, fused=True)
         self._num_updates = 0
         self._pass: Pass | None = None
-        """Of the step's examples or, after its update, of the validation's."""
+        """The pass over the step's examples or, after its update, over those of the validation."""
         self._taken: StepMetrics | None = None
         """What a step whose update was made has measured, while its validation goes on."""
         if resume is not None:

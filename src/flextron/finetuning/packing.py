@@ -70,7 +70,7 @@ class Packed:
         self.weights_T = torch.cat([e.weights[1:].double() for e in examples]).to(device) / total
         """What each prediction counts, float64."""
         self.positions_T = torch.cat([torch.arange(n) for n in lengths]).to(device)
-        """In its example, int64."""
+        """Position of each token in its example, int64."""
         self._rope = rotary_tables(config, self.positions_T, dtype)
 
     def __len__(self) -> int:

@@ -18,7 +18,7 @@ __all__ = ["Pass"]
 
 
 class Pass:
-    """All of some examples, pack by pack: their mean loss and, unless left out, its gradients."""
+    """One pass over some examples, pack by pack: it gives their mean loss and, unless left out, its gradients."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class Pass:
         self.loss = 0.0
         """Sum of what the packs so far add to the mean over the trained tokens, in nats."""
         self.num_tokens = 0
-        """That went through."""
+        """Tokens that went through."""
         self._num_right = self._num_weighted = 0
         self._name = "" if backward else "validation "
         total = float(sum(sum(e.mask) for e in examples))

@@ -20,7 +20,7 @@ class Example:
 
     tokens: Sequence[int]
     mask: Sequence[int]
-    """For each token 1 if the model learns to say it, else 0; at least one is 1, and the first never is."""
+    """One entry a token: 1 if the model learns to say it, else 0. At least one is 1, and the first never is."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,14 +30,14 @@ class StepMetrics:
     loss: float
     """Mean over the trained tokens, in nats."""
     num_tokens: int
-    """That went through forward and backward, prompts included."""
+    """Tokens that went through forward and backward, prompts included."""
     accuracy: float | None = None
     """Share of the trained tokens that were the likeliest; None where it was not measured."""
     valid_loss: float | None = None
-    """Likewise of the whole validation file, after the step; None where it was not measured."""
+    """Mean loss over the whole validation file after the step; None if it was not measured."""
     valid_accuracy: float | None = None
     num_valid_tokens: int = 0
-    """That went through forward for that."""
+    """Validation tokens that went through forward for it."""
 
     def check(self, step: int) -> None:
         """See that losses are numbers.

@@ -126,7 +126,7 @@ class Jobs:
             save_seconds=self.settings.save_seconds,
             on_adapter=self._announce_new,
         )
-        """For the thread that trains."""
+        """Schedules the jobs for the thread that trains."""
         self._directory.remove_states(but=unfinished)
         for gone in self.journal.all_checkpoints(deleted=True):
             self._directory.remove_adapter(gone.job_id, gone.step)

@@ -79,7 +79,7 @@ class Uploads:
         return File.of(self._store.row("files", file_id))
 
     def path(self, file_id: str) -> Path:
-        """Where its content lies.
+        """Path of a file's content.
 
         Raises:
             UnknownIdError: there is none.

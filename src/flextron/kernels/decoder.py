@@ -165,7 +165,7 @@ class NativeStep:
         )
 
     def _linear(self, weight: Tensor, bias: int | None, weights: Weights, *, sums_rows: bool = False) -> _Linear:
-        """With a quantized copy, but for float32; `sums_rows` where rows are inputs, not outputs."""
+        """Pointers of a linear or, below float32, of its quantized copy; `sums_rows`: its rows are inputs."""
         if weights == "float32":
             return _Linear(_address(weight), bias)
         columns = column_scales(weight) if sums_rows else None

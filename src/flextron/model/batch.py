@@ -101,7 +101,7 @@ class Batch:
         routers: Sequence[TokenChoice] | None = None,
         adapter: Adapter | None = None,
     ) -> Batch:
-        """As `padded`, with the sequences dealt to several sub-networks in order, as evenly as it goes.
+        """The same as `padded`, with the sequences dealt to several sub-networks in order, as evenly as possible.
 
         Args:
             tokens_BT: token ids.

@@ -27,7 +27,7 @@ _CLOSE = 0.03
 
 
 def uniform_within(space: SearchSpace, table: LatencyTable, target: float) -> list[SubnetSpec]:
-    """For each number of groups the widest uniform sub-network within a latency fraction."""
+    """The widest uniform sub-network within a latency fraction, for each number of groups."""
     found = []
     for groups in space.num_groups:
         within = [s for w in space.intermediate_sizes if table.predict(s := space.uniform(w, groups)) <= target]

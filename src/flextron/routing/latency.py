@@ -79,7 +79,7 @@ class LatencyTable:
 
     @property
     def name(self) -> str:
-        """Of the table's file: the device, and the phase where it is not decode."""
+        """Name of the table's file: the device, and the phase where it is not decode."""
         return self.device if self.phase == "decode" else f"{self.device}-{self.phase}"
 
     @classmethod

@@ -49,9 +49,9 @@ class Sensitivity:
     """Expected rise of the loss, in nats, if one half layer alone is narrowed; width 0 is the skipped half."""
 
     mlp: tuple[dict[int, float], ...]
-    """For each layer, by MLP width."""
+    """Sensitivities of each layer by MLP width."""
     attention: tuple[dict[int, float], ...]
-    """For each layer, by groups."""
+    """Sensitivities of each layer by attention groups."""
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form; the widths become string keys."""

@@ -62,7 +62,7 @@ class _Recorder:
 
     router: TokenChoice
     widths: dict[int, list[Tensor]] = field(default_factory=dict)
-    """By layer, in the order in which the tokens came."""
+    """Widths by layer, in the order in which the tokens came."""
 
     def __call__(self, layer: int, x_ND: Tensor) -> tuple[Tensor, Tensor | None]:
         widths_N, gates_N = self.router(layer, x_ND)

@@ -47,7 +47,7 @@ class _CompletionForm:
         self._names, self._echoed, self._body = names, echoed, body
 
     def whole(self, index: int, piece: Piece) -> dict[str, Any]:
-        """With the prompt, if it is echoed."""
+        """The whole answer, with the prompt if it is echoed."""
         return self._choice(index, self._echo(index) + piece.text, piece)
 
     def opening(self, index: int) -> dict[str, Any] | None:

@@ -28,7 +28,7 @@ __all__ = ["Form", "Piece", "respond"]
 
 _log = logging.getLogger("flextron.server")
 _CLIENT_LEFT = 499
-"""As nginx logs it; nobody reads the answer."""
+"""Status that nginx logs for it; nobody reads the answer."""
 
 
 @dataclass(slots=True)
@@ -40,7 +40,7 @@ class Piece:
     logprobs: list[Logprobs] = field(default_factory=list)
     """One entry a token, where they were asked for."""
     offsets: list[int] = field(default_factory=list)
-    """Where each token's text begins in the answer's, in characters."""
+    """Positions in the answer at which the tokens' texts begin, in characters."""
     finish_reason: FinishReason | None = None
 
     def add(self, delta: Delta) -> None:
@@ -58,12 +58,12 @@ class Form(Protocol):
     """How an endpoint words answers: each method gives an entry of `choices`."""
 
     prefix: str
-    """Of ids."""
+    """Prefix of ids."""
     whole_object: str
     piece_object: str
 
     def whole(self, index: int, piece: Piece) -> dict[str, Any]:
-        """All of an answer."""
+        """The whole answer."""
 
     def opening(self, index: int) -> dict[str, Any] | None:
         """What a stream says before the first piece, if anything."""
@@ -79,7 +79,7 @@ class _Envelope:
     form: Form
     session: Session
     num_choices: int
-    """Of each prompt."""
+    """Number of choices for each prompt."""
     id: str
     created: int
 

@@ -54,7 +54,7 @@ class Session:
 
     @property
     def num_prompt_tokens(self) -> list[int]:
-        """Of each job."""
+        """Number of prompt tokens of each job."""
         return [len(job.prompt) for job in self._jobs]
 
     @property

@@ -62,7 +62,7 @@ class Served(Protocol):
         """The token router for a target."""
 
     def num_parameters(self, spec: SubnetSpec | None = None) -> int:
-        """Of a sub-network."""
+        """Number of parameters of a sub-network."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,9 +70,9 @@ class Choice:
     """The adapter and the sub-network of a request."""
 
     model_id: str
-    """As the client named it."""
+    """The model's name as the client gave it."""
     adapter: NamedAdapter | None
-    """None for the model as it is."""
+    """The adapter; None for the model as it is."""
     spec: SubnetSpec
     router: PricedRouter | None
     asked: Target | None
@@ -88,7 +88,7 @@ class Choice:
 
     @property
     def label(self) -> str:
-        """Of the target in metrics. Few values in all: clients must not be able to make up series."""
+        """Label of the target in metrics. It has few values, because clients must not be able to create series."""
         if self.target is None:
             return "full"
         value = f"={self.target.value:.2f}" if self.target.axis == "latency" else ""

@@ -47,7 +47,7 @@ class Job:
     """One sequence of tokens to be continued."""
 
     index: int
-    """Within its HTTP request."""
+    """Number within its HTTP request."""
     prompt: list[int]
     params: SamplingParams
     stop: tuple[str, ...]
@@ -70,12 +70,12 @@ class Load:
     """A fraction."""
     num_preemptions: int = 0
     num_prompt_tokens: int = 0
-    """Of all jobs that were accepted."""
+    """Prompt tokens of all accepted jobs."""
     num_cached_tokens: int = 0
-    """Of these, found in the cache."""
+    """Prompt tokens that were found in the cache."""
     num_drafted_tokens: int = 0
     num_accepted_tokens: int = 0
-    """Of these, right."""
+    """Drafted tokens that were accepted."""
 
 
 Post = Callable[[list[tuple[Job, Event]]], None]

@@ -40,7 +40,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True, slots=True)
 class RunDirectory:
-    """Where one training run keeps its state; a run of another recipe or text does not go on from it."""
+    """The directory in which a training run keeps its state; a run of another recipe or text does not go on from it."""
 
     path: Path
     identity: dict[str, Any]

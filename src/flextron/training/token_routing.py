@@ -52,9 +52,9 @@ class TokenRouterResult:
     kept: str
     """The stage whose router was kept: `warm` or `joint`."""
     warm_history: list[dict[str, float]] = field(default_factory=list)
-    """Of each epoch: the regression's loss on training and held-out tokens."""
+    """The regression's loss on training and held-out tokens, for each epoch."""
     joint_history: list[dict[str, float]] = field(default_factory=list)
-    """Of each joint step: its losses and cost."""
+    """Losses and cost of each joint step."""
 
 
 @torch.no_grad()

@@ -100,7 +100,7 @@ class ProfileStage(_Strict):
 
 
 class ElastifyRecipe(_Strict):
-    """From a pretrained checkpoint to a profiled elastic one."""
+    """The way from a pretrained checkpoint to a profiled elastic one."""
 
     source: str
     """Hub id, directory or .gguf file."""
@@ -110,7 +110,7 @@ class ElastifyRecipe(_Strict):
     """Training text: file, directory or `datasets` id."""
     convert: ConvertStage = ConvertStage()
     train: TrainRecipe | None = TrainRecipe()
-    """None skips training."""
+    """Settings of training; None skips it."""
     profile: ProfileStage = ProfileStage()
 
 
@@ -241,7 +241,7 @@ def run_profile(model: ElasticModel, stage: ProfileStage, progress: Progress, te
 
 
 def _identity(recipe: ElastifyRecipe) -> dict[str, Any]:
-    """All of the recipe but where its result goes."""
+    """The recipe without the place of its result."""
     return recipe.model_dump(mode="json", exclude={"output"})
 
 
