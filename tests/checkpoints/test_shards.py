@@ -143,7 +143,7 @@ def test_pipes_and_devices_are_refused(tmp_path: Path, file: str) -> None:
     random_model("llama").save_pretrained(tmp_path)
     (tmp_path / file).unlink(missing_ok=True)
     os.mkfifo(tmp_path / file)
-    assert f"{file} is no regular file" in refusal(tmp_path)
+    assert f"{file} is not a regular file" in refusal(tmp_path)
 
 
 def test_an_adapter_beside_the_model_is_refused(tmp_path: Path) -> None:

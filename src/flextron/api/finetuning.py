@@ -90,7 +90,7 @@ def finetune(
         target: trains in the sub-network for it, and so for narrower ones; by default in the full one. The adapter
             goes with all of them in any case.
         validation: JSONL of the same form, scored at the end of each epoch.
-        seed: of initial weights and data order.
+        seed: seed of initial weights and data order.
         restart: whether to drop what lies in both directories, and begin anew.
         save_seconds: between two saved states.
         on_step: told of progress.
@@ -107,7 +107,7 @@ def finetune(
     held_out = None if validation is None else Path(validation).expanduser()
     for path in (data, held_out):
         if path is not None and not path.is_file():
-            raise FlextronError(f"{path} is no file; give a JSONL file of examples")
+            raise FlextronError(f"{path} is not a file; give a JSONL file of examples")
     if output.exists() and not restart:
         raise FlextronError(f"{output} exists already; choose another directory, or pass restart (--restart)")
     source = str(model) if isinstance(model, (str, Path)) else model.info.provenance.get("source", "")

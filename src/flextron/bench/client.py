@@ -55,9 +55,9 @@ class Server:
         try:
             url = httpx.URL(self.url)
         except httpx.InvalidURL as error:
-            raise FlextronError(f"{self.url!r} is no URL ({error})") from None
+            raise FlextronError(f"{self.url!r} is not a URL ({error})") from None
         if url.scheme not in ("http", "https") or not url.host:
-            raise FlextronError(f"{self.url!r} is no URL of a server; give one such as http://127.0.0.1:8000")
+            raise FlextronError(f"{self.url!r} is not a URL of a server; give one such as http://127.0.0.1:8000")
 
     @property
     def address(self) -> str:

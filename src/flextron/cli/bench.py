@@ -88,7 +88,7 @@ def serve(
     from flextron.bench.serve import bench_serve
 
     if output is not None and not output.parent.is_dir():
-        raise FlextronError(f"{output.parent} is no directory; make it first")
+        raise FlextronError(f"{output.parent} is not a directory; make it first")
     load = Load(
         arrivals=Arrivals(
             rate=rate,

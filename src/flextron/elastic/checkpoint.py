@@ -135,7 +135,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         FlextronError: it is corrupt or truncated.
     """
     if not path.is_file():
-        raise FlextronError(f"{path} is no regular file; make it again")
+        raise FlextronError(f"{path} is not a regular file; make it again")
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
@@ -160,9 +160,9 @@ def write_elastic(
         directory: made here.
         decoder: the full, permuted model.
         info: goes into `elastic.json`.
-        hf_config: of the original checkpoint.
+        hf_config: config of the original checkpoint.
         tokenizer: written beside, where there is one.
-        generation_config: likewise.
+        generation_config: written too, if there is one.
         extra: further JSON files by relative path (latency tables, frontier).
         tensors: further safetensors files by name (routers).
         overwrite: replace an existing directory, in one step.

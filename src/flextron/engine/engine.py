@@ -191,7 +191,7 @@ class EngineCore:
             request_id: unique among the unfinished ones.
             prompt: token ids.
             params: how tokens are chosen, and when to stop.
-            network: of `network`.
+            network: a result of `network`.
 
         Raises:
             FlextronError: the prompt is empty, has unknown tokens, or is too long for the model or the KV cache.

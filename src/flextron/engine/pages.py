@@ -109,7 +109,7 @@ class PagePool:
         """Raise unless every unit is in exactly one place.
 
         Args:
-            pages_in_use: of all sequences, with repeats where they share.
+            pages_in_use: pages of all sequences, with repeats where they share.
         """
         users: dict[int, int] = {}
         distinct: dict[int, Page] = {}

@@ -37,9 +37,9 @@ def make_network(
     """How the engine runs a sub-network.
 
     Args:
-        config: of the decoder.
+        config: config of the decoder.
         spec: the sub-network.
-        router: of its tokens' MLP widths, if any.
+        router: chooses the MLP widths of its tokens, if there is one.
         name: differs for networks whose keys and values differ.
         adapter: what stands beside its linears, if anything.
     """
@@ -105,7 +105,7 @@ class Runner:
 
         Args:
             decoder: the full, frozen model.
-            num_units: of the cache.
+            num_units: units of the cache.
             page_size: tokens of a page.
             native: whether to run the compiled iteration; where it can by default.
             weights: precision of the matrices; `int8` and `int4` run in the compiled iteration only.

@@ -200,8 +200,8 @@ def verified(draft: Draft, logits_TV: Tensor, params: SamplingParams, generator:
     Args:
         draft: T - 1 tokens.
         logits_TV: scores of the checking network before each of them, and after the last.
-        params: of the request.
-        generator: of its draws.
+        params: parameters of the request.
+        generator: generator of its draws.
 
     Returns:
         1 to T tokens, distributed as if they had been drawn one by one.

@@ -65,8 +65,8 @@ def read_dataset(
     """Read a JSONL file.
 
     Args:
-        path: of it; each line is `{"messages": [{"role", "content"}, …]}` or `{"prompt", "completion"}`.
-        tokenizer: of the model; one that tells where tokens begin.
+        path: the file; each line is `{"messages": [{"role", "content"}, …]}` or `{"prompt", "completion"}`.
+        tokenizer: tokenizer of the model; one that tells where tokens begin.
         hyperparameters: which say how long examples may be.
         context: positions of the model.
         vocab_size: tokens that the model knows; by default all that the tokenizer makes.

@@ -69,7 +69,7 @@ class Finetuning:
 
         Args:
             decoder: frozen.
-            adapter: in training.
+            adapter: the adapter in training.
             examples: packed side by side; none sees another.
             spec: sub-network to train in; by default the decoder's full widths.
             total_weight: what the weighted sum of losses is divided by; by default the sum of these examples' weights.

@@ -56,7 +56,7 @@ class LoraTrainers:
             decoder: frozen; others may use it at the same time.
             base_model: its name, for the adapters' configs.
             spec: sub-network to train in; by default the full model.
-            pack_tokens: of examples that are run side by side, unless a single one has more.
+            pack_tokens: tokens of examples that are run side by side, unless a single one has more.
             saved_gb: what may be kept of a pack to save time, 10^9 bytes. Without that, a quarter of it is.
         """
         self.decoder, self.base_model = decoder, base_model

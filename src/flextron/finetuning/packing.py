@@ -47,8 +47,8 @@ class Packed:
             config: the decoder's.
             examples: at least one.
             total_weight: what the weights are divided by; by default their sum.
-            device: where the tensors shall lie.
-            dtype: of what the decoder computes.
+            device: device of the tensors.
+            dtype: type of what the decoder computes.
 
         Raises:
             FlextronError: see `Finetuning`.

@@ -37,7 +37,7 @@ class Pass:
             decoder: frozen.
             adapter: must not change before the last unit.
             examples: at least one.
-            pack_tokens: of examples that are run side by side, unless a single one has more.
+            pack_tokens: tokens of examples that are run side by side, unless a single one has more.
             spec: sub-network to run in.
             kept: linears whose products are kept for a pack of so many tokens.
             backward: whether gradients are added to the adapter's parameters.

@@ -119,9 +119,9 @@ class MakeTrainer(Protocol):
         """A trainer that begins anew, or goes on where a state ends.
 
         Args:
-            hyperparameters: of the job.
+            hyperparameters: hyperparameters of the job.
             examples: at least one, in the file's order.
-            seed: of all that is random.
+            seed: seed of all that is random.
             resume: a directory that `Trainer.save_state` wrote for the same arguments; None to begin.
             validation: scored at the end of each epoch, at each checkpoint and at the end.
 

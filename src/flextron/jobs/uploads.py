@@ -40,7 +40,7 @@ class Uploads:
         """Keep a file; it is on the disk when this returns.
 
         Args:
-            filename: as the client calls it; a path is cut to its last part.
+            filename: the client's name for it; a path is cut to its last part.
             purpose: `fine-tune` for training and validation.
             content: pieces of it.
 

@@ -207,7 +207,7 @@ class NativeStep:
             unit_offsets_LN: first unit of each layer in a row of that table, int32.
             cache: (units, 2, page size, head size), float32.
             rows: tokens after which scores are wanted.
-            adapters: of each token, at least as wide as the token's sub-network, or None; none by default.
+            adapters: adapters of each token, at least as wide as the token's sub-network, or None; none by default.
 
         Returns:
             Scores over the vocabulary after these, (rows, vocabulary).

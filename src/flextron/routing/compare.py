@@ -77,7 +77,7 @@ def compare_frontiers(
         validation_BT: windows on which losses are measured.
         targets: latency fractions.
         router: None leaves its kind out.
-        seed: of the random sub-networks.
+        seed: seed of the random sub-networks.
         on_progress: called with sub-networks measured and to be measured.
     """
     rng = random.Random(seed)

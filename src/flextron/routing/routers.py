@@ -182,7 +182,7 @@ class StaticRouter(nn.Module):
         """For each target, the likeliest sub-network among those that cost about as much and no more.
 
         Args:
-            logits: of as many targets; with noise, this draws.
+            logits: logits of as many targets; with noise, this draws.
             targets: fractions of the full network's latency.
             table: costs.
 

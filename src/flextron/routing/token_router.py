@@ -77,10 +77,10 @@ class TokenRouter(nn.Module):
 
         Args:
             space: its MLP widths are the choices, and 0 in layers that may be skipped.
-            hidden_size: of the model.
+            hidden_size: hidden size of the model.
             mlp_costs: what each width costs in one layer, as a fraction of the full network's decode step.
             num_units: hidden units of each layer's router.
-            embedding_size: of the target's embedding, which all layers share.
+            embedding_size: size of the target's embedding, which all layers share.
 
         Raises:
             FlextronError: a width has no cost.

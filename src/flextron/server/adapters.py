@@ -60,7 +60,7 @@ class AdapterNames:
         """Add one that the operator gives.
 
         Args:
-            name: of it.
+            name: its name.
             directory: where it lies.
             read: to see whether it can be read.
 

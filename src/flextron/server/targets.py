@@ -116,7 +116,7 @@ class Catalog:
 
         Args:
             model: what is served.
-            name: of it.
+            name: its name.
             min_latency_target: how narrow requests may become that say nothing of it; None: not at all.
             adapters: names of adapters, which may change at any time; None for no adapter.
 
@@ -138,7 +138,7 @@ class Catalog:
         """What a request runs in.
 
         Args:
-            model_id: as the client names it.
+            model_id: the model's name as the client gave it.
             body: what it asks beside.
             cap: the widest latency target for requests that allow a narrower one.
 

@@ -91,9 +91,9 @@ class Worker(threading.Thread):
 
         Args:
             core: the engine.
-            tokenizer: for the answers' text.
+            tokenizer: makes the answers' text.
             post: called in this thread with what happened to jobs; must pass it on to their listeners.
-            filler: of the time between iterations, if there is something to train.
+            filler: uses the time between iterations, if there is something to train.
         """
         super().__init__(name="flextron-engine", daemon=True)
         self.core = core

@@ -43,10 +43,10 @@ class SampledRouter:
         Args:
             router: gets the gradients.
             target: fraction of the full network's decode time.
-            price: of time, in logits.
+            price: price of time, in logits.
             tau: temperature of the softmax through which gradients flow.
-            logit_scale: of the priced logits against the noise.
-            seed: of the noise, together with the layer; recomputation in a backward pass must find the same.
+            logit_scale: scale of the priced logits against the noise.
+            seed: seed of the noise, together with the layer; recomputation in a backward pass must find the same.
         """
         self._router, self._target, self._price = router, target, price
         self._tau, self._logit_scale, self._seed = tau, logit_scale, seed

@@ -69,7 +69,7 @@ def routed_kl(
         tokens_BT: windows of tokens.
         spec: the static sub-network.
         router: routes tokens around it, at its calibrated price; None runs the static one.
-        target: of the router.
+        target: target of the router.
     """
     choice = None if router is None else router.at(target)
     total = 0.0

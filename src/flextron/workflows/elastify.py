@@ -185,7 +185,7 @@ def train_in_place(
 
     Args:
         model: to train.
-        directory: of the model, or of the new elastic adapter.
+        directory: directory of the model, or of the new elastic adapter.
         text: as for `ElasticModel.train`.
         recipe: settings.
         progress: opens the display.

@@ -95,7 +95,7 @@ def special_ids(metadata: Mapping[str, Any], size: int) -> dict[str, int]:
 
     Args:
         metadata: the file's keys and values.
-        size: of the vocabulary.
+        size: size of the vocabulary.
     """
     kind = metadata.get(_KEYS.MODEL)
     defaults = _SENTENCEPIECE if isinstance(kind, str) and kind == "llama" else {}
