@@ -100,7 +100,7 @@ def test_paths_out_of_the_directory_are_refused(sharded: Path, name: str) -> Non
     for at in (sharded.parent, sharded / "sub"):
         shutil.copy(min(sharded.glob("*.safetensors")), at / "other.safetensors")
     rename_shard(sharded, name)
-    assert "no file of its directory" in refusal(sharded)
+    assert "not a file of its directory" in refusal(sharded)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model-00001-of-00002.bin", "x.pt"])

@@ -174,7 +174,7 @@ def test_ctrl_c_leaves_the_job(served: Tuning, data: Path) -> None:
         (("DATA", "--server", "nowhere", "--model", "a"), "is not a URL"),
         (("DATA", "--server", "http://127.0.0.1:1", "--model", "a"), "does not answer"),
         (("DIR/none", "--server", "http://127.0.0.1:1", "--model", "a"), "is not a file"),
-        (("DIR/none", "DATA", "--output", "OUT"), "no directory"),
+        (("DIR/none", "DATA", "--output", "OUT"), "not a directory"),
         (("DIR", "DIR", "--output", "OUT"), "is not a file"),
         (("DIR", "EMPTY", "--output", "OUT"), "has no example"),
         (("DIR", "DATA", "--output", "OUT", "--validation", "DIR"), "is not a file"),
