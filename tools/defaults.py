@@ -35,15 +35,22 @@ def _row(*cells: str) -> str:
     return "| " + " | ".join(" ".join(cell.split()).replace("|", r"\|") for cell in cells) + " |"
 
 
-def _shown(value: Any) -> str:
-    """A default as people write it; nothing for None, whose meaning the description tells."""
+def _shown(value: Any, switch: tuple[str, str] = ("`false`", "`true`")) -> str:
+    """A default as people write it; nothing for None, whose meaning the description tells.
+
+    Args:
+        value: the default.
+        switch: words for False and True.
+    """
     if value is None:
         return ""
     if isinstance(value, bool):
-        return "on" if value else "off"
+        return switch[value]
     if isinstance(value, tuple):
         return ", ".join(_shown(v) for v in value)
-    return f"{value:g}" if isinstance(value, int | float) and abs(value) < 1e5 else f"`{value}`"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value) if isinstance(value, int) else f"`{value}`"
 
 
 def _meaning(text: str, default: str) -> tuple[str, str]:
@@ -82,7 +89,7 @@ def _verb_table(words: Sequence[str]) -> list[str]:
     for option in command.params:
         if option.param_type_name != "option" or option.name in ("as_json", "help"):
             continue
-        default = "required" if option.required else _shown(option.default)
+        default = "required" if option.required else _shown(option.default, ("off", "on"))
         if option.envvar:
             default = f"`${option.envvar}`"
         meaning, default = _meaning(option.help or "", default)

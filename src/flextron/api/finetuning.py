@@ -91,7 +91,7 @@ def finetune(
             goes with all of them in any case.
         validation: JSONL of the same form, scored at the end of each epoch.
         seed: seed of initial weights and data order.
-        restart: whether to drop what lies in both directories, and begin anew.
+        restart: whether to drop what lies in both directories, and start again.
         save_seconds: between two saved states.
         on_step: told of progress.
         hyperparameters: `n_epochs`, `batch_size`, `learning_rate`, `rank` and the other fields of `Hyperparameters`.
@@ -176,7 +176,7 @@ class _Progress:
 
 
 def _read_progress(path: Path) -> _Progress:
-    return checked(_Progress, read_json(path), str(path), "pass restart (--restart) to begin anew")
+    return checked(_Progress, read_json(path), str(path), "pass restart (--restart) to start again")
 
 
 def _digest(path: Path) -> str:

@@ -66,7 +66,7 @@ class Packed:
         self.tokens_T = torch.cat([e.tokens[:-1] for e in examples]).to(device)
         """Token ids, int64."""
         self.targets_T = torch.cat([e.tokens[1:] for e in examples]).to(device)
-        """The token that each shall predict, int64."""
+        """Target of each position: the token to predict, int64."""
         self.weights_T = torch.cat([e.weights[1:].double() for e in examples]).to(device) / total
         """What each prediction counts, float64."""
         self.positions_T = torch.cat([torch.arange(n) for n in lengths]).to(device)

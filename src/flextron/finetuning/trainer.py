@@ -116,7 +116,7 @@ class MakeTrainer(Protocol):
         resume: Path | None,
         validation: Sequence[Example] = (),
     ) -> Trainer:
-        """A trainer that begins anew, or goes on where a state ends.
+        """Make a trainer that starts at the first step, or goes on where a state ends.
 
         Args:
             hyperparameters: hyperparameters of the job.

@@ -62,11 +62,11 @@ class TrainRecipe(BaseModel):
     grad_clip: float = Field(1.0, gt=0)
     """Largest norm of the gradient."""
     train_embeddings: bool = False
-    """Whether embeddings, positions and head train too; they are not nested, and dear in a small model."""
+    """Whether embeddings, positions and head train too; they are not nested, and expensive in a small model."""
     kl_weight: float = Field(1.0, ge=0)
     """Weight of the forward KL to the frozen original."""
     kl_fraction: float = Field(0.25, gt=0, le=1)
-    """Part of the tokens, drawn anew each step, on which the KL is computed: an unbiased estimate at a fraction of the
+    """Part of the tokens, drawn again at each step, on which the KL is computed: an unbiased estimate at a fraction of the
     vocabulary's cost."""
     hidden_weight: float = Field(1.0, ge=0)
     """Weight of the distance to the teacher's final hidden states, on all tokens, in the head's metric."""
