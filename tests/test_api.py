@@ -272,7 +272,7 @@ def test_generation_refuses_what_it_cannot_do(profiled: ElasticModel, options: d
 
 
 def test_directories_that_are_no_elastic_checkpoints_are_named(checkpoint: Path, tmp_path: Path) -> None:
-    for path, remedy in ((tmp_path / "nowhere", "no directory"), (checkpoint, "convert")):
+    for path, remedy in ((tmp_path / "nowhere", "not a directory"), (checkpoint, "convert")):
         with pytest.raises(FlextronError, match=remedy):
             flextron.load(path)
     converted(checkpoint).save(tmp_path / "elastic")

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.readme import main
+from benchmarks.readme import ROOT, Headline, headline_table, main
+from flextron.errors import FlextronError
 
 README = "# name\n\n<!-- figures: made by a script -->\nold\n<!-- /figures -->\n\nThe end, `<!-- figures -->`.\n"
 PAGE = "# Benchmarks\n\n<!-- figures -->\n<!-- /figures -->\n"
@@ -65,25 +66,51 @@ def read(root: Path, name: str) -> str:
     return (root / name).read_text(encoding="utf-8")
 
 
-def test_readme_has_one_row_a_figure_and_keeps_the_rest_of_the_page(root: Path) -> None:
-    write(root, "core", result(SPEED, MEMORY))
-    assert main([], root) == 0
-    assert read(root, "README.md") == (
-        "# name\n\n<!-- figures: made by a script -->\n\n"
-        "| figure | value | bar | peer |\n"
+CHOSEN = (
+    Headline(suite="core", figure="decode speed-up", title="speed", instead="the full model"),
+    Headline(suite="core", figure="peak memory", title="memory", instead="nothing | none"),
+)
+
+
+def run(arguments: list[str], root: Path) -> int:
+    return main(arguments, root, CHOSEN[:1])
+
+
+def test_readme_has_the_headline_figures_beside_what_they_stand_against() -> None:
+    other = SPEED | {"name": "not chosen", "holds": False}
+    results = {"core": result(SPEED, other, MEMORY), "serving": result(gpu="Some GPU")}
+    assert headline_table(results, CHOSEN) == (
+        "| figure | measured | instead of | goal |\n"
         "|---|---|---|---|\n"
-        "| decode speed-up | 1.851 x | ≥ 1.8 | full model, ms: 20 |\n"
-        "| peak memory | inf | ≤ 1, missed |  |\n\n"
-        "Measured by `make bench` (core: Some CPU, 4 cores, 2 threads, commit abc1234). "
-        "All notes are in [benchmarks](docs/benchmarks.md).\n\n"
-        "<!-- /figures -->\n\nThe end, `<!-- figures -->`.\n"
+        "| speed | 1.851 x | the full model: 20 ms | ≥ 1.8 |\n"
+        "| memory | inf | nothing \\| none | ≤ 1, **missed** |\n\n"
+        "Measured by `make bench` (Some CPU, 4 cores, 2 threads; Some GPU, Some CPU, 4 cores, 2 threads). "
+        "Of all 3 figures 2 miss their goal; [benchmarks](docs/benchmarks.md) shows them all.\n"
     )
+
+
+def test_a_headline_of_a_suite_that_has_not_run_is_left_out() -> None:
+    assert headline_table({"serving": result(SPEED)}, CHOSEN) == ""
+
+
+def test_a_missing_headline_figure_is_an_error() -> None:
+    with pytest.raises(FlextronError, match="peak memory"):
+        headline_table({"core": result(SPEED)}, CHOSEN)
+
+
+def test_the_readme_shows_six_figures_at_most_and_none_before_the_installation() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    before, _, after = text.partition("pip install")
+    assert len(before.splitlines()) <= 25
+    assert before.count("![") == 1
+    assert "|" not in before
+    assert 1 <= len([line for line in after.splitlines() if line.startswith("| ")]) - 1 <= 6
 
 
 def test_documentation_has_spread_note_and_origin_of_every_suite(root: Path) -> None:
     write(root, "core", result(SPEED))
     write(root, "core-gpu", result(MEMORY, gpu="Some GPU"))
-    assert main([], root) == 0
+    assert run([], root) == 0
     page = read(root, "docs/benchmarks.md")
     assert "| decode speed-up | 1.851 x | ≥ 1.8 | 1.5 / 1.851 / 2 | full model, ms: 20 | batch 1 \\| ctx 128 |" in page
     assert "Some CPU, 4 cores, 2 threads. flextron 0.1.0, torch 2.9.0. Commit abc1234, 2026-01-02." in page
@@ -94,40 +121,31 @@ def test_documentation_has_spread_note_and_origin_of_every_suite(root: Path) -> 
 
 def test_documentation_says_what_was_left_out(root: Path) -> None:
     write(root, "core", result(SPEED) | {"left_out": {"Against a peer": "It is not here: install it."}})
-    assert main([], root) == 0
+    assert run([], root) == 0
     assert "\nLeft out: Against a peer. It is not here: install it.\n" in read(root, "docs/benchmarks.md")
 
 
 def test_check_tells_stale_from_fresh_and_writes_nothing(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(root, "core", result(SPEED))
-    assert main(["--check"], root) == 1
+    assert run(["--check"], root) == 1
     assert "README.md is out of date" in capsys.readouterr().out
     assert (read(root, "README.md"), read(root, "docs/benchmarks.md")) == (README, PAGE)
-    assert main([], root) == 0
-    assert main(["--check"], root) == 0
+    assert run([], root) == 0
+    assert run(["--check"], root) == 0
     write(root, "core", result(SPEED | {"value": 1.9}))
-    assert main(["--check"], root) == 1
+    assert run(["--check"], root) == 1
 
 
 def test_filling_again_changes_nothing(root: Path) -> None:
     write(root, "core", result(SPEED))
-    main([], root)
+    run([], root)
     before = read(root, "README.md")
-    main([], root)
+    run([], root)
     assert read(root, "README.md") == before
 
 
-def test_the_picture_is_shown_where_there_is_one(root: Path) -> None:
-    write(root, "core", result(SPEED))
-    main([], root)
-    assert "![frontier]" not in read(root, "README.md")
-    (root / "docs" / "images" / "frontier.png").touch()
-    main([], root)
-    assert "\n![frontier](docs/images/frontier.png)\n\n| figure |" in read(root, "README.md")
-
-
 def test_without_results_the_blocks_are_empty(root: Path) -> None:
-    assert main([], root) == 0
+    assert run([], root) == 0
     assert "<!-- figures: made by a script -->\n<!-- /figures -->\n" in read(root, "README.md")
     assert read(root, "docs/benchmarks.md") == PAGE
 
@@ -135,19 +153,19 @@ def test_without_results_the_blocks_are_empty(root: Path) -> None:
 @pytest.mark.parametrize("text", ["# no block\n", PAGE + PAGE], ids=["none", "two"])
 def test_a_page_needs_exactly_one_block(root: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     (root / "docs" / "benchmarks.md").write_text(text, encoding="utf-8")
-    assert main([], root) == 2
+    assert run([], root) == 2
     assert "exactly one block" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"suite": "core"}'], ids=["cut off", "list", "keys missing"])
 def test_a_damaged_result_is_named(root: Path, content: str, capsys: pytest.CaptureFixture[str]) -> None:
     (root / "benchmarks" / "results" / "core.json").write_text(content, encoding="utf-8")
-    assert main([], root) == 2
+    assert run([], root) == 2
     assert "core.json" in capsys.readouterr().err
 
 
 def test_an_unknown_argument_is_refused(root: Path) -> None:
-    assert main(["--chek"], root) == 2
+    assert run(["--chek"], root) == 2
 
 
 def test_the_repository_shows_its_own_results() -> None:

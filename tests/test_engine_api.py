@@ -96,7 +96,7 @@ def test_bad_requests_leave_nothing_behind(engine: Engine, arguments: dict[str, 
 def test_settings_and_models_are_checked(model: ElasticModel) -> None:
     with pytest.raises(FlextronError, match="no setting 'speed'"):
         Engine(model, speed=2)
-    with pytest.raises(FlextronError, match="no directory"):
+    with pytest.raises(FlextronError, match="not a directory"):
         Engine("nowhere")
 
 

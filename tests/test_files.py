@@ -117,7 +117,7 @@ def test_only_regular_files_of_a_sane_size_are_read(tmp_path: Path) -> None:
     (tmp_path / "directory.json").mkdir()
     (tmp_path / "zero.json").symlink_to("/dev/zero")
     for name in ("pipe", "directory", "zero"):
-        with pytest.raises(FlextronError, match="is no regular file"):
+        with pytest.raises(FlextronError, match="is not a regular file"):
             files.read_json(tmp_path / f"{name}.json")
     with (tmp_path / "large.json").open("wb") as file:
         file.truncate(10**10)

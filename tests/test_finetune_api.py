@@ -107,7 +107,7 @@ def test_validation(model: ElasticModel, data: Path, tmp_path: Path) -> None:
     assert figures["validations"] == [list(v) for v in result.validations]
     without = flextron.finetune(model, data, tmp_path / "without", **CHOSEN)
     assert (without.losses, without.validations) == (result.losses, ())
-    with pytest.raises(FlextronError, match="nowhere is no file"):
+    with pytest.raises(FlextronError, match="nowhere is not a file"):
         flextron.finetune(model, data, tmp_path / "none", validation=tmp_path / "nowhere", **CHOSEN)
     held_out.write_bytes(jsonl([{"prompt": "a"}]))
     with pytest.raises(FlextronError, match=r"valid\.jsonl: line 1 must have"):
@@ -198,7 +198,7 @@ def test_in_a_sub_network(data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "chosen", "said"),
     [
-        (None, {}, "is no file"),
+        (None, {}, "is not a file"),
         (b"", {}, "has no example"),
         (b"{", {}, "train.jsonl: line 1 is not valid JSON"),
         (jsonl(RECORDS), {"rank": 0}, "rank must be"),

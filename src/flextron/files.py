@@ -176,7 +176,7 @@ def read_text(path: Path, largest: int = _LARGEST_JSON) -> str:
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
-            raise FlextronError(f"{path} is no regular file; put the file itself there")
+            raise FlextronError(f"{path} is not a regular file; put the file itself there")
         if found.st_size > largest:
             raise FlextronError(f"{path} has {found.st_size} bytes, more than the {largest} that such a file may have")
         return path.read_text(encoding="utf-8")

@@ -74,7 +74,7 @@ def test_figures_as_table_and_as_json(
         (("--slo-ttft-ms", 0), "TTFT"),
         (("--timeout", 0), "timeout"),
         (("--max-total-tokens", 1), "total"),
-        (("--output", "none/x.json"), "no directory"),
+        (("--output", "none/x.json"), "not a directory"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )

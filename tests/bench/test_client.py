@@ -224,7 +224,7 @@ def test_the_record_holds_every_request_but_not_the_key() -> None:
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://host", "http://", "http://host:port"])
 def test_urls_of_no_server_are_refused(url: str) -> None:
-    with pytest.raises(FlextronError, match="is no URL"):
+    with pytest.raises(FlextronError, match="is not a URL"):
         Server(url=url, model="m")
 
 

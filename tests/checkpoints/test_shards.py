@@ -100,7 +100,7 @@ def test_paths_out_of_the_directory_are_refused(sharded: Path, name: str) -> Non
     for at in (sharded.parent, sharded / "sub"):
         shutil.copy(min(sharded.glob("*.safetensors")), at / "other.safetensors")
     rename_shard(sharded, name)
-    assert "no file of its directory" in refusal(sharded)
+    assert "not a file of its directory" in refusal(sharded)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model-00001-of-00002.bin", "x.pt"])
@@ -143,7 +143,7 @@ def test_pipes_and_devices_are_refused(tmp_path: Path, file: str) -> None:
     random_model("llama").save_pretrained(tmp_path)
     (tmp_path / file).unlink(missing_ok=True)
     os.mkfifo(tmp_path / file)
-    assert f"{file} is no regular file" in refusal(tmp_path)
+    assert f"{file} is not a regular file" in refusal(tmp_path)
 
 
 def test_an_adapter_beside_the_model_is_refused(tmp_path: Path) -> None:

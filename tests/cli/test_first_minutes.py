@@ -37,7 +37,7 @@ def test_the_packaged_model_has_a_name(run: Any, tmp_path: Path, monkeypatch: py
     assert run("convert", "tiny", "elastic", "--json").code == 0
     assert flextron.load("elastic").info.provenance["source"] == "tiny"
     # verbs that write need a directory of their own
-    assert_refused(run("train", "tiny", *TRAIN), "tiny is no directory")
+    assert_refused(run("train", "tiny", *TRAIN), "tiny is not a directory")
     # and what lies here comes first
     (tmp_path / "tiny").mkdir()
     assert_refused(run("info", "tiny"), "tiny")
@@ -59,7 +59,7 @@ def test_the_demo_says_what_is_missing_before_it_works(
     assert not (tmp_path / "out").exists()
     if "matplotlib" in missing:
         assert_refused(run("demo", "--tiny", "--output", tmp_path / "out"), remedies["matplotlib"])
-        assert_refused(run("route", "tiny", "--frontier", tmp_path / "out"), "tiny is no directory")
+        assert_refused(run("route", "tiny", "--frontier", tmp_path / "out"), "tiny is not a directory")
         assert not (tmp_path / "out").exists()
 
 
@@ -251,7 +251,7 @@ def test_directories_for_unfinished_work_that_hold_something_else(
 
 def test_paths_and_texts_are_no_markup(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert_refused(run("info", "[/bold] :100: [red]"), "[/bold] :100: [red] is no directory")
+    assert_refused(run("info", "[/bold] :100: [red]"), "[/bold] :100: [red] is not a directory")
     assert_refused(run("convert", "no[/x]where", "out"), "no[/x]where")
     shutil.copytree(tiny_model(), tmp_path / "[/red]:100:")
     assert "[/red]:100:" in run("info", "[/red]:100:").out

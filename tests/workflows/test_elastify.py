@@ -168,5 +168,5 @@ def test_recipes_that_would_take_for_ever_are_refused(tmp_path: Path, content: s
 
 def test_a_recipe_is_a_regular_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "recipe.yaml")
-    with pytest.raises(FlextronError, match="is no regular file"):
+    with pytest.raises(FlextronError, match="is not a regular file"):
         read_recipe(tmp_path / "recipe.yaml")

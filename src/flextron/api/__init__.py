@@ -1,4 +1,4 @@
-"""The Python face of the package; thin over the floors below."""
+"""The Python API of the package, thin over the floors below."""
 
 from flextron.api.checkpoint import load
 from flextron.api.convert import convert

@@ -38,7 +38,7 @@ def load(source: str | Path, *, elastic: str | Path | None = None) -> ElasticMod
         return _load_adapted(source, elastic)
     path = Path(checkpoint_at(source)).expanduser()
     if not path.is_dir():
-        raise FlextronError(f"{source} is no directory; give an elastic checkpoint made with convert")
+        raise FlextronError(f"{source} is not a directory; give an elastic checkpoint made with convert")
     if is_adapter(path):
         return _load_adapted(read_adapter(path).base, path)
     info = read_elastic(path)

@@ -38,7 +38,7 @@ def convert(
     Args:
         source: hub id, local directory or `.gguf` file; or `tiny`, the small model that the package holds.
         calibration: documents, or a file, directory or `datasets` id; by default text that is on this machine.
-        method: of ranking, see `flextron.elastic.importance`.
+        method: method of ranking, see `flextron.elastic.importance`.
         ratios: choices of MLP width and attention groups, as fractions of the full ones.
         multiple_of: MLP widths are multiples of this; by default 64, or less where the width asks for it.
         max_skipped_layers: how many layers a sub-network may skip; by default a third.

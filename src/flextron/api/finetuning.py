@@ -38,7 +38,7 @@ class FinetuneResult:
     """What came out, and what it took."""
 
     adapter: Path
-    """In peft's layout; `finetuning.json` in it holds these figures."""
+    """The adapter's directory, in peft's layout; `finetuning.json` in it holds these figures."""
     spec: SubnetSpec
     """The sub-network that it was trained in."""
     num_examples: int
@@ -46,21 +46,21 @@ class FinetuneResult:
     """Examples that lost their end."""
     num_steps: int
     num_tokens: int
-    """That went through forward and backward."""
+    """Tokens that went through forward and backward."""
     seconds: float
-    """Of training, those before a restart included."""
+    """Seconds of training, those before a restart included."""
     losses: tuple[float, ...]
-    """Of each step: means over the trained tokens, in nats."""
+    """Loss of each step: means over the trained tokens, in nats."""
     validations: tuple[tuple[int, float, float], ...] = ()
     """Steps after which the validation file was scored, each with the mean loss and the share of right tokens."""
 
     @property
     def tokens_per_second(self) -> float:
-        """Of training."""
+        """Tokens trained per second."""
         return self.num_tokens / self.seconds
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The JSON form."""
         written = {"adapter": str(self.adapter), "spec": self.spec.to_dict()}
         return asdict(self) | written | {"tokens_per_second": self.tokens_per_second}
 
@@ -87,8 +87,8 @@ def finetune(
         target: trains in the sub-network for it, and so for narrower ones; by default in the full one. The adapter
             goes with all of them in any case.
         validation: JSONL of the same form, scored at the end of each epoch.
-        seed: of initial weights and data order.
-        restart: whether to drop what lies in both directories, and begin anew.
+        seed: seed of initial weights and data order.
+        restart: whether to drop what lies in both directories, and start again.
         save_seconds: between two saved states.
         on_step: told of progress.
         hyperparameters: `n_epochs`, `batch_size`, `learning_rate`, `rank` and the other fields of `Hyperparameters`.
@@ -104,7 +104,7 @@ def finetune(
     held_out = None if validation is None else Path(validation).expanduser()
     for path in (data, held_out):
         if path is not None and not path.is_file():
-            raise FlextronError(f"{path} is no file; give a JSONL file of examples")
+            raise FlextronError(f"{path} is not a file; give a JSONL file of examples")
     if output.exists() and not restart:
         raise FlextronError(f"{output} exists already; choose another directory, or pass restart (--restart)")
     source = str(model) if isinstance(model, (str, Path)) else model.info.provenance.get("source", "")
@@ -173,7 +173,7 @@ class _Progress:
 
 
 def _read_progress(path: Path) -> _Progress:
-    return checked(_Progress, read_json(path), str(path), "pass restart (--restart) to begin anew")
+    return checked(_Progress, read_json(path), str(path), "pass restart (--restart) to start again")
 
 
 def _digest(path: Path) -> str:

@@ -46,7 +46,7 @@ class MeasuredModel(Generates):
     frontier: Frontier | None = None
     """Measured sub-networks, once profiled."""
     losses: KnownLosses | None = None
-    """Of sub-networks, as they came with an elastic adapter; `profile` adds this device's latencies."""
+    """Losses of sub-networks, as they came with an elastic adapter; `profile` adds this device's latencies."""
     generation_config: Mapping[str, Any] | None = None
     """The checkpoint's `generation_config.json`, if it has one."""
 
@@ -92,9 +92,9 @@ class MeasuredModel(Generates):
 
         Args:
             text: documents, or a file, directory or `datasets` id; by default prose that is on this machine.
-            settings: of the search.
+            settings: settings of the search.
             candidates: sub-networks to measure in any case.
-            num_tokens: of text on which each sub-network's loss is measured.
+            num_tokens: tokens of text on which each sub-network's loss is measured.
             context: tokens of a window of that text.
             batch_size: sequences of the decode step that is timed.
             decode_context: tokens that each of them holds.

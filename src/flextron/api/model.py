@@ -89,7 +89,7 @@ class ElasticModel(MeasuredModel):
 
         Args:
             directory: made here.
-            bits: of a number of the low-rank updates, 16 or 8.
+            bits: bits per number of the low-rank updates, 16 or 8.
             overwrite: replace an existing directory.
 
         Raises:
@@ -215,7 +215,7 @@ class ElasticModel(MeasuredModel):
             text: documents, or a file, directory or `datasets` id; by default prose that is on this machine. Its first
                 tokens train the router, as many after them measure what it chooses.
             recipe: settings.
-            num_tokens: of text on which each sub-network's loss is measured.
+            num_tokens: tokens of text on which each sub-network's loss is measured.
             context: tokens of a window of that text.
             run_directory: where measured losses are kept, so that a killed run goes on.
             on_measure: called with timing rounds done and in all.

@@ -22,5 +22,5 @@ def boxed_adapter() -> Path:
 
 
 def checkpoint_at(source: str | Path) -> str | Path:
-    """Where a source lies: the packaged model if it is named, by a string, and nothing here has that name."""
+    """Path of a source: the packaged model's if the string names it and nothing here has that name."""
     return tiny_model() if source == TINY and not Path(TINY).exists() else source

@@ -33,17 +33,17 @@ class RemoteFinetuning:
         """Take the server's address.
 
         Args:
-            url: with or without `/v1`.
+            url: the server's address, with or without `/v1`.
             api_key: if the server asks for one.
             timeout: seconds for an answer to begin.
             patience: seconds for which `follow` waits for a server that does not answer, such as one that restarts.
 
         Raises:
-            FlextronError: this is no URL of a server.
+            FlextronError: this is not a URL of a server.
         """
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise FlextronError(f"{url!r} is no URL of a server; give one such as http://127.0.0.1:8000")
+            raise FlextronError(f"{url!r} is not a URL of a server; give one such as http://127.0.0.1:8000")
         self._base = url.rstrip("/").removesuffix("/v1") + "/v1"
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._timeout, self._patience = timeout, patience
@@ -55,7 +55,7 @@ class RemoteFinetuning:
             FlextronError: there is no such file, or the server does not take it.
         """
         if not path.is_file():
-            raise FlextronError(f"{path} is no file; give a JSONL file of examples")
+            raise FlextronError(f"{path} is not a file; give a JSONL file of examples")
         self._get("?limit=1")  # a server that refuses may do so before it has read the file, which looks like a fault
         boundary = secrets.token_hex(16)
         # the name is told in the form's own words; the server shows it and makes no path of it
@@ -92,12 +92,12 @@ class RemoteFinetuning:
         """Begin a job, and give it as the server words it.
 
         Args:
-            model: as the server calls it.
-            file_id: of the examples.
+            model: the server's name of it.
+            file_id: id of the examples.
             validation: id of the file that is scored in between.
-            suffix: of the finetuned model's name.
-            seed: of initial weights and data order.
-            hyperparameters: of the job.
+            suffix: suffix of the finetuned model's name.
+            seed: seed of initial weights and data order.
+            hyperparameters: hyperparameters of the job.
 
         Raises:
             FlextronError: the server does not take it.
@@ -122,7 +122,7 @@ class RemoteFinetuning:
         """Events of a job from its beginning until it has ended, the oldest first.
 
         Args:
-            job_id: of the job.
+            job_id: id of the job.
             seconds: between two looks.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Where the Python face's texts come from, and how they become windows of tokens."""
+"""Sources of texts for the Python API, and how texts become windows of tokens."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ def arrival_times(num_requests: int, rate: float, *, burstiness: float = 1.0, se
         rate: requests per second, on average.
         burstiness: shape of the gamma distribution of gaps; 1 is Poisson, below 1 comes in bursts (the squared
             coefficient of variation is its reciprocal), far above 1 is nearly regular.
-        seed: of the draws; equal seeds give equal times.
+        seed: seed of the draws; equal seeds give equal times.
 
     Raises:
         FlextronError: a value is not positive.

@@ -42,7 +42,7 @@ class Server:
     ignore_eos: bool = False
     """Ask the server not to stop early (an extension that vLLM and llama.cpp know)."""
     timeout_s: float = 600.0
-    """For a request as a whole, from sending on."""
+    """Limit on a whole request, from the moment that it is sent."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be asked."""
@@ -55,9 +55,9 @@ class Server:
         try:
             url = httpx.URL(self.url)
         except httpx.InvalidURL as error:
-            raise FlextronError(f"{self.url!r} is no URL ({error})") from None
+            raise FlextronError(f"{self.url!r} is not a URL ({error})") from None
         if url.scheme not in ("http", "https") or not url.host:
-            raise FlextronError(f"{self.url!r} is no URL of a server; give one such as http://127.0.0.1:8000")
+            raise FlextronError(f"{self.url!r} is not a URL of a server; give one such as http://127.0.0.1:8000")
 
     @property
     def address(self) -> str:

@@ -21,7 +21,7 @@ class Draft:
     """What a request will be made of."""
 
     sizes: Sizes
-    """Of a text, the prompt's length is in words."""
+    """Lengths of prompt and output. The prompt's is in words if there is a text."""
     text: str | None = None
     """The prompt; made up of random words if None."""
 

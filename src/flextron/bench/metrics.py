@@ -1,4 +1,4 @@
-"""From timelines to figures.
+"""Computes figures from timelines.
 
 Latencies are of the requests that succeeded. Attainment and goodput are of all that ended: a failed request meets no
 objective. Rates are over the time from the first scheduled arrival to the last end.
@@ -75,7 +75,7 @@ class Spread:
 
 
 def _percentile(ordered: Sequence[float], percent: float) -> float:
-    """With linear interpolation between the neighbours."""
+    """A percentile, interpolated linearly between the neighbours."""
     place = (len(ordered) - 1) * percent / 100
     low = math.floor(place)
     high = min(low + 1, len(ordered) - 1)
@@ -87,14 +87,14 @@ class Summary:
     """The figures of some requests."""
 
     num_requests: int
-    """That ended, well or not."""
+    """Requests that ended, well or not."""
     num_ok: int
     errors: dict[str, int]
     """Failures by kind."""
     prompt_tokens: int
-    """Of successful requests."""
+    """Prompt tokens of successful requests."""
     output_tokens: int
-    """Of successful requests."""
+    """Output tokens of successful requests."""
     wanted_tokens: int
     """Output tokens that these were to have at most."""
     num_chunks: int
@@ -115,7 +115,7 @@ class Summary:
     """Requests per second that did; None without objectives."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
+        """The JSON form."""
         return asdict(self)
 
 

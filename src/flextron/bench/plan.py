@@ -77,7 +77,7 @@ class Load:
     prompt_tokens: str = "256"
     """Distribution, see `Lengths.parse`; not used with a trace or a data set."""
     output_tokens: str = "128"
-    """Likewise; also used for texts of a data set that says nothing about answers."""
+    """Output lengths in the same form; also used for texts of a data set that says nothing about answers."""
     dataset: Path | None = None
     """Lengths (`.csv` with `prompt_tokens,output_tokens`) or texts (`.jsonl` with `prompt`), also `.zst`."""
     targets: tuple[str, ...] = ()
@@ -113,7 +113,7 @@ def _check_target(target: str) -> str:
 
 
 def _drafts(load: Load, num_requests: int) -> list[Draft]:
-    """As many lengths or texts as there are requests; those of a data set in a drawn order, repeated if need be."""
+    """A length or text for each request; those of a data set in a drawn order, repeated if need be."""
     draws = random.Random(f"lengths {load.seed}")
     output = Lengths.parse(load.output_tokens)
     if load.dataset is None:

@@ -72,7 +72,7 @@ class PromptMaker:
         """Draw the shared prefix.
 
         Args:
-            seed: of all words.
+            seed: seed of all words.
             shared_prefix: tokens that all prompts begin with, as far as their lengths allow.
             count: counts tokens; without it a word counts as one.
 

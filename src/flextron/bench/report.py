@@ -38,7 +38,7 @@ class Report:
     warmup: int
     """Requests beforehand, which are not in any figure."""
     duration_s: float
-    """From the first scheduled arrival to the last end."""
+    """Seconds from the first scheduled arrival to the last end."""
     summary: Summary
     by_target: dict[str, Summary]
     """Parts of the run by the suffix of the model's name; rates are over the whole run's time."""
@@ -46,7 +46,7 @@ class Report:
     """How late the client sent requests: waiting for a slot, and its own sluggishness."""
 
     def to_dict(self, *, requests: bool = True) -> dict[str, Any]:
-        """As JSON values.
+        """The JSON form.
 
         Args:
             requests: whether to tell of each request, too.

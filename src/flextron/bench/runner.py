@@ -84,7 +84,7 @@ async def drive(
 
     Args:
         send: sends one request.
-        requests: by time.
+        requests: the requests, by time.
         concurrency: requests under way at once, at most; needed where requests have no times.
         on_done: called with the number of requests that ended and of all.
 

@@ -13,7 +13,7 @@ class Timeline:
     """One request from its scheduled arrival to its end. Times are seconds on one clock that starts with the load."""
 
     index: int
-    """Of the request, in order of arrival."""
+    """Number of the request in order of arrival."""
     target: str | None = None
     """Suffix of the model's name."""
     scheduled_s: float
@@ -25,7 +25,7 @@ class Timeline:
     chunk_s: tuple[float, ...] = ()
     """When each piece of text came; pieces that came together have the same time."""
     prompt_tokens: int
-    """As the server counted, or as asked for."""
+    """Prompt tokens as the server counted them, or as asked for."""
     wanted_tokens: int
     """Output tokens asked for, at most."""
     usage_tokens: int | None = None
@@ -37,7 +37,7 @@ class Timeline:
 
     @property
     def output_tokens(self) -> int:
-        """As the server counted, otherwise one for each piece of text."""
+        """Output tokens as the server counted them, otherwise one for each piece of text."""
         return len(self.chunk_s) if self.usage_tokens is None else self.usage_tokens
 
     @property

@@ -51,9 +51,9 @@ class Family:
     keys: frozenset[str]
     """Keys of `config.json` that its config class and modelling code read; all others say nothing."""
     required: Mapping[str, bool] = field(default_factory=dict)
-    """Of these keys, those whose other value has no implementation."""
+    """Keys among these of which only one value is implemented."""
     prefix: str
-    """Of the base model's tensors, which checkpoints of the base model alone leave out."""
+    """Prefix of the base model's tensors, which checkpoints of the base model alone leave out."""
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Tensor names that `transformers` reads as others."""
     norm: Literal["rms", "layer"] = "rms"
@@ -234,7 +234,7 @@ def parsed_config(hf_config: Mapping[str, Any]) -> PretrainedConfig:
 
 
 def _standardize_rope(hf: PretrainedConfig) -> None:
-    """As the modelling code does again before it computes frequencies: then keys outside `rope_parameters` count."""
+    """Standardize RoPE settings as the modelling code does, so that keys outside `rope_parameters` count."""
     standardize = getattr(hf, "standardize_rope_params", None)  # since transformers 5
     if standardize is not None:
         standardize()

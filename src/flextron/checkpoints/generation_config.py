@@ -71,11 +71,11 @@ class GenerationDefaults:
     ends: tuple[int, ...] = ()
     """Tokens that end an answer, ascending."""
     temperature: float | None = None
-    """None where the checkpoint names none."""
+    """Temperature; None if the checkpoint names none."""
     top_p: float | None = None
-    """Likewise."""
+    """Nucleus probability; None if the checkpoint names none."""
     max_new_tokens: int | None = None
-    """Likewise."""
+    """Most new tokens; None if the checkpoint names no limit."""
     unsupported: Mapping[str, Any] | None = None
     """Settings that would change answers and are not applied."""
 

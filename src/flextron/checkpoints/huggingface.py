@@ -194,7 +194,7 @@ def _read_weights(decoder: Decoder, tensors: Iterator[tuple[str, Tensor]], dtype
     Args:
         decoder: has the shapes.
         tensors: the stream.
-        dtype: of the copies.
+        dtype: type of the copies.
 
     Raises:
         FlextronError: as for `load_decoder`.
@@ -254,7 +254,7 @@ def write_checkpoint(
         directory: to write into.
         hf_config: the config of the original checkpoint; its sizes are replaced by the decoder's.
         tokenizer: written beside the weights where given.
-        generation_config: likewise.
+        generation_config: written too, if there is one.
         shard_bytes: size at which a new file begins; by default an eighth of the model, so that what must be laid out
             anew for writing needs little memory beside it, but no less than 64 MiB.
 

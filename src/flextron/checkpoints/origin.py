@@ -1,4 +1,4 @@
-"""Where a decoder's weights come from, if they are another checkpoint's in another order.
+"""The origin of a decoder's weights, if they are another checkpoint's in another order.
 
 `convert` writes it beside an elastic checkpoint. With it an adapter can be told from one of the original, and the
 latter be put into the same order (`flextron.checkpoints.peft_base`).
@@ -35,21 +35,21 @@ class PermutedFrom(Origin):
     weights: str | None
     """Digest of the original's weights, see `weights_digest`."""
     permutation: Permutation | None
-    """None where an earlier version did not keep it."""
+    """The order; None if an earlier version did not keep it."""
     directory: Path | None = None
-    """Where the checkpoint lies, once it does."""
+    """Directory of the checkpoint, once it is on the disk."""
 
     @classmethod
     def of(
         cls, permutation: Permutation, source: str, weights: str | None, directory: Path | None = None
     ) -> PermutedFrom:
-        """With the mark that follows from the order, and the weights as far as they are known."""
+        """Make an origin, whose mark follows from the order and from the weights as far as they are known."""
         mark = hashlib.sha256(f"{permutation.digest} {weights or source}".encode()).hexdigest()[:32]
         return cls(mark=mark, source=source, weights=weights, permutation=permutation, directory=directory)
 
 
 def read_origin(directory: Path) -> PermutedFrom | None:
-    """Where the weights of a checkpoint come from; None if it is not elastic.
+    """Origin of a checkpoint's weights; None if it is not elastic.
 
     Raises:
         FlextronError: its files are damaged.
@@ -73,7 +73,7 @@ def read_origin(directory: Path) -> PermutedFrom | None:
 
 
 def checked_origin(directory: Path, config: DecoderConfig) -> PermutedFrom | None:
-    """As `read_origin`, for a model of this config.
+    """The same as `read_origin`, checked for a model of this config.
 
     Raises:
         FlextronError: files are damaged, or the order is of another model.

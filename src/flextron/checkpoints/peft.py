@@ -75,7 +75,7 @@ def write_adapter(adapter: Adapter, directory: Path, *, base_model: str | None =
     """Write an adapter into a new directory, in one move.
 
     Args:
-        adapter: of one method, LoRA or IA3.
+        adapter: adapter of one method, LoRA or IA3.
         directory: to make.
         base_model: name of the checkpoint that the adapter is for, for `adapter_config.json`.
         overwrite: whether to replace an existing directory.
@@ -187,7 +187,7 @@ def read_adapter(directory: Path, config: DecoderConfig, widths: SubnetSpec | No
 
     Args:
         directory: holds `adapter_config.json` and `adapter_model.safetensors`.
-        config: of the decoder that the adapter is for.
+        config: config of the decoder that the adapter is for.
         widths: what that decoder's checkpoint holds; by default the full model.
 
     Raises:

@@ -72,8 +72,8 @@ def order_for(directory: Path, config: DecoderConfig, base: Any, mark: str | Non
     """The order into which an adapter must be put to go with a decoder; None if it goes as it is.
 
     Args:
-        directory: of the adapter.
-        config: of the full decoder.
+        directory: directory of the adapter.
+        config: config of the full decoder.
         base: `base_model_name_or_path` of the adapter's config.
         mark: that `mark_of` gave when it was written, if this package wrote it.
 

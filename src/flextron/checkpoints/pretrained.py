@@ -26,7 +26,7 @@ class Pretrained:
     tokenizer: PreTrainedTokenizerBase | None
     """The tokenizer, where the checkpoint has one."""
     directory: Path | None = None
-    """Where its files lie; None for a GGUF file."""
+    """Directory of its files; None for a GGUF file."""
     generation_config: Mapping[str, Any] | None = None
     """The checkpoint's `generation_config.json`; None where it has none."""
     names: frozenset[str] | None = None

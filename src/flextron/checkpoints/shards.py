@@ -112,7 +112,7 @@ def _check_file(path: Path, directory: Path) -> None:
     if not any(target.is_relative_to(home) for home in homes):
         raise FlextronError(f"{path} is a link out of its directory; put the file itself there")
     if not stat.S_ISREG(mode):
-        raise FlextronError(f"{path} is no regular file; put the file itself there")
+        raise FlextronError(f"{path} is not a regular file; put the file itself there")
 
 
 def find_shards(directory: Path) -> Shards:
@@ -145,7 +145,7 @@ def _weight_map(index: Path) -> Mapping[str, str]:
     found = checked(_Index, read_json(index), str(index), "it names no usable shards (weight_map), download it again")
     for name in found.weight_map.values():
         if {name} != {PurePosixPath(name).name, PureWindowsPath(name).name} or name == ".." or "\0" in name:
-            raise FlextronError(f"{index} names {name!r}, which is no file of its directory; download it again")
+            raise FlextronError(f"{index} names {name!r}, which is not a file of its directory; download it again")
         if not name.endswith(".safetensors"):
             raise FlextronError(f"{index} names {name!r}, which is no safetensors file; download the safetensors ones")
     return found.weight_map

@@ -32,7 +32,7 @@ class TensorMap:
         return self.transposed != self.contracts
 
     def split(self, tensor: Tensor, head_dim: int) -> tuple[Tensor, ...]:
-        """From the checkpoint's tensor to one (rows, ...) tensor for each of `ours`."""
+        """Split the checkpoint's tensor into one (rows, ...) tensor for each of `ours`."""
         rows = tensor.t() if self.is_turned and tensor.dim() == 2 else tensor
         if len(self.ours) == 1:
             return (rows,)

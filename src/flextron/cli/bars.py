@@ -19,7 +19,7 @@ class ProgressLine(ProgressColumn):
     """Description, bar, steps, time, time left, and as many figures as there is room for; `figures` is a task field."""
 
     def __init__(self, console: Console) -> None:
-        """For a console of any width, which may change."""
+        """Draw on a console of any width, which may change."""
         super().__init__(table_column=Column(no_wrap=True))
         self._console = console
         self._steps, self._elapsed, self._left = MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()

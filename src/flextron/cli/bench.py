@@ -19,35 +19,64 @@ __all__ = ["serve"]
 
 
 def serve(
-    model: Annotated[str, typer.Option(help="Name under which the server knows the model.")],
-    url: Annotated[str, typer.Option(help="Of an OpenAI-compatible server.")] = "http://127.0.0.1:8000",
-    endpoint: Annotated[str, typer.Option(help="`completions` or `chat`.")] = "completions",
-    rate: Annotated[float | None, typer.Option(help="Requests per second, arriving at random.")] = None,
-    burstiness: Annotated[float, typer.Option(help="Shape of gamma gaps; 1 is Poisson, less is burstier.")] = 1.0,
-    trace: Annotated[Path | None, typer.Option(help="Arrivals and lengths of a CSV: Azure or BurstGPT.")] = None,
-    trace_start: Annotated[float, typer.Option(help="Seconds into the trace.")] = 0.0,
-    trace_seconds: Annotated[float | None, typer.Option(help="Of the trace's own time. Default: to its end.")] = None,
+    model: Annotated[str, typer.Option(help="Name of the model on the server.")],
+    url: Annotated[
+        str, typer.Option(help="Send requests to the OpenAI-compatible server at this URL.")
+    ] = "http://127.0.0.1:8000",
+    endpoint: Annotated[str, typer.Option(help="Use the endpoint `completions` or `chat`.")] = "completions",
+    rate: Annotated[
+        float | None, typer.Option(help="Requests per second, arriving at random. Default: a closed loop.")
+    ] = None,
+    burstiness: Annotated[
+        float,
+        typer.Option(help="Shape of the gamma-distributed gaps between arrivals; 1 is Poisson, less is burstier."),
+    ] = 1.0,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="Take arrival times and lengths from a CSV file in the format of Azure or BurstGPT."),
+    ] = None,
+    trace_start: Annotated[float, typer.Option(help="Seconds into the trace at which to start.")] = 0.0,
+    trace_seconds: Annotated[
+        float | None, typer.Option(help="Seconds of the trace to replay. Default: to its end.")
+    ] = None,
     rescale: Annotated[float, typer.Option(help="Factor on the trace's rate.")] = 1.0,
-    num_requests: Annotated[int | None, typer.Option(help="Default: 100, or all of a trace's slice.")] = None,
-    prompt_tokens: Annotated[str, typer.Option(help="N, A-B, exponential:MEAN, lognormal:MEDIAN:SIGMA.")] = "256",
-    output_tokens: Annotated[str, typer.Option(help="Likewise.")] = "128",
-    dataset: Annotated[Path | None, typer.Option(help="Lengths (.csv) or texts (.jsonl).")] = None,
-    max_prompt_tokens: Annotated[int | None, typer.Option(help="Longer prompts are clipped.")] = None,
-    max_output_tokens: Annotated[int | None, typer.Option(help="Longer answers are clipped.")] = None,
-    max_total_tokens: Annotated[int | None, typer.Option(help="Of prompt and answer: the model's context.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="Directory or hub id, for exact prompt lengths.")] = None,
-    shared_prefix: Annotated[int, typer.Option(help="Tokens that all prompts begin with.")] = 0,
-    target: Annotated[str | None, typer.Option(help="Mixed targets such as 1.0,0.6, sent as model@target.")] = None,
-    slo_ttft_ms: Annotated[float | None, typer.Option(help="Objective for the first token.")] = None,
-    slo_tpot_ms: Annotated[float | None, typer.Option(help="Objective for each further token.")] = None,
-    concurrency: Annotated[int | None, typer.Option(help="Requests at once; without a rate 1 by default.")] = None,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Full lengths (vLLM, llama.cpp).")] = False,
-    timeout: Annotated[float, typer.Option(help="Seconds for a request.")] = 600.0,
-    warmup: Annotated[int, typer.Option(help="Requests beforehand that count for nothing.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of arrivals, lengths, targets and prompts.")] = 0,
-    api_key: Annotated[str | None, typer.Option(envvar="FLEXTRON_API_KEY", help="Sent as bearer token.")] = None,
-    output: Annotated[Path | None, typer.Option(help="JSON file for all figures and every request.")] = None,
+    num_requests: Annotated[
+        int | None, typer.Option(help="Number of requests. Default: 100, or all of a trace's slice.")
+    ] = None,
+    prompt_tokens: Annotated[
+        str, typer.Option(help="Prompt lengths: N, A-B, exponential:MEAN or lognormal:MEDIAN:SIGMA.")
+    ] = "256",
+    output_tokens: Annotated[str, typer.Option(help="Output lengths, in the same form.")] = "128",
+    dataset: Annotated[Path | None, typer.Option(help="Take lengths (.csv) or texts (.jsonl) from this file.")] = None,
+    max_prompt_tokens: Annotated[int | None, typer.Option(help="Clip prompts to this many tokens.")] = None,
+    max_output_tokens: Annotated[int | None, typer.Option(help="Clip outputs to this many tokens.")] = None,
+    max_total_tokens: Annotated[
+        int | None,
+        typer.Option(help="Clip prompt and output together to this many tokens, the model's context length."),
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Make prompts of exact length with this tokenizer: directory or hub id.")
+    ] = None,
+    shared_prefix: Annotated[int, typer.Option(help="Tokens of a prefix that all prompts share.")] = 0,
+    target: Annotated[
+        str | None, typer.Option(help="Mix targets such as 1.0,0.6 with equal chances, sent as model@target.")
+    ] = None,
+    slo_ttft_ms: Annotated[float | None, typer.Option(help="TTFT objective.")] = None,
+    slo_tpot_ms: Annotated[float | None, typer.Option(help="TPOT objective.")] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(help="Most requests in flight at once. Default: no limit; 1 in a closed loop.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Ask for outputs of full length (vLLM, llama.cpp).")
+    ] = False,
+    timeout: Annotated[float, typer.Option(help="Seconds after which a request is given up.")] = 600.0,
+    warmup: Annotated[int, typer.Option(help="Requests to send before measuring starts.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of arrivals, lengths, targets and prompts.")] = 0,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="FLEXTRON_API_KEY", help="Send this key as bearer token.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Write all figures and every request to this JSON file.")] = None,
     as_json: Json = False,
 ) -> None:
     """Put a load on any OpenAI-compatible server, and report latencies, throughput and goodput as clients see them."""
@@ -59,7 +88,7 @@ def serve(
     from flextron.bench.serve import bench_serve
 
     if output is not None and not output.parent.is_dir():
-        raise FlextronError(f"{output.parent} is no directory; make it first")
+        raise FlextronError(f"{output.parent} is not a directory; make it first")
     load = Load(
         arrivals=Arrivals(
             rate=rate,

@@ -17,11 +17,18 @@ from flextron.cli.bars import ProgressLine
 from flextron.cli.tables import print_one, print_rows
 from flextron.workflows.elastify import StepCallback
 
-__all__ = ["Json", "message", "progress", "show"]
+__all__ = ["Json", "default_of", "message", "progress", "show"]
 
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable results on stdout.")]
 
 _messages = Console(stderr=True)
+
+
+def default_of(settings: type[Any], field: str) -> str:
+    """Default of a field of a dataclass or Pydantic model, for help texts."""
+    fields = getattr(settings, "model_fields", None) or settings.__dataclass_fields__
+    value = fields[field].default
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def message(text: str | Text) -> None:

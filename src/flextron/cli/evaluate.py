@@ -21,11 +21,17 @@ T = TypeVar("T")
 
 
 def evaluate(
-    directory: Annotated[Path, typer.Argument(help="Elastic checkpoint; `tiny` is in the package.")],
-    text: Annotated[str | None, typer.Option(help="Text: file, directory or datasets id.")] = None,
-    latency: Annotated[list[float] | None, typer.Option(help="Targets; repeat for several. Default: full.")] = None,
-    num_tokens: Annotated[int, typer.Option(help="Of text.")] = 8192,
-    context: Annotated[int, typer.Option(help="Tokens of a window.")] = 256,
+    directory: Annotated[Path, typer.Argument(help="Elastic checkpoint to evaluate. `tiny` names the packaged model.")],
+    text: Annotated[
+        str | None,
+        typer.Option(help="Text to measure on: file, directory or datasets id. Default: Python's language reference."),
+    ] = None,
+    latency: Annotated[
+        list[float] | None,
+        typer.Option(help="Evaluate the sub-network for this latency target; repeatable. Default: the full network."),
+    ] = None,
+    num_tokens: Annotated[int, typer.Option(help="Tokens of the text to measure on.")] = 8192,
+    context: Annotated[int, typer.Option(help="Tokens in a window.")] = 256,
     tasks: Annotated[str | None, typer.Option(help="Instead: tasks of lm-eval, such as piqa,mmlu.")] = None,
     targets: Annotated[str | None, typer.Option(help="With tasks: latency fractions, such as 1.0,0.5.")] = None,
     params: Annotated[str | None, typer.Option(help="Or parameters at most, embeddings included.")] = None,

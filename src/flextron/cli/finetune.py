@@ -11,8 +11,9 @@ import typer
 
 from flextron import api
 from flextron.api.remote import RemoteFinetuning
-from flextron.cli.console import Json, message, progress, show
+from flextron.cli.console import Json, default_of, message, progress, show
 from flextron.errors import FlextronError
+from flextron.finetuning.hyperparameters import Hyperparameters
 from flextron.progress import OnStep
 from flextron.spec import Target
 from flextron.workflows.elastify import StepCallback
@@ -27,30 +28,63 @@ _USAGE = (
 
 def finetune(
     paths: Annotated[
-        list[Path] | None, typer.Argument(metavar="[DIRECTORY] DATA", help="Elastic checkpoint, and JSONL of examples.")
+        list[Path] | None,
+        typer.Argument(
+            metavar="[DIRECTORY] DATA", help="Elastic checkpoint to train beside, and JSONL file of examples."
+        ),
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Directory to make for the adapter.")] = None,
-    validation: Annotated[Path | None, typer.Option(help="JSONL to be scored at the end of each epoch.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the examples. Default: 3.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples of a step. Default: 8.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="The schedule's highest. Default: 2e-4.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Of the adapter. Default: 16.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="The adapter is scaled by alpha / rank. Default: 32.")] = None,
-    target_modules: Annotated[str | None, typer.Option(help="Such as q_proj,v_proj. Default: all.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Of an example. Default: the model's positions.")] = None,
-    over_long: Annotated[str | None, typer.Option(help="truncate or refuse longer ones. Default: truncate.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the adapter to this new directory.")] = None,
+    validation: Annotated[Path | None, typer.Option(help="JSONL file that is scored at the end of each epoch.")] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(help=f"Passes over the examples. Default: {default_of(Hyperparameters, 'n_epochs')}."),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help=f"Examples in an optimizer step. Default: {default_of(Hyperparameters, 'batch_size')}."),
+    ] = None,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(help=f"Peak learning rate. Default: {default_of(Hyperparameters, 'learning_rate')}."),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(help=f"Rank of the adapter. Default: {default_of(Hyperparameters, 'rank')}.")
+    ] = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option(help=f"Scale the adapter by alpha / rank. Default: {default_of(Hyperparameters, 'alpha')}."),
+    ] = None,
+    target_modules: Annotated[
+        str | None, typer.Option(help="Adapt these linears, such as q_proj,v_proj. Default: all.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens of an example. Default: the model's context length.")
+    ] = None,
+    over_long: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Either truncate longer examples or refuse them. Default: {default_of(Hyperparameters, 'over_long')}."
+        ),
+    ] = None,
     target: Annotated[
-        float | None, typer.Option(help="Train in the sub-network for this fraction of the full model's latency.")
+        float | None,
+        typer.Option(
+            help="Train in the sub-network for this fraction of the full model's latency. Default: the full model."
+        ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of initial weights and data order. Default: 0.")] = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Begin anew, and replace the output.")] = False,
-    server: Annotated[str | None, typer.Option(help="URL of a server that is to train.")] = None,
-    model: Annotated[str | None, typer.Option(help="Name under which the server knows the model.")] = None,
-    suffix: Annotated[str | None, typer.Option(help="Of the finetuned model's name.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the initial weights and the data order. Default: 0; a server draws one.")
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Start again from the first step, and replace the output.")
+    ] = False,
+    server: Annotated[str | None, typer.Option(help="Let the server at this URL train.")] = None,
+    model: Annotated[str | None, typer.Option(help="Name of the model on the server.")] = None,
+    suffix: Annotated[str | None, typer.Option(help="Put this word into the finetuned model's name.")] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps between two intermediate adapters.")] = None,
-    job: Annotated[str | None, typer.Option(help="Id of a job of the server, to watch it again.")] = None,
-    cancel: Annotated[bool, typer.Option("--cancel", help="End that job.")] = False,
-    api_key: Annotated[str | None, typer.Option(envvar="FLEXTRON_API_KEY", help="Of the server.")] = None,
+    job: Annotated[str | None, typer.Option(help="Watch the job with this id again.")] = None,
+    cancel: Annotated[bool, typer.Option("--cancel", help="Cancel the job that --job names.")] = False,
+    api_key: Annotated[str | None, typer.Option(envvar="FLEXTRON_API_KEY", help="Send this key to the server.")] = None,
     as_json: Json = False,
 ) -> None:
     """Train a LoRA adapter on examples: here, going on after a kill, or by a server, which serves it at once."""

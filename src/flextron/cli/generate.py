@@ -16,21 +16,29 @@ __all__ = ["generate"]
 
 
 def generate(
-    directory: Annotated[Path, typer.Argument(help="Elastic checkpoint; `tiny` is in the package.")],
+    directory: Annotated[Path, typer.Argument(help="Elastic checkpoint to run. `tiny` names the packaged model.")],
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
-    latency: Annotated[float | None, typer.Option(help="Fraction of the full model's latency.")] = None,
-    latency_ms: Annotated[float | None, typer.Option(help="Milliseconds per token.")] = None,
-    params: Annotated[int | None, typer.Option(help="Parameters, embeddings included.")] = None,
-    memory_gb: Annotated[float | None, typer.Option(help="Gigabytes of weights, keys and values.")] = None,
-    context: Annotated[int, typer.Option(help="Tokens that --memory-gb makes room for.")] = 2048,
-    max_loss_increase: Annotated[float | None, typer.Option(help="Allowed rise of the loss, as a fraction.")] = None,
-    router: Annotated[str | None, typer.Option(help="`token` routes each token by itself (with --latency).")] = None,
-    max_tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Nucleus.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Of the draws.")] = None,
+    latency: Annotated[
+        float | None, typer.Option(help="Run in at most this fraction of the full model's latency.")
+    ] = None,
+    latency_ms: Annotated[float | None, typer.Option(help="Run in at most this many milliseconds per token.")] = None,
+    params: Annotated[int | None, typer.Option(help="Use at most this many parameters, embeddings included.")] = None,
+    memory_gb: Annotated[
+        float | None, typer.Option(help="Use at most this many gigabytes for weights and KV cache.")
+    ] = None,
+    context: Annotated[int, typer.Option(help="Tokens of context whose KV cache counts for --memory-gb.")] = 2048,
+    max_loss_increase: Annotated[float | None, typer.Option(help="Let the loss rise by at most this fraction.")] = None,
+    router: Annotated[
+        str | None, typer.Option(help="Use the `token` router, which routes each token by itself; with --latency.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 64,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="Nucleus sampling: draw from the likeliest tokens that add up to this probability.")
+    ] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
     add_special_tokens: Annotated[
-        bool, typer.Option(help="Begin the prompt as the tokenizer begins a text (with BOS, for some).")
+        bool, typer.Option(help="Begin the prompt with the special tokens that the tokenizer adds, such as BOS.")
     ] = True,
     as_json: Json = False,
 ) -> None:

@@ -15,7 +15,7 @@ __all__ = ["info"]
 
 
 def info(
-    directory: Annotated[Path, typer.Argument(help="Elastic checkpoint; `tiny` is in the package.")],
+    directory: Annotated[Path, typer.Argument(help="Elastic checkpoint to describe. `tiny` names the packaged model.")],
     as_json: Json = False,
 ) -> None:
     """What an elastic checkpoint holds: search space, provenance, measured sub-networks."""

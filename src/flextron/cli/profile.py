@@ -16,13 +16,18 @@ __all__ = ["profile"]
 
 
 def profile(
-    directory: Annotated[Path, typer.Argument(help="Elastic checkpoint.")],
-    text: Annotated[str | None, typer.Option(help="Text to measure losses on: file, directory or datasets id.")] = None,
-    num_tokens: Annotated[int, typer.Option(help="Of that text.")] = 2048,
-    batch_size: Annotated[int, typer.Option(help="Sequences of the timed decode step.")] = 1,
-    decode_context: Annotated[int, typer.Option(help="Tokens that each of them holds.")] = 128,
+    directory: Annotated[Path, typer.Argument(help="Elastic checkpoint; the measurements are added to it.")],
+    text: Annotated[
+        str | None,
+        typer.Option(
+            help="Text to measure losses on: file, directory or datasets id. Default: Python's language reference."
+        ),
+    ] = None,
+    num_tokens: Annotated[int, typer.Option(help="Tokens of the text that are used.")] = 2048,
+    batch_size: Annotated[int, typer.Option(help="Sequences in the timed decode step.")] = 1,
+    decode_context: Annotated[int, typer.Option(help="Tokens of context that each of these sequences holds.")] = 128,
     rounds: Annotated[int, typer.Option(help="Rounds of proposals at each target.")] = 2,
-    mutations: Annotated[int, typer.Option(help="Mutations of the best at each target.")] = 1,
+    mutations: Annotated[int, typer.Option(help="Mutations of the best sub-network at each target.")] = 1,
     as_json: Json = False,
 ) -> None:
     """Measure latencies on this device and search the frontier of loss over latency."""

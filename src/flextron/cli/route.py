@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from flextron import api
-from flextron.cli.console import Json, progress, show
+from flextron.cli.console import Json, default_of, progress, show
 from flextron.training.router_recipe import RouterRecipe
 from flextron.workflows.elastify import validate
 from flextron.workflows.route import run_route, run_route_tokens
@@ -18,14 +18,30 @@ __all__ = ["route"]
 
 def route(
     directory: Annotated[Path, typer.Argument(help="Elastic checkpoint; its routers and frontier are replaced.")],
-    text: Annotated[str | None, typer.Option(help="Text to measure losses on: file, directory or datasets id.")] = None,
-    num_tokens: Annotated[int, typer.Option(help="Of that text, for each measurement.")] = 1024,
-    num_measured: Annotated[int | None, typer.Option(help="Sub-networks measured for the surrogate.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of targets, noise and initial weights.")] = None,
-    frontier: Annotated[
-        Path | None, typer.Option(help="Directory for the comparison with other ways of choosing: JSON and a picture.")
+    text: Annotated[
+        str | None,
+        typer.Option(
+            help="Text to measure losses on: file, directory or datasets id. Default: Python's language reference."
+        ),
     ] = None,
-    token: Annotated[bool, typer.Option("--token", help="Train the input-adaptive router instead.")] = False,
+    num_tokens: Annotated[int, typer.Option(help="Tokens of the text that each measurement uses.")] = 1024,
+    num_measured: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Sub-networks measured for the surrogate. Default: {default_of(RouterRecipe, 'num_measured')}."
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help=f"Seed of targets, noise and initial weights. Default: {default_of(RouterRecipe, 'seed')}."),
+    ] = None,
+    frontier: Annotated[
+        Path | None,
+        typer.Option(help="Write the comparison with other ways of choosing (JSON and a picture) to this directory."),
+    ] = None,
+    token: Annotated[
+        bool, typer.Option("--token", help="Train the input-adaptive router instead; the model must have a frontier.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train the static router, and measure what it chooses beside uniform, mixed and random sub-networks."""

@@ -22,48 +22,70 @@ _EXTRA = ("fastapi", "prometheus_client", "starlette", "uvicorn")
 
 
 def serve(
-    directory: Annotated[Path, typer.Argument(help="Elastic checkpoint; `tiny` is in the package.")],
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    name: Annotated[str | None, typer.Option(help="Of the model. Default: the directory's.")] = None,
+    directory: Annotated[Path, typer.Argument(help="Serve this elastic checkpoint. `tiny` names the packaged model.")],
+    host: Annotated[str, typer.Option(help="Listen on this address; 0.0.0.0 means all of them.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Listen on this port; 0 takes a free one.")] = 8000,
+    name: Annotated[
+        str | None, typer.Option(help="Name by which clients ask for the model. Default: the directory's name.")
+    ] = None,
     api_key: Annotated[
-        str | None, typer.Option(envvar="FLEXTRON_API_KEY", help="That clients must send.", show_envvar=True)
+        str | None,
+        typer.Option(
+            envvar="FLEXTRON_API_KEY",
+            help="Key that clients must send. Default: no key is needed.",
+            show_envvar=True,
+        ),
     ] = None,
     allowed_host: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="That clients of a server on loopback may call it by, too; repeatable."),
+        typer.Option(metavar="NAME", help="Also accept this host name, if the server listens on loopback; repeatable."),
     ] = None,
-    max_queue: Annotated[int, typer.Option(help="Answers that may wait beside those that run.")] = 128,
-    max_body_mb: Annotated[float, typer.Option(help="Of a request.")] = 8.0,
-    max_tokens_limit: Annotated[int | None, typer.Option(help="Most tokens of an answer.")] = None,
-    max_num_seqs: Annotated[int, typer.Option(help="Answers that run at once.")] = 64,
-    max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens of an iteration.")] = 256,
-    kv_cache_gb: Annotated[float, typer.Option(help="Memory of keys and values.")] = 1.0,
-    no_prefix_caching: Annotated[bool, typer.Option("--no-prefix-caching", help="Share no beginnings.")] = False,
-    weights: Annotated[Weights, typer.Option(help="Precision of the matrices.")] = "float32",
+    max_queue: Annotated[int, typer.Option(help="Number of completions that may wait while others run.")] = 128,
+    max_body_mb: Annotated[float, typer.Option(help="Largest request body, in megabytes.")] = 8.0,
+    max_tokens_limit: Annotated[
+        int | None, typer.Option(help="Most tokens of a completion. Default: the model's context length.")
+    ] = None,
+    max_num_seqs: Annotated[int, typer.Option(help="Most sequences that run at once.")] = 64,
+    max_num_batched_tokens: Annotated[int, typer.Option(help="Most tokens that an iteration computes.")] = 256,
+    kv_cache_gb: Annotated[float, typer.Option(help="Memory for the KV cache, in gigabytes.")] = 1.0,
+    no_prefix_caching: Annotated[
+        bool, typer.Option("--no-prefix-caching", help="Do not reuse the KV cache of equal prefixes.")
+    ] = False,
+    weights: Annotated[Weights, typer.Option(help="Store the weights in float32, int8 or int4.")] = "float32",
     speculate: Annotated[
-        Weights | None, typer.Option(help="Draft tokens in this precision and check them: faster with few requests.")
+        Weights | None,
+        typer.Option(help="Decode speculatively, with drafts in this precision: faster with few requests."),
     ] = None,
     slo_tpot_ms: Annotated[
         float | None,
+        typer.Option(help="TPOT objective. Under load, requests are narrowed and training is throttled to meet it."),
+    ] = None,
+    slo_ttft_ms: Annotated[
+        float | None,
+        typer.Option(help="TTFT objective. Under load, requests are narrowed and training is throttled to meet it."),
+    ] = None,
+    min_latency_target: Annotated[
+        float | None,
         typer.Option(
-            help="Time between two tokens that narrower sub-networks shall hold under load, and training respect."
+            help="Narrow requests no further than this latency target, unless they name one. Default: not at all."
         ),
     ] = None,
-    slo_ttft_ms: Annotated[float | None, typer.Option(help="Likewise, time to the first token.")] = None,
-    min_latency_target: Annotated[
-        float | None, typer.Option(help="How narrow requests may become for that, where they do not say.")
-    ] = None,
     adapter: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=DIRECTORY", help="Serve an adapter, too; repeatable.")
+        list[str] | None,
+        typer.Option(metavar="NAME=DIRECTORY", help="Serve this adapter (in peft's layout) as well; repeatable."),
     ] = None,
-    max_loaded_adapters: Annotated[int, typer.Option(help="Adapters in memory at once.")] = 16,
+    max_loaded_adapters: Annotated[int, typer.Option(help="Most adapters that are in memory at once.")] = 16,
     state_directory: Annotated[
-        Path | None, typer.Option(help="Offer finetuning; jobs, files and adapters are kept here.")
+        Path | None, typer.Option(help="Offer finetuning, and keep jobs, files and adapters here.")
     ] = None,
-    max_training: Annotated[int, typer.Option(help="Finetuning jobs that train at once.")] = 8,
-    drain_seconds: Annotated[float, typer.Option(help="For running answers to end after a signal.")] = 30.0,
-    client_seconds: Annotated[float, typer.Option(help="For a client to send a request and take its answer.")] = 60.0,
+    max_training: Annotated[int, typer.Option(help="Most finetuning jobs that train at once; others wait.")] = 8,
+    drain_seconds: Annotated[
+        float, typer.Option(help="Seconds to wait for running completions after a signal.")
+    ] = 30.0,
+    client_seconds: Annotated[
+        float,
+        typer.Option(help="Seconds that a client may take to send a request, or to read its response."),
+    ] = 60.0,
 ) -> None:
     """Serve a model over HTTP as OpenAI does; the sub-network is chosen request by request."""
     try:

@@ -69,7 +69,7 @@ def _table(*, show_header: bool) -> Table:
 
 
 def _widths(columns: list[list[str]], console: Console) -> list[int] | None:
-    """Of columns of texts: whole lines where there is room, the narrowest first; None if not even words fit."""
+    """Widths of columns: whole lines if there is room, the narrowest first; None if not even words fit."""
     least = [max((len(word) for text in column for word in text.split()), default=1) for column in columns]
     wanted = [max(map(len, column)) for column in columns]
     free = console.width - _GAP * (len(columns) - 1) - sum(least)

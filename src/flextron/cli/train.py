@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from flextron import api
-from flextron.cli.console import Json, progress, show
+from flextron.cli.console import Json, default_of, progress, show
 from flextron.errors import FlextronError
 from flextron.training.recipe import TrainRecipe
 from flextron.workflows.elastify import train_in_place, validate
@@ -20,24 +20,54 @@ def train(
     directory: Annotated[
         Path, typer.Argument(help="Elastic checkpoint or elastic adapter; replaced by the trained one.")
     ],
-    data: Annotated[str | None, typer.Option(help="Text: file, directory or datasets id.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Training tokens in all.")] = None,
-    context: Annotated[int | None, typer.Option(help="Tokens of a sequence.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences of a step.")] = None,
-    micro_batch_size: Annotated[int | None, typer.Option(help="Sequences that run at once.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32 or bf16.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Train on this text: file, directory or datasets id. Default: docstrings of the installed Python code."
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help=f"Number of training tokens. Default: {default_of(TrainRecipe, 'tokens')}.")
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(help=f"Tokens in a sequence. Default: {default_of(TrainRecipe, 'context')}."),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help=f"Sequences in an optimizer step. Default: {default_of(TrainRecipe, 'batch_size')}."),
+    ] = None,
+    micro_batch_size: Annotated[
+        int | None,
+        typer.Option(help=f"Sequences that run at once. Default: {default_of(TrainRecipe, 'micro_batch_size')}."),
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option(help=f"Peak learning rate. Default: {default_of(TrainRecipe, 'lr')}.")
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(help=f"Compute activations in fp32 or bf16. Default: {default_of(TrainRecipe, 'precision')}."),
+    ] = None,
     lora: Annotated[
-        int | None, typer.Option(help="Train low-rank updates of this rank beside frozen weights: an elastic adapter.")
+        int | None,
+        typer.Option(help="Freeze the weights and train low-rank updates of this rank. Default: all weights train."),
     ] = None,
     adapter: Annotated[
         Path | None,
-        typer.Option(help="Write the adapter to this new directory, and leave the checkpoint as it is; with --lora."),
+        typer.Option(
+            help="Write the elastic adapter to this new directory, and leave the checkpoint as it is; with --lora."
+        ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of data order and sub-networks.")] = None,
-    teacher: Annotated[str | None, typer.Option(help="Checkpoint to learn from; default: the model itself.")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help=f"Seed of the data order and the sub-networks. Default: {default_of(TrainRecipe, 'seed')}."),
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="Learn from this checkpoint, of the same shape and tokenizer. Default: the model itself."),
+    ] = None,
     with_router: Annotated[
-        bool, typer.Option("--with-router", help="Let the router draw the sub-networks, and train it along.")
+        bool, typer.Option("--with-router", help="Let the router draw the sub-networks, and train it with the model.")
     ] = False,
     as_json: Json = False,
 ) -> None:

@@ -1,4 +1,4 @@
-"""From a pretrained decoder to nested sub-networks: rank what matters, permute it to the front, cut prefixes out."""
+"""Turns a pretrained decoder into nested sub-networks: ranks what matters, moves it to the front, cuts prefixes."""
 
 from flextron.elastic.checkpoint import ElasticInfo, read_elastic, write_elastic
 from flextron.elastic.extract import extract

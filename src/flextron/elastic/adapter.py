@@ -53,7 +53,7 @@ class ElasticAdapter:
     norms: dict[str, Tensor]
     """Differences of the norms' parameters, by name."""
     base_sketch: Tensor
-    """Of the weights beside which it stands, see `flextron.elastic.sketch`."""
+    """Sketch of the weights beside which it stands, see `flextron.elastic.sketch`."""
 
     @classmethod
     def fresh(cls, decoder: Decoder, rank: int, alpha: float) -> ElasticAdapter:
@@ -68,7 +68,7 @@ class ElasticAdapter:
 
     @property
     def rank(self) -> int:
-        """Of the low-rank updates."""
+        """Rank of the low-rank updates."""
         return next(bypass.rank for _, _, bypass in self._updates())
 
     @property

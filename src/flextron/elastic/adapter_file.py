@@ -59,7 +59,7 @@ class StoredAdapter:
     tensors: Mapping[str, Tensor]
     """Updates and norms, float32, by name."""
     base_sketch: Tensor
-    """Of the permuted base, see `flextron.elastic.sketch`."""
+    """Sketch of the permuted base, see `flextron.elastic.sketch`."""
     extra: Mapping[str, Any]
     """Further JSON documents by name: the losses of sub-networks."""
 
@@ -105,7 +105,7 @@ def write_adapter(
         info: search space, provenance, recipe.
         permutation: order of the base beside which the adapter was trained.
         base: its hub id or file.
-        bits: of a number of the updates.
+        bits: bits per number of the updates.
         extra: further JSON documents by file name.
         tensors: further tensors (routers) for a file of their own.
         overwrite: replace an existing directory.

@@ -39,7 +39,7 @@ class ElasticInfo:
     layer_scores: tuple[float, ...]
     """Importance of each layer, see `Importance`."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """Where it comes from: source, importance method, calibration tokens, package versions, date."""
+    """Its history: source, importance method, calibration tokens, package versions, date."""
     recipe: Mapping[str, Any] = field(default_factory=dict)
     """The resolved training recipe and what it measured; empty before training."""
 
@@ -135,7 +135,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         FlextronError: it is corrupt or truncated.
     """
     if not path.is_file():
-        raise FlextronError(f"{path} is no regular file; make it again")
+        raise FlextronError(f"{path} is not a regular file; make it again")
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
@@ -160,9 +160,9 @@ def write_elastic(
         directory: made here.
         decoder: the full, permuted model.
         info: goes into `elastic.json`.
-        hf_config: of the original checkpoint.
+        hf_config: config of the original checkpoint.
         tokenizer: written beside, where there is one.
-        generation_config: likewise.
+        generation_config: written too, if there is one.
         extra: further JSON files by relative path (latency tables, frontier).
         tensors: further safetensors files by name (routers).
         overwrite: replace an existing directory, in one step.

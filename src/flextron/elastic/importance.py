@@ -36,11 +36,11 @@ class Importance:
     num_tokens: int
     """Calibration tokens that were measured."""
     neurons: tuple[Tensor, ...]
-    """For each layer the MLP neurons, most important first; int64, (F,)."""
+    """MLP neurons of each layer, most important first; int64, (F,)."""
     groups: tuple[Tensor, ...]
-    """For each layer the attention groups, most important first; int64, (G,)."""
+    """Attention groups of each layer, most important first; int64, (G,)."""
     layer_scores: tuple[float, ...]
-    """For each layer 1 - cosine similarity of its input and output; near 0 where it does little."""
+    """1 - cosine similarity of each layer's input and output; near 0 if the layer does little."""
 
     @property
     def layers_by_importance(self) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ def permute(decoder: Decoder, importance: Importance, *, source: str = "", weigh
 
     Args:
         decoder: whose config tells from then on what its weights are an order of.
-        importance: with the orders.
+        importance: the orders.
         source: the checkpoint that it was read from, by name.
         weights: digest of that checkpoint's weights, see `weights_digest`.
     """

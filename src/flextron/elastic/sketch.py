@@ -31,8 +31,8 @@ def check_sketch(decoder: Decoder, wanted: Tensor, name: str) -> None:
 
     Args:
         decoder: in the order in which the sketch was made.
-        wanted: from `sketch`.
-        name: of the base that was meant.
+        wanted: a result of `sketch`.
+        name: name of the base that was meant.
 
     Raises:
         FlextronError: the weights are others.

@@ -40,7 +40,7 @@ _AFTER_MISS, _AFTER_HIT = 0.05, 0.005
 _MOST_GAP = 2.0
 """Objectives between two tokens of a request."""
 _MOST_FIXED = 1 / 3
-"""Of a unit's time, that does not depend on its tokens; smaller units wait until there is time for more."""
+"""Largest share of a unit's time that may be fixed cost; smaller units wait until there is time for more."""
 
 
 class Work(Protocol):
@@ -95,7 +95,7 @@ class CoServingScheduler:
         self.reserve = _FIRST_RESERVE
         """Part of the objective that training leaves alone."""
         self.seconds = 0.0
-        """That training took."""
+        """Seconds that training took."""
         self._now = now
         self._iterations, self._units = TimeLine(), dict[Hashable, TimeLine]()
         self._alone = math.inf
@@ -177,7 +177,7 @@ class CoServingScheduler:
         return 2 * self._alone if tpot_ms is None else tpot_ms / 1e3
 
     def _prompt_seconds(self, num_tokens: int, num_decoding: int) -> float:
-        """Until so many tokens of prompts are computed, iteration by iteration, beside others' next tokens."""
+        """Seconds until this many prompt tokens are computed, iteration by iteration, beside others' next tokens."""
         most = self.core.settings.max_num_batched_tokens
         room = max(1, most - num_decoding)
         full, rest = divmod(num_tokens, room)

@@ -84,9 +84,9 @@ class StepOutput:
 
     request: Request
     token: int | None
-    """None if it was a stop token."""
+    """The token; None if it was a stop token."""
     logprobs: Logprobs | None
-    """Where the request asked for them."""
+    """Log-probabilities, if the request asked for them."""
     finish_reason: FinishReason | None
     """Why the request ended with this token; None if it goes on."""
 
@@ -129,11 +129,11 @@ class EngineCore:
                 raise FlextronError("a sub-network that is to draft is not nested in the model")
             self.speculator = Speculator(settings.speculation, self.runner, self.scheduler)
         self.num_tokens = 0
-        """That the last step computed, drafts left out."""
+        """Tokens that the last step computed, drafts left out."""
         self._networks: dict[tuple[SubnetSpec, int, int], Network] = {}
         self._names = count()
         self._leaving: set[Network] = set()
-        """Of adapters that were forgotten while requests ran."""
+        """Networks with adapters that were forgotten while requests ran."""
         self._generator = torch.Generator(decoder.device)
         self._generator.seed()
 
@@ -191,7 +191,7 @@ class EngineCore:
             request_id: unique among the unfinished ones.
             prompt: token ids.
             params: how tokens are chosen, and when to stop.
-            network: of `network`.
+            network: a result of `network`.
 
         Raises:
             FlextronError: the prompt is empty, has unknown tokens, or is too long for the model or the KV cache.
@@ -289,7 +289,7 @@ def _chunk(request: Request, num_new: int, drafted: list[int]) -> Chunk:
 
 
 def _logprobs(logits_V: Tensor, token: int, count: int | None) -> Logprobs | None:
-    """Of one position; None if they were not asked for."""
+    """Log-probabilities at one position; None if they were not asked for."""
     if count is None:
         return None
     logprobs_V = logits_V.float().log_softmax(-1)

@@ -26,7 +26,7 @@ class Page:
     units: list[int]
     num_users: int = 1
     key: bytes | None = None
-    """Of its content, once it is full and may be shared."""
+    """Key of its content, once it is full and may be shared."""
 
 
 def page_key(before: bytes, tokens: Sequence[int]) -> bytes:
@@ -109,7 +109,7 @@ class PagePool:
         """Raise unless every unit is in exactly one place.
 
         Args:
-            pages_in_use: of all sequences, with repeats where they share.
+            pages_in_use: pages of all sequences, with repeats where they share.
         """
         users: dict[int, int] = {}
         distinct: dict[int, Page] = {}

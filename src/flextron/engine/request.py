@@ -59,7 +59,7 @@ class Request:
     block_table: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int32))
     """Units of the pages, (capacity in pages, units of a page)."""
     keys: list[bytes] = field(default_factory=list)
-    """Of the leading full pages, as far as they were asked for."""
+    """Keys of the leading full pages, as far as they were asked for."""
     finish_reason: FinishReason | None = None
     arrived: float = field(default_factory=time.monotonic)
 

@@ -37,9 +37,9 @@ def make_network(
     """How the engine runs a sub-network.
 
     Args:
-        config: of the decoder.
+        config: config of the decoder.
         spec: the sub-network.
-        router: of its tokens' MLP widths, if any.
+        router: chooses the MLP widths of its tokens, if there is one.
         name: differs for networks whose keys and values differ.
         adapter: what stands beside its linears, if anything.
     """
@@ -105,7 +105,7 @@ class Runner:
 
         Args:
             decoder: the full, frozen model.
-            num_units: of the cache.
+            num_units: units of the cache.
             page_size: tokens of a page.
             native: whether to run the compiled iteration; where it can by default.
             weights: precision of the matrices; `int8` and `int4` run in the compiled iteration only.
@@ -127,7 +127,7 @@ class Runner:
         self._native = {w: NativeStep(decoder, page_size, w) for w in sorted(wanted)}
         self._columns: dict[tuple[tuple[Network, int], ...], tuple[Tensor, Tensor, Tensor]] = {}
         self._adapters: dict[Adapter, NativeAdapter | None] = {}
-        """None for those that run by operators only."""
+        """Compiled forms of adapters; None for those that only PyTorch's operators can run."""
 
     def forget(self, adapter: Adapter) -> None:
         """Drop what is kept of an adapter and of networks with it."""
@@ -171,7 +171,7 @@ class Runner:
         return groups
 
     def _compiled(self, adapter: Adapter) -> NativeAdapter | None:
-        """For the compiled iteration; None if it does not run there."""
+        """An adapter's form for the compiled iteration; None if it does not run there."""
         if adapter not in self._adapters:
             runs = why_adapter_not_native(adapter) is None
             self._adapters[adapter] = NativeAdapter(adapter) if runs else None

@@ -42,11 +42,11 @@ class Speculation:
     """Precision of the drafts. `int8` reads a quarter of the bytes, `int4` about a fifth, and each keeps a copy of that
     size in memory."""
     num_tokens: int | None = None
-    """Of a draft; chosen by measurement by default."""
+    """Tokens of a draft; chosen by measurement by default."""
     max_num_tokens: int = 8
-    """Of a draft, when chosen."""
+    """Most tokens of a draft whose length is chosen."""
     max_num_seqs: int = 4
-    """With more requests than that at once nothing is drafted: then the processor has no time to spare."""
+    """Most requests at once with which tokens are drafted; with more, the processor has no time to spare."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -74,7 +74,7 @@ class _Candidate:
     network: Network
     num_rounds: int = 0
     accepted: float = 0.0
-    """Of the drafted tokens that were checked, with those long ago counting less."""
+    """Share of the checked drafts that were accepted, with those long ago counting less."""
     checked: float = 0.0
     time: TimeLine = field(default_factory=TimeLine)
 
@@ -201,8 +201,8 @@ def verified(draft: Draft, logits_TV: Tensor, params: SamplingParams, generator:
     Args:
         draft: T - 1 tokens.
         logits_TV: scores of the checking network before each of them, and after the last.
-        params: of the request.
-        generator: of its draws.
+        params: parameters of the request.
+        generator: generator of its draws.
 
     Returns:
         1 to T tokens, distributed as if they had been drawn one by one.

@@ -21,9 +21,9 @@ class Saved:
     inputs: dict[int, Tensor] = field(default_factory=dict)
     """Input of each layer that has gradients to compute, (T, D)."""
     keys: dict[int, Tensor] = field(default_factory=dict)
-    """Of each layer, rotated, (T, K, d)."""
+    """Keys of each layer, rotated, (T, K, d)."""
     values: dict[int, Tensor] = field(default_factory=dict)
-    """Of each layer, (T, K, d)."""
+    """Values of each layer, (T, K, d)."""
     products: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     """What linears that the caller named gave, with their bypasses, by layer and name, (T, rows)."""
     heads: dict[int, Tensor] = field(default_factory=dict)
@@ -31,8 +31,8 @@ class Saved:
     lse: dict[int, Tensor] = field(default_factory=dict)
     """Logarithms of these heads' sums of exponentials, (T, H)."""
     stream: Tensor | None = None
-    """On the way up, outputs of a layer that the one above does not keep as its input, (T, D); on the way down, the
-    gradient of one layer's output, whose rows become the input's one window after the other."""
+    """Rows between two layers, (T, D). Forward: outputs of a layer that the one above does not keep as its input.
+    Backward: the gradient of one layer's output, whose rows become the input's one window after the other."""
     key_value_gradients: tuple[Tensor, Tensor] | None = None
     """Gradients of one layer's keys and values, (T, K, d), as far as later tokens have added theirs."""
 

@@ -111,7 +111,7 @@ def attend_backward(
 
 class _Block(NamedTuple):
     rows: slice
-    """Of the window."""
+    """Rows of the window."""
     seen: slice
     """Keys that any of them sees."""
     is_cut: bool
@@ -129,7 +129,7 @@ def _blocks(lengths: Sequence[int], num_keys: int, window: int | None) -> Iterat
 
 
 def _scores(q: Tensor, k: Tensor, block: _Block, window: int | None) -> Tensor:
-    """Of a block's rows, (K, r n, j), at least float32; of the keys only the last n can come after a query."""
+    """Scores of a block's rows, (K, r n, j), at least float32; of the keys only the last n can come after a query."""
     n, j = block.rows.stop - block.rows.start, block.seen.stop - block.seen.start
     scores = torch.bmm(_own(q, block) * q.shape[-1] ** -0.5, k[:, block.seen].transpose(1, 2)).to(_precise(q))
     first = 0 if block.is_cut else j - n

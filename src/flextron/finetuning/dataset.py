@@ -26,7 +26,7 @@ from flextron.generation.templates import ChatTemplate, TemplateError
 __all__ = ["MOST_LINE_BYTES", "Dataset", "DatasetError", "read_dataset"]
 
 _MOST_CHARS = 1_000_000
-"""Of an example's text."""
+"""Most characters of an example's text."""
 MOST_LINE_BYTES = 12 * _MOST_CHARS + 65_536
 """JSON may write a character as two escapes of six letters."""
 
@@ -39,7 +39,7 @@ _OTHER_ANSWER = "\ue000"
 Span = tuple[int, int]
 """Characters of a text, from and up to."""
 Turn = dict[str, str]
-"""Of a conversation, as templates expect it."""
+"""One message of a conversation, as templates expect it."""
 
 
 class DatasetError(FlextronError):
@@ -52,7 +52,7 @@ class Dataset:
 
     examples: Sequence[Example]
     num_truncated: int
-    """Of them, cut to the allowed number of tokens."""
+    """Examples that were cut to the allowed number of tokens."""
 
 
 def read_dataset(
@@ -65,8 +65,8 @@ def read_dataset(
     """Read a JSONL file.
 
     Args:
-        path: of it; each line is `{"messages": [{"role", "content"}, …]}` or `{"prompt", "completion"}`.
-        tokenizer: of the model; one that tells where tokens begin.
+        path: the file; each line is `{"messages": [{"role", "content"}, …]}` or `{"prompt", "completion"}`.
+        tokenizer: tokenizer of the model; one that tells where tokens begin.
         hyperparameters: which say how long examples may be.
         context: positions of the model.
         vocab_size: tokens that the model knows; by default all that the tokenizer makes.

@@ -1,4 +1,4 @@
-"""What a job may choose."""
+"""Settings that a finetuning job may choose."""
 
 from __future__ import annotations
 
@@ -20,28 +20,29 @@ _MOST_NUMBER = 1e6
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hyperparameters:
-    """OpenAI's three, and those of the adapter."""
+    """OpenAI's three hyperparameters, and those of the adapter."""
 
     n_epochs: int = 3
     """Passes over the examples."""
     batch_size: int = 8
     """Examples of an optimizer step."""
     learning_rate_multiplier: float = 1.0
-    """Of `learning_rate`."""
+    """Factor on `learning_rate`."""
     learning_rate: float = 2e-4
-    """The schedule's highest, before the multiplier."""
+    """Peak learning rate, before the multiplier."""
     rank: int = 16
-    """Of the low-rank matrices."""
+    """Rank of the low-rank matrices."""
     alpha: float = 32.0
     """The adapter's output is scaled by `alpha / rank`."""
     target_modules: tuple[str, ...] = TARGET_MODULES
-    """Linears that get an adapter."""
+    """Linears that get an adapter. Default: all of `q_proj`, `k_proj`, `v_proj`, `o_proj`, `gate_proj`, `up_proj` and
+    `down_proj`."""
     max_tokens: int | None = None
-    """Of an example; None for as many as the model has positions for."""
+    """Most tokens of an example. Default: the model's context length."""
     over_long: Literal["truncate", "refuse"] = "truncate"
     """What happens to a longer example: its end is cut off, or the job fails and names the line."""
     checkpoint_every: int | None = None
-    """Steps between two intermediate adapters; None for the finished one alone."""
+    """Steps between two intermediate adapters. Default: only the finished one is kept."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -66,7 +67,7 @@ class Hyperparameters:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Hyperparameters:
-        """From JSON; `"auto"` and null stand for the default.
+        """Read the JSON form; `"auto"` and null stand for the default.
 
         Raises:
             FlextronError: a key is unknown or a value is outside its range.
@@ -84,5 +85,5 @@ class Hyperparameters:
         return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The JSON form."""
         return asdict(self) | {"target_modules": list(self.target_modules)}

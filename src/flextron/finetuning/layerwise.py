@@ -70,7 +70,7 @@ class Finetuning:
 
         Args:
             decoder: frozen.
-            adapter: in training.
+            adapter: the adapter in training.
             examples: packed side by side; none sees another.
             spec: sub-network to train in; by default the decoder's full widths.
             total_weight: what the weighted sum of losses is divided by; by default the sum of these examples' weights.
@@ -105,7 +105,7 @@ class Finetuning:
         self._num_done = 0
         """Tokens of that layer, or of the head's, that have had their turn."""
         self.stage: Stage | None = Stage.FORWARD
-        """Of the next unit; None once the gradients are complete."""
+        """Stage of the next unit; None once the gradients are complete."""
 
     @property
     def num_tokens(self) -> int:
@@ -123,7 +123,7 @@ class Finetuning:
 
     @property
     def num_left_of_layer(self) -> int:
-        """Of these, tokens that the next unit can have: those of its layer."""
+        """Tokens of the next unit's layer whose turn is still to come."""
         if self.stage is None:
             return 0
         return (len(self._rows) if self.stage is Stage.HEAD else self.num_tokens) - self._num_done

@@ -35,7 +35,7 @@ UPDATE = "update"
 _WARM_UP = 0.03
 _MOST_NORM = 1.0
 _STEP_TOKENS = 1024
-"""Of a unit when nothing waits for it."""
+"""Tokens of a unit when nothing waits for it."""
 _TENSORS, _STATE = "tensors.safetensors", "state.json"
 
 
@@ -57,7 +57,7 @@ class LoraTrainers:
             decoder: frozen; others may use it at the same time.
             base_model: its name, for the adapters' configs.
             spec: sub-network to train in; by default the full model.
-            pack_tokens: of examples that are run side by side, unless a single one has more.
+            pack_tokens: tokens of examples that are run side by side, unless a single one has more.
             saved_gb: what may be kept of a pack to save time, 10^9 bytes. Without that, a quarter of it is.
         """
         self.decoder, self.base_model = decoder, base_model
@@ -116,7 +116,7 @@ class LoraTrainer:
         self._optimizer = torch.optim.AdamW(self.adapter.parameters(), lr=self._rate, weight_decay=0.0, fused=True)
         self._num_updates = 0
         self._pass: Pass | None = None
-        """Of the step's examples or, after its update, of the validation's."""
+        """The pass over the step's examples or, after its update, over those of the validation."""
         self._taken: StepMetrics | None = None
         """What a step whose update was made has measured, while its validation goes on."""
         if resume is not None:

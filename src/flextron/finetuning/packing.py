@@ -37,8 +37,8 @@ class Packed:
             config: the decoder's.
             examples: at least one.
             total_weight: what the weights are divided by; by default their sum.
-            device: where the tensors shall lie.
-            dtype: of what the decoder computes.
+            device: device of the tensors.
+            dtype: type of what the decoder computes.
 
         Raises:
             FlextronError: see `Finetuning`.
@@ -62,7 +62,7 @@ class Packed:
         self.weights_T = torch.cat(weights).to(device) / total
         """What each prediction counts, float64."""
         self.positions_T = torch.cat([torch.arange(n) for n in lengths]).to(device)
-        """In its example, int64."""
+        """Position of each token in its example, int64."""
         self._rope = rotary_tables(config, self.positions_T, dtype)
 
     def __len__(self) -> int:

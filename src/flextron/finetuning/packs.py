@@ -14,7 +14,7 @@ __all__ = ["Pass"]
 
 
 class Pass:
-    """All of some examples, pack by pack: their mean loss and, unless left out, its gradients."""
+    """One pass over some examples, pack by pack: it gives their mean loss and, unless left out, its gradients."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class Pass:
             decoder: frozen.
             adapter: must not change before the last unit.
             examples: at least one.
-            pack_tokens: of examples that are run side by side, unless a single one has more.
+            pack_tokens: tokens of examples that are run side by side, unless a single one has more.
             spec: sub-network to run in.
             kept: linears whose products are kept for a pack of so many tokens.
             backward: whether gradients are added to the adapter's parameters.
@@ -44,7 +44,7 @@ class Pass:
         self.loss = 0.0
         """Sum of what the packs so far add to the mean over the trained tokens, in nats."""
         self.num_tokens = 0
-        """That went through."""
+        """Tokens that went through."""
         self._num_right = self._num_weighted = 0
         self._name = "" if backward else "validation "
         total = float(sum(sum(e.mask) for e in examples))

@@ -95,7 +95,7 @@ class RecordedBatch(Batch):
 
 
 class _WindowBypasses(Bypasses):
-    """With kernels for what is between the linears."""
+    """Bypasses with kernels for what is between the linears."""
 
     def gated(self, activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
         return silu_gate(gate, up) if activation is F.silu and takes(gate) else super().gated(activation, gate, up)

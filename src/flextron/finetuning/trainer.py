@@ -22,14 +22,14 @@ class StepMetrics:
     loss: float
     """Mean over the trained tokens, in nats."""
     num_tokens: int
-    """That went through forward and backward, prompts included."""
+    """Tokens that went through forward and backward, prompts included."""
     accuracy: float | None = None
     """Share of the trained tokens that were the likeliest; None where it was not measured."""
     valid_loss: float | None = None
-    """Likewise of the whole validation file, after the step; None where it was not measured."""
+    """Mean loss over the whole validation file after the step; None if it was not measured."""
     valid_accuracy: float | None = None
     num_valid_tokens: int = 0
-    """That went through forward for that."""
+    """Validation tokens that went through forward for it."""
 
     def check(self, step: int) -> None:
         """See that losses are numbers.
@@ -106,12 +106,12 @@ class MakeTrainer(Protocol):
         resume: Path | None,
         validation: Sequence[Example] = (),
     ) -> Trainer:
-        """A trainer that begins anew, or goes on where a state ends.
+        """Make a trainer that starts at the first step, or goes on where a state ends.
 
         Args:
-            hyperparameters: of the job.
+            hyperparameters: hyperparameters of the job.
             examples: at least one, in the file's order.
-            seed: of all that is random.
+            seed: seed of all that is random.
             resume: a directory that `Trainer.save_state` wrote for the same arguments; None to begin.
             validation: scored at the end of each epoch, at each checkpoint and at the end.
 

@@ -98,7 +98,7 @@ class Detokenizer:
         return self._out(text)
 
     def _out(self, text: str) -> str:
-        """Of a text that is certain, what is not the prompt's."""
+        """The part of a certain text that is not the prompt's."""
         own = self._own(text)
         if text:
             self._prompts = ""
@@ -113,7 +113,7 @@ class Detokenizer:
         return str(self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
 
     def _text(self, tokens: list[int]) -> str:
-        """Of tokens that follow those before."""
+        """Text of tokens that follow those before."""
         return self._decode([*self._before, *tokens])[self._num_before :]
 
     def _cut(self, text: str) -> str:

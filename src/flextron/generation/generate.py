@@ -30,7 +30,7 @@ class SamplingParams:
     top_p: float = 1.0
     """Smallest set of most likely tokens that holds this much probability; the rest is never drawn."""
     seed: int | None = None
-    """Of the draws; None for PyTorch's global generator."""
+    """Seed of the sampling; None takes PyTorch's global generator."""
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end a sequence; they are not returned."""
     logprobs: int | None = None

@@ -23,7 +23,7 @@ __all__ = ["receive", "send"]
 
 _SIZE_BYTES = 8
 _SPARE_BYTES = 1 << 29
-"""Of memory, for a template beside what the process has already."""
+"""Memory that a template may take beside what the process has already."""
 _NICENESS = 5
 _MOST_TOLD = 500
 """Characters of an error."""

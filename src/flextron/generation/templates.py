@@ -28,7 +28,7 @@ __all__ = ["ChatTemplate", "TemplateError"]
 
 _SECONDS = 5.0
 _GRACE_SECONDS = 5.0
-"""For the kernel to end what took too long."""
+"""Time that the kernel gets to end what took too long."""
 _START_SECONDS = 120.0
 _DYING_SECONDS = 0.1
 _MOST_CHARS = 1 << 24
@@ -44,13 +44,13 @@ class ChatTemplate:
     """A tokenizer's template and what it may read; callable from any thread."""
 
     template: str
-    """In Jinja."""
+    """The template, in Jinja."""
     variables: Mapping[str, Any]
     """Special tokens by their names."""
     seconds: float = _SECONDS
-    """For one text."""
+    """Time limit for one text."""
     max_chars: int = _MOST_CHARS
-    """Of one text."""
+    """Most characters of one text."""
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, **limits: Any) -> ChatTemplate | None:

@@ -14,7 +14,7 @@ __all__ = ["StateDirectory"]
 
 
 class StateDirectory:
-    """Where jobs and files live; belongs to one process at a time."""
+    """The directory of jobs and files; it belongs to one process at a time."""
 
     def __init__(self, path: Path) -> None:
         """Take the directory, and remove what a killed process left half written.
@@ -37,19 +37,19 @@ class StateDirectory:
 
     @property
     def database(self) -> Path:
-        """Of SQLite."""
+        """Path of the SQLite database."""
         return self.path / "state.sqlite"
 
     def file(self, file_id: str) -> Path:
-        """Where the content of a file lies; the id must come from the database, never from a client."""
+        """Path of a file's content; the id must come from the database, never from a client."""
         return self.files / file_id
 
     def state(self, job_id: str) -> Path:
-        """Where the trainer's state of an unfinished job lies."""
+        """Directory of the trainer's state of an unfinished job."""
         return self.jobs / job_id / "state"
 
     def adapter(self, job_id: str, step: int) -> Path:
-        """Where the adapter after a step lies."""
+        """Directory of the adapter after a step."""
         return self.jobs / job_id / f"step-{step}"
 
     def remove_state(self, job_id: str) -> None:

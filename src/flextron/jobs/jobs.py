@@ -68,13 +68,13 @@ class Jobs:
         """Open a state directory, or make it, and go on with its jobs.
 
         Args:
-            path: of the directory.
+            path: path of the directory.
             model: the base model's name.
-            tokenizer: of the model; used by a thread of its own, so nobody else may use this object.
+            tokenizer: tokenizer of the model; used by a thread of its own, so nobody else may use this object.
             context: positions of the model.
             vocab_size: tokens that the model knows; by default all that the tokenizer makes.
             make_trainer: called for each job by the thread that trains.
-            fingerprint: of the model's weights; by default the name alone says whose the directory is.
+            fingerprint: fingerprint of the model's weights; by default the name alone says whose the directory is.
             on_adapter: called for each adapter that is there already, now, and for each new one by the training thread.
             on_deleted: called before an adapter's files are removed.
             settings: limits.
@@ -126,7 +126,7 @@ class Jobs:
             save_seconds=self.settings.save_seconds,
             on_adapter=self._announce_new,
         )
-        """For the thread that trains."""
+        """Schedules the jobs for the thread that trains."""
         self._directory.remove_states(but=unfinished)
         for gone in self.repository.all_checkpoints(deleted=True):
             self._directory.remove_adapter(gone.job_id, gone.step)

@@ -27,7 +27,7 @@ __all__ = ["Prepared", "Preparer"]
 
 _log = logging.getLogger("flextron.server")
 _REST_SECONDS = 1.0
-"""Until the disk may have room again."""
+"""Time until the disk may have room again."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -22,7 +22,7 @@ def new_id(kind: str) -> str:
 
 
 class Status(str, Enum):
-    """Of a job."""
+    """Status of a job."""
 
     VALIDATING = "validating_files"
     QUEUED = "queued"
@@ -48,12 +48,12 @@ class File:
     """Unix time, as all times here."""
     bytes: int
     filename: str
-    """As the client called it; never a path of ours."""
+    """The client's name for the file; never a path of ours."""
     purpose: str
 
     @classmethod
     def of(cls, row: sqlite3.Row) -> File:
-        """From its row."""
+        """Read from its row."""
         return cls(**{key: row[key] for key in ("id", "created_at", "bytes", "filename", "purpose")})
 
 
@@ -89,7 +89,7 @@ class Job:
 
     @classmethod
     def of(cls, row: sqlite3.Row) -> Job:
-        """From its row."""
+        """Read from its row."""
         plain = ("id", "created_at", "finished_at", "model", "suffix", "fine_tuned_model", "seed", "result_file")
         return cls(
             **{key: row[key] for key in (*plain, "training_file", "validation_file")},
@@ -100,7 +100,7 @@ class Job:
         )
 
     def name(self, step: int | None = None) -> str:
-        """Of the finished adapter, or of the one after a step."""
+        """Name of the finished adapter, or of the one after a step."""
         name = f"ft:{self.model}:flextron:{self.suffix or ''}:{self.id[-8:]}"
         return name if step is None else f"{name}:ckpt-step-{step}"
 
@@ -139,5 +139,5 @@ class Checkpoint:
 
     @classmethod
     def of(cls, row: sqlite3.Row) -> Checkpoint:
-        """From its row."""
+        """Read from its row."""
         return cls(**{key: row[key] for key in cls.__slots__})

@@ -20,7 +20,7 @@ from flextron.jobs.uploads import FINE_TUNE, insert_file
 __all__ = ["JobRepository"]
 
 _MEASURED = ("loss", "accuracy", "num_tokens", "valid_loss", "valid_accuracy")
-"""Of a step, what its row holds."""
+"""Columns of a step's row."""
 _log = logging.getLogger("flextron.server")
 
 
@@ -110,7 +110,7 @@ class JobRepository:
         return Checkpoint.of(rows[0]) if rows else None
 
     def all_checkpoints(self, *, deleted: bool = False) -> list[Checkpoint]:
-        """Of all jobs, oldest first; either those that are there or those that were deleted."""
+        """Checkpoints of all jobs, oldest first; either those that are there or those that were deleted."""
         rows = self._store.rows("SELECT * FROM checkpoints WHERE is_deleted = ? ORDER BY seq", deleted)
         return [Checkpoint.of(row) for row in rows]
 
@@ -154,7 +154,7 @@ class JobRepository:
         return [(row["step"], StepMetrics(**{key: row[key] for key in _MEASURED})) for row in rows]
 
     def trained_tokens(self, job_id: str) -> int:
-        """Of all recorded steps."""
+        """Trained tokens of all recorded steps."""
         (row,) = self._store.rows("SELECT COALESCE(SUM(num_tokens), 0) AS n FROM steps WHERE job_id = ?", job_id)
         return int(row["n"])
 

@@ -57,7 +57,7 @@ class RunningJob:
         """Keep what the trainer's last step gave.
 
         Args:
-            metrics: of the step.
+            metrics: metrics of the step.
             save_seconds: the time after which the state is saved again.
 
         Returns:

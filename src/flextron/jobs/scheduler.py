@@ -225,7 +225,7 @@ class JobScheduler:
         return job_id in self._runs
 
     def estimated_finish(self, job_id: str) -> int | None:
-        """Unix time; None while nothing lets expect it."""
+        """Unix time at which a job should finish; None while that is unknown."""
         run = self._runs.get(job_id)
         return None if run is None else run.estimated_finish()
 

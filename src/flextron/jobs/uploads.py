@@ -40,7 +40,7 @@ class Uploads:
         """Keep a file; it is on the disk when this returns.
 
         Args:
-            filename: as the client calls it; a path is cut to its last part.
+            filename: the client's name for it; a path is cut to its last part.
             purpose: `fine-tune` for training and validation.
             content: pieces of it.
 
@@ -79,7 +79,7 @@ class Uploads:
         return File.of(self._store.row("files", file_id))
 
     def path(self, file_id: str) -> Path:
-        """Where its content lies.
+        """Path of a file's content.
 
         Raises:
             UnknownIdError: there is none.

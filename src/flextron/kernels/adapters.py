@@ -41,7 +41,7 @@ class NativeAdapter:
         if (reason := why_adapter_not_native(adapter)) is not None:
             raise FlextronError(f"the adapter does not run compiled: {reason}")
         self.max_rank = 0
-        """Of its LoRA bypasses; 0 if it has none."""
+        """Largest rank of its LoRA bypasses; 0 if it has none."""
         self._tensors: list[Tensor] = []
         """Kept alive for the pointers."""
         self._bypasses = (BypassPointers * (len(adapter.layers) * len(TARGETS)))()
@@ -51,7 +51,7 @@ class NativeAdapter:
 
     @property
     def address(self) -> int:
-        """Of the bypasses, layer after layer, as long as this lives."""
+        """Address of the bypasses, layer after layer; valid as long as this object lives."""
         return ctypes.addressof(self._bypasses)
 
     def _native(self, bypass: Bypass) -> BypassPointers:

@@ -82,7 +82,7 @@ def _compiler() -> list[str]:
 
 
 def _flags() -> tuple[str, ...]:
-    """Of the compiler; `FLEXTRON_MARCH` names another processor, such as x86-64-v3 for plain AVX2."""
+    """Flags of the compiler; `FLEXTRON_MARCH` names another processor, such as x86-64-v3 for plain AVX2."""
     return (f"-march={os.environ.get('FLEXTRON_MARCH') or 'native'}", *_COMPILE)
 
 
@@ -109,7 +109,7 @@ def _origin(source: Path, compiler: list[str]) -> str:
 
 
 def _library(name: Source, compiler: list[str]) -> Path:
-    """Where the whole library lies, built if need be."""
+    """Path of the complete library, which is built if need be."""
     source, directory = _SOURCES / f"{name}.cpp", _cache_directory()
     stem = f"{name}-{_origin(source, compiler)}"
     if (found := _kept(directory, stem)) is not None:

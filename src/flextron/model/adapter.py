@@ -73,7 +73,7 @@ class Adapter(nn.Module):
 
         Args:
             config: the decoder's.
-            rank: of every bypass.
+            rank: rank of every bypass.
             alpha: what the bypasses add is multiplied by alpha / rank.
             targets: linears, of `TARGETS`; by default all that the family has.
             widths: widest sub-network that it is for; by default the full model.

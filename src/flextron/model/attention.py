@@ -118,8 +118,8 @@ class CachedAttention:
             config: the decoder's.
             segments: (sub-network, number of sequences) in the order of the batches that will come.
             capacity: tokens that each sequence can hold.
-            dtype: of keys and values.
-            device: where they lie.
+            dtype: type of keys and values.
+            device: their device.
         """
         self._window, self._capacity, self._device = config.sliding_window, capacity, device
         self._lengths = [torch.zeros(n, dtype=torch.long, device=device) for _, n in segments]

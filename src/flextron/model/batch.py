@@ -101,14 +101,14 @@ class Batch:
         routers: Sequence[TokenChoice] | None = None,
         adapter: Adapter | None = None,
     ) -> Batch:
-        """As `padded`, with the sequences dealt to several sub-networks in order, as evenly as it goes.
+        """The same as `padded`, with the sequences dealt to several sub-networks in order, as evenly as possible.
 
         Args:
             tokens_BT: token ids.
             specs: the sub-networks.
-            gates: of each sub-network's segment; none by default.
-            routers: of each sub-network's segment; none by default.
-            adapter: of all segments; none by default.
+            gates: gates of each sub-network's segment; none by default.
+            routers: routers of each sub-network's segment; none by default.
+            adapter: adapter of all segments; none by default.
         """
         whole = cls.padded(tokens_BT, specs[0])
         none = [None] * len(specs)
@@ -134,7 +134,7 @@ class Batch:
             specs: the sub-network of each sequence.
             starts: position of each sequence's first token; 0 by default.
             routers: what chooses the MLP widths of each sequence's tokens, or None; none by default.
-            adapters: of each sequence, or None; none by default.
+            adapters: adapters of each sequence, or None; none by default.
         """
         none = [None] * len(sequences)
         groups: list[tuple[SubnetSpec, TokenChoice | None, Adapter | None, list[int]]] = []
@@ -183,7 +183,7 @@ class Batch:
 
         Args:
             layer: index; None only where no segment has an adapter.
-            layout: of the half's widths.
+            layout: layout of the half's widths.
         """
         if self.shared_lora is not None:
             assert layer is not None
@@ -216,7 +216,7 @@ class Batch:
         Args:
             layer: index.
             x_ND: what the layer's MLP reads, normalised.
-            widths: of the segments' specs; 0 skips the MLP of a routed segment, too.
+            widths: widths of the segments' specs; 0 skips the MLP of a routed segment, too.
         """
         if len(self.segments) == 1 and widths[0] and (router := self.segments[0].router) is not None:
             return router(layer, x_ND)

@@ -23,7 +23,7 @@ _WHOLE = slice(None)
 
 
 class Shape(NamedTuple):
-    """Of a linear."""
+    """Shape of a linear."""
 
     inputs: int
     outputs: int
@@ -148,7 +148,7 @@ class Bypasses:
         self._placed = placed
 
     def expand(self, target: str, x_ND: Tensor, linear: Linear, blocks: tuple[Block, ...]) -> tuple[Tensor, ...]:
-        """As `nested.expand`, with what the bypasses beside `target` add."""
+        """The same as `nested.expand`, with what the bypasses beside `target` add."""
         own = self._beside(target)
         ys = self._expanded(target, own, _each(x_ND, own, lambda b, x, _: b.before(x, _WHOLE)), linear, blocks)
         if not own:
@@ -162,7 +162,7 @@ class Bypasses:
     def contract(
         self, target: str, num_tokens: int, h: Sequence[Tensor], linear: Linear, blocks: tuple[Block, ...]
     ) -> Tensor:
-        """As `nested.contract`, with what the bypasses beside `target` add."""
+        """The same as `nested.contract`, with what the bypasses beside `target` add."""
         own = self._beside(target)
         if not own:
             return self._contracted(target, own, num_tokens, h, linear, blocks)
@@ -216,9 +216,9 @@ def _each(x: Tensor, own: Beside, change: Callable[[Bypass, Tensor, int], Tensor
 
 
 def _rows_of(x: Tensor, rows: slice) -> Tensor:
-    """Of all rows `x` itself: the gradient of a slice is padded with zeros."""
+    """A slice of rows; `x` itself if that is all of them, because the gradient of a slice is padded with zeros."""
     return x if rows.start == 0 and rows.stop >= x.shape[0] else x[rows]
 
 
 NO_BYPASSES = Bypasses(())
-"""Of batches without adapters."""
+"""Bypasses of batches without adapters: none."""

@@ -24,13 +24,13 @@ class Rope:
     """Long-context scaling as in Hugging Face's `rope_scaling` (types `linear` and `llama3`)."""
 
     def __hash__(self) -> int:
-        """Of the numbers alone; a mapping has none."""
+        """Hash the numbers alone; a mapping has no hash."""
         return hash((self.theta, self.fraction))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Origin:
-    """Where weights come from that are another checkpoint's in another order; see `flextron.checkpoints.origin`."""
+    """The origin of weights that are another checkpoint's in another order; see `flextron.checkpoints.origin`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,14 +59,14 @@ class DecoderConfig:
     qk_norm: bool
     """Whether queries and keys are RMS-normalised per head before the rotation (Qwen3)."""
     rope: Rope | None
-    """None where positions are learned embeddings (GPT-2)."""
+    """Rotary settings; None if positions are learned embeddings (GPT-2)."""
     parallel_residual: bool
     """Whether attention and MLP both read the layer's input (GPT-NeoX)."""
     sliding_window: int | None
     """Tokens that each token can see, itself included; None for all."""
     tie_word_embeddings: bool
     origin: Origin | None = field(default=None, compare=False, repr=False)
-    """Where the weights come from, if they were put into another order; it says nothing of the shape."""
+    """Origin of the weights, if they were put into another order; it says nothing of the shape."""
 
     def check_length(self, num_tokens: int) -> None:
         """Raise if sequences of `num_tokens` exceed learned positions.

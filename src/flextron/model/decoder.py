@@ -50,12 +50,12 @@ class Decoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters lie."""
+        """Device of the parameters."""
         return self.embedding.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the parameters."""
+        """Type of the parameters."""
         return self.embedding.weight.dtype
 
     def embed(self, batch: Batch) -> Tensor:

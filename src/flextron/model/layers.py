@@ -35,7 +35,7 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 
 class RMSNorm(nn.RMSNorm):
-    """As PyTorch's; its gains may train in float32 beside activations of fewer digits."""
+    """PyTorch's norm, except that its gains may train in float32 beside activations of fewer digits."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension."""
@@ -43,7 +43,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class LayerNorm(nn.LayerNorm):
-    """As PyTorch's; its gains and biases may train in float32 beside activations of fewer digits."""
+    """PyTorch's norm, except that its gains and biases may train in float32 beside activations of fewer digits."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension."""

@@ -117,12 +117,12 @@ def cross_entropy(h_ND: Tensor, w_VD: Tensor, targets_N: Tensor) -> Tensor:
 
 
 class SummedLoss(NamedTuple):
-    """Of `summed_cross_entropy`."""
+    """Result of `summed_cross_entropy`."""
 
     total: Tensor
     """Weighted sum of the targets' negative log-likelihoods, a scalar, float64, in nats."""
     gradient_ND: Tensor
-    """Of the sum, by the hidden states."""
+    """Gradient of the sum with respect to the hidden states."""
     num_right: int
     """Targets that were the likeliest token."""
 

@@ -101,7 +101,7 @@ class _Contract(torch.autograd.Function):
 def expand_low_rank(
     x_ND: Tensor, w_FD: Tensor, bias_F: Tensor | None, lora: Lora, blocks: tuple[Block, ...]
 ) -> tuple[Tensor, ...]:
-    """As `nested.expand` of frozen weights, with the update of all tokens.
+    """The same as `nested.expand` of frozen weights, with the update of all tokens.
 
     Args:
         x_ND: tokens, widest first.
@@ -120,7 +120,7 @@ def expand_low_rank(
 def contract_low_rank(
     num_tokens: int, h: Sequence[Tensor], w_FD: Tensor, bias_D: Tensor | None, lora: Lora, blocks: tuple[Block, ...]
 ) -> Tensor:
-    """As `nested.contract` of frozen weights, with the update of all tokens that have a width.
+    """The same as `nested.contract` of frozen weights, with the update of all tokens that have a width.
 
     Args:
         num_tokens: N; tokens beyond the first block's (of width 0) get zeros.

@@ -27,22 +27,22 @@ _NEURONS, _GROUPS = "layers.{i}.neurons", "layers.{i}.groups"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Moves:
-    """Where the rows of one linear come from; None on a side that stays."""
+    """Origins of the rows of one linear; None on a side that stays."""
 
     inputs: Tensor | None = None
-    """For each input its number in the original, int64."""
+    """Original number of each input, int64."""
     outputs: Tensor | None = None
-    """For each output its number in the original, int64."""
+    """Original number of each output, int64."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Permutation:
-    """For each unit its number in the original."""
+    """An order: for each neuron and group its number in the original."""
 
     neurons: tuple[Tensor, ...]
-    """Of each layer's MLP neurons, int64, (F,)."""
+    """Order of each layer's MLP neurons, int64, (F,)."""
     groups: tuple[Tensor, ...]
-    """Of each layer's attention groups, int64, (G,)."""
+    """Order of each layer's attention groups, int64, (G,)."""
 
     def moves(self, config: DecoderConfig, layer: int) -> Mapping[str, Moves]:
         """What happens to the linears of a layer, by their names in the decoder; without a gate where it has none."""
@@ -76,7 +76,7 @@ class Permutation:
 
     @property
     def digest(self) -> str:
-        """Of the numbers, in a few letters."""
+        """A digest of the numbers, in a few letters."""
         found = hashlib.sha256()
         for name, order in self.to_tensors().items():
             found.update(name.encode())

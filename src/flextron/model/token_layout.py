@@ -39,7 +39,7 @@ class TokenLayout:
     order_N: Tensor | None
     """The tokens, widest first; None if all widths are equal, which needs no ordering."""
     inverse_N: Tensor | None
-    """Where each token stands in that order."""
+    """Position of each token in that order."""
 
     @classmethod
     def of(cls, widths_N: Tensor) -> TokenLayout:

@@ -69,7 +69,7 @@ class TensorParallel:
         """
         self._group = group
         self.rank = dist.get_rank(group)
-        """Of this process, from 0."""
+        """Rank of this process, from 0."""
         self.size = dist.get_world_size(group)
         """W."""
 

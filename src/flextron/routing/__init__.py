@@ -1,4 +1,4 @@
-"""From a target to a sub-network: what each costs on this device, what each loses, and which one fits."""
+"""Finds the sub-network for a target: what each costs on this device, what each loses, and which one fits."""
 
 from flextron.routing.compare import compare_frontiers
 from flextron.routing.device import device_fingerprint

@@ -33,11 +33,11 @@ class Allocator:
     layer_cost: Callable[[LayerSpec], float]
     """What one layer adds to the budget."""
     weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    """Of narrowed MLPs, narrowed attention and skipped layers in the loss model."""
+    """Weights of narrowed MLPs, narrowed attention and skipped layers in the loss model."""
 
     @cached_property
     def _options(self) -> list[list[tuple[LayerSpec, float, float]]]:
-        """For each layer all its choices, with modelled loss and cost."""
+        """All choices of each layer, with modelled loss and cost."""
         widths = [
             LayerSpec(intermediate_size=w, num_groups=g)
             for w in self.space.intermediate_sizes
@@ -90,7 +90,7 @@ class Allocator:
         return self._filled(best, budget)
 
     def close_to(self, budget: float) -> SubnetSpec:
-        """As `within`, but spends the budget even where the loss model sees no gain: cost itself is rewarded."""
+        """The same as `within`, but spends the budget even where the loss model sees no gain."""
         best, cost = self._cheapest(0.0)
         if cost > budget:
             return self._spent(self.within(budget), budget)

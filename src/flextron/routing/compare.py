@@ -28,7 +28,7 @@ _CLOSE = 0.03
 
 
 def uniform_within(space: SearchSpace, table: LatencyTable, target: float) -> list[SubnetSpec]:
-    """For each number of groups the widest uniform sub-network within a latency fraction."""
+    """The widest uniform sub-network within a latency fraction, for each number of groups."""
     found = []
     for groups in space.num_groups:
         within = [s for w in space.intermediate_sizes if table.predict(s := space.uniform(w, groups)) <= target]
@@ -78,7 +78,7 @@ def compare_frontiers(
         validation_BT: windows on which losses are measured.
         targets: latency fractions.
         router: None leaves its kind out.
-        seed: of the random sub-networks.
+        seed: seed of the random sub-networks.
         on_progress: called with sub-networks measured and to be measured.
     """
     rng = random.Random(seed)

@@ -95,7 +95,7 @@ class Frontier:
     text: str
     """What the losses were measured on."""
     points: tuple[FrontierPoint, ...]
-    """By falling number of parameters; the full network is the first."""
+    """Measured sub-networks by falling number of parameters; the full network is the first."""
 
     @classmethod
     def of(cls, device: str, text: str, points: Iterable[FrontierPoint]) -> Frontier:

@@ -79,7 +79,7 @@ class LatencyTable:
 
     @property
     def name(self) -> str:
-        """Of the table's file: the device, and the phase where it is not decode."""
+        """Name of the table's file: the device, and the phase where it is not decode."""
         return self.device if self.phase == "decode" else f"{self.device}-{self.phase}"
 
     @classmethod
@@ -230,7 +230,7 @@ def measure_table(
         context: tokens that each holds.
         phase: what a step does.
         repeats: timed steps of each network, of which the median counts.
-        seed: of the random networks.
+        seed: seed of the random networks.
         on_progress: called with rounds done and rounds in all.
     """
     full_width, full_groups = space.intermediate_sizes[-1], space.num_groups[-1]

@@ -179,10 +179,10 @@ class StaticRouter(nn.Module):
 
     @torch.no_grad()
     def within(self, logits: Choices, targets: Sequence[float], table: LatencyTable) -> list[SubnetSpec]:
-        """For each target the likeliest sub-network that costs about as much, and no more.
+        """For each target, the likeliest sub-network among those that cost about as much and no more.
 
         Args:
-            logits: of as many targets; with noise, this draws.
+            logits: logits of as many targets; with noise, this draws.
             targets: fractions of the full network's latency.
             table: costs.
 

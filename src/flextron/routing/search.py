@@ -41,7 +41,7 @@ class SearchSettings:
     num_uniform: int = 6
     """Uniform sub-networks measured for comparison."""
     seed: int = 0
-    """Of the mutations."""
+    """Seed of the mutations."""
 
 
 def measure_point(

@@ -49,9 +49,9 @@ class Sensitivity:
     """Expected rise of the loss, in nats, if one half layer alone is narrowed; width 0 is the skipped half."""
 
     mlp: tuple[dict[int, float], ...]
-    """For each layer, by MLP width."""
+    """Sensitivities of each layer by MLP width."""
     attention: tuple[dict[int, float], ...]
-    """For each layer, by groups."""
+    """Sensitivities of each layer by attention groups."""
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form; the widths become string keys."""
@@ -92,7 +92,7 @@ def fisher_gradients(
         decoder: the model.
         h_ND: its final hidden states, computed from the stream.
         stream: what to differentiate by.
-        generator: of the draws, on the CPU.
+        generator: generator of the draws, on the CPU.
         num_draws: each takes one backward pass.
     """
     targets_RN = _own_targets(decoder, h_ND, generator, num_draws)
@@ -120,7 +120,7 @@ def measure_sensitivity(decoder: Decoder, tokens_BT: Tensor, space: SearchSpace,
         decoder: the full model.
         tokens_BT: a few sequences; memory is that of a training step on them.
         space: the choices.
-        seed: of the drawn targets.
+        seed: seed of the drawn targets.
     """
     batch = Batch.padded(tokens_BT.to(decoder.device), decoder.widths)
     rope = rotary_tables(decoder.config, batch.positions_N, decoder.dtype)

@@ -62,7 +62,7 @@ class _Recorder:
 
     router: TokenChoice
     widths: dict[int, list[Tensor]] = field(default_factory=dict)
-    """By layer, in the order in which the tokens came."""
+    """Widths by layer, in the order in which the tokens came."""
 
     def __call__(self, layer: int, x_ND: Tensor) -> tuple[Tensor, Tensor | None]:
         widths_N, gates_N = self.router(layer, x_ND)
@@ -142,7 +142,7 @@ def calibrate(
         router: its `prices` are replaced.
         decoder: the full model.
         tokens_BT: windows of real text; some thousand tokens.
-        static_specs: by target, the sub-network around which tokens are routed and whose time they shall take.
+        static_specs: by target, the sub-network around which tokens are routed, whose cost they should meet on average.
         table: costs.
 
     Returns:

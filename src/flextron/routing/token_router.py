@@ -30,7 +30,7 @@ from flextron.spec.subnet import MAX_WIDTH
 __all__ = ["PricedRouter", "TokenRouter"]
 
 _LARGEST = 20.0
-"""Of a predicted cost's logarithm: beyond it, float32 has better uses."""
+"""Largest logarithm of a predicted cost: beyond it, float32 has better uses."""
 
 
 _Target = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
@@ -77,10 +77,10 @@ class TokenRouter(nn.Module):
 
         Args:
             space: its MLP widths are the choices, and 0 in layers that may be skipped.
-            hidden_size: of the model.
+            hidden_size: hidden size of the model.
             mlp_costs: what each width costs in one layer, as a fraction of the full network's decode step.
             num_units: hidden units of each layer's router.
-            embedding_size: of the target's embedding, which all layers share.
+            embedding_size: size of the target's embedding, which all layers share.
 
         Raises:
             FlextronError: a width has no cost.
@@ -95,9 +95,9 @@ class TokenRouter(nn.Module):
         self.mlp_costs = {w: float(mlp_costs[w]) for w in space.intermediate_sizes}
         self.widths = (0, *space.intermediate_sizes)
         self.prices: dict[float, float] = {}
-        """By target, in logits for the time of a whole full step."""
+        """Prices by target, in logits for the time of a whole full step."""
         self.specs: dict[float, SubnetSpec] = {}
-        """By target, the static sub-network around which it was calibrated."""
+        """The static sub-networks around which it was calibrated, by target."""
         self._sizes = {"num_units": num_units, "embedding_size": embedding_size}
         self.embedding = nn.Linear(1, embedding_size)
         self.first = nn.ModuleList(

@@ -43,7 +43,7 @@ class NamedAdapter:
 
     name: str
     directory: Path
-    """In peft's layout; holds all of it and never changes."""
+    """Directory in peft's layout; it holds all of it and never changes."""
     created_at: int
     """Unix time."""
 
@@ -52,7 +52,7 @@ class AdapterNames:
     """All adapters that requests may name; callable from any thread."""
 
     def __init__(self) -> None:
-        """None yet."""
+        """There are no adapters yet."""
         self._lock = threading.Lock()
         self._named: dict[str, NamedAdapter] = {}
 
@@ -60,7 +60,7 @@ class AdapterNames:
         """Add one that the operator gives.
 
         Args:
-            name: of it.
+            name: its name.
             directory: where it lies.
             read: to see whether it can be read.
 
@@ -93,7 +93,7 @@ class AdapterNames:
             return self._named.get(name)
 
     def all(self) -> list[NamedAdapter]:
-        """In the order in which they were added."""
+        """All adapters in the order in which they were added."""
         with self._lock:
             return list(self._named.values())
 
@@ -126,7 +126,7 @@ class LoadedAdapters:
 
     @property
     def names(self) -> list[str]:
-        """Of those in memory, the one used least recently first."""
+        """Names of the adapters in memory, the one used least recently first."""
         return [named.name for named in self._held]
 
     async def acquire(self, named: NamedAdapter) -> Adapter:

@@ -43,7 +43,7 @@ class Objective:
     tpot_ms: float | None = None
     """Between two tokens of an answer."""
     ttft_ms: float | None = None
-    """From a request's arrival to its first token."""
+    """Time from a request's arrival to its first token."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -138,7 +138,7 @@ class Adaptive:
 
 @dataclass(slots=True)
 class _Mean:
-    """Of times in seconds; 0 of none."""
+    """Mean of times in seconds; 0 if there are none."""
 
     total: float = 0.0
     count: int = 0

@@ -39,13 +39,13 @@ class TargetBody(_Strict):
 
 
 class StreamOptions(_Strict):
-    """Of a stream."""
+    """Options of a stream."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
-    """Of OpenAI: letters that nobody reads; none are sent."""
+    """OpenAI's padding of streams; it is accepted, and none is sent."""
     continuous_usage_stats: Literal[False] | None = None
-    """Of vLLM."""
+    """vLLM's key for the usage in every chunk; only false is accepted."""
 
 
 def _check_stops(stop: Any) -> Any:
@@ -79,13 +79,13 @@ class GenerationBody(_Strict):
         _Stop | Annotated[list[_Stop], Field(max_length=_MOST_STOPS)] | None, BeforeValidator(_check_stops)
     ] = None
     ignore_eos: bool | None = None
-    """Of vLLM: write on where the model would end."""
+    """vLLM's key: go on where the model would end."""
     add_special_tokens: bool | None = None
-    """Of vLLM: whether prompts begin as the tokenizer begins a text. By default texts do, rendered chats do not."""
+    """vLLM's key: whether prompts begin as the tokenizer begins a text. By default texts do, rendered chats do not."""
     flextron: TargetBody | None = None
 
     endpoint: ClassVar[str]
-    """In the table of keys."""
+    """The endpoint's name in the table of keys."""
 
     @model_validator(mode="before")
     @classmethod
@@ -136,7 +136,7 @@ class GenerationBody(_Strict):
 
 
 class CompletionBody(GenerationBody):
-    """Of `/v1/completions`."""
+    """Body of `/v1/completions`."""
 
     endpoint = "completions"
 
@@ -166,7 +166,7 @@ class CompletionBody(GenerationBody):
 
     @property
     def num_logprobs(self) -> int | None:
-        """As asked."""
+        """Number of log-probabilities that were asked for."""
         return self.logprobs
 
 
@@ -178,7 +178,7 @@ class TextPart(_Strict):
 
 
 class Message(_Strict):
-    """Of a conversation."""
+    """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[TextPart]
@@ -192,7 +192,7 @@ class Message(_Strict):
 
 
 class ChatBody(GenerationBody):
-    """Of `/v1/chat/completions`."""
+    """Body of `/v1/chat/completions`."""
 
     endpoint = "chat"
 
@@ -211,5 +211,5 @@ class ChatBody(GenerationBody):
 
     @property
     def num_logprobs(self) -> int | None:
-        """As asked."""
+        """Number of log-probabilities that were asked for."""
         return (self.top_logprobs or 0) if self.logprobs else None

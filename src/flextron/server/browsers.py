@@ -38,8 +38,8 @@ def check_host(scope: Scope, headers: Headers, allowed: Collection[str]) -> None
     """Refuse what came in on loopback for another machine's name.
 
     Args:
-        scope: of the request.
-        headers: of the request.
+        scope: scope of the request.
+        headers: headers of the request.
         allowed: names beside those of loopback, such as a proxy's.
 
     Raises:

@@ -29,12 +29,12 @@ class ApiError(Exception):
         """Say what is wrong.
 
         Args:
-            status: of HTTP.
+            status: status code of HTTP.
             message: one sentence that says what is wrong and how to mend it.
             kind: OpenAI's `type`.
             param: the key of the body that is meant.
-            code: for programs.
-            headers: of the answer.
+            code: a word for programs.
+            headers: headers of the answer.
         """
         super().__init__(message)
         self.status, self.message, self.kind, self.param, self.code = status, message, kind, param, code

@@ -32,9 +32,9 @@ from flextron.server.settings import ServerSettings
 __all__ = ["add_files"]
 
 _FORM_BYTES = 65_536
-"""For all of a form but the file."""
+"""Room for all of a form but the file."""
 _BYTES_PER_TIME = 10e6
-"""For so many begun, the client has as much time as for another request."""
+"""For each started portion of this size the client gets as much time as for a request."""
 _PIECE = 1 << 20
 _MOST_LISTED = 10_000
 _FORM = {

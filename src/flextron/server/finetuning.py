@@ -36,7 +36,7 @@ class _Strict(BaseModel):
 
 
 class SupervisedBody(_Strict):
-    """Of the method."""
+    """Settings of the method `supervised`."""
 
     hyperparameters: dict[str, Any] | None = None
 
@@ -49,7 +49,7 @@ class MethodBody(_Strict):
 
 
 class FineTuningBody(_Strict):
-    """Of a new job."""
+    """Body that creates a job."""
 
     model: str
     training_file: str

@@ -45,7 +45,7 @@ class RequestMiddleware:
         """Wrap an app.
 
         Args:
-            app: that answers.
+            app: the application that answers.
             api_key: without one everyone may enter, but no web page of another origin.
             allowed_hosts: names beside those of loopback; None for any name.
         """
@@ -117,7 +117,7 @@ async def read_body(request: Request, kind: type[B], max_bytes: int, seconds: fl
     Args:
         request: whose body has not been read.
         kind: what it must be.
-        max_bytes: of the body.
+        max_bytes: largest size of the body.
         seconds: for all of it to arrive.
 
     Raises:

@@ -219,7 +219,7 @@ KEYS: dict[str, dict[str, Key]] = {
     endpoint: {key.name: key for key in [*_BOTH, *own]}
     for endpoint, own in (("completions", _COMPLETIONS), ("chat", _CHAT))
 }
-"""By endpoint and name."""
+"""What happens to each key, by endpoint and name."""
 
 
 def check_keys(body: Mapping[str, Any], endpoint: str) -> dict[str, Any]:

@@ -20,9 +20,9 @@ class Part:
 
     name: str
     filename: str | None
-    """None for a field that is no file."""
+    """The file's name; None for a field that is no file."""
     start: int
-    """In the body, bytes."""
+    """Position in the body, in bytes."""
     end: int
 
 

@@ -27,14 +27,14 @@ __all__ = ["Form", "respond"]
 
 _log = logging.getLogger("flextron.server")
 _CLIENT_LEFT = 499
-"""As nginx logs it; nobody reads the answer."""
+"""Status that nginx logs for it; nobody reads the answer."""
 
 
 class Form(Protocol):
     """How an endpoint words answers: each method gives an entry of `choices`."""
 
     prefix: str
-    """Of ids."""
+    """Prefix of ids."""
     whole_object: str
     piece_object: str
 
@@ -55,7 +55,7 @@ class _Envelope:
     form: Form
     session: Session
     num_choices: int
-    """Of each prompt."""
+    """Number of choices for each prompt."""
     id: str
     created: int
 

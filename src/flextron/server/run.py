@@ -21,7 +21,7 @@ from flextron.server.service import Service
 __all__ = ["DrainingServer", "listen", "serve", "server_config"]
 
 _CLOSE_SECONDS = 5
-"""For connections to close after the last answer."""
+"""Time for connections to close after the last answer."""
 
 
 def listen(host: str, port: int) -> socket.socket:

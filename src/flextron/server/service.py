@@ -29,7 +29,7 @@ from flextron.server.worker import GenerationRequest, Worker
 __all__ = ["Service"]
 
 _MOST_CHARS = 1_000_000
-"""Of a prompt, for models with few positions."""
+"""Most characters of a prompt, for models with a short context."""
 _MOST_TEMPLATES = 8
 """Conversations that are written at once."""
 
@@ -88,7 +88,7 @@ class Service:
         # ones, and a tokenizer takes a second for half a million characters
         longest, positions = max(map(len, self.tokenizer.get_vocab())), model.decoder.config.max_position_embeddings
         self.most_chars = min(2 * longest * positions, max(_MOST_CHARS, 16 * positions))
-        """Of a prompt."""
+        """Most characters of a prompt."""
         # several: a chat template may take seconds before it is given up
         self._templates = ThreadPoolExecutor(_MOST_TEMPLATES, "flextron-templates")
 

@@ -14,27 +14,27 @@ class ServerSettings:
     """What the server allows."""
 
     name: str = "flextron"
-    """Of the model."""
+    """Name of the model."""
     api_key: str | None = None
-    """That clients must send; None lets everyone in."""
+    """Key that clients must send; None lets everyone in."""
     allowed_hosts: tuple[str, ...] | None = ()
     """Names by which clients on this machine may call it, beside those of loopback; None for any name."""
     max_queue: int = 128
     """Answers that may wait beside those that run."""
     max_body_mb: float = 8.0
-    """Of a request, 10^6 bytes."""
+    """Largest body of a request, in 10^6 bytes."""
     max_file_mb: float = 100.0
-    """Of an uploaded file, 10^6 bytes."""
+    """Largest uploaded file, in 10^6 bytes."""
     max_loaded_adapters: int = 16
-    """In memory at once; others are read again when they are asked for."""
+    """Most adapters in memory at once; others are read again when they are asked for."""
     max_tokens_limit: int | None = None
     """Most tokens of an answer; by default as many as the model has positions for."""
     drain_seconds: float = 30.0
-    """For running answers to end after a signal."""
+    """Time for running answers to end after a signal."""
     client_seconds: float = 60.0
-    """For a client to send a request's headers, its body, and to take what waits for it."""
+    """Time for a client to send a request's headers, to send its body, and to read what waits for it."""
     template_seconds: float = 5.0
-    """For a chat template to write a conversation."""
+    """Time limit of a chat template for one conversation."""
     slo_tpot_ms: float | None = None
     """Time between two tokens of an answer that `adaptive` holds."""
     slo_ttft_ms: float | None = None

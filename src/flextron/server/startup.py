@@ -65,10 +65,10 @@ def open_jobs(
 
     Args:
         model: that is served, and that jobs train beside.
-        directory: of their state.
+        directory: directory of their state.
         adapters: told of what they make.
         name: under which the model is served.
-        source: of the model, for what reads adapters elsewhere.
+        source: name of the model, for what reads adapters elsewhere.
         settings: limits.
 
     Raises:

@@ -29,9 +29,9 @@ class Choice:
     """The adapter and the sub-network of a request."""
 
     model_id: str
-    """As the client named it."""
+    """The model's name as the client gave it."""
     adapter: NamedAdapter | None
-    """None for the model as it is."""
+    """The adapter; None for the model as it is."""
     spec: SubnetSpec
     router: PricedRouter | None
     asked: Target | None
@@ -47,7 +47,7 @@ class Choice:
 
     @property
     def label(self) -> str:
-        """Of the target in metrics. Few values in all: clients must not be able to make up series."""
+        """Label of the target in metrics. It has few values, because clients must not be able to create series."""
         if self.target is None:
             return "full"
         value = f"={self.target.value:.2f}" if self.target.axis == "latency" else ""
@@ -79,7 +79,7 @@ class Catalog:
 
         Args:
             model: what is served.
-            name: of it.
+            name: its name.
             min_latency_target: how narrow requests may become that say nothing of it; None: not at all.
             adapters: names of adapters, which may change at any time; None for no adapter.
 
@@ -101,7 +101,7 @@ class Catalog:
         """What a request runs in.
 
         Args:
-            model_id: as the client names it.
+            model_id: the model's name as the client gave it.
             body: what it asks beside.
             cap: the widest latency target for requests that allow a narrower one.
 

@@ -47,7 +47,7 @@ class GenerationRequest:
     """One sequence of tokens to be continued."""
 
     index: int
-    """Within its HTTP request."""
+    """Number within its HTTP request."""
     prompt: list[int]
     params: SamplingParams
     stop: tuple[str, ...]
@@ -72,10 +72,10 @@ class Load:
     num_prompt_tokens: int = 0
     """Of all requests that were accepted."""
     num_cached_tokens: int = 0
-    """Of these, found in the cache."""
+    """Prompt tokens that were found in the cache."""
     num_drafted_tokens: int = 0
     num_accepted_tokens: int = 0
-    """Of these, right."""
+    """Drafted tokens that were accepted."""
 
 
 class Worker(threading.Thread):

@@ -1,4 +1,4 @@
-"""How elastic training runs: every knob, with its default, as one validated value that is stored with the result."""
+"""Settings of elastic training with their defaults: one validated value that is stored with the result."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class TrainRecipe(BaseModel):
     """Kind of the drawn sub-networks: the best of their size by the original's sensitivities, the same widths in all
     layers, or any heterogeneous ones."""
     sizes: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)] | None = None
-    """Sizes to draw, as fractions of the layers' parameters; by default any from `min_size` to 1."""
+    """Sizes to draw, as fractions of the layers' parameters. Default: any from `min_size` to 1."""
     full_probability: float = Field(0.2, ge=0, le=1)
-    """Chance of a drawn sub-network to be the full one, so that it does not decay."""
+    """Probability of drawing the full network, so that it does not decay."""
     random_probability: float = Field(0.1, ge=0, le=1)
-    """Chance to be any heterogeneous one, rather than one guided by sensitivities."""
+    """Probability of drawing any heterogeneous sub-network, rather than one guided by sensitivities."""
     min_size: float = Field(0.4, gt=0, le=1)
     """Smallest size that is drawn, as a fraction of the layers' parameters."""
     tilt: float = Field(1.0, gt=0)
@@ -43,9 +43,10 @@ class TrainRecipe(BaseModel):
     anneal_fraction: float = Field(0.2, ge=0, le=1)
     """Part of the run over which the smallest size comes in."""
     lora_rank: int | None = Field(None, gt=0, le=2**16)
-    """Rank of the low-rank updates that are trained, with the norms, beside frozen weights; None trains all weights."""
+    """Rank of the low-rank updates that are trained, with the norms, beside frozen weights. Default: all weights
+    train."""
     lora_alpha: float | None = Field(None, gt=0, le=1e6)
-    """The updates are multiplied by alpha / rank; by default alpha is the rank."""
+    """The updates are multiplied by alpha / rank. Default: the rank."""
     lr: float = Field(4e-4, gt=0, le=100)
     """Peak learning rate of AdamW."""
     router_lr: float = Field(1e-3, gt=0, le=100)
@@ -57,30 +58,30 @@ class TrainRecipe(BaseModel):
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled decay of matrices."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's moments."""
+    """Decay rates of AdamW's moments."""
     grad_clip: float = Field(1.0, gt=0)
     """Largest norm of the gradient."""
     train_embeddings: bool = False
-    """Whether embeddings, positions and head train too; they are not nested, and dear in a small model."""
+    """Whether embeddings, positions and head train too; they are not nested, and expensive in a small model."""
     kl_weight: float = Field(1.0, ge=0)
     """Weight of the forward KL to the frozen original."""
     kl_fraction: float = Field(0.25, gt=0, le=1)
-    """Part of the tokens, drawn anew each step, on which the KL is computed: an unbiased estimate at a fraction of the
-    vocabulary's cost."""
+    """Part of the tokens, drawn again at each step, on which the KL is computed: an unbiased estimate at a fraction of
+    the vocabulary's cost."""
     hidden_weight: float = Field(1.0, ge=0)
     """Weight of the distance to the teacher's final hidden states, on all tokens, in the head's metric."""
     lm_weight: float = Field(0.0, ge=0)
     """Weight of the next-token loss, on the same tokens as the KL."""
     temperature: float = Field(1.0, gt=0)
-    """Of the KL."""
+    """Temperature of the KL."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of activations; weights and optimizer state are float32."""
+    """Precision of activations; weights and optimizer state are float32."""
     gradient_checkpointing: bool = False
     """Recompute each layer in the backward pass, for less memory."""
     checkpoint_minutes: float = Field(5.0, gt=0)
     """Time between resumable states on disk."""
     seed: int = Field(0, ge=0, lt=2**63)
-    """Of data order, sub-networks and token choice."""
+    """Seed of data order, sub-networks and token choice."""
 
     @model_validator(mode="after")
     def _some_loss(self) -> TrainRecipe:

@@ -57,7 +57,7 @@ def uniform_subnet(config: DecoderConfig, space: SearchSpace, size: float) -> Su
     Each MLP width goes with the number of groups that is the nearest to the same fraction of all.
 
     Args:
-        config: of the decoder.
+        config: config of the decoder.
         space: the choices.
         size: limit, as a fraction of the layers' parameters.
     """

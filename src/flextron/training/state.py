@@ -40,7 +40,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True, slots=True)
 class RunDirectory:
-    """Where one training run keeps its state; a run of another recipe or text does not go on from it."""
+    """The directory in which a training run keeps its state; a run of another recipe or text does not go on from it."""
 
     path: Path
     identity: dict[str, Any]
@@ -84,20 +84,20 @@ class RunDirectory:
             changed = sorted(k for k in self.identity if run.identity.get(k) != self.identity[k])
             raise FlextronError(
                 f"{self.path} holds an unfinished run that differs in {', '.join(changed)}; "
-                "finish it with its own settings, or remove that directory to start anew"
+                "finish it with its own settings, or remove that directory to start again"
             )
         try:
             weights = load_file(self._state / "model.safetensors")
             moments = load_file(self._state / "optimizer.safetensors")
         except (SafetensorError, OSError) as error:
-            raise FlextronError(f"{self._state} is damaged ({error}); remove it to start anew") from error
+            raise FlextronError(f"{self._state} is damaged ({error}); remove it to start again") from error
         self._check(model, weights, moments)
         self._restore(model, optimizer, weights, moments, run.step)
         return run.step, run.history
 
     def _read(self) -> _RunFile:
         path = self._state / "run.json"
-        return checked(_RunFile, read_json(path), str(path), f"remove {self._state} to start anew")
+        return checked(_RunFile, read_json(path), str(path), f"remove {self._state} to start again")
 
     def _check(self, model: nn.Module, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
         """See that the state holds what the model trains, and nothing of other shapes."""
@@ -105,7 +105,7 @@ class RunDirectory:
             stored = [weights.get(name), *(moments.get(f"{name}:{key}") for key in _MOMENTS)]
             whole = len({t is None for t in stored[1:]}) == 1 and (stored[0] is not None or not p.requires_grad)
             if not whole or any(t is not None and t.shape != p.shape for t in stored):
-                raise FlextronError(f"{self._state} lacks {name} or has it in another shape; remove it to start anew")
+                raise FlextronError(f"{self._state} lacks {name} or has it in another shape; remove it to start again")
 
     @staticmethod
     @torch.no_grad()

@@ -78,7 +78,7 @@ def token_costs(
         spec: static sub-network in which they run.
         space: its MLP widths are the choices.
         num_draws: draws of targets that are averaged; the labels' noise falls with their root.
-        generator: of the draws, on the CPU.
+        generator: generator of the draws, on the CPU.
 
     Returns:
         By layer, for those whose MLP the spec does not skip.

@@ -43,15 +43,15 @@ class SampledRouter:
         Args:
             router: gets the gradients.
             target: fraction of the full network's decode time.
-            price: of time, in logits.
+            price: price of time, in logits.
             tau: temperature of the softmax through which gradients flow.
-            logit_scale: of the priced logits against the noise.
-            seed: of the noise, together with the layer; recomputation in a backward pass must find the same.
+            logit_scale: scale of the priced logits against the noise.
+            seed: seed of the noise, together with the layer; recomputation in a backward pass must find the same.
         """
         self._router, self._target, self._price = router, target, price
         self._tau, self._logit_scale, self._seed = tau, logit_scale, seed
         self.spent: dict[int, Tensor] = {}
-        """By layer, the mean cost of the choices as a fraction of the full decode step; carries gradients."""
+        """Mean cost of the choices by layer, as a fraction of the full decode step; it carries gradients."""
 
     def __call__(self, layer: int, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         """See `TokenChoice`; no gradient flows to the hidden states."""
@@ -83,7 +83,7 @@ class JointStage:
     recipe: TokenRouterRecipe
 
     def routers(self, step: int, count: int) -> dict[float, SampledRouter]:
-        """Of a step, by target: as many targets as are asked for, but no more than there are."""
+        """Routers of a step by target: as many targets as are asked for, but no more than there are."""
         recipe = self.recipe
         rng = random.Random(f"{recipe.seed}/{step}")
         targets = rng.sample(sorted(self.static_specs), min(count, len(self.static_specs)))

@@ -51,4 +51,4 @@ class TokenRouterRecipe(BaseModel):
     heldout_blocks: int = Field(16, gt=0)
     """Blocks at the end of the text for calibration and comparison; neither stage trains on them."""
     seed: int = Field(0, ge=0, lt=2**63)
-    """Of draws, of the order of tokens, of targets and noise; the router's initialisation is its maker's."""
+    """Seed of draws, order of tokens, targets and noise; the router's initialisation has its own."""

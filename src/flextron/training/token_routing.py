@@ -52,9 +52,9 @@ class TokenRouterResult:
     kept: str
     """The stage whose router was kept: `warm` or `joint`."""
     warm_history: list[dict[str, float]] = field(default_factory=list)
-    """Of each epoch: the regression's loss on training and held-out tokens."""
+    """The regression's loss on training and held-out tokens, for each epoch."""
     joint_history: list[dict[str, float]] = field(default_factory=list)
-    """Of each joint step: its losses and cost."""
+    """Losses and cost of each joint step."""
 
 
 @torch.no_grad()
@@ -69,7 +69,7 @@ def routed_kl(
         tokens_BT: windows of tokens.
         spec: the static sub-network.
         router: routes tokens around it, at its calibrated price; None runs the static one.
-        target: of the router.
+        target: target of the router.
     """
     choice = None if router is None else router.at(target)
     total = 0.0

@@ -29,7 +29,7 @@ from flextron.training.token_recipe import TokenRouterRecipe
 __all__ = ["warm_start"]
 
 _SMALLEST = 1e-12
-"""Of a mean cost, in nats: a width that changes nothing still has a logarithm."""
+"""Smallest mean cost, in nats: a width that changes nothing still has a logarithm."""
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ class TrainResult:
     num_tokens: int
     """Tokens of text, each counted once, resumed steps included."""
     seconds: float
-    """Of this process; resumed steps not included."""
+    """Seconds of this process; steps before a resume are not included."""
     tokens_per_second: float
     """Over this process's steps."""
     history: list[dict[str, float]] = field(default_factory=list)

@@ -1,1 +1,1 @@
-"""Whole jobs over the Python face: a recipe from checkpoint to profiled elastic model, and the demo."""
+"""Whole jobs over the Python API: a recipe from checkpoint to profiled elastic model, and the demo."""

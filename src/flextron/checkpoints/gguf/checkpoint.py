@@ -165,7 +165,7 @@ def _check_settings(file: _File) -> None:
 
 
 def _targets(file: _File) -> dict[str, tuple[str, TensorMap]]:
-    """For each tensor that the family can have, by its name in the file: Hugging Face's name, and its layout there."""
+    """Hugging Face's name and layout of each tensor that the family can have, by its name in the file."""
     num_layers = file.sizes.num_layers
     arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == file.arch)
     names = gguf.get_tensor_name_map(arch, num_layers)

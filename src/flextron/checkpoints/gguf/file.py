@@ -99,7 +99,7 @@ class _Cursor:
             raise _DamageError("a text in its header is not UTF-8") from error
 
     def value(self) -> Any:
-        """Of metadata: a text, a number, or a list or array of them."""
+        """A value of the metadata: a text, a number, or a list or array of them."""
         kind = self.number("I")
         if kind == _STRING:
             return self.text()

@@ -57,7 +57,7 @@ _REFUSED_TOKENIZER = (
     *("remove_extra_whitespaces", "precompiled_charsmap", "suppress_tokens"),
     *("normalizer.lowercase", "normalizer.strip_accents"),
 )
-"""Of `tokenizer.ggml.`: none of the tokenizers that are read does this."""
+"""Keys below `tokenizer.ggml.` that are refused: none of the tokenizers that are read does this."""
 
 
 def _known() -> Iterator[str]:

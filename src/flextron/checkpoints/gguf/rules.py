@@ -80,9 +80,9 @@ _RULES: Mapping[str, Rule] = {
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,
 }
-"""By `tokenizer.ggml.pre`. The converter writes "olmo" for GPT-NeoX and Pythia, whose rule is the same."""
+"""Rules by `tokenizer.ggml.pre`. The converter writes "olmo" for GPT-NeoX and Pythia, whose rule is the same."""
 _OF_ARCHITECTURES: Mapping[str, Rule] = {"gpt2": _GPT2, "gptneox": _NEOX, "qwen2": _QWEN2, "qwen3": _QWEN2}
-"""For files of before 2024, which name no rule: all models of these architectures have the same. Llama's do not."""
+"""Rules of files from before 2024, which name none: all models of these architectures share one. Llama's do not."""
 
 
 def rule_of(name: object, arch: object) -> Rule:

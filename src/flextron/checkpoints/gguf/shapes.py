@@ -22,7 +22,7 @@ _BLOCK = re.compile(r"blk\.(\d+)\.")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sizes:
-    """Of a model, by Hugging Face's names."""
+    """Sizes of a model, by Hugging Face's names."""
 
     vocab_size: int
     hidden_size: int
@@ -78,7 +78,7 @@ def read_sizes(metadata: Metadata, tensors: Mapping[str, GgufTensor]) -> Sizes:
 
 
 def _num_layers(metadata: Metadata, tensors: Mapping[str, GgufTensor]) -> int:
-    """Of the metadata, where the file has tensors of so many."""
+    """Number of layers in the metadata, checked against the tensors in the file."""
     named, held = metadata.count("block_count"), {int(m[1]) for name in tensors if (m := _BLOCK.match(name))}
     if named != len(held):
         raise FlextronError(

@@ -151,7 +151,7 @@ def _sentencepiece(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> Token
 
 
 def _scores(metadata: Mapping[str, Any], size: int) -> Sequence[float]:
-    """Of each token; all 0 where the file has none."""
+    """Score of each token; all 0 if the file has none."""
     given = metadata.get(_KEYS.SCORES)
     if given is None:
         return [0.0] * size

@@ -22,7 +22,7 @@ _log = logging.getLogger("flextron.model")
 _KEYS = gguf.Keys.Tokenizer
 _KINDS, _NO_KINDS = ("gpt2", "llama"), ("none", "no_vocab")
 _SPECIAL = {"bos_token": _KEYS.BOS_ID, "eos_token": _KEYS.EOS_ID, "unk_token": _KEYS.UNK_ID, "pad_token": _KEYS.PAD_ID}
-"""By `transformers`' names."""
+"""Special tokens by `transformers`' names."""
 _SENTENCEPIECE = {"unk_token": 0, "bos_token": 1, "eos_token": 2}
 """What SentencePiece's ids are where a file does not say."""
 _ENDS = frozenset(
@@ -95,7 +95,7 @@ def special_ids(metadata: Mapping[str, Any], size: int) -> dict[str, int]:
 
     Args:
         metadata: the file's keys and values.
-        size: of the vocabulary.
+        size: size of the vocabulary.
     """
     kind = metadata.get(_KEYS.MODEL)
     defaults = _SENTENCEPIECE if isinstance(kind, str) and kind == "llama" else {}

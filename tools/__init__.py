@@ -1,0 +1,1 @@
+"""Commands for the maintainers of this repository; they are not part of the package."""
