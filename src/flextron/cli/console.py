@@ -41,12 +41,15 @@ def progress(description: str) -> Iterator[StepCallback]:
     """A bar with an estimate, on stderr, from the first step on; where stderr is a log, a line now and then."""
     bar = Progress(ProgressLine(_messages), console=_messages)
     task = bar.add_task(description, total=None, figures=())
+    last: int | None = None
 
     def step(done: int, total: int, figures: dict[str, float] | None = None, /) -> None:
+        nonlocal last
         shown = [f"{name} {value:.4g}" for name, value in (figures or {}).items()]
         if not _messages.is_terminal:
-            # a log, not a screen: a line at every tenth
-            if done == 1 or done == total or done * 10 // total > (done - 1) * 10 // total:
+            # a log, not a screen: a line at every tenth, however many steps are done at once
+            before, last = (done - 1 if last is None else last), done
+            if done == 1 or done == total or done * 10 // total > before * 10 // total:
                 message(f"{description}: {done} of {total}  {'  '.join(shown)}".rstrip())
             return
         if not bar.live.is_started:

@@ -78,7 +78,7 @@ def _tasks(
     specs = _specs(model, targets, params)
     with ExitStack() as stack:
         measured = evaluate_tasks(
-            model, specs, tasks, on_network=lambda name: stack.enter_context(progress(name)), **options
+            model, specs, tasks, on_network=lambda name: stack.enter_context(progress(f"tasks, {name}")), **options
         )
     if as_json:
         show([], title="", as_json=True, result=to_json(model, measured))
