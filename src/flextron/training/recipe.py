@@ -66,8 +66,8 @@ class TrainRecipe(BaseModel):
     kl_weight: float = Field(1.0, ge=0)
     """Weight of the forward KL to the frozen original."""
     kl_fraction: float = Field(0.25, gt=0, le=1)
-    """Part of the tokens, drawn again at each step, on which the KL is computed: an unbiased estimate at a fraction of the
-    vocabulary's cost."""
+    """Part of the tokens, drawn again at each step, on which the KL is computed: an unbiased estimate at a fraction of
+    the vocabulary's cost."""
     hidden_weight: float = Field(1.0, ge=0)
     """Weight of the distance to the teacher's final hidden states, on all tokens, in the head's metric."""
     lm_weight: float = Field(0.0, ge=0)

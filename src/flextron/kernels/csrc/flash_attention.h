@@ -324,7 +324,7 @@ class Run {
         scatter(span, block.out + 0, 1.0f, a_.out);
     }
 
-    // Makes shares of a row's scores, and makes smaller what it has so far if these have a larger maximum.
+    // Online softmax: exponentiate a tile, rescale the running output when the row maximum grows.
     void soften(const Range& range, const Meeting& tile, long i, const Block& block) const {
         float* scores = block.shares + i * kKeys;
         const long end = padded(tile.num_keys);
