@@ -27,7 +27,7 @@ from flextron.model.scoring import mean_loss
 from flextron.spec import SearchSpace, SubnetSpec
 from flextron.training.blocks import TokenBlocks
 from flextron.training.recipe import TrainRecipe
-from flextron.training.trainer import Run
+from flextron.training.trainer import TrainingRun
 
 __all__ = ["demo_record", "run"]
 
@@ -178,7 +178,7 @@ def throughput() -> Figure:
 _RECIPES: dict[str, dict[str, float]] = {"default": {}, "same loss": {"kl_fraction": 1.0, "hidden_weight": 0.0}}
 
 
-def _our_run(tokens: torch.Tensor, settings: dict[str, float]) -> Run:
+def _our_run(tokens: torch.Tensor, settings: dict[str, float]) -> TrainingRun:
     ours = smollm2.decoder()
     config = ours.config
     space = SearchSpace(
@@ -188,7 +188,7 @@ def _our_run(tokens: torch.Tensor, settings: dict[str, float]) -> Run:
     )
     blocks = TokenBlocks.from_tokens(tokens.flatten().int().numpy(), context=256)
     recipe = TrainRecipe(tokens=100_000, batch_size=4, micro_batch_size=4, **settings)
-    run = Run(ours, copy.deepcopy(ours), space, blocks, recipe)
+    run = TrainingRun(ours, copy.deepcopy(ours), space, blocks, recipe)
     run.sampler = _FullOnly(space.full)  # type: ignore[assignment]
     ours.train()
     return run

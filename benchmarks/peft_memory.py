@@ -10,8 +10,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from benchmarks import smollm2
+from flextron.finetuning.example import Example
 from flextron.finetuning.layerwise import Finetuning
-from flextron.finetuning.packing import Example
 from flextron.model.adapter import Adapter
 
 __all__ = ["saved_by_peft", "saved_by_windows"]

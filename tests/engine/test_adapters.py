@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import weakref
-from collections.abc import Sequence as Items
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from peft import PeftModel
 from flextron.checkpoints.huggingface import write_checkpoint
 from flextron.checkpoints.peft import read_adapter, write_adapter
 from flextron.elastic.extract import extract
-from flextron.engine import EngineCore, Network, Sequence, Speculation
+from flextron.engine import EngineCore, Network, Request, Speculation
 from flextron.errors import FlextronError
 from flextron.generation.generate import SamplingParams, generate
 from flextron.model.adapter import Adapter
@@ -45,12 +45,12 @@ def finish(core: EngineCore) -> None:
         core.pool.check_integrity([page for s in core.scheduler for page in s.pages])
 
 
-def answers(core: EngineCore, prompts: Items[list[int]], networks: Items[Network]) -> list[list[int]]:
+def answers(core: EngineCore, prompts: Sequence[list[int]], networks: Sequence[Network]) -> list[list[int]]:
     """Greedy ones, all in shared batches."""
     asked = zip(prompts, networks, strict=True)
-    sequences = [core.add(str(i), prompt, GREEDY, network) for i, (prompt, network) in enumerate(asked)]
+    requests = [core.add(str(i), prompt, GREEDY, network) for i, (prompt, network) in enumerate(asked)]
     finish(core)
-    return [s.answer for s in sequences]
+    return [s.answer for s in requests]
 
 
 def mixed_adapters(config: DecoderConfig) -> list[Adapter]:
@@ -105,13 +105,13 @@ def test_any_sub_networks_answer_as_with_merged_weights(name: str, native: bool)
     core = engine(decoder, num_pages=15, native=native)
     drawn = [(i % len(kinds), rng.choice(specs), rng.choice(PROMPTS[::2])) for i in range(9)]
     asked = [rng.choice(drawn) for _ in range(24)]
-    sequences: list[Sequence] = []
+    requests: list[Request] = []
     for i, (kind, spec, prompt) in enumerate(asked):
-        sequences.append(core.add(str(i), prompt, GREEDY, core.network(spec, adapter=kinds[kind])))
+        requests.append(core.add(str(i), prompt, GREEDY, core.network(spec, adapter=kinds[kind])))
         core.step()
     finish(core)
     assert core.scheduler.num_cached_tokens
-    assert [s.answer for s in sequences] == [
+    assert [s.answer for s in requests] == [
         generate(decoders[kind], [prompt], spec, GREEDY)[0] for kind, spec, prompt in asked
     ]
     assert core.pool.num_used == 0
@@ -122,11 +122,11 @@ def test_logprobs_are_those_of_the_decoder_with_the_adapter(native: bool) -> Non
     core = engine(DECODER, num_pages=20, native=native)
     params = SamplingParams(max_tokens=3, logprobs=1)
     for adapter in mixed_adapters(CONFIG):
-        sequence = core.add("a", [1, 2, 3], params, core.network(FULL, adapter=adapter))
+        request = core.add("a", [1, 2, 3], params, core.network(FULL, adapter=adapter))
         outputs = []
         while core.has_unfinished:
             outputs += core.step()
-        batch = Batch.ragged([torch.tensor(sequence.tokens)], [FULL], adapters=[adapter])
+        batch = Batch.ragged([torch.tensor(request.tokens)], [FULL], adapters=[adapter])
         wanted = DECODER.logits(DECODER(batch)).log_softmax(-1)[2:]
         for output, row in zip(outputs, wanted, strict=False):
             assert output.logprobs is not None

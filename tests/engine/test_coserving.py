@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flextron.engine import CoServing, EngineCore, EngineSettings, Filler, Sequence, StepOutput
+from flextron.engine import CoServing, CoServingScheduler, EngineCore, EngineSettings, Request, StepOutput
 from flextron.errors import FlextronError
 from flextron.finetuning.lora import LoraTrainer, LoraTrainers
 from flextron.finetuning.trainer import StepMetrics
@@ -78,41 +78,41 @@ class TimedCore(EngineCore):
             self.clock.now += 0.010 + 0.0005 * self.num_tokens
         return outputs
 
-    def ask(self, num_tokens: int, prompt: list[int] = PROMPT) -> Sequence:
+    def ask(self, num_tokens: int, prompt: list[int] = PROMPT) -> Request:
         params = SamplingParams(max_tokens=num_tokens)
-        sequence = self.add(str(self.clock.now), prompt, params, self.network(DECODER.widths))
-        sequence.arrived = self.clock.now
-        return sequence
+        request = self.add(str(self.clock.now), prompt, params, self.network(DECODER.widths))
+        request.arrived = self.clock.now
+        return request
 
 
-def tokens_of(filler: Filler, times: dict[Sequence, list[float]]) -> None:
+def tokens_of(coserving: CoServingScheduler, times: dict[Request, list[float]]) -> None:
     """One iteration and what training does after it; when tokens came."""
-    for output in filler.step():
-        times.setdefault(output.sequence, []).append(filler.core.clock.now)  # type: ignore[attr-defined]
+    for output in coserving.step():
+        times.setdefault(output.request, []).append(coserving.core.clock.now)  # type: ignore[attr-defined]
 
 
 def tpot(times: list[float]) -> float:
     return (times[-1] - times[0]) / (len(times) - 1)
 
 
-def system(settings: CoServing, **options: int) -> tuple[Clock, TimedCore, TimedWork, Filler]:
+def system(settings: CoServing, **options: int) -> tuple[Clock, TimedCore, TimedWork, CoServingScheduler]:
     clock = Clock()
     core, work = TimedCore(clock, **options), TimedWork(clock)
-    return clock, core, work, Filler(core, work, settings, now=clock)
+    return clock, core, work, CoServingScheduler(core, work, settings, now=clock)
 
 
-def warm(filler: Filler) -> None:
-    """Let the filler see what units take."""
+def warm(coserving: CoServingScheduler) -> None:
+    """Let the scheduler see what units take."""
     for _ in range(60):
-        filler.fill(lambda: False)
+        coserving.fill(lambda: False)
 
 
 def test_an_idle_engine_trains_all_the_time_in_units_of_bounded_length() -> None:
-    clock, _, work, filler = system(CoServing(tpot_ms=30, max_unit_ms=20))
-    warm(filler)
+    clock, _, work, coserving = system(CoServing(tpot_ms=30, max_unit_ms=20))
+    warm(coserving)
     began, units = clock.now, len(work.units)
     for _ in range(100):
-        filler.fill(lambda: False)
+        coserving.fill(lambda: False)
     lengths = [b - a for a, b in work.units[units:]]
     assert clock.now - began == pytest.approx(sum(lengths))
     assert max(lengths) <= 0.0201
@@ -121,85 +121,85 @@ def test_an_idle_engine_trains_all_the_time_in_units_of_bounded_length() -> None
 
 @pytest.mark.parametrize("tpot_ms", [14.0, 20.0, 40.0])
 def test_decoding_takes_the_objective_and_training_the_rest(tpot_ms: float) -> None:
-    clock, core, _, filler = system(CoServing(tpot_ms=tpot_ms, max_unit_ms=20))
-    warm(filler)
-    sequences = [core.ask(45) for _ in range(3)]
-    times: dict[Sequence, list[float]] = {}
-    began, trained = clock.now, filler.seconds
+    clock, core, _, coserving = system(CoServing(tpot_ms=tpot_ms, max_unit_ms=20))
+    warm(coserving)
+    requests = [core.ask(45) for _ in range(3)]
+    times: dict[Request, list[float]] = {}
+    began, trained = clock.now, coserving.seconds
     while core.has_unfinished:
-        tokens_of(filler, times)
-        filler.fill(lambda: False)
-    for sequence in sequences:
-        assert tpot(times[sequence]) <= tpot_ms / 1e3
+        tokens_of(coserving, times)
+        coserving.fill(lambda: False)
+    for request in requests:
+        assert tpot(times[request]) <= tpot_ms / 1e3
         # and what it leaves is not left lying about: an iteration takes 11.5 ms
-        assert tpot(times[sequence]) >= max(0.0115, 0.85 * tpot_ms / 1e3 - 0.002)
-        gaps = [b - a for a, b in zip(times[sequence], times[sequence][1:], strict=False)]
+        assert tpot(times[request]) >= max(0.0115, 0.85 * tpot_ms / 1e3 - 0.002)
+        gaps = [b - a for a, b in zip(times[request], times[request][1:], strict=False)]
         assert max(gaps) <= 2 * tpot_ms / 1e3 + 0.0115
     if tpot_ms > 14:
-        assert (filler.seconds - trained) / (clock.now - began) > 0.7 * (1 - 11.5 / tpot_ms)
+        assert (coserving.seconds - trained) / (clock.now - began) > 0.7 * (1 - 11.5 / tpot_ms)
 
 
 def test_training_rests_while_prompts_wait() -> None:
-    _, core, work, filler = system(CoServing(tpot_ms=100, max_unit_ms=20))
-    warm(filler)
+    _, core, work, coserving = system(CoServing(tpot_ms=100, max_unit_ms=20))
+    warm(coserving)
     core.ask(3, PROMPT * 8)  # three iterations
     units = len(work.units)
     for _ in range(2):
-        assert not filler.step()
-        filler.fill(lambda: False)
+        assert not coserving.step()
+        coserving.fill(lambda: False)
         assert len(work.units) == units
-    assert filler.step()
-    filler.fill(lambda: False)
+    assert coserving.step()
+    coserving.fill(lambda: False)
     assert len(work.units) > units
 
 
 def test_with_an_objective_for_the_first_token_prompts_leave_time() -> None:
-    _, core, work, filler = system(CoServing(tpot_ms=100, ttft_ms=200, max_unit_ms=20))
-    warm(filler)
-    tokens_of(filler, {})
+    _, core, work, coserving = system(CoServing(tpot_ms=100, ttft_ms=200, max_unit_ms=20))
+    warm(coserving)
+    tokens_of(coserving, {})
     first = core.ask(2, PROMPT * 8)
-    times: dict[Sequence, list[float]] = {}
+    times: dict[Request, list[float]] = {}
     units = len(work.units)
     while core.has_unfinished:
-        tokens_of(filler, times)
-        filler.fill(lambda: False)
+        tokens_of(coserving, times)
+        coserving.fill(lambda: False)
     assert len(work.units) > units
     assert times[first][0] - first.arrived <= 0.2
 
 
 def test_somebody_who_waits_stops_the_filling_after_one_unit() -> None:
-    _, core, work, filler = system(CoServing(tpot_ms=1000, max_unit_ms=5))
-    warm(filler)
+    _, core, work, coserving = system(CoServing(tpot_ms=1000, max_unit_ms=5))
+    warm(coserving)
     core.ask(5)
-    filler.step()
+    coserving.step()
     units = len(work.units)
-    filler.fill(lambda: True)
+    coserving.fill(lambda: True)
     assert len(work.units) == units + 1
-    filler.fill(lambda: False)
+    coserving.fill(lambda: False)
     assert len(work.units) > units + 20
 
 
 def test_an_objective_below_the_iteration_leaves_nothing() -> None:
-    _, core, work, filler = system(CoServing(tpot_ms=5, max_unit_ms=20))
-    warm(filler)
+    _, core, work, coserving = system(CoServing(tpot_ms=5, max_unit_ms=20))
+    warm(coserving)
     core.ask(30)
     units = len(work.units)
     while core.has_unfinished:
-        filler.step()
+        coserving.step()
         if core.has_unfinished:
-            filler.fill(lambda: False)
+            coserving.fill(lambda: False)
     assert len(work.units) == units
-    assert filler.reserve > 0.05
+    assert coserving.reserve > 0.05
 
 
 def _share_in_time(seed: int, tpot_ms: float, *, with_training: bool) -> float:
     """Of 30 requests."""
-    clock, core, _, filler = system(CoServing(tpot_ms=tpot_ms, max_unit_ms=15))
+    clock, core, _, coserving = system(CoServing(tpot_ms=tpot_ms, max_unit_ms=15))
     rng = random.Random(seed)
     if with_training:
-        warm(filler)
+        warm(coserving)
     arrivals = sorted(clock.now + 8 * rng.random() for _ in range(30))
-    times: dict[Sequence, list[float]] = {}
+    times: dict[Request, list[float]] = {}
 
     def is_due() -> bool:
         return bool(arrivals) and arrivals[0] <= clock.now
@@ -209,11 +209,11 @@ def _share_in_time(seed: int, tpot_ms: float, *, with_training: bool) -> float:
             arrivals.pop(0)
             core.ask(rng.randint(2, 40), [rng.randrange(50) for _ in range(rng.randint(1, 24))])
         if core.has_unfinished:
-            tokens_of(filler, times)
+            tokens_of(coserving, times)
         elif not with_training:
             clock.now = arrivals[0]
         if with_training:
-            filler.fill(is_due)
+            coserving.fill(is_due)
     assert len(times) == 30
     return sum(tpot(t) <= tpot_ms / 1e3 for t in times.values()) / 30
 
@@ -258,18 +258,18 @@ def answers(work: LoraWork | None) -> list[list[int]]:
     """Of requests in several sub-networks, with training between the iterations or without."""
     rng = random.Random(2)
     core = EngineCore(DECODER, EngineSettings(kv_cache_gb=0.01, page_size=4, max_num_seqs=4, max_num_batched_tokens=8))
-    filler = None if work is None else Filler(core, work, CoServing(tpot_ms=1e4, ttft_ms=1e5))
-    sequences = []
+    coserving = None if work is None else CoServingScheduler(core, work, CoServing(tpot_ms=1e4, ttft_ms=1e5))
+    requests = []
     for k, spec in enumerate(ragged_specs(DECODER.config, 3) * 3):
         prompt = [rng.randrange(50) for _ in range(rng.randint(1, 15))]
-        sequences.append(core.add(str(k), prompt, SamplingParams(max_tokens=12), core.network(spec)))
+        requests.append(core.add(str(k), prompt, SamplingParams(max_tokens=12), core.network(spec)))
     while core.has_unfinished:
-        (filler or core).step()
-        if filler is not None:
-            filler.fill(lambda: rng.random() < 0.5)
+        (coserving or core).step()
+        if coserving is not None:
+            coserving.fill(lambda: rng.random() < 0.5)
     while work is not None and work.unit is not None:
         work.run_unit(rng.randint(1, 9))
-    return [s.answer for s in sequences]
+    return [s.answer for s in requests]
 
 
 def test_answers_and_adapter_are_those_of_each_alone() -> None:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flextron.engine import EngineCore, EngineSettings, FinishReason, Sequence
+from flextron.engine import EngineCore, EngineSettings, FinishReason, Request
 from flextron.engine.runner import unit_bytes
 from flextron.errors import FlextronError
 from flextron.generation.generate import SamplingParams, generate
@@ -22,13 +22,13 @@ from flextron.spec import SubnetSpec
 from tests.random_decoders import ragged_specs, random_decoder, rounded_decoder
 
 PAGE = 4
-PATHS = [False] if isinstance(load_library("step"), str) else [True, False]
+PATHS = [False] if isinstance(load_library("decoder"), str) else [True, False]
 DECODER = random_decoder("llama")
 SPECS = ragged_specs(DECODER.config, 3)
 
 
 @dataclass(frozen=True)
-class Request:
+class Asked:
     """What a client asks."""
 
     prompt: list[int]
@@ -47,7 +47,7 @@ def engine(decoder: Decoder, *, num_pages: int, native: bool, **options: object)
     )
 
 
-def requests(rng: random.Random, vocab_size: int, specs: list[SubnetSpec], count: int) -> list[Request]:
+def random_requests(rng: random.Random, vocab_size: int, specs: list[SubnetSpec], count: int) -> list[Asked]:
     """Some of them begin alike."""
     shared = [rng.randrange(vocab_size) for _ in range(9)]
 
@@ -55,46 +55,46 @@ def requests(rng: random.Random, vocab_size: int, specs: list[SubnetSpec], count
         own = [rng.randrange(vocab_size) for _ in range(rng.randint(1, 20))]
         return shared + own if rng.random() < 0.4 else own
 
-    return [Request(prompt(), rng.choice(specs), SamplingParams(max_tokens=rng.randint(1, 16))) for _ in range(count)]
+    return [Asked(prompt(), rng.choice(specs), SamplingParams(max_tokens=rng.randint(1, 16))) for _ in range(count)]
 
 
-def serve(core: EngineCore, asked: list[Request], rng: random.Random, *, aborts: float = 0.0) -> list[Sequence]:
+def serve(core: EngineCore, asked: list[Asked], rng: random.Random, *, aborts: float = 0.0) -> list[Request]:
     """Add requests while others run; check the cache after every step."""
-    sequences: list[Sequence] = []
+    requests: list[Request] = []
     waiting = list(asked)
     while waiting or core.has_unfinished:
         if waiting and rng.random() < 0.6:
             r = waiting.pop(0)
-            sequences.append(core.add(str(len(sequences)), r.prompt, r.params, core.network(r.spec)))
-        if sequences and rng.random() < aborts:
-            core.abort(rng.choice(sequences))
+            requests.append(core.add(str(len(requests)), r.prompt, r.params, core.network(r.spec)))
+        if requests and rng.random() < aborts:
+            core.abort(rng.choice(requests))
         core.step()
         core.pool.check_integrity([page for s in core.scheduler for page in s.pages])
-    return sequences
+    return requests
 
 
 @pytest.mark.parametrize("native", PATHS)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "llama-mqa", "neox"])
 def test_answers_are_those_of_plain_generation(name: str, native: bool) -> None:
     decoder, rng = random_decoder(name), random.Random(1)
-    asked = requests(rng, decoder.config.vocab_size, ragged_specs(decoder.config, 3), 14)
+    asked = random_requests(rng, decoder.config.vocab_size, ragged_specs(decoder.config, 3), 14)
     core = engine(decoder, num_pages=15, native=native)
-    sequences = serve(core, asked, rng)
+    requests = serve(core, asked, rng)
     wanted = [generate(decoder, [r.prompt], r.spec, r.params)[0] for r in asked]
-    assert [s.answer for s in sequences] == wanted
-    assert all(s.finish_reason is FinishReason.LENGTH for s in sequences)
+    assert [s.answer for s in requests] == wanted
+    assert all(s.finish_reason is FinishReason.LENGTH for s in requests)
     assert core.pool.num_used == 0
 
 
-@pytest.mark.skipif(isinstance(load_library("step"), str), reason="needs the compiled iteration")
+@pytest.mark.skipif(isinstance(load_library("decoder"), str), reason="needs the compiled iteration")
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 @pytest.mark.parametrize("name", ["llama", "neox"])
 def test_answers_of_quantized_engines_are_those_of_the_rounded_weights(name: str, weights: Weights) -> None:
     decoder, rng = random_decoder(name), random.Random(4)
-    asked = requests(rng, decoder.config.vocab_size, ragged_specs(decoder.config, 3), 10)
-    sequences = serve(engine(decoder, num_pages=15, native=True, weights=weights), asked, rng)
+    asked = random_requests(rng, decoder.config.vocab_size, ragged_specs(decoder.config, 3), 10)
+    requests = serve(engine(decoder, num_pages=15, native=True, weights=weights), asked, rng)
     reference = rounded_decoder(decoder, weights)
-    assert [s.answer for s in sequences] == [generate(reference, [r.prompt], r.spec, r.params)[0] for r in asked]
+    assert [s.answer for s in requests] == [generate(reference, [r.prompt], r.spec, r.params)[0] for r in asked]
 
 
 @pytest.mark.parametrize("native", PATHS)
@@ -103,7 +103,7 @@ def test_answers_of_quantized_engines_are_those_of_the_rounded_weights(name: str
 def test_any_traffic_ends_well(native: bool, seed: int, num_pages: int, budget: int) -> None:
     """Preemption, cancelling, chunks of all sizes: nothing leaks, and whoever was not cancelled gets its answer."""
     rng = random.Random(seed)
-    asked = requests(rng, DECODER.config.vocab_size, SPECS, 8)
+    asked = random_requests(rng, DECODER.config.vocab_size, SPECS, 8)
     core = engine(DECODER, num_pages=num_pages, native=native, max_num_batched_tokens=budget)
     for r, s in zip(asked, serve(core, asked, rng, aborts=0.1), strict=True):
         wanted = generate(DECODER, [r.prompt], r.spec, r.params)[0]
@@ -116,7 +116,7 @@ def test_any_traffic_ends_well(native: bool, seed: int, num_pages: int, budget: 
 
 def test_preempted_and_cached_requests_happen_in_these_tests() -> None:
     rng = random.Random(1)
-    asked = requests(rng, DECODER.config.vocab_size, [DECODER.config.full_spec], 14)
+    asked = random_requests(rng, DECODER.config.vocab_size, [DECODER.config.full_spec], 14)
     core = engine(DECODER, num_pages=15, native=False)
     serve(core, asked, rng)
     assert core.scheduler.num_preemptions
@@ -129,10 +129,10 @@ def test_memory_is_proportional_to_groups() -> None:
     core = engine(DECODER, num_pages=15, native=False)
     used = {}
     for spec in (full, half):
-        sequence = core.add("a", [1] * 9, SamplingParams(max_tokens=4), core.network(spec))
+        request = core.add("a", [1] * 9, SamplingParams(max_tokens=4), core.network(spec))
         core.step()
         used[spec] = core.pool.num_used
-        core.abort(sequence)
+        core.abort(request)
     assert used[half] * 2 == used[full]
 
 
@@ -142,12 +142,12 @@ def test_a_seed_gives_the_same_draws_whatever_runs_beside() -> None:
     for others in (0, 4):
         core = engine(DECODER, num_pages=40, native=False)
         network = core.network(DECODER.config.full_spec)
-        sequence = core.add("a", [1, 2, 3], params, network)
+        request = core.add("a", [1, 2, 3], params, network)
         for i in range(others):
             core.add(str(i), [5, i], SamplingParams(max_tokens=5, temperature=1.0), network)
         while core.has_unfinished:
             core.step()
-        answers.append(sequence.answer)
+        answers.append(request.answer)
     assert answers[0] == answers[1]
 
 
@@ -156,11 +156,11 @@ def test_stop_tokens_end_a_request() -> None:
     free = generate(DECODER, [[1, 2]], spec, SamplingParams(max_tokens=8))[0]
     core = engine(DECODER, num_pages=10, native=False)
     params = SamplingParams(max_tokens=8, stop_token_ids=(free[3],))
-    sequence = core.add("a", [1, 2], params, core.network(spec))
+    request = core.add("a", [1, 2], params, core.network(spec))
     while core.has_unfinished:
         core.step()
-    assert sequence.answer == free[: free.index(free[3])]
-    assert sequence.finish_reason is FinishReason.STOP
+    assert request.answer == free[: free.index(free[3])]
+    assert request.finish_reason is FinishReason.STOP
 
 
 @pytest.mark.parametrize(
@@ -201,11 +201,11 @@ def test_greedy_and_sampled_requests_share_a_batch() -> None:
 def test_logprobs_are_the_models_own() -> None:
     spec = DECODER.config.full_spec
     core = engine(DECODER, num_pages=10, native=False)
-    sequence = core.add("a", [1, 2, 3], SamplingParams(max_tokens=3, temperature=0.7, logprobs=4), core.network(spec))
+    request = core.add("a", [1, 2, 3], SamplingParams(max_tokens=3, temperature=0.7, logprobs=4), core.network(spec))
     outputs = []
     while core.has_unfinished:
         outputs += core.step()
-    hidden = DECODER(Batch.padded(torch.tensor([sequence.tokens]), spec))
+    hidden = DECODER(Batch.padded(torch.tensor([request.tokens]), spec))
     wanted = DECODER.logits(hidden).log_softmax(-1)[2:]
     for output, row in zip(outputs, wanted, strict=False):
         assert output.logprobs is not None

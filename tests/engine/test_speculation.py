@@ -16,7 +16,7 @@ from flextron.errors import FlextronError
 from flextron.generation.generate import SamplingParams, generate
 from flextron.kernels.build import load_library
 from flextron.kernels.decoder import Weights
-from tests.engine.test_engine import DECODER, PAGE, PATHS, SPECS, engine, requests, serve
+from tests.engine.test_engine import DECODER, PAGE, PATHS, SPECS, engine, random_requests, serve
 from tests.random_decoders import ragged_specs, random_decoder
 
 FULL = DECODER.config.full_spec
@@ -27,11 +27,11 @@ FULL = DECODER.config.full_spec
 def test_greedy_answers_are_those_without_drafts(name: str, native: bool) -> None:
     decoder, rng = random_decoder(name), random.Random(2)
     specs = ragged_specs(decoder.config, 3)
-    asked = requests(rng, decoder.config.vocab_size, specs, 10)
+    asked = random_requests(rng, decoder.config.vocab_size, specs, 10)
     speculation = Speculation(drafts=tuple(specs), num_tokens=3)
     core = engine(decoder, num_pages=40, native=native, max_num_seqs=2, speculation=speculation)
-    sequences = serve(core, asked, rng)
-    assert [s.answer for s in sequences] == [generate(decoder, [r.prompt], r.spec, r.params)[0] for r in asked]
+    requests = serve(core, asked, rng)
+    assert [s.answer for s in requests] == [generate(decoder, [r.prompt], r.spec, r.params)[0] for r in asked]
     assert core.speculator is not None
     assert core.speculator.num_drafted > 0
     assert core.pool.num_used == 0
@@ -42,7 +42,7 @@ def test_greedy_answers_are_those_without_drafts(name: str, native: bool) -> Non
 def test_any_traffic_ends_well(seed: int, num_pages: int, length: int | None) -> None:
     """Little memory, cancelling, prefixes that are shared: nothing leaks, and no draft gets into an answer."""
     rng = random.Random(seed)
-    asked = requests(rng, DECODER.config.vocab_size, SPECS, 8)
+    asked = random_requests(rng, DECODER.config.vocab_size, SPECS, 8)
     speculation = Speculation(drafts=tuple(SPECS[:2]), num_tokens=length)
     core = engine(DECODER, num_pages=num_pages, native=False, max_num_seqs=3, speculation=speculation)
     for r, s in zip(asked, serve(core, asked, rng, aborts=0.1), strict=True):
@@ -53,7 +53,7 @@ def test_any_traffic_ends_well(seed: int, num_pages: int, length: int | None) ->
 
 def test_the_network_itself_as_draft_is_always_right() -> None:
     core = engine(DECODER, num_pages=20, native=False, speculation=Speculation(drafts=(FULL,), num_tokens=3))
-    sequence = core.add("a", [1, 2, 3], SamplingParams(max_tokens=13), core.network(FULL))
+    request = core.add("a", [1, 2, 3], SamplingParams(max_tokens=13), core.network(FULL))
     steps = 0
     while core.has_unfinished:
         core.step()
@@ -62,10 +62,10 @@ def test_the_network_itself_as_draft_is_always_right() -> None:
     assert steps == 4
     assert core.speculator is not None
     assert core.speculator.num_accepted == core.speculator.num_drafted == 9
-    assert sequence.answer == generate(DECODER, [[1, 2, 3]], FULL, SamplingParams(max_tokens=13))[0]
+    assert request.answer == generate(DECODER, [[1, 2, 3]], FULL, SamplingParams(max_tokens=13))[0]
 
 
-@pytest.mark.skipif(isinstance(load_library("step"), str), reason="needs the compiled iteration")
+@pytest.mark.skipif(isinstance(load_library("decoder"), str), reason="needs the compiled iteration")
 @pytest.mark.parametrize("drafts", ["int8", "int4"])
 @pytest.mark.parametrize("weights", ["float32", "int8"])
 def test_drafts_of_few_bits_serve_the_same_answers(weights: Weights, drafts: Weights) -> None:
@@ -80,10 +80,10 @@ def test_drafts_of_few_bits_serve_the_same_answers(weights: Weights, drafts: Wei
     )
     answers = []
     for core in (plain, drafted):
-        sequence = core.add("a", [5, 6, 7], SamplingParams(max_tokens=24), core.network(decoder.config.full_spec))
+        request = core.add("a", [5, 6, 7], SamplingParams(max_tokens=24), core.network(decoder.config.full_spec))
         while core.has_unfinished:
             core.step()
-        answers.append(sequence.answer)
+        answers.append(request.answer)
     assert answers[0] == answers[1]
     assert drafted.speculator is not None
     least = 0.5 if drafts == "int8" else 0.2
@@ -94,13 +94,13 @@ def test_a_stop_token_within_a_draft_ends_the_request() -> None:
     free = generate(DECODER, [[1, 2]], FULL, SamplingParams(max_tokens=10))[0]
     stop = free[4]
     core = engine(DECODER, num_pages=20, native=False, speculation=Speculation(drafts=(FULL,), num_tokens=6))
-    sequence = core.add("a", [1, 2], SamplingParams(max_tokens=10, stop_token_ids=(stop,)), core.network(FULL))
+    request = core.add("a", [1, 2], SamplingParams(max_tokens=10, stop_token_ids=(stop,)), core.network(FULL))
     outputs = []
     while core.has_unfinished:
         outputs += core.step()
-    assert sequence.answer == free[: free.index(stop)]
+    assert request.answer == free[: free.index(stop)]
     assert [o.finish_reason for o in outputs] == [None] * free.index(stop) + [FinishReason.STOP]
-    assert [o.token for o in outputs] == [*sequence.answer, None]
+    assert [o.token for o in outputs] == [*request.answer, None]
 
 
 @settings(max_examples=10, deadline=None)

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from flextron.finetuning.example import Example
 from flextron.finetuning.hyperparameters import Hyperparameters
-from flextron.finetuning.trainer import Example, StepMetrics
+from flextron.finetuning.trainer import StepMetrics
 
 __all__ = ["Bigram", "BigramMaker", "is_whole", "train_alone"]
 

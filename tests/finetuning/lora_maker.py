@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flextron.checkpoints.peft import write_adapter
+from flextron.finetuning.example import Example
 from flextron.finetuning.hyperparameters import Hyperparameters
-from flextron.finetuning.trainer import Example
 from flextron.model.adapter import Adapter
 from flextron.model.config import DecoderConfig
 from tests.finetuning.bigram import Bigram, BigramMaker

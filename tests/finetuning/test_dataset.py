@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from flextron.errors import FlextronError
 from flextron.finetuning.dataset import MOST_LINE_BYTES, Dataset, DatasetError, read_dataset
+from flextron.finetuning.example import Example
 from flextron.finetuning.hyperparameters import Hyperparameters
-from flextron.finetuning.trainer import Example
 from tests.jobs.making import CHAT_TEMPLATE, jsonl, tokenizer
 
 USER, ANSWER = {"role": "user", "content": "Hi there"}, {"role": "assistant", "content": "Hello, you"}

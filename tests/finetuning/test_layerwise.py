@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flextron.errors import FlextronError
+from flextron.finetuning.example import Example
 from flextron.finetuning.layerwise import Finetuning, Stage
-from flextron.finetuning.packing import Example
 from flextron.model.adapter import TARGETS, Adapter
 from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
@@ -37,11 +37,11 @@ def examples_of(lengths: Sequence[int], seed: int = 0) -> list[Example]:
 
 def plain(decoder: Decoder, adapter: Adapter, examples: Sequence[Example], spec: SubnetSpec) -> float:
     """Loss by the textbook; its gradients are added to the adapter's."""
-    total = sum(float(e.weights[1:].sum()) for e in examples)
+    total = sum(float(e.mask[1:].sum()) for e in examples)
     loss = torch.zeros((), dtype=torch.float64)
     for e in examples:
         logits = decoder.logits(decoder(Batch.ragged([e.tokens], [spec], adapters=[adapter])))
-        loss = loss + (F.cross_entropy(logits[:-1], e.tokens[1:], reduction="none") * e.weights[1:]).sum() / total
+        loss = loss + (F.cross_entropy(logits[:-1], e.tokens[1:], reduction="none") * e.mask[1:]).sum() / total
     loss.backward()
     return float(loss.detach())
 
@@ -178,7 +178,7 @@ def test_inference_between_units_changes_nothing_and_gradients_accumulate() -> N
     first, second = examples_of([12]), examples_of([9, 7], seed=5)
     plain(decoder, adapter, first + second, decoder.widths)
     expected = gradients(adapter)
-    total = sum(float(e.weights[1:].sum()) for e in first + second)
+    total = sum(float(e.mask[1:].sum()) for e in first + second)
     works = [Finetuning(decoder, adapter, e, total_weight=total) for e in (first, second)]
     other = random_lora(decoder.config, 2, 7).double()
     busy = True

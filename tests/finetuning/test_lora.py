@@ -16,9 +16,10 @@ from torch.nn import functional as F
 
 from flextron.checkpoints.peft import read_adapter
 from flextron.errors import FlextronError
+from flextron.finetuning.example import Example
 from flextron.finetuning.hyperparameters import Hyperparameters
 from flextron.finetuning.lora import UPDATE, LoraTrainer, LoraTrainers
-from flextron.finetuning.trainer import Example, StepMetrics
+from flextron.finetuning.trainer import StepMetrics
 from flextron.model.adapter import Adapter
 from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder

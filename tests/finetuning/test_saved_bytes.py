@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from flextron.checkpoints.families import config_from_hf
+from flextron.finetuning.example import Example
 from flextron.finetuning.layerwise import Finetuning, Stage
-from flextron.finetuning.packing import Example
 from flextron.model.adapter import Adapter
 from flextron.model.decoder import Decoder
 from tests.checkpoints.families_cases import hf_config_of

@@ -10,7 +10,7 @@ from flextron.kernels.build import load_library
 from flextron.model.batch import Batch
 from tests.random_decoders import ragged_specs, random_decoder
 
-PATHS = ["operators"] if isinstance(load_library("step"), str) else ["operators", "native"]
+PATHS = ["operators"] if isinstance(load_library("decoder"), str) else ["operators", "native"]
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -13,9 +13,9 @@ import pytest
 from flextron.jobs import loader as preparer
 from flextron.jobs.jobs import Jobs
 from flextron.jobs.records import Status
-from flextron.jobs.running_job import Run
+from flextron.jobs.running_job import RunningJob
 from tests.finetuning.bigram import BigramMaker
-from tests.jobs.making import RECORDS, new_jobs, settled, upload
+from tests.jobs.making import RECORDS, new_jobs, settled, step, upload
 from tests.server.running import wait_until
 
 _context = multiprocessing.get_context("forkserver")
@@ -46,10 +46,10 @@ class _Deadly(BigramMaker):
 
 def train(jobs: Jobs) -> None:
     """Until all have ended."""
-    wait_until(lambda: all(job.status != Status.VALIDATING for job in jobs.journal.page(after=None, limit=9)[0]))
-    while jobs.journal.with_status(Status.QUEUED, Status.RUNNING):
-        if not jobs.turns.step():
-            jobs.turns.wait(0.05)
+    wait_until(lambda: all(job.status != Status.VALIDATING for job in jobs.repository.page(after=None, limit=9)[0]))
+    while jobs.repository.with_status(Status.QUEUED, Status.RUNNING):
+        if not step(jobs):
+            jobs.scheduler.wait(0.05)
     jobs.close()
 
 
@@ -80,11 +80,11 @@ def test_after_two_deaths_a_job_has_failed(tmp_path: Path, work: str) -> None:
         codes.append(process.exitcode)
     assert codes == [-9, -9, 0]
     jobs = new_jobs(tmp_path)
-    found = jobs.journal.get(bad.id)
+    found = jobs.repository.get(bad.id)
     assert found.status == Status.FAILED
     assert found.error is not None
     assert "died 2 times" in found.error.message
-    assert {jobs.journal.get(job.id).status for job in (good, other)} == {Status.SUCCEEDED}
+    assert {jobs.repository.get(job.id).status for job in (good, other)} == {Status.SUCCEEDED}
     assert not list((tmp_path / "attempts").iterdir())
     jobs.close()
 
@@ -93,10 +93,10 @@ def test_one_death_is_forgiven_and_an_end_is_no_death(tmp_path: Path) -> None:
     jobs = new_jobs(tmp_path)
     job = settled(jobs)
     for _ in range(4):
-        assert isinstance(jobs.turns.next(), Run)
+        assert isinstance(jobs.scheduler.next(), RunningJob)
         jobs.close()
         jobs = new_jobs(tmp_path)
-        wait_until(lambda jobs=jobs: job.id in jobs._preparer.held())  # type: ignore[misc]
+        jobs.wait_prepared(job.id)
     # as if the process had been killed
     (tmp_path / "attempts" / f"{job.id}.stepping").write_text("1")
     (tmp_path / "attempts" / "ftjob-gone.reading").write_text("")
@@ -104,6 +104,6 @@ def test_one_death_is_forgiven_and_an_end_is_no_death(tmp_path: Path) -> None:
     jobs = new_jobs(tmp_path)
     train(jobs)
     jobs = new_jobs(tmp_path)
-    assert jobs.journal.get(job.id).status == Status.SUCCEEDED
+    assert jobs.repository.get(job.id).status == Status.SUCCEEDED
     assert not list((tmp_path / "attempts").iterdir())
     jobs.close()

@@ -17,6 +17,7 @@ import pytest
 
 from flextron.kernels import build as compiled
 from flextron.kernels.build import load_library
+from flextron.kernels.layout import Source, expected_layout
 
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 
@@ -26,8 +27,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty cache and a source that compiles at once; nothing was said yet."""
     sources = tmp_path / "kernels"
     sources.mkdir()
-    for name, answer in (("decoder", 41), ("training", 42)):
-        (sources / f"{name}.cpp").write_text(f'extern "C" int answer() {{ return {answer}; }}')
+    answers: tuple[tuple[Source, int], ...] = (("decoder", 41), ("training", 42))
+    for name, answer in answers:
+        layout = "\\n".join(expected_layout(name))
+        text = f'int answer() {{ return {answer}; }} const char* flextron_layout() {{ return "{layout}"; }}'
+        (sources / f"{name}.cpp").write_text(f'extern "C" {{ {text} }}')
     monkeypatch.setattr(compiled, "_SOURCES", sources)
     monkeypatch.setattr(compiled, "_said", set())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -44,7 +48,7 @@ def script(path: Path, text: str) -> Path:
     return path
 
 
-def answer(name: compiled.Source) -> int:
+def answer(name: Source) -> int:
     load_library.cache_clear()
     library = load_library(name)
     assert isinstance(library, ctypes.CDLL), library
@@ -85,8 +89,8 @@ def test_a_damaged_library_is_built_again(cache: Path, damage: Callable[[bytes],
     library.unlink()  # this process has it mapped
     library.write_bytes(damage(whole))
     # in a process of its own: a damaged library that is mapped ends the process
-    code = "from flextron.model import compiled; from pathlib import Path; import sys\n"
-    code += "compiled._SOURCES = Path(sys.argv[1]); print(compiled.load_library('step').answer())"
+    code = "from flextron.kernels import build as compiled; from pathlib import Path; import sys\n"
+    code += "compiled._SOURCES = Path(sys.argv[1]); print(compiled.load_library('decoder').answer())"
     command = [sys.executable, "-c", code, str(compiled._SOURCES)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ}, check=False)
     assert (done.returncode, done.stdout) == (0, "41\n"), done.stderr
@@ -97,7 +101,7 @@ def test_a_damaged_library_is_built_again(cache: Path, damage: Callable[[bytes],
 def test_what_a_killed_build_leaves_is_cleaned(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started = tmp_path / "started"
     slow = script(tmp_path / "slow", f"touch {started}; sleep 60")
-    code = "from flextron.kernels.build import load_library; load_library('step')"
+    code = "from flextron.kernels.build import load_library; load_library('decoder')"
     process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "CXX": str(slow)}, stderr=-3)
     while not started.exists():
         assert process.poll() is None
@@ -164,7 +168,7 @@ def test_kernels_that_are_not_wanted_are_no_news(
 
 @needs_compiler
 def test_it_is_said_on_stderr_without_any_set_up(tmp_path: Path) -> None:
-    code = "from flextron.kernels.build import load_library; load_library('step'); load_library('window')"
+    code = "from flextron.kernels.build import load_library; load_library('decoder'); load_library('training')"
     command = [sys.executable, "-c", code]
     broken = script(tmp_path / "broken", "echo 'error: no luck' >&2; exit 1")
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "CXX": str(broken)}, check=True)

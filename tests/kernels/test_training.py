@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from flextron.finetuning import attention_torch as blockwise
+from flextron.finetuning import attention_torch
 from flextron.finetuning.layerwise import Finetuning, Stage
-from flextron.kernels import training as window_kernels
+from flextron.kernels import training as kernels
 from flextron.kernels.build import load_library
 from tests.checkpoints.families_cases import CASES
 from tests.finetuning.test_layerwise import examples_of, gradients, run
@@ -88,12 +88,12 @@ def test_attention_is_the_textbooks(
     q, g = torch.randn(2, num_tokens, num_kv * repeats, head_dim, generator=generator)
     k, v = torch.randn(2, held + num_tokens, num_kv, head_dim, generator=generator)
     q = q * 3  # shares far from equal
-    form = window_kernels if compiled else blockwise
+    form = kernels if compiled else attention_torch
     with threads(count):
         given_ = form.attend(q, k, v, lengths, window)
         found = form.attend_backward(q, k, v, lengths, window, given_, g, needs)
     forward, backward = textbook(q, k, v, lengths, window, g)
-    for name, ours, expected in zip(("out", "log_sums"), given_, forward, strict=True):
+    for name, ours, expected in zip(("out", "lse"), given_, forward, strict=True):
         assert_close(ours, expected, name)
     for name, needed, grad, expected in zip("qkv", needs, found, backward, strict=True):
         if not needed:
@@ -109,8 +109,8 @@ def test_tensors_may_be_parts_of_others() -> None:
     q, k = together.split([6, 2], 1)
     v = torch.randn(70, 16, 2).transpose(1, 2)
     g = torch.randn(70, 1, 1).expand(70, 6, 16)
-    given_ = window_kernels.attend(q, k, v, [70], None)
-    found = window_kernels.attend_backward(q, k, v, [70], None, given_, g, (True, True, True))
+    given_ = kernels.attend(q, k, v, [70], None)
+    found = kernels.attend_backward(q, k, v, [70], None, given_, g, (True, True, True))
     forward, backward = textbook(q, k, v, [70], None, g)
     for ours, expected in zip((*given_, *found), (*forward, *backward), strict=True):
         assert ours is not None
@@ -120,8 +120,8 @@ def test_tensors_may_be_parts_of_others() -> None:
 def test_large_scores_do_not_overflow() -> None:
     torch.manual_seed(0)
     q, k, v, g = (torch.randn(100, 2, 16) for _ in range(4))
-    given_ = window_kernels.attend(q * 200, k, v, [100], None)
-    found = window_kernels.attend_backward(q * 200, k, v, [100], None, given_, g, (True, True, True))
+    given_ = kernels.attend(q * 200, k, v, [100], None)
+    found = kernels.attend_backward(q * 200, k, v, [100], None, given_, g, (True, True, True))
     forward, _ = textbook(q * 200, k, v, [100], None, g)
     assert float((given_[1].double() / forward[1] - 1).abs().max()) < 1e-5
     assert all(t is not None and bool(t.isfinite().all()) for t in (*given_, *found))
@@ -136,8 +136,8 @@ def test_the_same_number_of_threads_gives_the_same_numbers(count: int) -> None:
     with threads(count):
         runs = []
         for _ in range(5):
-            given_ = window_kernels.attend(q, k, v, lengths, None)
-            found = window_kernels.attend_backward(q, k, v, lengths, None, given_, g, (True, True, True))
+            given_ = kernels.attend(q, k, v, lengths, None)
+            found = kernels.attend_backward(q, k, v, lengths, None, given_, g, (True, True, True))
             runs.append([t for t in (*given_, *found) if t is not None])
     for other in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
@@ -151,7 +151,7 @@ def test_the_gate_of_an_mlp(shape: tuple[int, int]) -> None:
     gate, up, g = (t[:-8].view(shape) for t in guarded)
     gate.view(-1)[:6] = torch.tensor([-200.0, -88.0, -20.0, 0.0, 88.0, 200.0])
     gate, up = gate.requires_grad_(), up.requires_grad_()
-    out = window_kernels.silu_gate(gate, up)
+    out = kernels.silu_gate(gate, up)
     found = torch.autograd.grad(out, (gate, up), g)
     gate64, up64 = (t.detach().double().requires_grad_() for t in (gate, up))
     expected = F.silu(gate64) * up64
@@ -189,5 +189,5 @@ def test_what_the_heads_gave_is_kept_for_the_way_back() -> None:
     while work.stage is not Stage.BACKWARD:
         work.run(50)
     saved = work.saved
-    assert set(saved.heads) == set(saved.log_sums) == set(saved.inputs)
-    assert all(len(t) == work.num_tokens for of in (saved.heads, saved.log_sums) for t in of.values())
+    assert set(saved.heads) == set(saved.lse) == set(saved.inputs)
+    assert all(len(t) == work.num_tokens for of in (saved.heads, saved.lse) for t in of.values())

@@ -211,7 +211,7 @@ def test_names_are_no_paths(served: Tuning, name: str) -> None:
         assert_refused(httpx.request(method, url), 404)
     body = {"model": name, "prompt": "a", "max_tokens": 1}
     assert_refused(httpx.post(f"{served.server.url}/v1/completions", json=body), 404)
-    assert served.jobs.journal.all_checkpoints()
+    assert served.jobs.repository.all_checkpoints()
 
 
 def test_a_restart_finds_what_was_not_deleted(model: ElasticModel, tmp_path: Path) -> None:

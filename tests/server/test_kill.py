@@ -16,8 +16,8 @@ from openai import OpenAI
 from safetensors.torch import load_file
 
 from flextron.finetuning.dataset import read_dataset
+from flextron.finetuning.example import Example
 from flextron.finetuning.hyperparameters import Hyperparameters
-from flextron.finetuning.trainer import Example
 from tests.finetuning.bigram import BigramMaker
 from tests.jobs.making import CONTEXT, tokenizer
 from tests.server.killed import Books, Child

@@ -215,8 +215,8 @@ def test_bf16_stays_near_fp32() -> None:
 
 
 def test_two_runs_of_one_process_may_differ_in_precision() -> None:
-    run(toy_recipe(steps=1))
-    run(toy_recipe(steps=1, precision="bf16"))
+    full, half = run(toy_recipe(steps=1)), run(toy_recipe(steps=1, precision="bf16"))
+    assert half.history[0]["loss"] == pytest.approx(full.history[0]["loss"], rel=0.05)
 
 
 def test_the_rate_rises_linearly_and_falls_to_its_floor() -> None:

@@ -13,9 +13,8 @@ from flextron.api.checkpoint import load
 from flextron.api.model import ElasticModel
 from flextron.api.texts import needed
 from flextron.checkpoints.peft import read_adapter
-from flextron.engine import EngineCore, EngineSettings, FinishReason, Logprobs, Network, Speculation
-from flextron.engine import Sequence as Running
-from flextron.engine.output import Answer
+from flextron.engine import EngineCore, EngineSettings, FinishReason, Logprobs, Network, Request, Speculation
+from flextron.engine.output import Delta, OutputProcessor
 from flextron.errors import FlextronError
 from flextron.generation.encoding import encode
 from flextron.generation.generate import SamplingParams
@@ -122,28 +121,28 @@ class Engine:
         adapters = [self._adapter(a) for a in beside]
         networks = [self._network(t, router, a) for t, a in zip(asked, adapters, strict=True)]
         stops = [stop] if isinstance(stop, str) else list(stop)
-        answers: dict[Running, Answer] = {}
+        processors: dict[Request, OutputProcessor] = {}
         try:
             for ids, p, network in zip(tokens, each_params, networks, strict=True):
                 chosen = p if p.stop_token_ids else replace(p, stop_token_ids=self._defaults.ends)
-                answer = Answer(self._tokenizer, stops, ids)
-                answers[self._core.add(str(len(answers)), ids, chosen, network)] = answer
-            self._run(answers)
+                processor = OutputProcessor(self._tokenizer, stops, ids)
+                processors[self._core.add(str(len(processors)), ids, chosen, network)] = processor
+            self._run(processors)
         finally:
-            for sequence in answers:
-                self._core.abort(sequence)
+            for request in processors:
+                self._core.abort(request)
             for given in adapters:
                 if given is not None and given not in self._adapters.values():  # it may change until the next call
                     self._core.forget(given)
-        return [_completion(sequence, answer) for sequence, answer in answers.items()]
+        return [_completion(request, processor.answer) for request, processor in processors.items()]
 
-    def _run(self, answers: dict[Running, Answer]) -> None:
+    def _run(self, processors: dict[Request, OutputProcessor]) -> None:
         while self._core.has_unfinished:
             for output in self._core.step():
-                answer = answers[output.sequence]
+                processor = processors[output.request]
                 # a stop string may end it with an earlier token of this step
-                if answer.finish_reason is None and answer.take(output).finish_reason is not None:
-                    self._core.abort(output.sequence)
+                if processor.answer.finish_reason is None and processor.take(output).finish_reason is not None:
+                    self._core.abort(output.request)
 
     def _encode(
         self, prompts: str | Sequence[str] | Sequence[Sequence[int]], *, add_special_tokens: bool
@@ -214,13 +213,13 @@ def _one_each(given: T | Sequence[T], count: int, kind: Any, name: str) -> list[
     return entries
 
 
-def _completion(sequence: Running, answer: Answer) -> Completion:
+def _completion(request: Request, answer: Delta) -> Completion:
     assert answer.finish_reason is not None
     return Completion(
         text=answer.text,
         token_ids=tuple(answer.token_ids),
         finish_reason="stop" if answer.finish_reason is FinishReason.STOP else "length",
-        spec=sequence.network.spec,
-        num_prompt_tokens=sequence.num_prompt,
-        logprobs=None if sequence.params.logprobs is None else tuple(answer.logprobs),
+        spec=request.network.spec,
+        num_prompt_tokens=request.num_prompt,
+        logprobs=None if request.params.logprobs is None else tuple(answer.logprobs),
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,15 +24,13 @@ from flextron.finetuning.hyperparameters import Hyperparameters
 from flextron.finetuning.lora import LoraTrainers
 from flextron.finetuning.trainer import StepMetrics, Trainer
 from flextron.interrupts import Interrupted, held_interrupts
+from flextron.progress import OnStep
 from flextron.spec import SubnetSpec, Target
 
 __all__ = ["FIGURES_FILE", "FinetuneResult", "finetune"]
 
 FIGURES_FILE = "finetuning.json"
 _IDENTITY, _STATE, _TRAINER, _PROGRESS = "run.json", "state", "trainer", "progress.json"
-
-OnStep = Callable[[int, int, dict[str, float]], object]
-"""Told after each step: steps taken, steps in all, and figures."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

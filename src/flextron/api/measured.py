@@ -9,7 +9,6 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from flextron.api.dense import Generates
-from flextron.api.routing import OnProgress
 from flextron.api.texts import Texts, check_windows, documents, evaluation_text, source_name, windows
 from flextron.checkpoints.huggingface import check_stock
 from flextron.elastic import ElasticInfo
@@ -17,6 +16,7 @@ from flextron.errors import FlextronError
 from flextron.model.cost import num_parameters
 from flextron.model.decoder import Decoder
 from flextron.model.perplexity import Perplexity, evaluate_perplexity
+from flextron.progress import OnProgress
 from flextron.routing import (
     Frontier,
     FrontierPoint,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flextron.api.dense import DenseModel
 from flextron.api.measured import MeasuredModel
-from flextron.api.routing import TOKEN_TARGETS, OnProgress, route, route_tokens
+from flextron.api.routing import TOKEN_TARGETS, route, route_tokens
 from flextron.api.texts import Texts, check_prompt
 from flextron.api.training import train_model
 from flextron.checkpoints.origin import PermutedFrom
@@ -24,6 +24,7 @@ from flextron.elastic.checkpoint import write_tensors
 from flextron.errors import FlextronError
 from flextron.files import new_file, write_json
 from flextron.generation.generate import SamplingParams
+from flextron.progress import OnProgress, OnStep
 from flextron.routing import StaticRouter
 from flextron.routing.losses import KnownLosses
 from flextron.routing.token_router import PricedRouter, TokenRouter
@@ -33,7 +34,7 @@ from flextron.training.router_recipe import RouterRecipe
 from flextron.training.routers import RouterResult
 from flextron.training.token_recipe import TokenRouterRecipe
 from flextron.training.token_routing import TokenRouterResult
-from flextron.training.trainer import OnStep, TrainResult
+from flextron.training.trainer import TrainResult
 
 __all__ = ["LOSSES_FILE", "ROUTERS_FILE", "TOKEN_ROUTER_FILE", "ElasticModel"]
 
@@ -176,16 +177,24 @@ class ElasticModel(MeasuredModel):
             FlextronError: the text is too short, the recipe does not fit, there is no router to train along, or the run
                 directory holds another run.
         """
-        return train_model(
+        trained = train_model(
             self,
             text,
             recipe or TrainRecipe(),
+            adapter=self.adapter,
+            router=self.router,
             teacher=teacher,
             specs=specs,
             with_router=with_router,
             run_directory=None if run_directory is None else Path(run_directory),
             on_step=on_step,
         )
+        self.adapter, self.info = trained.adapter, trained.info
+        if self.router is not None:
+            self.router.eval().requires_grad_(False)
+        # these hold for the weights of before; latencies depend on widths alone
+        self.frontier = self.losses = self.token_router = None
+        return trained.result
 
     def route(
         self,
@@ -213,7 +222,7 @@ class ElasticModel(MeasuredModel):
             on_compare: called with sub-networks measured and to be measured.
         """
         directory = None if run_directory is None else Path(run_directory)
-        return route(
+        result, self.frontier = route(
             self,
             text,
             recipe,
@@ -224,6 +233,8 @@ class ElasticModel(MeasuredModel):
             on_round=on_round,
             on_compare=on_compare,
         )
+        self.router = result.router
+        return result
 
     def route_tokens(
         self,
@@ -247,7 +258,8 @@ class ElasticModel(MeasuredModel):
             FlextronError: the model was not profiled or routed on this device, a target is out of reach, or the text
                 is too short.
         """
-        return route_tokens(self, text, recipe, targets=targets, context=context, on_step=on_step)
+        result, self.token_router = route_tokens(self, text, recipe, targets=targets, context=context, on_step=on_step)
+        return result
 
     def generate(
         self,

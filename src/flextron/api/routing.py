@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
+from flextron.api.measured import MeasuredModel
 from flextron.api.texts import (
     Texts,
     check_windows,
@@ -18,6 +18,7 @@ from flextron.api.texts import (
     training_text,
     windows,
 )
+from flextron.progress import OnProgress, OnStep
 from flextron.routing import Frontier, compare_frontiers
 from flextron.routing.token_router import TokenRouter
 from flextron.training.blocks import TokenBlocks, pack_tokens
@@ -26,21 +27,16 @@ from flextron.training.routers import RouterResult, train_static_router
 from flextron.training.token_recipe import TokenRouterRecipe
 from flextron.training.token_routing import TokenRouterResult, train_token_router
 
-if TYPE_CHECKING:
-    from flextron.api.model import ElasticModel
-
 __all__ = ["ROUTE_TARGETS", "TOKEN_TARGETS", "route", "route_tokens"]
 
 ROUTE_TARGETS = tuple(j / 40 for j in range(16, 41))
 """Latency fractions at which a static router's choices are measured."""
 TOKEN_TARGETS = (0.9, 0.8, 0.7, 0.6, 0.5)
 """Latency fractions for which a token router is trained."""
-OnProgress = Callable[[int, int], None]
-OnFigures = Callable[[int, int, dict[str, float]], None]
 
 
 def route(
-    model: ElasticModel,
+    model: MeasuredModel,
     text: Texts,
     recipe: RouterRecipe | None,
     *,
@@ -48,10 +44,10 @@ def route(
     context: int,
     run_directory: Path | None,
     on_measure: OnProgress | None,
-    on_round: OnFigures | None,
+    on_round: OnStep | None,
     on_compare: OnProgress | None,
-) -> RouterResult:
-    """See `ElasticModel.route`."""
+) -> tuple[RouterResult, Frontier]:
+    """See `ElasticModel.route`; the router's training, and the frontier with what it chooses."""
     check_windows(num_tokens, context)
     windows_BT = windows(
         documents(text, evaluation_text),
@@ -65,30 +61,28 @@ def route(
     result = train_static_router(
         model.decoder, model.space, table, windows_BT[:half], recipe, run_directory=run_directory, on_round=on_round
     )
-    model.router = result.router
     points = compare_frontiers(
         model.decoder,
         model.space,
         table,
         windows_BT[half:],
         ROUTE_TARGETS,
-        router=model.router,
+        router=result.router,
         on_progress=on_compare,
     )
-    model.frontier = Frontier.of(table.device, source_name(text, "pydoc topics"), points)
-    return result
+    return result, Frontier.of(table.device, source_name(text, "pydoc topics"), points)
 
 
 def route_tokens(
-    model: ElasticModel,
+    model: MeasuredModel,
     text: Texts,
     recipe: TokenRouterRecipe | None,
     *,
     targets: Sequence[float],
     context: int,
-    on_step: OnFigures | None,
-) -> TokenRouterResult:
-    """See `ElasticModel.route_tokens`."""
+    on_step: OnStep | None,
+) -> tuple[TokenRouterResult, TokenRouter]:
+    """See `ElasticModel.route_tokens`; what training did, and the router."""
     recipe = recipe or TokenRouterRecipe()
     specs = {target: model.select(latency=target) for target in targets}
     table = model.measure_latencies()
@@ -106,5 +100,4 @@ def route_tokens(
         torch.manual_seed(recipe.seed)
         router = TokenRouter.for_table(model.space, model.decoder.config.hidden_size, table)
     result = train_token_router(model.decoder, model.decoder, router, table, specs, blocks, recipe, on_step=on_step)
-    model.token_router = router
-    return result
+    return result, router

@@ -5,45 +5,57 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
+from flextron.api.measured import MeasuredModel
 from flextron.api.packaged import checkpoint_at
 from flextron.api.texts import Texts, documents, needed, source_name, training_text
 from flextron.checkpoints.huggingface import load_decoder, open_pretrained
+from flextron.elastic import ElasticInfo
 from flextron.elastic.adapter import ElasticAdapter, sharing
 from flextron.errors import FlextronError
 from flextron.model.adapter import Adapter
 from flextron.model.decoder import Decoder
+from flextron.progress import OnStep
+from flextron.routing import StaticRouter
 from flextron.spec import SubnetSpec
 from flextron.training.blocks import TokenBlocks, pack_tokens
 from flextron.training.recipe import TrainRecipe
 from flextron.training.router_recipe import RouterRecipe
 from flextron.training.routers import JointRouting
-from flextron.training.trainer import OnStep, TrainResult, train
+from flextron.training.trainer import TrainResult, train
 
-if TYPE_CHECKING:
-    from flextron.api.model import ElasticModel
+__all__ = ["Trained", "train_model"]
 
-__all__ = ["train_model"]
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trained:
+    """What training changed beside the weights, and what it did."""
+
+    result: TrainResult
+    info: ElasticInfo
+    adapter: ElasticAdapter | None
+    """Merged into the weights already; None if all of them were trained."""
 
 
 def train_model(
-    model: ElasticModel,
+    model: MeasuredModel,
     text: Texts,
     recipe: TrainRecipe,
     *,
+    adapter: ElasticAdapter | None,
+    router: StaticRouter | None,
     teacher: str | Path | None,
     specs: Sequence[SubnetSpec],
     with_router: bool,
     run_directory: Path | None,
     on_step: OnStep | None,
-) -> TrainResult:
-    """See `ElasticModel.train`."""
-    routing = _joint_routing(model, recipe) if with_router else None
+) -> Trained:
+    """See `ElasticModel.train`; `adapter` and `router` are the model's."""
+    routing = _joint_routing(model, router, recipe) if with_router else None
     source = source_name(text, "docstrings on this machine")
     blocks, digest = _training_blocks(model, text, recipe, run_directory)
     before = model.info.recipe.get("num_tokens", 0)
@@ -57,7 +69,7 @@ def train_model(
         "with_router": with_router,
     }
 
-    def run(student: Decoder, frozen: Decoder, adapter: Adapter | None = None) -> TrainResult:
+    def run(student: Decoder, frozen: Decoder, updates: Adapter | None = None) -> TrainResult:
         return train(
             student,
             frozen,
@@ -66,7 +78,7 @@ def train_model(
             recipe,
             specs=specs,
             routing=routing,
-            adapter=adapter,
+            adapter=updates,
             run_directory=run_directory,
             identity=identity,
             on_step=on_step,
@@ -74,9 +86,9 @@ def train_model(
 
     if recipe.lora_rank is None:
         result = run(model.decoder, _teacher(model, teacher))
-        model.adapter = None  # its weights are no longer those of the base and an adapter
+        adapter = None  # the weights are no longer those of the base and an adapter
     else:
-        result = _train_adapter(model, recipe, teacher, run)
+        result, adapter = _train_adapter(model, adapter, recipe, teacher, run)
     facts = {
         "train": recipe.model_dump(mode="json"),
         "text": source,
@@ -84,27 +96,23 @@ def train_model(
         "num_tokens": before + result.num_tokens,
         "tokens_per_second": round(result.tokens_per_second, 1),
     }
-    model.info = replace(model.info, recipe=facts)
-    if model.router is not None:
-        model.router.eval().requires_grad_(False)
-    # both hold for the weights of before; latencies depend on widths alone
-    model.frontier = model.losses = model.token_router = None
-    return result
+    return Trained(result=result, info=replace(model.info, recipe=facts), adapter=adapter)
 
 
 def _train_adapter(
-    model: ElasticModel,
+    model: MeasuredModel,
+    adapter: ElasticAdapter | None,
     recipe: TrainRecipe,
     teacher: str | Path | None,
     run: Callable[[Decoder, Decoder, Adapter | None], TrainResult],
-) -> TrainResult:
+) -> tuple[TrainResult, ElasticAdapter]:
     """Train low-rank updates beside the frozen base, then merge them; whatever happens, the model is whole again.
 
     Raises:
         FlextronError: the model has an adapter of another rank.
     """
     assert recipe.lora_rank is not None
-    held = model.adapter
+    held = adapter
     if held is not None and held.rank != recipe.lora_rank:
         raise FlextronError(
             f"the model's elastic adapter has rank {held.rank}, the recipe asks for {recipe.lora_rank}; go on with its "
@@ -116,22 +124,22 @@ def _train_adapter(
     else:
         held = copy.deepcopy(held)
     base = model.decoder
-    if model.adapter is not None:
-        model.adapter.add_to(base, -1)
+    if adapter is not None:
+        adapter.add_to(base, -1)
     # frozen weights need no more digits than the products that read them
     frozen = base if recipe.precision == "fp32" else copy.deepcopy(base).to(torch.bfloat16)
     student = sharing(frozen)
     held.set_norms(student, base)
     try:
         result = run(student, frozen if teacher is None else _teacher(model, teacher), held.lora)
-        model.adapter = held.with_norms_of(student, base)
+        adapter = held.with_norms_of(student, base)
     finally:
-        if model.adapter is not None:
-            model.adapter.add_to(base)
-    return result
+        if adapter is not None:
+            adapter.add_to(base)
+    return result, adapter
 
 
-def _teacher(model: ElasticModel, source: str | Path | None) -> Decoder:
+def _teacher(model: MeasuredModel, source: str | Path | None) -> Decoder:
     """A frozen copy of the model, or another of its kind."""
     if source is None:
         return copy.deepcopy(model.decoder)
@@ -142,12 +150,12 @@ def _teacher(model: ElasticModel, source: str | Path | None) -> Decoder:
     return teacher
 
 
-def _joint_routing(model: ElasticModel, recipe: TrainRecipe) -> JointRouting:
+def _joint_routing(model: MeasuredModel, router: StaticRouter | None, recipe: TrainRecipe) -> JointRouting:
     """The router, with the costs of this device."""
-    if model.router is None:
+    if router is None:
         raise FlextronError("the model has no router yet; run model.route() (flextron route) first")
     return JointRouting(
-        router=model.router,
+        router=router,
         table=model.measure_latencies(),
         recipe=RouterRecipe(seed=recipe.seed),
         full_probability=recipe.full_probability,
@@ -155,7 +163,7 @@ def _joint_routing(model: ElasticModel, recipe: TrainRecipe) -> JointRouting:
 
 
 def _training_blocks(
-    model: ElasticModel, text: Texts, recipe: TrainRecipe, run_directory: Path | None
+    model: MeasuredModel, text: Texts, recipe: TrainRecipe, run_directory: Path | None
 ) -> tuple[TokenBlocks, str]:
     """The packed text and a name for it; kept in the run directory, so that a resumed run sees the same."""
     named = text is None or isinstance(text, (str, Path))

@@ -13,7 +13,7 @@ from typing import Any
 from flextron.bench.client import Server
 from flextron.bench.metrics import Objectives, Spread, Summary, duration_s, summarize
 from flextron.bench.plan import Load, Plan
-from flextron.bench.runner import Run
+from flextron.bench.runner import BenchmarkRun
 from flextron.bench.timeline import Timeline
 
 __all__ = ["Report", "make_report"]
@@ -31,7 +31,7 @@ class Report:
     server: Server
     load: Load
     plan: Plan
-    run: Run
+    run: BenchmarkRun
     objectives: Objectives
     concurrency: int | None
     """Requests under way at once, at most."""
@@ -176,7 +176,14 @@ def _record(line: Timeline, objectives: Objectives) -> dict[str, Any]:
 
 
 def make_report(
-    run: Run, *, server: Server, load: Load, plan: Plan, objectives: Objectives, concurrency: int | None, warmup: int
+    run: BenchmarkRun,
+    *,
+    server: Server,
+    load: Load,
+    plan: Plan,
+    objectives: Objectives,
+    concurrency: int | None,
+    warmup: int,
 ) -> Report:
     """Compute all figures of a run."""
     duration = duration_s(run.timelines)

@@ -6,7 +6,7 @@ import asyncio
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,8 +14,9 @@ from typing import Protocol
 from flextron.bench.plan import Request
 from flextron.bench.timeline import Timeline
 from flextron.errors import FlextronError
+from flextron.progress import OnProgress
 
-__all__ = ["Run", "Sender", "drive"]
+__all__ = ["BenchmarkRun", "Sender", "drive"]
 
 
 class Sender(Protocol):
@@ -27,7 +28,7 @@ class Sender(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Run:
+class BenchmarkRun:
     """What became of a load."""
 
     timelines: tuple[Timeline, ...]
@@ -74,8 +75,8 @@ async def drive(
     requests: Sequence[Request],
     *,
     concurrency: int | None = None,
-    on_done: Callable[[int, int], object] = lambda done, total: None,
-) -> Run:
+    on_done: OnProgress = lambda done, total: None,
+) -> BenchmarkRun:
     """Send all requests at their times; Ctrl-C ends the run with what is done by then.
 
     A request without a time is due when it gets one of the `concurrency` slots (closed loop). A request with a time
@@ -126,4 +127,4 @@ async def drive(
         dispatcher.cancel()
         await _cancel(tasks)
         await asyncio.gather(dispatcher, stopper, return_exceptions=True)
-    return Run(timelines=tuple(timelines), num_unfinished=len(requests) - len(timelines))
+    return BenchmarkRun(timelines=tuple(timelines), num_unfinished=len(requests) - len(timelines))

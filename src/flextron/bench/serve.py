@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import replace
 
 from flextron.bench.client import Client, Server
@@ -11,8 +10,9 @@ from flextron.bench.metrics import Objectives
 from flextron.bench.plan import Load, Request, make_plan
 from flextron.bench.prompts import PromptMaker, token_counter
 from flextron.bench.report import Report, make_report
-from flextron.bench.runner import Run, drive
+from flextron.bench.runner import BenchmarkRun, drive
 from flextron.errors import FlextronError
+from flextron.progress import OnProgress
 
 __all__ = ["bench_serve"]
 
@@ -22,13 +22,13 @@ async def _run(
     warmup: list[Request],
     requests: tuple[Request, ...],
     concurrency: int | None,
-    on_done: Callable[[int, int], object],
-) -> Run:
+    on_done: OnProgress,
+) -> BenchmarkRun:
     client = Client(server)
     try:
         warmed = await drive(client.send, warmup, concurrency=1)
         if warmed.interrupted:
-            return Run(timelines=(), num_unfinished=len(requests))
+            return BenchmarkRun(timelines=(), num_unfinished=len(requests))
         return await drive(client.send, requests, concurrency=concurrency, on_done=on_done)
     finally:
         await client.close()
@@ -41,7 +41,7 @@ def bench_serve(
     objectives: Objectives | None = None,
     concurrency: int | None = None,
     warmup: int = 1,
-    on_done: Callable[[int, int], object] = lambda done, total: None,
+    on_done: OnProgress = lambda done, total: None,
 ) -> Report:
     """Put a load on a server and report what its clients saw. Ctrl-C ends it early, with a report of what is done.
 

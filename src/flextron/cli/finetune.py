@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +13,7 @@ from flextron import api
 from flextron.api.remote import RemoteFinetuning
 from flextron.cli.console import Json, default_of, message, progress, show
 from flextron.errors import FlextronError
-from flextron.finetuning.hyperparameters import Hyperparameters
+from flextron.progress import OnStep
 from flextron.spec import Target
 from flextron.workflows.elastify import StepCallback
 
@@ -132,7 +132,7 @@ def finetune(
 
 
 @contextmanager
-def _progress_once_begun(description: str) -> Iterator[Callable[[int, int, dict[str, float]], None]]:
+def _progress_once_begun(description: str) -> Iterator[OnStep]:
     """`progress` from the first step on: what is wrong with the arguments is said before that."""
     with ExitStack() as stack:
         shown: list[StepCallback] = []

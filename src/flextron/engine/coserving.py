@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from flextron.engine.engine import EngineCore, StepOutput
-from flextron.engine.sequence import Sequence
+from flextron.engine.request import Request
 from flextron.engine.timing import TimeLine
 from flextron.errors import FlextronError
 
-__all__ = ["CoServing", "Filler", "Work"]
+__all__ = ["CoServing", "CoServingScheduler", "Work"]
 
 _MOST_TOKENS = 512
 _PROBE_TOKENS = 32
@@ -77,7 +77,7 @@ class CoServing:
                 raise FlextronError(f"{name} must be a number above 0")
 
 
-class Filler:
+class CoServingScheduler:
     """Decides what training may run, between iterations of an engine."""
 
     def __init__(
@@ -102,7 +102,7 @@ class Filler:
         """Seconds of the shortest iteration that decoded."""
         self._longest = 0.0
         """Seconds of the longest iteration lately: the next one may have somebody's prompt in it, too."""
-        self._tokens: dict[Sequence, tuple[float, float, int]] = {}
+        self._tokens: dict[Request, tuple[float, float, int]] = {}
         """When a running request got its first and last token, and how many it has."""
 
     def step(self) -> list[StepOutput]:
@@ -117,15 +117,15 @@ class Filler:
             if outputs:
                 self._alone = min(self._alone, ended - began)
         for output in outputs:
-            first, _, count = self._tokens.get(output.sequence, (ended, ended, 0))
-            self._tokens[output.sequence] = first, ended, count + 1
+            first, _, count = self._tokens.get(output.request, (ended, ended, 0))
+            self._tokens[output.request] = first, ended, count + 1
             if output.finish_reason is not None:
-                self._finished(output.sequence)
+                self._finished(output.request)
         return outputs
 
-    def forget(self, sequence: Sequence) -> None:
+    def forget(self, request: Request) -> None:
         """A request was aborted."""
-        self._tokens.pop(sequence, None)
+        self._tokens.pop(request, None)
 
     def fill(self, must_stop: Callable[[], bool]) -> None:
         """Run units while there is time, or a single one if nothing is being served.
@@ -154,8 +154,8 @@ class Filler:
         decoding = [s for s in scheduler.running if s in self._tokens and s.num_new == 1]
         if decoding:
             objective = self.objective * (1 - self.reserve)
-            for sequence in decoding:
-                first, last, count = self._tokens[sequence]
+            for request in decoding:
+                first, last, count = self._tokens[request]
                 budget = min(budget, first + count * objective - now, last + _MOST_GAP * objective - now)
             budget -= self._longest
         late = [s for s in scheduler if s.num_new > 1 or s not in self._tokens]
@@ -165,9 +165,9 @@ class Filler:
             objective = self.settings.ttft_ms / 1e3 * (1 - self.reserve)
             num_new = 0
             # in the order in which they will be computed
-            for sequence in late:
-                num_new += sequence.num_new
-                budget = min(budget, sequence.arrived + objective - now - self._prompt_seconds(num_new, len(decoding)))
+            for request in late:
+                num_new += request.num_new
+                budget = min(budget, request.arrived + objective - now - self._prompt_seconds(num_new, len(decoding)))
         return budget
 
     @property
@@ -201,9 +201,9 @@ class Filler:
         # even the smallest unit may take longer than the longest: then it waits for a pause
         return least if seconds == longest and least * a_token + fixed > longest else 0
 
-    def _finished(self, sequence: Sequence) -> None:
-        first, last, count = self._tokens.pop(sequence)
-        is_late = first - sequence.arrived > (self.settings.ttft_ms or math.inf) / 1e3
+    def _finished(self, request: Request) -> None:
+        first, last, count = self._tokens.pop(request)
+        is_late = first - request.arrived > (self.settings.ttft_ms or math.inf) / 1e3
         is_slow = count > 1 and (last - first) / (count - 1) > self.objective
         change = _AFTER_MISS if is_late or is_slow else -_AFTER_HIT
         self.reserve = min(max(self.reserve + change, _RESERVE[0]), _RESERVE[1])

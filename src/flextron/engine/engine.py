@@ -1,13 +1,13 @@
 """The engine: requests with sub-networks of their own, served by one set of weights in shared iterations.
 
-A step is: plan (`Scheduler`), maybe draft (`Speculator`), run (`Runner`), draw, advance.
+A step is: schedule (`Scheduler`), maybe draft (`Speculator`), run (`Runner`), draw, advance.
 Everything is a function of the requests, so answers do not depend on what else was in the batch (up to floating-point
 rounding; what speculation draws is the same in distribution only).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Items
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 from time import perf_counter
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from flextron.engine.pages import PagePool
+from flextron.engine.request import Chunk, FinishReason, Network, Request
 from flextron.engine.runner import Runner, make_network, unit_bytes
 from flextron.engine.scheduler import Scheduler
-from flextron.engine.sequence import Chunk, FinishReason, Network, Sequence
 from flextron.engine.speculation import Speculation, Speculator, verified
 from flextron.errors import FlextronError
 from flextron.generation.generate import SamplingParams, sample
@@ -82,7 +82,7 @@ class Logprobs:
 class StepOutput:
     """One token that a step made for a request."""
 
-    sequence: Sequence
+    request: Request
     token: int | None
     """The token; None if it was a stop token."""
     logprobs: Logprobs | None
@@ -184,7 +184,7 @@ class EngineCore:
             if self.speculator is not None:
                 self.speculator.forget(adapter)
 
-    def add(self, request_id: str, prompt: Items[int], params: SamplingParams, network: Network) -> Sequence:
+    def add(self, request_id: str, prompt: Sequence[int], params: SamplingParams, network: Network) -> Request:
         """Queue a request.
 
         Args:
@@ -216,76 +216,76 @@ class EngineCore:
         generator = None
         if params.seed is not None:
             generator = torch.Generator(self.decoder.device).manual_seed(params.seed)
-        sequence = Sequence(request_id, list(prompt), len(prompt), network, params, generator or self._generator)
-        self.scheduler.add(sequence)
-        return sequence
+        request = Request(request_id, list(prompt), len(prompt), network, params, generator or self._generator)
+        self.scheduler.add(request)
+        return request
 
-    def abort(self, sequence: Sequence) -> None:
+    def abort(self, request: Request) -> None:
         """End a request now; its memory is free at once. Nothing happens if it has ended."""
-        if sequence.finish_reason is None:
-            sequence.finish_reason = FinishReason.ABORT
-            self.scheduler.remove(sequence)
+        if request.finish_reason is None:
+            request.finish_reason = FinishReason.ABORT
+            self.scheduler.remove(request)
             self._drop_unused()
 
     @torch.inference_mode()
     def step(self) -> list[StepOutput]:
         """One iteration; the tokens of all requests that got some, those of one request in order."""
         # neighbours of one network share a segment
-        plan = sorted(self.scheduler.plan(), key=lambda item: id(item[0].network))
-        self.num_tokens = sum(n for _, n in plan)
-        if not plan:
+        scheduled = sorted(self.scheduler.schedule(), key=lambda item: id(item[0].network))
+        self.num_tokens = sum(n for _, n in scheduled)
+        if not scheduled:
             return []
-        drafts = {} if self.speculator is None else self.speculator.draft(plan)
-        chunks = [_chunk(s, n, drafts[s].tokens if s in drafts else []) for s, n in plan]
+        drafts = {} if self.speculator is None else self.speculator.draft(scheduled)
+        chunks = [_chunk(s, n, drafts[s].tokens if s in drafts else []) for s, n in scheduled]
         began = perf_counter()
-        scores = iter(self.runner.run(chunks).split([c.num_scores for c in chunks]))
+        logits = iter(self.runner.run(chunks).split([c.num_logits for c in chunks]))
         seconds = perf_counter() - began
         outputs: list[StepOutput] = []
         kept = []
-        for (sequence, num_new), chunk, logits_TV in zip(plan, chunks, scores, strict=True):
-            if not chunk.num_scores:
-                self.scheduler.advance(sequence, num_new)
+        for (request, num_new), chunk, logits_TV in zip(scheduled, chunks, logits, strict=True):
+            if not chunk.num_logits:
+                self.scheduler.advance(request, num_new)
                 continue
-            if sequence in drafts:
-                tokens = verified(drafts[sequence], logits_TV, sequence.params, sequence.generator)
-                kept.append((len(tokens) - 1, len(drafts[sequence].tokens)))
+            if request in drafts:
+                tokens = verified(drafts[request], logits_TV, request.params, request.generator)
+                kept.append((len(tokens) - 1, len(drafts[request].tokens)))
             else:
-                tokens = sample(logits_TV, sequence.params, sequence.generator).tolist()
-            outputs += self._append(sequence, num_new, tokens, logits_TV)
-        if self.speculator is not None and all(s.network is plan[0][0].network for s, _ in plan):
-            self.speculator.learn(plan[0][0].network, sum(len(c.tokens) for c in chunks), seconds, kept)
+                tokens = sample(logits_TV, request.params, request.generator).tolist()
+            outputs += self._append(request, num_new, tokens, logits_TV)
+        if self.speculator is not None and all(s.network is scheduled[0][0].network for s, _ in scheduled):
+            self.speculator.learn(scheduled[0][0].network, sum(len(c.tokens) for c in chunks), seconds, kept)
         self._drop_unused()
         return outputs
 
-    def _append(self, sequence: Sequence, num_new: int, tokens: Items[int], logits_TV: Tensor) -> list[StepOutput]:
-        """Add what follows the planned tokens, up to the end of the request."""
+    def _append(self, request: Request, num_new: int, tokens: Sequence[int], logits_TV: Tensor) -> list[StepOutput]:
+        """Add what follows the scheduled tokens, up to the end of the request."""
         outputs = []
         for token, logits_V in zip(tokens, logits_TV, strict=False):
-            logprobs = _logprobs(logits_V, token, sequence.params.logprobs)
-            if token in sequence.params.stop_token_ids:
-                sequence.finish_reason = FinishReason.STOP
+            logprobs = _logprobs(logits_V, token, request.params.logprobs)
+            if token in request.params.stop_token_ids:
+                request.finish_reason = FinishReason.STOP
             else:
-                sequence.tokens.append(token)
-                if len(sequence.tokens) - sequence.num_prompt == sequence.params.max_tokens:
-                    sequence.finish_reason = FinishReason.LENGTH
-            shown = None if sequence.finish_reason is FinishReason.STOP else token
-            outputs.append(StepOutput(sequence, shown, logprobs, sequence.finish_reason))
-            if sequence.finish_reason is not None:
+                request.tokens.append(token)
+                if len(request.tokens) - request.num_prompt == request.params.max_tokens:
+                    request.finish_reason = FinishReason.LENGTH
+            shown = None if request.finish_reason is FinishReason.STOP else token
+            outputs.append(StepOutput(request, shown, logprobs, request.finish_reason))
+            if request.finish_reason is not None:
                 break
         # of the tokens that were added, only the last is not computed yet
-        num_computed = min(sequence.num_computed + num_new + len(outputs) - 1, len(sequence.tokens))
-        self.scheduler.advance(sequence, num_computed - sequence.num_computed)
-        if sequence.finish_reason is not None:
-            self.scheduler.remove(sequence)
+        num_computed_tokens = min(request.num_computed_tokens + num_new + len(outputs) - 1, len(request.tokens))
+        self.scheduler.advance(request, num_computed_tokens - request.num_computed_tokens)
+        if request.finish_reason is not None:
+            self.scheduler.remove(request)
         return outputs
 
 
-def _chunk(sequence: Sequence, num_new: int, drafted: list[int]) -> Chunk:
-    """The planned tokens of a request, and those that were drafted."""
-    start = sequence.num_computed
-    tokens = sequence.tokens[start : start + num_new] + drafted
-    num_scores = 1 + len(drafted) if num_new == sequence.num_new else 0
-    return Chunk(sequence, start, tokens, sequence.network, num_scores)
+def _chunk(request: Request, num_new: int, drafted: list[int]) -> Chunk:
+    """The scheduled tokens of a request, and those that were drafted."""
+    start = request.num_computed_tokens
+    tokens = request.tokens[start : start + num_new] + drafted
+    num_logits = 1 + len(drafted) if num_new == request.num_new else 0
+    return Chunk(request, start, tokens, request.network, num_logits)
 
 
 def _logprobs(logits_V: Tensor, token: int, count: int | None) -> Logprobs | None:

@@ -10,34 +10,41 @@ from transformers import PreTrainedTokenizerBase
 from flextron.engine import FinishReason, Logprobs, StepOutput
 from flextron.generation.detokenize import Detokenizer, StopStrings
 
-__all__ = ["Answer", "Delta"]
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """What a step of the engine added to an answer."""
-
-    text: str
-    """May lag behind the tokens: characters in halves and beginnings of stop strings wait."""
-    token: int | None
-    logprobs: Logprobs | None
-    finish_reason: FinishReason | None
-    offset: int = 0
-    """Position in the answer at which the token's text begins, in characters."""
+__all__ = ["Delta", "OutputProcessor"]
 
 
 @dataclass(slots=True)
-class Answer:
-    """Text, tokens and log-probabilities so far."""
+class Delta:
+    """What one or more steps of the engine added to an answer."""
+
+    text: str = ""
+    """May lag behind the tokens: characters in halves and beginnings of stop strings wait."""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[Logprobs] = field(default_factory=list)
+    """One entry a token, where they were asked for."""
+    offsets: list[int] = field(default_factory=list)
+    """Where each token's text begins in the answer's, in characters."""
+    finish_reason: FinishReason | None = None
+
+    def add(self, later: Delta) -> None:
+        """Append what later steps added."""
+        self.text += later.text
+        self.token_ids += later.token_ids
+        self.logprobs += later.logprobs
+        self.offsets += later.offsets
+        self.finish_reason = later.finish_reason
+
+
+@dataclass(slots=True)
+class OutputProcessor:
+    """One request's way from tokens to text."""
 
     tokenizer: PreTrainedTokenizerBase
     stop: Sequence[str] = ()
     prompt: InitVar[Sequence[int]] = ()
     """Token ids; the answer's text is what it adds to theirs."""
-    pieces: list[str] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[Logprobs] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
+    answer: Delta = field(default_factory=Delta)
+    """All of it so far, without a stop string."""
     _detokenizer: Detokenizer = field(init=False)
     _stops: StopStrings = field(init=False)
 
@@ -46,25 +53,18 @@ class Answer:
         self._detokenizer = Detokenizer(self.tokenizer, prompt)
         self._stops = StopStrings(self.stop)
 
-    @property
-    def text(self) -> str:
-        """The text so far, without a stop string."""
-        return "".join(self.pieces)
-
     def take(self, output: StepOutput) -> Delta:
         """Add what a step did. The answer may be at its end before the engine's request is."""
-        offset = self._detokenizer.position
-        text = "" if output.token is None else self._stops.push(self._detokenizer.push(output.token))
-        self.finish_reason = output.finish_reason
-        if self.finish_reason is not None:
-            text += self._stops.push(self._detokenizer.finish()) + self._stops.finish()
-        if self._stops.found:
-            self.finish_reason = FinishReason.STOP
-        if text:
-            self.pieces.append(text)
-        logprobs = None
+        delta = Delta(finish_reason=output.finish_reason)
         if output.token is not None:
-            self.token_ids.append(output.token)
+            delta.offsets.append(self._detokenizer.position)
+            delta.token_ids.append(output.token)
             if output.logprobs is not None:
-                self.logprobs.append(logprobs := output.logprobs)
-        return Delta(text, output.token, logprobs, self.finish_reason, offset)
+                delta.logprobs.append(output.logprobs)
+            delta.text = self._stops.push(self._detokenizer.push(output.token))
+        if output.finish_reason is not None:
+            delta.text += self._stops.push(self._detokenizer.finish()) + self._stops.finish()
+        if self._stops.found:
+            delta.finish_reason = FinishReason.STOP
+        self.answer.add(delta)
+        return delta

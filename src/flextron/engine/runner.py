@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Items
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from flextron.engine.sequence import Chunk, Network
+from flextron.engine.request import Chunk, Network
 from flextron.generation.decoding import unit_offsets
 from flextron.kernels.adapters import NativeAdapter, why_adapter_not_native
 from flextron.kernels.decoder import NativeStep, Weights, why_not_native
@@ -48,7 +48,7 @@ def make_network(
 
 
 def nested_network(own: Network, spec: SubnetSpec) -> Network:
-    """A sub-network of `own`, at most as wide as `spec`, that reads and writes the pages of `own`'s sequences.
+    """A sub-network of `own`, at most as wide as `spec`, that reads and writes the pages of `own`'s requests.
 
     It keeps `own`'s adapter, sliced as the weights are: its tokens are to be those that `own` would choose.
     """
@@ -58,15 +58,15 @@ def nested_network(own: Network, spec: SubnetSpec) -> Network:
 class PagedAttention:
     """Backend over pages for PyTorch's operators; see `flextron.model.attention.Attention`."""
 
-    def __init__(self, config: DecoderConfig, cache: Tensor, segments: Items[Items[Chunk]]) -> None:
+    def __init__(self, config: DecoderConfig, cache: Tensor, segments: Sequence[Sequence[Chunk]]) -> None:
         """Take the chunks of each segment of the batch that will run."""
         self._window, self._cache, self._segments = config.sliding_window, cache, segments
         self._page_size = cache.shape[2]
 
     def __call__(
-        self, layer: int, segment: int, q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor, lengths: Items[int]
+        self, layer: int, segment: int, q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor, lengths: Sequence[int]
     ) -> Tensor:
-        """Write the new keys and values to their pages, and attend over all that each sequence holds."""
+        """Write the new keys and values to their pages, and attend over all that each request holds."""
         parts = zip(*(t.split(list(lengths)) for t in (q_NHd, k_NKd, v_NKd)), strict=True)
         chunks = self._segments[segment]
         return torch.cat([self._one(layer, c, q, k, v) for c, (q, k, v) in zip(chunks, parts, strict=True)])
@@ -77,14 +77,14 @@ class PagedAttention:
         first = chunk.network.unit_offsets[layer]
         num_heads = k_NKd.shape[1]
         # (pages, KV heads)
-        units = chunk.sequence.table[: -(-end // size), first : first + num_heads].long().to(device)
+        units = chunk.request.block_table[: -(-end // size), first : first + num_heads].long().to(device)
         positions = torch.arange(start, end, device=device)
         own, within = units[positions // size], (positions % size)[:, None].expand(-1, num_heads)
         self._cache[own, 0, within], self._cache[own, 1, within] = k_NKd, v_NKd
         # (pages, KV heads, 2, page, d) to (2, KV heads, tokens, d)
-        held = self._cache[units].permute(2, 1, 0, 3, 4).flatten(2, 3)[:, None, :, :end]
+        kv = self._cache[units].permute(2, 1, 0, 3, 4).flatten(2, 3)[:, None, :, :end]
         mask = window_mask(positions, torch.arange(end, device=device), self._window)
-        out = sdpa(q_NHd.transpose(0, 1)[None], held[0], held[1], mask=mask)
+        out = sdpa(q_NHd.transpose(0, 1)[None], kv[0], kv[1], mask=mask)
         return out[0].transpose(0, 1)
 
 
@@ -119,21 +119,15 @@ class Runner:
         shape = (num_units, 2, page_size, config.head_dim)
         # zeros cost nothing until they are written: the system gives pages on first use
         self.cache = torch.zeros(shape, dtype=decoder.dtype, device=decoder.device)
-        self.reason = why_not_native(decoder) if native is None else None
-        """Why the compiled iteration is not used; None if it is, or was not wanted."""
         self._weights = weights
         wanted = {weights, *([] if draft_weights is None else [draft_weights])}
-        if not native and (native is False or self.reason is not None):
+        runs_compiled = why_not_native(decoder) is None if native is None else native
+        if not runs_compiled:
             wanted -= {"float32"}  # PyTorch's operators run these
         self._native = {w: NativeStep(decoder, page_size, w) for w in sorted(wanted)}
         self._columns: dict[tuple[tuple[Network, int], ...], tuple[Tensor, Tensor, Tensor]] = {}
         self._adapters: dict[Adapter, NativeAdapter | None] = {}
         """Compiled forms of adapters; None for those that only PyTorch's operators can run."""
-
-    @property
-    def is_native(self) -> bool:
-        """Whether static sub-networks run in the compiled iteration, those with adapters that it knows included."""
-        return self._weights in self._native
 
     def forget(self, adapter: Adapter) -> None:
         """Drop what is kept of an adapter and of networks with it."""
@@ -142,8 +136,8 @@ class Runner:
         self._columns = used
 
     @torch.inference_mode()
-    def run(self, chunks: Items[Chunk], weights: Weights | None = None) -> Tensor:
-        """Compute tokens of different sequences.
+    def run(self, chunks: Sequence[Chunk], weights: Weights | None = None) -> Tensor:
+        """Compute tokens of different requests.
 
         Args:
             chunks: what to compute; pages must be there.
@@ -156,14 +150,14 @@ class Runner:
         groups = self._groups(chunks, native is not None)
         if len(groups) == 1:
             return self._run_group(chunks, native if _COMPILED in groups else None)
-        scores: dict[int, Tensor] = {}
+        logits: dict[int, Tensor] = {}
         for kind, members in groups.items():
             own = [chunks[i] for i in members]
-            parts = self._run_group(own, native if kind == _COMPILED else None).split([c.num_scores for c in own])
-            scores |= dict(zip(members, parts, strict=True))
-        return torch.cat([scores[i] for i in range(len(chunks))])
+            parts = self._run_group(own, native if kind == _COMPILED else None).split([c.num_logits for c in own])
+            logits |= dict(zip(members, parts, strict=True))
+        return torch.cat([logits[i] for i in range(len(chunks))])
 
-    def _groups(self, chunks: Items[Chunk], has_native: bool) -> dict[str, list[int]]:
+    def _groups(self, chunks: Sequence[Chunk], has_native: bool) -> dict[str, list[int]]:
         """Which chunks run together, by index, so that how a request runs does not depend on what runs beside it."""
         is_routed = any(c.network.router is not None for c in chunks)
         groups: dict[str, list[int]] = {}
@@ -183,25 +177,25 @@ class Runner:
             self._adapters[adapter] = NativeAdapter(adapter) if runs else None
         return self._adapters[adapter]
 
-    def _run_group(self, chunks: Items[Chunk], native: NativeStep | None) -> Tensor:
-        """Run one group of chunks, compiled or by PyTorch's operators."""
+    def _run_group(self, chunks: Sequence[Chunk], native: NativeStep | None) -> Tensor:
+        """As `run`, compiled or by PyTorch's operators."""
         device = self.decoder.device
         tokens_N = torch.tensor([t for c in chunks for t in c.tokens], device=device)
         positions_N = torch.tensor([p for c in chunks for p in range(c.start, c.start + len(c.tokens))], device=device)
         ends = accumulate(len(c.tokens) for c in chunks)
-        rows = [row for end, c in zip(ends, chunks, strict=True) for row in range(end - c.num_scores, end)]
+        rows = [row for end, c in zip(ends, chunks, strict=True) for row in range(end - c.num_logits, end)]
         if native is None:
             hidden_ND = self._with_operators(tokens_N, positions_N, chunks)
             return self.decoder.logits(hidden_ND[torch.tensor(rows, device=device, dtype=torch.long)])
-        tables = [c.sequence.table for c in chunks for _ in c.tokens]
+        block_tables = [c.request.block_table for c in chunks for _ in c.tokens]
         widths_LN, groups_LN, offsets_LN = self._layout(chunks)
         adapters = None
         if any(c.network.adapter is not None for c in chunks):
             each = [None if c.network.adapter is None else self._adapters[c.network.adapter] for c in chunks]
             adapters = [a for a, c in zip(each, chunks, strict=True) for _ in c.tokens]
-        return native(tokens_N, positions_N, widths_LN, groups_LN, tables, offsets_LN, self.cache, rows, adapters)
+        return native(tokens_N, positions_N, widths_LN, groups_LN, block_tables, offsets_LN, self.cache, rows, adapters)
 
-    def _with_operators(self, tokens_N: Tensor, positions_N: Tensor, chunks: Items[Chunk]) -> Tensor:
+    def _with_operators(self, tokens_N: Tensor, positions_N: Tensor, chunks: Sequence[Chunk]) -> Tensor:
         """Final hidden states by PyTorch's operators; (N, D)."""
         batch = Batch.ragged(
             list(tokens_N.split([len(c.tokens) for c in chunks])),
@@ -215,7 +209,7 @@ class Runner:
         hidden: Tensor = self.decoder(batch, PagedAttention(self.decoder.config, self.cache, segments))
         return hidden
 
-    def _layout(self, chunks: Items[Chunk]) -> tuple[Tensor, Tensor, Tensor]:
+    def _layout(self, chunks: Sequence[Chunk]) -> tuple[Tensor, Tensor, Tensor]:
         """Neurons, groups and first units of every token in every layer, (layers, N); kept for the next iteration."""
         key = tuple((c.network, len(c.tokens)) for c in chunks)
         found = self._columns.get(key)

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator
 
 from flextron.engine.pages import PagePool, page_key
-from flextron.engine.sequence import Sequence
+from flextron.engine.request import Request
 
 __all__ = ["Scheduler"]
 
@@ -37,8 +37,8 @@ class Scheduler:
             prefix_caching: whether full pages are shared.
         """
         self.pool = pool
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
         """The earliest admitted first."""
         self.num_preemptions = 0
         self.num_cached_tokens = 0
@@ -46,110 +46,110 @@ class Scheduler:
         self._page_size, self._max_num_seqs = page_size, max_num_seqs
         self._max_tokens, self._prefix_caching = max_num_batched_tokens, prefix_caching
 
-    def __iter__(self) -> Iterator[Sequence]:
+    def __iter__(self) -> Iterator[Request]:
         """All requests, running ones first."""
         yield from self.running
         yield from self.waiting
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, request: Request) -> None:
         """Queue a request."""
-        self.waiting.append(sequence)
+        self.waiting.append(request)
 
-    def plan(self) -> list[tuple[Sequence, int]]:
+    def schedule(self) -> list[tuple[Request, int]]:
         """The requests of the next iteration, with the number of tokens that each computes; pages are reserved."""
-        plan: list[tuple[Sequence, int]] = []
+        scheduled: list[tuple[Request, int]] = []
         budget = self._max_tokens
         # decoding requests first, so that a long prompt never holds up an answer
         queue = sorted(self.running, key=lambda s: s.num_new > 1)
-        planned: set[int] = set()
+        chosen: set[int] = set()
         before = self.num_preemptions
         while queue and budget:
-            sequence = queue.pop(0)
-            num_new = min(sequence.num_new, budget)
-            while not self.reserve(sequence, sequence.num_computed + num_new):
-                victim = next((s for s in reversed(self.running) if id(s) not in planned), sequence)
+            request = queue.pop(0)
+            num_new = min(request.num_new, budget)
+            while not self.reserve(request, request.num_computed_tokens + num_new):
+                victim = next((s for s in reversed(self.running) if id(s) not in chosen), request)
                 self._preempt(victim)
-                if victim is sequence:
+                if victim is request:
                     break
                 queue.remove(victim)
             else:
-                plan.append((sequence, num_new))
-                planned.add(id(sequence))
+                scheduled.append((request, num_new))
+                chosen.add(id(request))
                 budget -= num_new
         if self.num_preemptions > before:
-            return plan
+            return scheduled
         while self.waiting and budget and len(self.running) < self._max_num_seqs and self._admit(self.waiting[0]):
-            sequence = self.waiting.popleft()
-            self.running.append(sequence)
-            num_new = min(sequence.num_new, budget)
-            plan.append((sequence, num_new))
+            request = self.waiting.popleft()
+            self.running.append(request)
+            num_new = min(request.num_new, budget)
+            scheduled.append((request, num_new))
             budget -= num_new
-        return plan
+        return scheduled
 
-    def reserve(self, sequence: Sequence, num_tokens: int) -> bool:
+    def reserve(self, request: Request, num_tokens: int) -> bool:
         """Get pages for so many tokens in all; False if there is no room (what was got is kept)."""
-        while len(sequence.pages) < self._pages_for(num_tokens):
-            page = self.pool.allocate(sequence.network.num_units)
+        while len(request.pages) < self._pages_for(num_tokens):
+            page = self.pool.allocate(request.network.num_units)
             if page is None:
                 return False
-            sequence.add_page(page)
+            request.add_page(page)
         return True
 
-    def advance(self, sequence: Sequence, num_new: int) -> None:
+    def advance(self, request: Request, num_new: int) -> None:
         """Count tokens as computed, and let others share the pages that are full now."""
-        sequence.num_computed += num_new
+        request.num_computed_tokens += num_new
         if not self._prefix_caching:
             return
-        for i in range(len(sequence.keys), sequence.num_computed // self._page_size):
-            self._extend_keys(sequence)
-            self.pool.publish(sequence.pages[i], sequence.keys[i])
+        for i in range(len(request.keys), request.num_computed_tokens // self._page_size):
+            self._extend_keys(request)
+            self.pool.publish(request.pages[i], request.keys[i])
 
-    def remove(self, sequence: Sequence) -> None:
+    def remove(self, request: Request) -> None:
         """Take a request out, finished or not."""
-        if sequence in self.running:
-            self.running.remove(sequence)
+        if request in self.running:
+            self.running.remove(request)
         else:
-            self.waiting.remove(sequence)
-        self._release(sequence)
+            self.waiting.remove(request)
+        self._release(request)
 
     def _pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._page_size)
 
-    def _admit(self, sequence: Sequence) -> bool:
+    def _admit(self, request: Request) -> bool:
         """Find what the cache has of a waiting request, and reserve pages for all its tokens; False if it must wait."""
         if self._prefix_caching:
             # the last token is always computed: its output is what comes next
-            while (len(sequence.pages) + 1) * self._page_size < len(sequence.tokens):
-                if len(sequence.keys) == len(sequence.pages):
-                    self._extend_keys(sequence)
-                page = self.pool.share(sequence.keys[len(sequence.pages)])
+            while (len(request.pages) + 1) * self._page_size < len(request.tokens):
+                if len(request.keys) == len(request.pages):
+                    self._extend_keys(request)
+                page = self.pool.share(request.keys[len(request.pages)])
                 if page is None:
                     break
-                sequence.add_page(page)
-        found = len(sequence.pages) * self._page_size
-        if not self.reserve(sequence, len(sequence.tokens)):
-            self._release(sequence)
+                request.add_page(page)
+        found = len(request.pages) * self._page_size
+        if not self.reserve(request, len(request.tokens)):
+            self._release(request)
             return False
-        sequence.num_computed = found
-        del sequence.keys[found // self._page_size :]
+        request.num_computed_tokens = found
+        del request.keys[found // self._page_size :]
         self.num_cached_tokens += found
         return True
 
-    def _extend_keys(self, sequence: Sequence) -> None:
+    def _extend_keys(self, request: Request) -> None:
         """The key of one more page."""
-        i = len(sequence.keys)
-        before = sequence.keys[-1] if sequence.keys else sequence.network.key
-        sequence.keys.append(page_key(before, sequence.tokens[i * self._page_size : (i + 1) * self._page_size]))
+        i = len(request.keys)
+        before = request.keys[-1] if request.keys else request.network.key
+        request.keys.append(page_key(before, request.tokens[i * self._page_size : (i + 1) * self._page_size]))
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _preempt(self, request: Request) -> None:
         self.num_preemptions += 1
-        self.running.remove(sequence)
-        self._release(sequence)
-        self.waiting.appendleft(sequence)
+        self.running.remove(request)
+        self._release(request)
+        self.waiting.appendleft(request)
 
-    def _release(self, sequence: Sequence) -> None:
-        for page in sequence.pages:
+    def _release(self, request: Request) -> None:
+        for page in request.pages:
             self.pool.release(page)
-        sequence.pages.clear()
-        sequence.keys.clear()
-        sequence.num_computed = 0
+        request.pages.clear()
+        request.keys.clear()
+        request.num_computed_tokens = 0

@@ -11,8 +11,7 @@ and how long iterations took.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from collections.abc import Sequence as Items
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import get_args
@@ -20,9 +19,9 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from flextron.engine.request import Chunk, Network, Request
 from flextron.engine.runner import Runner, nested_network
 from flextron.engine.scheduler import Scheduler
-from flextron.engine.sequence import Chunk, Network, Sequence
 from flextron.engine.timing import TimeLine
 from flextron.errors import FlextronError
 from flextron.generation.generate import SamplingParams, most_likely, probabilities, sample
@@ -61,7 +60,7 @@ class Speculation:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """Tokens that may follow a sequence."""
+    """Tokens that may follow a request."""
 
     tokens: list[int]
     probabilities: list[Tensor]
@@ -110,21 +109,23 @@ class Speculator:
         self._used: _Candidate | None = None
         self._round = 0
 
-    def draft(self, plan: Items[tuple[Sequence, int]]) -> dict[Sequence, Draft]:
+    def draft(self, scheduled: Sequence[tuple[Request, int]]) -> dict[Request, Draft]:
         """Drafts for the requests of an iteration, where it is worth while; their pages are reserved.
 
         Only iterations without prompts, and of a single sub-network without a router, are sped up.
         """
         self._used = None
-        own = plan[0][0].network
-        if len(plan) > self.settings.max_num_seqs or own.router is not None:
+        own = scheduled[0][0].network
+        if len(scheduled) > self.settings.max_num_seqs or own.router is not None:
             return {}
-        if any(s.num_new != 1 or s.network is not own for s, _ in plan):
+        if any(s.num_new != 1 or s.network is not own for s, _ in scheduled):
             return {}
-        candidate, length = self._choose(own, len(plan))
-        room = {s: min(length, s.num_prompt + s.params.max_tokens - len(s.tokens) - 1) for s, _ in plan}
+        candidate, length = self._choose(own, len(scheduled))
+        room = {s: min(length, s.num_prompt + s.params.max_tokens - len(s.tokens) - 1) for s, _ in scheduled}
         drafts = {
-            s: Draft([], []) for s, n in room.items() if n > 0 and self._scheduler.reserve(s, s.num_computed + 1 + n)
+            s: Draft([], [])
+            for s, n in room.items()
+            if n > 0 and self._scheduler.reserve(s, s.num_computed_tokens + 1 + n)
         }
         if drafts:
             self._used = candidate
@@ -132,10 +133,10 @@ class Speculator:
                 self._extend({s: d for s, d in drafts.items() if room[s] > i}, candidate)
         return drafts
 
-    def _extend(self, drafts: Mapping[Sequence, Draft], candidate: _Candidate) -> None:
+    def _extend(self, drafts: Mapping[Request, Draft], candidate: _Candidate) -> None:
         """One token more for each."""
         chunks = [
-            Chunk(s, s.num_computed + len(d.tokens), [(s.tokens + d.tokens)[-1]], candidate.network, 1)
+            Chunk(s, s.num_computed_tokens + len(d.tokens), [(s.tokens + d.tokens)[-1]], candidate.network, 1)
             for s, d in drafts.items()
         ]
         began = perf_counter()
@@ -148,7 +149,7 @@ class Speculator:
             else:
                 d.tokens.append(int(most_likely(logits_V[None])))
 
-    def learn(self, network: Network, num_tokens: int, seconds: float, accepted: Items[tuple[int, int]]) -> None:
+    def learn(self, network: Network, num_tokens: int, seconds: float, accepted: Sequence[tuple[int, int]]) -> None:
         """Take in an iteration of a single network: its size and time, and what was accepted of how many drafted."""
         self._own.setdefault(network, TimeLine()).add(num_tokens, seconds)
         for num_accepted, num_drafted in accepted:

@@ -28,7 +28,7 @@ class Saved:
     """What linears that the caller named gave, with their bypasses, by layer and name, (T, rows)."""
     heads: dict[int, Tensor] = field(default_factory=dict)
     """What each layer's heads gave, (T, H, d), where the caller wants it kept."""
-    log_sums: dict[int, Tensor] = field(default_factory=dict)
+    lse: dict[int, Tensor] = field(default_factory=dict)
     """Logarithms of these heads' sums of exponentials, (T, H)."""
     stream: Tensor | None = None
     """Rows between two layers, (T, D). Forward: outputs of a layer that the one above does not keep as its input.
@@ -50,14 +50,14 @@ class Saved:
         """Bytes of memory that the tensors hold."""
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.tensors()}.values())
 
-    def held(self, layer: int, seen: slice, like: Tensor) -> tuple[Tensor, Tensor]:
+    def past_kv(self, layer: int, seen: slice, like: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer's earlier tokens; empty ones, like another tensor, where it has none."""
         if layer not in self.keys:
             return like.new_zeros(0), like.new_zeros(0)
         return self.keys[layer][seen], self.values[layer][seen]
 
     def _by_layer(self) -> tuple[dict[int, Tensor], ...]:
-        return self.inputs, self.keys, self.values, self.heads, self.log_sums
+        return self.inputs, self.keys, self.values, self.heads, self.lse
 
     def forget(self, layer: int) -> None:
         """Give up what is kept of a layer, once nothing needs it."""

@@ -6,13 +6,14 @@ Shapes: N tokens of the window, h tokens before it, M = h + N, H query heads, K 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flextron.finetuning import attention_torch as blockwise
-from flextron.kernels import training as window_kernels
+from flextron.finetuning import attention_torch
+from flextron.kernels import training as kernels
 from flextron.model.attention import sdpa, window_mask
 from flextron.model.config import DecoderConfig
 
@@ -25,41 +26,41 @@ class WindowAttention:
     def __init__(
         self,
         config: DecoderConfig,
-        held: tuple[Tensor, Tensor],
-        known: tuple[Tensor, Tensor] | None = None,
-        given: tuple[Tensor, Tensor] | None = None,
+        past_kv: tuple[Tensor, Tensor],
+        cached_kv: tuple[Tensor, Tensor] | None = None,
+        cached_out: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """Take what was computed before.
 
         Args:
             config: the decoder's.
-            held: keys and values, (h, K, d), of the tokens before the window that its first sequence sees.
-            known: keys and values of the window itself, where they are computed again; gradients flow past them.
-            given: what the heads gave, where that is known, too; see `given`.
+            past_kv: keys and values, (h, K, d), of the tokens before the window that its first sequence sees.
+            cached_kv: keys and values of the window itself, where they are computed again; gradients flow past them.
+            cached_out: what the heads gave, where that is cached, too; see `cached_out`.
         """
-        self._window, self._held, self._known = config.sliding_window, held, known
+        self._window, self._past_kv, self._cached_kv = config.sliding_window, past_kv, cached_kv
         self.new: tuple[Tensor, Tensor] | None = None
         """Keys and values of the window, (N, K, d), once the layer has run; None if its attention is skipped."""
-        self.given = given
-        """What the heads gave, (N, H, d), and the logarithms of their sums of exponentials, (N, H), once the layer has
+        self.cached_out = cached_out
+        """What the heads gave, (N, H, d), and the their log-sum-exps, (N, H), once the layer has
         run; None on other devices than a CPU."""
 
     def __call__(
         self, layer: int, segment: int, q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor, lengths: Sequence[int]
     ) -> Tensor:
         """See `flextron.model.attention.Attention`."""
-        if self._known is not None:
-            k_NKd, v_NKd = valued(k_NKd, self._known[0]), valued(v_NKd, self._known[1])
+        if self._cached_kv is not None:
+            k_NKd, v_NKd = valued(k_NKd, self._cached_kv[0]), valued(v_NKd, self._cached_kv[1])
         self.new = k_MKd, v_MKd = k_NKd, v_NKd
-        if len(self._held[0]):
-            k_MKd, v_MKd = torch.cat((self._held[0], k_NKd)), torch.cat((self._held[1], v_NKd))
+        if len(self._past_kv[0]):
+            k_MKd, v_MKd = torch.cat((self._past_kv[0], k_NKd)), torch.cat((self._past_kv[1], v_NKd))
         if q_NHd.device.type == "cpu":
-            out, log_sums = _Attend.apply(q_NHd, k_MKd, v_MKd, lengths, self._window, self.given)  # type: ignore[no-untyped-call]
-            self.given = out.detach(), log_sums
+            out, lse = _Attend.apply(q_NHd, k_MKd, v_MKd, lengths, self._window, self.cached_out)  # type: ignore[no-untyped-call]
+            self.cached_out = out.detach(), lse
             return out  # type: ignore[no-any-return]
         parts = [
             self._attend(q_NHd[rows], k_MKd[keys], v_MKd[keys])
-            for rows, keys in blockwise.sequences(lengths, len(k_MKd))
+            for rows, keys in attention_torch.sequences(lengths, len(k_MKd))
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -74,8 +75,13 @@ class WindowAttention:
         return sdpa(q, k, v, mask=mask)[0].transpose(0, 1)
 
 
+def _backend(q_NHd: Tensor) -> ModuleType:
+    """The compiled kernels where they take such queries, else PyTorch's operators; both have the same functions."""
+    return kernels if kernels.takes_heads(q_NHd) else attention_torch
+
+
 class _Attend(torch.autograd.Function):
-    """Attention on a CPU. The backward pass computes the scores again, and the outputs if they are not given."""
+    """On a CPU; the scores are computed again for the gradients, the rest only if the outputs are not cached."""
 
     @staticmethod
     def forward(
@@ -85,23 +91,21 @@ class _Attend(torch.autograd.Function):
         v_MKd: Tensor,
         lengths: Sequence[int],
         window: int | None,
-        given: tuple[Tensor, Tensor] | None,
+        cached_out: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
-        if given is None:
-            attend = window_kernels.attend if window_kernels.takes_heads(q_NHd) else blockwise.attend
-            given = attend(q_NHd, k_MKd, v_MKd, lengths, window)
-        out_NHd, log_sums_NH = given[0].view_as(given[0]), given[1].view_as(given[1])
+        if cached_out is None:
+            cached_out = _backend(q_NHd).attend(q_NHd, k_MKd, v_MKd, lengths, window)
+        out_NHd, lse_NH = cached_out[0].view_as(cached_out[0]), cached_out[1].view_as(cached_out[1])
         ctx.lengths, ctx.window = lengths, window
-        ctx.save_for_backward(q_NHd, k_MKd, v_MKd, out_NHd, log_sums_NH)
-        ctx.mark_non_differentiable(log_sums_NH)
-        return out_NHd, log_sums_NH
+        ctx.save_for_backward(q_NHd, k_MKd, v_MKd, out_NHd, lse_NH)
+        ctx.mark_non_differentiable(lse_NH)
+        return out_NHd, lse_NH
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        q, k, v, *given = ctx.saved_tensors
-        compiled = window_kernels.takes_heads(q)
-        differentiate = window_kernels.attend_backward if compiled else blockwise.attend_backward
-        gradients = differentiate(q, k, v, ctx.lengths, ctx.window, tuple(given), grads[0], ctx.needs_input_grad[:3])
+        q, k, v, *cached_out = ctx.saved_tensors
+        differentiate, needs = _backend(q).attend_backward, ctx.needs_input_grad[:3]
+        gradients = differentiate(q, k, v, ctx.lengths, ctx.window, tuple(cached_out), grads[0], needs)
         return *gradients, None, None, None
 
 

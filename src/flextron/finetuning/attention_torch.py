@@ -2,7 +2,7 @@
 
 PyTorch's fused kernel reaches a quarter of a CPU's arithmetic, its backward pass less, and repeats KV heads. Here the
 query heads of a KV head are rows of one product; tokens go block by block, so that what later keys would add is not
-computed. Where there is a compiler, `window_kernels` does the same in half the time.
+computed. Where there is a compiler, `kernels.training` does the same in half the time.
 
 Shapes: N tokens of the window, M keys, H query heads, K KV heads, r query heads of a KV head, n tokens of a block, j of
 its keys, d head size.
@@ -25,9 +25,9 @@ _BLOCK = 64
 
 def sequences(lengths: Sequence[int], num_keys: int) -> Iterator[tuple[slice, slice]]:
     """Rows of the window and keys of each sequence; keys from before the window are the first one's."""
-    held, start = num_keys - sum(lengths), 0
+    num_past, start = num_keys - sum(lengths), 0
     for k, n in enumerate(lengths):
-        yield slice(start, start + n), slice(held + start if k else 0, held + start + n)
+        yield slice(start, start + n), slice(num_past + start if k else 0, num_past + start + n)
         start += n
 
 
@@ -48,16 +48,16 @@ def attend(
     """
     num_kv = k_MKd.shape[1]
     out_NHd = torch.empty_like(q_NHd)
-    log_sums_NH = q_NHd.new_empty(q_NHd.shape[:2], dtype=_precise(q_NHd))
-    q, out, log_sums = (_rows(t, num_kv) for t in (q_NHd, out_NHd, log_sums_NH[..., None]))
+    lse_NH = q_NHd.new_empty(q_NHd.shape[:2], dtype=_precise(q_NHd))
+    q, out, lse = (_rows(t, num_kv) for t in (q_NHd, out_NHd, lse_NH[..., None]))
     k, v = k_MKd.transpose(0, 1), v_MKd.transpose(0, 1)
     for block in _blocks(lengths, len(k_MKd), window):
         scores = _scores(q, k, block, window)
         sums = scores.logsumexp(-1, keepdim=True)
         share = scores.sub_(sums).exp_().to(v.dtype)
         out[:, :, block.rows] = torch.bmm(share, v[:, block.seen]).unflatten(1, (q.shape[1], -1))
-        log_sums[:, :, block.rows] = sums.unflatten(1, (q.shape[1], -1))
-    return out_NHd, log_sums_NH
+        lse[:, :, block.rows] = sums.unflatten(1, (q.shape[1], -1))
+    return out_NHd, lse_NH
 
 
 def attend_backward(
@@ -66,7 +66,7 @@ def attend_backward(
     v_MKd: Tensor,
     lengths: Sequence[int],
     window: int | None,
-    given: tuple[Tensor, Tensor],
+    cached_out: tuple[Tensor, Tensor],
     g_NHd: Tensor,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -78,19 +78,19 @@ def attend_backward(
         v_MKd: see there.
         lengths: see there.
         window: see there.
-        given: what `attend` gave.
+        cached_out: what `attend` gave.
         g_NHd: gradient of the heads' outputs.
         needs: which of the three are wanted; others are None.
     """
-    out_NHd, log_sums_NH = given
+    out_NHd, lse_NH = cached_out
     num_kv, scale = k_MKd.shape[1], q_NHd.shape[-1] ** -0.5
     through_NH1 = (g_NHd * out_NHd).sum(-1, keepdim=True)
-    q, g, through, log_sums = (_rows(t, num_kv) for t in (q_NHd, g_NHd, through_NH1, log_sums_NH[..., None]))
+    q, g, through, lse = (_rows(t, num_kv) for t in (q_NHd, g_NHd, through_NH1, lse_NH[..., None]))
     k, v = k_MKd.transpose(0, 1), v_MKd.transpose(0, 1)
     need_q, need_k, need_v = needs
     dq_NHd, dk, dv = torch.empty_like(q_NHd), torch.zeros_like(k), torch.zeros_like(v)
     for block in _blocks(lengths, len(k_MKd), window):
-        share = _scores(q, k, block, window).sub_(_own(log_sums, block)).exp_().to(v.dtype)
+        share = _scores(q, k, block, window).sub_(_own(lse, block)).exp_().to(v.dtype)
         own_g = _own(g, block)
         if need_v:
             dv[:, block.seen] += torch.bmm(share.transpose(1, 2), own_g)

@@ -18,8 +18,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from flextron.errors import FlextronError
+from flextron.finetuning.example import Example
 from flextron.finetuning.hyperparameters import Hyperparameters
-from flextron.finetuning.trainer import Example
 from flextron.generation.encoding import beginning
 from flextron.generation.templates import ChatTemplate, TemplateError
 

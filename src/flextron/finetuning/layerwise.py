@@ -25,7 +25,8 @@ from torch import Tensor
 from flextron.errors import FlextronError
 from flextron.finetuning.activations import Saved, put_rows
 from flextron.finetuning.attention import WindowAttention
-from flextron.finetuning.packing import Example, Packed
+from flextron.finetuning.example import Example
+from flextron.finetuning.packing import Packed
 from flextron.finetuning.recompute import KEEPABLE, PrunedBatch, RecordedBatch, unread_linears
 from flextron.model.adapter import Adapter
 from flextron.model.batch import Batch, Segment
@@ -174,7 +175,7 @@ class Finetuning:
             where = saved.inputs.get(i, saved.stream)
             assert where is not None
             x_ND = where[start:stop]
-        attention = WindowAttention(self._decoder.config, saved.held(i, self._packed.seen(start), x_ND))
+        attention = WindowAttention(self._decoder.config, saved.past_kv(i, self._packed.seen(start), x_ND))
         x_ND = self._decoder.layers[i](x_ND, batch, i, self._packed.rope(start, stop), attention)
         self._keep_rows(i, start, attention, kept)
         self._pass_up(x_ND, start)
@@ -196,8 +197,8 @@ class Finetuning:
             made += [(saved.keys, i, attention.new[0]), (saved.values, i, attention.new[1])]
         if i in self._trained:
             made += [(saved.products, key, rows) for key, rows in kept.items()]
-            if attention.given is not None and "attention" in self._keep:
-                made += [(saved.heads, i, attention.given[0]), (saved.log_sums, i, attention.given[1])]
+            if attention.cached_out is not None and "attention" in self._keep:
+                made += [(saved.heads, i, attention.cached_out[0]), (saved.lse, i, attention.cached_out[1])]
         for where, key, rows in made:
             put_rows(where, key, rows, start, self.num_tokens)
 
@@ -284,30 +285,30 @@ class Finetuning:
         targets = self._adapter.targets_in(i, self.spec.layers[i])
         is_lowest = i == self._trained[0]
         x_ND = saved.inputs[i][window].detach().requires_grad_(not is_lowest)
-        held, known = saved.held(i, self._packed.seen(start), x_ND), None
+        past_kv, cached_kv = saved.past_kv(i, self._packed.seen(start), x_ND), None
         if i in saved.keys:
             # in the lowest layer, earlier keys and values matter only if something in their projections is trained
-            matters = len(held[0]) > 0 and (not is_lowest or not targets.isdisjoint("kv"))
-            held = held[0].detach().requires_grad_(matters), held[1].detach().requires_grad_(matters)
-            known = saved.keys[i][window], saved.values[i][window]
+            matters = len(past_kv[0]) > 0 and (not is_lowest or not targets.isdisjoint("kv"))
+            past_kv = past_kv[0].detach().requires_grad_(matters), past_kv[1].detach().requires_grad_(matters)
+            cached_kv = saved.keys[i][window], saved.values[i][window]
             if saved.key_value_gradients is None:
                 saved.key_value_gradients = _accumulator(saved.keys[i]), _accumulator(saved.values[i])
-        given = (saved.heads[i][window], saved.log_sums[i][window]) if i in saved.heads else None
-        attention = WindowAttention(self._decoder.config, held, known, given)
+        cached_out = (saved.heads[i][window], saved.lse[i][window]) if i in saved.heads else None
+        attention = WindowAttention(self._decoder.config, past_kv, cached_kv, cached_out)
         y_ND = self._run_again(i, x_ND, start, stop, attention)
 
         ends = [(y_ND, saved.stream[window])]
         sums = saved.key_value_gradients or ()
         ends += [(t, s[window].to(t.dtype)) for t, s in zip(attention.new or (), sums, strict=True)]
         ends = [(t, g) for t, g in ends if t.requires_grad]
-        sources = [t for t in (x_ND, *held) if t.requires_grad]
+        sources = [t for t in (x_ND, *past_kv) if t.requires_grad]
         parameters: list[Tensor] = [p for t in sorted(targets) for p in self._adapter.at(i)[t].parameters()]
         gradients = list(
             torch.autograd.grad([t for t, _ in ends], sources + parameters, [g for _, g in ends], allow_unused=True)
         )
         if x_ND.requires_grad:
             saved.stream[window] = gradients.pop(0)
-        if held[0].requires_grad:
+        if past_kv[0].requires_grad:
             for total in sums:
                 total[self._packed.seen(start)] += gradients.pop(0)
         for parameter, gradient in zip(parameters, gradients, strict=True):

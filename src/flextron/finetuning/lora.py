@@ -18,10 +18,11 @@ from safetensors.torch import load_file, save_file
 
 from flextron.checkpoints.peft import write_adapter
 from flextron.errors import FlextronError
+from flextron.finetuning.example import Example
 from flextron.finetuning.hyperparameters import TARGET_MODULES, Hyperparameters
 from flextron.finetuning.packs import Pass
 from flextron.finetuning.recompute import KEEPABLE, num_keepable
-from flextron.finetuning.trainer import Example, StepMetrics, not_finite
+from flextron.finetuning.trainer import StepMetrics, not_finite
 from flextron.model.adapter import Adapter, linear_shapes
 from flextron.model.bypass import Lora
 from flextron.model.decoder import Decoder

@@ -1,4 +1,4 @@
-"""Training texts side by side in one row of tokens, of which any window can be run.
+"""Examples side by side in one row of tokens, of which any window can be run.
 
 Shapes: T tokens of all examples that are run.
 """
@@ -7,27 +7,17 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
 from flextron.errors import FlextronError
+from flextron.finetuning.example import Example
 from flextron.model.config import DecoderConfig
 from flextron.model.layers import rotary_tables
 
-__all__ = ["Example", "Packed"]
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """A training text."""
-
-    tokens: Tensor
-    """Token ids, 1-D."""
-    weights: Tensor
-    """What the prediction of each token counts, 1-D; 0 for those of a prompt. The first token's is ignored."""
+__all__ = ["Packed"]
 
 
 class Packed:
@@ -54,20 +44,22 @@ class Packed:
             FlextronError: see `Finetuning`.
         """
         for example in examples:
-            if len(example.tokens) < 2 or len(example.tokens) != len(example.weights):
+            if len(example.tokens) < 2 or len(example.tokens) != len(example.mask):
                 raise FlextronError("an example needs at least two tokens, and one weight for each of them")
             config.check_length(len(example.tokens) - 1)
-        total = sum(float(e.weights[1:].double().sum()) for e in examples) if total_weight is None else total_weight
+        tokens = [_tensor(e.tokens, torch.long) for e in examples]
+        weights = [_tensor(e.mask, torch.float64)[1:] for e in examples]
+        total = sum(float(w.sum()) for w in weights) if total_weight is None else total_weight
         if not total > 0:
             raise FlextronError("no token of the examples has a weight; nothing could be learned from them")
         self._window = config.sliding_window
-        lengths = [len(e.tokens) - 1 for e in examples]
+        lengths = [len(t) - 1 for t in tokens]
         self._starts = tuple(accumulate(lengths, initial=0))
-        self.tokens_T = torch.cat([e.tokens[:-1] for e in examples]).to(device)
+        self.tokens_T = torch.cat([t[:-1] for t in tokens]).to(device)
         """Token ids, int64."""
-        self.targets_T = torch.cat([e.tokens[1:] for e in examples]).to(device)
-        """Target of each position: the token to predict, int64."""
-        self.weights_T = torch.cat([e.weights[1:].double() for e in examples]).to(device) / total
+        self.targets_T = torch.cat([t[1:] for t in tokens]).to(device)
+        """The token that each shall predict, int64."""
+        self.weights_T = torch.cat(weights).to(device) / total
         """What each prediction counts, float64."""
         self.positions_T = torch.cat([torch.arange(n) for n in lengths]).to(device)
         """Position of each token in its example, int64."""
@@ -90,3 +82,7 @@ class Packed:
         """The tokens before a window that its first token sees."""
         first = self._starts[bisect_right(self._starts, start) - 1]
         return slice(first if self._window is None else max(first, start + 1 - self._window), start)
+
+
+def _tensor(numbers: Sequence[float] | Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.as_tensor(numbers if isinstance(numbers, Tensor) else list(numbers), dtype=dtype)

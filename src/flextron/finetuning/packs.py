@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 
-import torch
-from torch import Tensor
-
-from flextron.finetuning import packing
+from flextron.finetuning.example import Example
 from flextron.finetuning.layerwise import Finetuning
-from flextron.finetuning.trainer import Example
 from flextron.model.adapter import Adapter
 from flextron.model.decoder import Decoder
 from flextron.spec import SubnetSpec
@@ -56,8 +52,7 @@ class Pass:
         def made() -> Iterator[Finetuning]:
             for pack in _packs(examples, pack_tokens):
                 keep = kept(sum(len(e.tokens) for e in pack)) if backward else ()
-                tensors = [packing.Example(_integers(e.tokens), _weights(e)) for e in pack]
-                yield Finetuning(decoder, adapter, tensors, spec=spec, total_weight=total, keep=keep, backward=backward)
+                yield Finetuning(decoder, adapter, pack, spec=spec, total_weight=total, keep=keep, backward=backward)
 
         # one at a time: all examples of a large file side by side would fill the memory
         self._packs = made()
@@ -105,11 +100,3 @@ def _packs(examples: Sequence[Example], num_tokens: int) -> Iterator[list[Exampl
         pack.append(example)
         size += own
     yield pack
-
-
-def _integers(token_ids: Sequence[int]) -> Tensor:
-    return torch.tensor(list(token_ids), dtype=torch.long)
-
-
-def _weights(example: Example) -> Tensor:
-    return torch.tensor(list(example.mask), dtype=torch.float32)

@@ -68,6 +68,10 @@ class PrunedBatch(Batch):
         """See `Batch`."""
         return _PrunedBypasses(self.placed(layer, layout), self.unread, self.known)
 
+    def needs(self, target: str) -> bool:
+        """See `Batch`."""
+        return target not in self.unread
+
 
 @dataclass(frozen=True)
 class RecordedBatch(Batch):
@@ -82,6 +86,12 @@ class RecordedBatch(Batch):
         """See `Batch`."""
         assert layer is not None
         return _RecordedBypasses(self.placed(layer, layout), layer, self.keep, self.kept)
+
+    def keep_product(self, layer: int | None, target: str, product: Tensor) -> None:
+        """See `Batch`."""
+        if target in self.keep:
+            assert layer is not None
+            self.kept[layer, target] = product
 
 
 class _WindowBypasses(Bypasses):

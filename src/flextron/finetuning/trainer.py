@@ -9,18 +9,10 @@ from pathlib import Path
 from typing import Protocol
 
 from flextron.errors import FlextronError
+from flextron.finetuning.example import Example
 from flextron.finetuning.hyperparameters import Hyperparameters
 
-__all__ = ["Example", "MakeTrainer", "StepMetrics", "Trainer", "UnitTrainer", "not_finite"]
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One conversation, or one prompt with its completion."""
-
-    tokens: Sequence[int]
-    mask: Sequence[int]
-    """One entry a token: 1 if the model learns to say it, else 0. At least one is 1, and the first never is."""
+__all__ = ["MakeTrainer", "StepMetrics", "Trainer", "not_finite"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +51,9 @@ def not_finite(what: str, value: float, step: int) -> FlextronError:
 
 
 class Trainer(Protocol):
-    """Trains one adapter. All methods are called by one thread.
+    """Trains one adapter. Its steps can be cut into units of a chosen size, with anything between them.
+
+    One thread at a time calls its methods.
 
     After `save_state` and a new start from that state, the same steps follow, to the bit where the device allows it.
     """
@@ -71,23 +65,6 @@ class Trainer(Protocol):
     @property
     def step_number(self) -> int:
         """Steps whose metrics were given, those before a restart included."""
-
-    def step(self) -> StepMetrics:
-        """Take one optimizer step, and score the validation examples if that is due.
-
-        Raises:
-            FlextronError: training cannot go on; the job fails with this message.
-        """
-
-    def save_state(self, directory: Path) -> None:
-        """Write all that an exact resume needs into an empty directory."""
-
-    def save_adapter(self, directory: Path) -> None:
-        """Write the adapter into an empty directory, as it is served."""
-
-
-class UnitTrainer(Trainer, Protocol):
-    """A trainer whose steps can be cut into units of a chosen size, with anything between them."""
 
     @property
     def unit(self) -> str:
@@ -103,6 +80,19 @@ class UnitTrainer(Trainer, Protocol):
         Raises:
             FlextronError: as for `step`.
         """
+
+    def step(self) -> StepMetrics:
+        """Take one optimizer step, and score the validation examples if that is due.
+
+        Raises:
+            FlextronError: training cannot go on; the job fails with this message.
+        """
+
+    def save_state(self, directory: Path) -> None:
+        """Write all that an exact resume needs into an empty directory."""
+
+    def save_adapter(self, directory: Path) -> None:
+        """Write the adapter into an empty directory, as it is served."""
 
 
 class MakeTrainer(Protocol):

@@ -1,7 +1,7 @@
 """Hands the steps of jobs to the thread that has time for them, and keeps their books in a thread of its own.
 
 Books mean the database, the disk and whose turn it is: nothing that a server's iterations could wait for. A trainer is
-in one thread's hands at a time: the feeder gives it away for one step, and takes it back with the step's metrics.
+in one thread's hands at a time: the driver gives it away for one step, and takes it back with the step's metrics.
 """
 
 from __future__ import annotations
@@ -9,19 +9,18 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from typing import cast
 
-from flextron.finetuning.trainer import StepMetrics, UnitTrainer
+from flextron.finetuning.trainer import StepMetrics, Trainer
 from flextron.jobs.jobs import Jobs
-from flextron.jobs.running_job import Run
+from flextron.jobs.running_job import RunningJob
 
-__all__ = ["Feeder"]
+__all__ = ["TrainingDriver"]
 
 _log = logging.getLogger("flextron.server")
 _REST_SECONDS = 0.5
 
 
-class Feeder(threading.Thread):
+class TrainingDriver(threading.Thread):
     """Work for `flextron.engine.coserving`; `unit`, `num_left` and `run` belong to the thread that trains."""
 
     def __init__(self, jobs: Jobs, on_work: Callable[[], None] = lambda: None) -> None:
@@ -29,11 +28,11 @@ class Feeder(threading.Thread):
 
         Args:
             jobs: whose trainers take steps unit by unit.
-            on_work: called, in the feeder's thread, when there is a step to take.
+            on_work: called, in the driver's thread, when there is a step to take.
         """
         super().__init__(name="flextron-jobs", daemon=True)
-        self._turns, self._on_work = jobs.turns, on_work
-        self._run: Run | None = None
+        self._scheduler, self._on_work = jobs.scheduler, on_work
+        self._run: RunningJob | None = None
         """Whose step is to be taken."""
         self._outcome: StepMetrics | Exception | None = None
         self._is_taken, self._is_ending = threading.Event(), threading.Event()
@@ -63,17 +62,17 @@ class Feeder(threading.Thread):
             self._is_taken.set()
 
     @property
-    def _trainer(self) -> UnitTrainer:
+    def _trainer(self) -> Trainer:
         assert self._run is not None
-        return cast(UnitTrainer, self._run.trainer)
+        return self._run.trainer
 
     def run(self) -> None:
         """Keep the books."""
         while not self._is_ending.is_set():
             try:
-                run = self._turns.next()
+                run = self._scheduler.next()
                 if run is None:
-                    self._turns.wait(_REST_SECONDS)
+                    self._scheduler.wait(_REST_SECONDS)
                     continue
                 self._give(run)
             except Exception:
@@ -85,11 +84,11 @@ class Feeder(threading.Thread):
         """End the thread; the step that has begun is taken again another time."""
         self._is_ending.set()
         self._is_taken.set()
-        self._turns.wake()
+        self._scheduler.wake()
         self.join()
         self._run = None
 
-    def _give(self, run: Run) -> None:
+    def _give(self, run: RunningJob) -> None:
         self._is_taken.clear()
         self._outcome, self._run = None, run
         if self._is_ending.is_set():
@@ -100,6 +99,6 @@ class Feeder(threading.Thread):
         # if it was not taken
         outcome = self._outcome
         if isinstance(outcome, StepMetrics):
-            self._turns.record(run, outcome)
+            self._scheduler.record(run, outcome)
         elif outcome is not None:
-            self._turns.fail(run, outcome)
+            self._scheduler.fail(run, outcome)

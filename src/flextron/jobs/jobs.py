@@ -1,4 +1,4 @@
-"""All jobs of a model: clients make and change them from any thread, one thread trains them step by step (`turns`)."""
+"""All jobs of a model: clients make and change them from any thread, one thread trains them (`scheduler`)."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from flextron.jobs.database import Store
 from flextron.jobs.directory import StateDirectory
 from flextron.jobs.loader import Preparer
 from flextron.jobs.records import ALIVE, Checkpoint, Job, Status
-from flextron.jobs.repository import Journal
-from flextron.jobs.turns import Turns
+from flextron.jobs.repository import JobRepository
+from flextron.jobs.scheduler import JobScheduler
 from flextron.jobs.uploads import Uploads
 
 __all__ = ["Jobs", "JobsSettings", "OnAdapter", "OnDeleted"]
@@ -93,13 +93,13 @@ class Jobs:
             self._directory.close()
             raise
         try:
-            self.uploads, self.journal = Uploads(self._directory, self._store), Journal(self._store)
-            if others := self.journal.models() - {model}:
+            self.uploads, self.repository = Uploads(self._directory, self._store), JobRepository(self._store)
+            if others := self.repository.models() - {model}:
                 raise FlextronError(
                     f"the state directory {path} is of the model {min(others)!r}; serve it under this name, "
                     "or use another directory"
                 )
-            if fingerprint is not None and not self.journal.is_of(fingerprint):
+            if fingerprint is not None and not self.repository.is_of(fingerprint):
                 raise FlextronError(
                     f"the state directory {path} is of other weights than those that are called {model!r} now, and so "
                     "are its jobs and adapters; give another one (--state-directory), or serve the weights of before"
@@ -109,14 +109,14 @@ class Jobs:
             self._directory.close()
             raise
         news, self._naming = threading.Event(), threading.Lock()
-        unfinished = [job_id for job_id, _ in self.journal.with_status(*ALIVE, Status.PAUSED)]
+        unfinished = [job_id for job_id, _ in self.repository.with_status(*ALIVE, Status.PAUSED)]
         attempts = Attempts(self._directory.attempts, unfinished)
         self._preparer = Preparer(
-            self.journal, self.uploads, attempts, tokenizer, context, news.set, vocab_size=vocab_size
+            self.repository, self.uploads, attempts, tokenizer, context, news.set, vocab_size=vocab_size
         )
-        self.turns = Turns(
+        self.scheduler = JobScheduler(
             self._directory,
-            self.journal,
+            self.repository,
             attempts,
             self.uploads,
             self._preparer,
@@ -128,11 +128,11 @@ class Jobs:
         )
         """Schedules the jobs for the thread that trains."""
         self._directory.remove_states(but=unfinished)
-        for gone in self.journal.all_checkpoints(deleted=True):
+        for gone in self.repository.all_checkpoints(deleted=True):
             self._directory.remove_adapter(gone.job_id, gone.step)
-        for checkpoint in self.journal.all_checkpoints():
+        for checkpoint in self.repository.all_checkpoints():
             self._announce(checkpoint)
-        for job_id, _ in self.journal.with_status(*ALIVE):
+        for job_id, _ in self.repository.with_status(*ALIVE):
             self._preparer.submit(job_id)
 
     def create(
@@ -153,7 +153,7 @@ class Jobs:
         chosen = hyperparameters or Hyperparameters()
         if chosen.max_tokens is not None and chosen.max_tokens > self.context:
             raise FlextronError(f"max_tokens is {chosen.max_tokens}, but the model has {self.context} positions")
-        job = self.journal.create(
+        job = self.repository.create(
             model=self.model,
             suffix=suffix,
             training_file=training_file,
@@ -174,7 +174,7 @@ class Jobs:
         """
         before = (*ALIVE, Status.PAUSED)
         job = self._change(job_id, before, Status.CANCELLED, "the job was cancelled", "cancelled")
-        if not self.turns.is_training(job.id):
+        if not self.scheduler.is_training(job.id):
             self._directory.remove_state(job.id)
         return job
 
@@ -188,6 +188,15 @@ class Jobs:
         self._preparer.submit(job.id)
         return job
 
+    def wait_prepared(self, job_id: str, seconds: float = 60.0) -> None:
+        """Wait until a job's files are read, or it has ended.
+
+        Raises:
+            FlextronError: it takes longer.
+        """
+        if not self._preparer.wait(job_id, seconds):
+            raise FlextronError(f"the files of the job {job_id} were not read within {seconds:g} seconds; wait longer")
+
     def delete_adapter(self, name: str) -> None:
         """Delete a finished adapter, or an intermediate one, for good.
 
@@ -195,28 +204,28 @@ class Jobs:
             UnknownIdError: there is none of this name.
         """
         with self._naming:
-            checkpoint = self.journal.delete_checkpoint(name)
+            checkpoint = self.repository.delete_checkpoint(name)
             self._on_deleted(checkpoint)
         self._directory.remove_adapter(checkpoint.job_id, checkpoint.step)
 
     def _change(self, job_id: str, before: Sequence[Status], to: Status, message: str, done: str) -> Job:
-        job = self.journal.get(job_id)
-        if not self.journal.change(job.id, before=before, to=to, message=message):
-            status = self.journal.get(job_id).status.value
+        job = self.repository.get(job_id)
+        if not self.repository.change(job.id, before=before, to=to, message=message):
+            status = self.repository.get(job_id).status.value
             raise FlextronError(f"the job is {status}, so it cannot be {done}")
-        self.turns.wake()
-        return self.journal.get(job_id)
+        self.scheduler.wake()
+        return self.repository.get(job_id)
 
     def close(self) -> None:
         """Save what is in training and give the directory back; the training thread must have ended."""
         self._preparer.close()
-        self.turns.save()
+        self.scheduler.save()
         self._store.close()
         self._directory.close()
 
     def _announce_new(self, job_id: str, step: int) -> None:
         with self._naming:
-            made = self.journal.checkpoint(job_id, step)
+            made = self.repository.checkpoint(job_id, step)
             if made is not None:
                 self._announce(made)
 

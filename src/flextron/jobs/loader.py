@@ -17,10 +17,10 @@ from transformers import PreTrainedTokenizerBase
 from flextron.errors import FlextronError
 from flextron.files import NoSpaceError
 from flextron.finetuning.dataset import Dataset, read_dataset
-from flextron.finetuning.trainer import Example
+from flextron.finetuning.example import Example
 from flextron.jobs.attempts import Attempts
 from flextron.jobs.records import ALIVE, Job, Status
-from flextron.jobs.repository import Journal
+from flextron.jobs.repository import JobRepository
 from flextron.jobs.uploads import Uploads
 
 __all__ = ["Prepared", "Preparer"]
@@ -43,7 +43,7 @@ class Preparer:
 
     def __init__(
         self,
-        journal: Journal,
+        repository: JobRepository,
         uploads: Uploads,
         attempts: Attempts,
         tokenizer: PreTrainedTokenizerBase,
@@ -55,7 +55,7 @@ class Preparer:
         """Take what reading needs.
 
         Args:
-            journal: told how it went.
+            repository: told how it went.
             uploads: where the files are.
             attempts: told what is being read.
             tokenizer: used by nobody else.
@@ -63,11 +63,11 @@ class Preparer:
             on_change: called, by the thread that reads, when a job is ready or has failed.
             vocab_size: tokens that the model knows; by default all that the tokenizer makes.
         """
-        self._journal, self._uploads, self._tokenizer, self._context = journal, uploads, tokenizer, context
+        self._repository, self._uploads, self._tokenizer, self._context = repository, uploads, tokenizer, context
         self._attempts, self._vocab_size = attempts, vocab_size
         self._on_change = on_change
         self._prepared: dict[str, Prepared] = {}
-        self._lock, self._is_ending = threading.Lock(), threading.Event()
+        self._lock, self._is_ending = threading.Condition(), threading.Event()
         self._pool = ThreadPoolExecutor(1, "flextron-datasets")
 
     def submit(self, job_id: str) -> None:
@@ -84,6 +84,15 @@ class Preparer:
         with self._lock:
             return dict(self._prepared)
 
+    def wait(self, job_id: str, seconds: float) -> bool:
+        """Wait until a job's examples are there or it is known that they will not be; False if that takes longer."""
+
+        def is_settled() -> bool:
+            return job_id in self._prepared or self._repository.get(job_id).status not in ALIVE
+
+        with self._lock:
+            return self._lock.wait_for(is_settled, seconds)
+
     def drop(self, held: dict[str, Prepared], *, but: Container[str]) -> None:
         """Let go of what `held` returned, unless the job is one of these or its examples were read again since."""
         with self._lock:
@@ -98,12 +107,14 @@ class Preparer:
 
     def _run(self, job_id: str) -> None:
         while not self._is_ending.is_set():
-            job = self._journal.get(job_id)
+            job = self._repository.get(job_id)
             if job.status not in ALIVE:
                 return
             try:
                 self._prepare(job)
                 self._on_change()
+                with self._lock:
+                    self._lock.notify_all()
                 return
             except NoSpaceError:
                 _log.exception("job %s waits for room on the disk", job_id)
@@ -117,7 +128,7 @@ class Preparer:
                 if training is not None and job.validation_file is not None:
                     validation = self._read(job, job.validation_file, "validation_file")
         except FlextronError as error:  # it was tried too often
-            self._journal.fail(job.id, error, param="training_file")
+            self._repository.fail(job.id, error, param="training_file")
             return
         if training is None or (validation is None and job.validation_file is not None):
             return
@@ -125,7 +136,7 @@ class Preparer:
         if validation is not None:
             message += f", that for validation {len(validation.examples)}"
         message += "; the job waits for its turn"
-        self._journal.change(job.id, before=(Status.VALIDATING,), to=Status.QUEUED, message=message)
+        self._repository.change(job.id, before=(Status.VALIDATING,), to=Status.QUEUED, message=message)
         # after the change: what is held is at least queued, or was
         with self._lock:
             self._prepared[job.id] = Prepared(training.examples, () if validation is None else validation.examples)
@@ -136,9 +147,9 @@ class Preparer:
             path = self._uploads.path(file_id)
             dataset = read_dataset(path, self._tokenizer, job.hyperparameters, self._context, self._vocab_size)
         except Exception as error:
-            self._journal.fail(job.id, error, param=param)
+            self._repository.fail(job.id, error, param=param)
             return None
         if job.status == Status.VALIDATING and dataset.num_truncated:
             what = "examples" if param == "training_file" else "validation examples"
-            self._journal.tell(job.id, f"{dataset.num_truncated} {what} were cut to the allowed length", "warn")
+            self._repository.tell(job.id, f"{dataset.num_truncated} {what} were cut to the allowed length", "warn")
         return dataset

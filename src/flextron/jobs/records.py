@@ -11,7 +11,7 @@ from typing import Any
 
 from flextron.finetuning.hyperparameters import Hyperparameters
 
-__all__ = ["ALIVE", "ENDED", "Checkpoint", "Event", "File", "Job", "JobError", "Status", "new_id"]
+__all__ = ["ALIVE", "ENDED", "Checkpoint", "File", "Job", "JobError", "JobEvent", "Status", "new_id"]
 
 _LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz23456789"
 
@@ -106,7 +106,7 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Event:
+class JobEvent:
     """Something that happened to a job."""
 
     id: str
@@ -117,8 +117,8 @@ class Event:
     data: dict[str, Any]
 
     @classmethod
-    def of(cls, row: sqlite3.Row) -> Event:
-        """Read from its row."""
+    def of(cls, row: sqlite3.Row) -> JobEvent:
+        """From its row."""
         plain = {key: row[key] for key in ("id", "created_at", "level", "type", "message")}
         return cls(**plain, data=json.loads(row["data"]))
 

@@ -14,17 +14,17 @@ from flextron.errors import FlextronError
 from flextron.finetuning.hyperparameters import Hyperparameters
 from flextron.finetuning.trainer import StepMetrics
 from flextron.jobs.database import Store, UnknownIdError
-from flextron.jobs.records import ALIVE, ENDED, Checkpoint, Event, File, Job, JobError, Status, new_id
+from flextron.jobs.records import ALIVE, ENDED, Checkpoint, File, Job, JobError, JobEvent, Status, new_id
 from flextron.jobs.uploads import FINE_TUNE, insert_file
 
-__all__ = ["Journal"]
+__all__ = ["JobRepository"]
 
 _MEASURED = ("loss", "accuracy", "num_tokens", "valid_loss", "valid_accuracy")
 """Columns of a step's row."""
 _log = logging.getLogger("flextron.server")
 
 
-class Journal:
+class JobRepository:
     """Callable from any thread; what a method wrote is on the disk when it returns."""
 
     def __init__(self, store: Store) -> None:
@@ -87,11 +87,11 @@ class Journal:
         rows, has_more = self._store.page("jobs", where={}, after=after, limit=limit)
         return [Job.of(row) for row in rows], has_more
 
-    def events(self, job_id: str, *, after: str | None, limit: int) -> tuple[list[Event], bool]:
+    def events(self, job_id: str, *, after: str | None, limit: int) -> tuple[list[JobEvent], bool]:
         """A page of what happened, newest first."""
         where = {"job_id": self.get(job_id).id}
         rows, has_more = self._store.page("events", where=where, after=after, limit=limit)
-        return [Event.of(row) for row in rows], has_more
+        return [JobEvent.of(row) for row in rows], has_more
 
     def checkpoints(self, job_id: str, *, after: str | None, limit: int) -> tuple[list[Checkpoint], bool]:
         """A page of adapters that were not deleted, newest first."""

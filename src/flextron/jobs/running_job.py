@@ -17,15 +17,15 @@ from flextron.finetuning.trainer import MakeTrainer, StepMetrics
 from flextron.jobs.directory import StateDirectory
 from flextron.jobs.loader import Prepared
 from flextron.jobs.records import Job
-from flextron.jobs.repository import Journal
+from flextron.jobs.repository import JobRepository
 from flextron.jobs.uploads import RESULTS, Uploads
 
-__all__ = ["Run"]
+__all__ = ["RunningJob"]
 
 _COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy", "num_tokens")
 
 
-class Run:
+class RunningJob:
     """Belongs to the thread that takes the steps."""
 
     def __init__(
@@ -34,7 +34,7 @@ class Run:
         prepared: Prepared,
         make_trainer: MakeTrainer,
         directory: StateDirectory,
-        journal: Journal,
+        repository: JobRepository,
         uploads: Uploads,
     ) -> None:
         """Make the trainer, where the saved state ends.
@@ -42,7 +42,7 @@ class Run:
         Raises:
             FlextronError: the job's hyperparameters do not go with the model.
         """
-        self.job, self._directory, self._journal, self._uploads = job, directory, journal, uploads
+        self.job, self._directory, self._repository, self._uploads = job, directory, repository, uploads
         state = directory.state(job.id)
         (directory.jobs / job.id).mkdir(exist_ok=True)
         resume = state if state.exists() else None
@@ -72,13 +72,13 @@ class Run:
         is_last = step >= num_steps
         is_due = is_last or self.job.hyperparameters.has_checkpoint(step)
         # after a crash it may be there already, and others may use it
-        has_adapter = is_due and not self._journal.had_checkpoint(self.job.id, step)
+        has_adapter = is_due and not self._repository.had_checkpoint(self.job.id, step)
         if has_adapter:
             with durable_directory(self._directory.adapter(self.job.id, step)) as temporary:
                 self.trainer.save_adapter(temporary)
         if is_last:
             return step if self._finish(step, metrics) else None
-        if not self._journal.record(self.job, step, metrics, num_steps=num_steps, has_adapter=has_adapter):
+        if not self._repository.record(self.job, step, metrics, num_steps=num_steps, has_adapter=has_adapter):
             return None
         if time.monotonic() - self._saved_at >= save_seconds:
             self.save()
@@ -107,10 +107,10 @@ class Run:
         return int(time.time() + seconds * (self.trainer.num_steps - self.trainer.step_number))
 
     def _finish(self, step: int, metrics: StepMetrics) -> bool:
-        steps = [s for s in self._journal.steps(self.job.id) if s[0] < step]
+        steps = [s for s in self._repository.steps(self.job.id) if s[0] < step]
         table = _table([*steps, (step, metrics)])
         result = self._uploads.write("step_metrics.csv", RESULTS, [table.encode()])
-        done = self._journal.finish(self.job, step, metrics, result)
+        done = self._repository.finish(self.job, step, metrics, result)
         if not done:
             self._directory.file(result.id).unlink()
         return done

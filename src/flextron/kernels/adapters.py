@@ -8,20 +8,11 @@ import torch
 from torch import Tensor
 
 from flextron.errors import FlextronError
+from flextron.kernels.layout import BypassPointers
 from flextron.model.adapter import TARGETS, Adapter
 from flextron.model.bypass import Bypass, Ia3, Lora
 
 __all__ = ["NativeAdapter", "why_adapter_not_native"]
-
-_Pointer = ctypes.c_void_p
-
-
-class _Bypass(ctypes.Structure):
-    _fields_ = (
-        *((name, _Pointer) for name in ("a", "b", "inputs", "outputs")),
-        ("rank", ctypes.c_int64),
-        ("scale", ctypes.c_float),
-    )
 
 
 def why_adapter_not_native(adapter: Adapter) -> str | None:
@@ -53,7 +44,7 @@ class NativeAdapter:
         """Largest rank of its LoRA bypasses; 0 if it has none."""
         self._tensors: list[Tensor] = []
         """Kept alive for the pointers."""
-        self._bypasses = (_Bypass * (len(adapter.layers) * len(TARGETS)))()
+        self._bypasses = (BypassPointers * (len(adapter.layers) * len(TARGETS)))()
         for layer in adapter.adapted_layers:
             for target, bypass in adapter.at(layer).items():
                 self._bypasses[layer * len(TARGETS) + TARGETS.index(target)] = self._native(bypass)
@@ -63,13 +54,14 @@ class NativeAdapter:
         """Address of the bypasses, layer after layer; valid as long as this object lives."""
         return ctypes.addressof(self._bypasses)
 
-    def _native(self, bypass: Bypass) -> _Bypass:
+    def _native(self, bypass: Bypass) -> BypassPointers:
         if isinstance(bypass, Lora):
             self.max_rank = max(self.max_rank, bypass.rank)
-            return _Bypass(self._address(bypass.a), self._address(bypass.b), None, None, bypass.rank, bypass.scale)
+            a, b = self._address(bypass.a), self._address(bypass.b)
+            return BypassPointers(a=a, b=b, rank=bypass.rank, scale=bypass.scale)
         assert isinstance(bypass, Ia3)
         factors = self._address(bypass.factors)
-        return _Bypass(None, None, factors if bypass.on_input else None, None if bypass.on_input else factors, 0, 0.0)
+        return BypassPointers(inputs=factors) if bypass.on_input else BypassPointers(outputs=factors)
 
     def _address(self, parameter: Tensor) -> int:
         tensor = parameter.detach().to("cpu", torch.float32).contiguous()

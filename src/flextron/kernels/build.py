@@ -21,9 +21,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Literal
 
-__all__ = ["Source", "load_library"]
+from flextron.kernels.layout import Source, check_layout
+
+__all__ = ["load_library"]
 
 _COMPILE = ("-std=c++17", "-O3", "-ffast-math", "-fopenmp", "-fPIC", "-c")
 # without -ffast-math: linked with it, a library turns denormal numbers off for the whole process
@@ -31,8 +32,6 @@ _LINK = ("-fopenmp", "-shared")
 _LONGEST_SECONDS = 900
 
 _SOURCES = Path(__file__).with_name("csrc")
-Source = Literal["decoder", "training"]
-"""Decoding's iteration; kernels of training windows."""
 
 _log = logging.getLogger("flextron.kernels")  # warnings reach stderr where nobody has set up logging
 _said: set[str] = set()
@@ -47,11 +46,16 @@ def load_library(name: Source) -> ctypes.CDLL | str:
     """The compiled kernels of a source, or in one sentence why there are none.
 
     What the user did not ask for is said on stderr, once a process: a missing or failing compiler, and a first build.
+
+    Raises:
+        FlextronError: the library's structs are not laid out as Python's.
     """
     if os.environ.get("FLEXTRON_NATIVE") == "0":
         return "FLEXTRON_NATIVE is 0"
     try:
-        return ctypes.CDLL(str(_library(name, _compiler())))
+        library = ctypes.CDLL(str(_library(name, _compiler())))
+        check_layout(name, library)
+        return library
     except _NoLibraryError as error:
         reason = str(error)
     except OSError as error:

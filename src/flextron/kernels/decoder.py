@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,69 +16,26 @@ from torch.nn.functional import pad
 from flextron.errors import FlextronError
 from flextron.kernels.adapters import NativeAdapter
 from flextron.kernels.build import load_library
+from flextron.kernels.layout import (
+    ACTIVATIONS,
+    LANES,
+    WEIGHTS,
+    Ends,
+    LayerWeights,
+    Linear,
+    Norm,
+    Shape,
+    Tokens,
+    Weights,
+)
 from flextron.kernels.quantization import GROUP, column_scales, pack_groups, quantize_groups, quantize_rows
 from flextron.model.decoder import Decoder
 from flextron.model.layers import rotary_tables
 
 __all__ = ["NativeStep", "Weights", "why_not_native"]
 
-_LANES = 8
-_ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_new": 2, "gelu_fast": 2, "gelu_pytorch_tanh": 2, "relu": 3}
-
-_Pointer = ctypes.c_void_p
-Weights = Literal["float32", "int8", "int4"]
-_WEIGHTS = get_args(Weights)
-
-
-class _Norm(ctypes.Structure):
-    _fields_ = (("weight", _Pointer), ("bias", _Pointer))
-
-
-class _Linear(ctypes.Structure):
-    _fields_ = (
-        ("weight", _Pointer),
-        ("bias", _Pointer),
-        ("scales", _Pointer),
-        ("group_scales", _Pointer),
-        ("column_scales", _Pointer),
-    )
-
-
-class _LayerWeights(ctypes.Structure):
-    _fields_ = (
-        *((name, _Norm) for name in ("attention_norm", "mlp_norm")),
-        *((name, _Linear) for name in ("q", "k", "v", "o")),
-        *((name, _Norm) for name in ("q_norm", "k_norm")),
-        *((name, _Linear) for name in ("gate", "up", "down")),
-    )
-
-
-class _Ends(ctypes.Structure):
-    _fields_ = (("embedding", _Pointer), ("positions", _Pointer), ("final_norm", _Norm), ("head", _Linear))
-
-
-class _Shape(ctypes.Structure):
-    _fields_ = (
-        *(
-            (name, ctypes.c_int64)
-            for name in ("hidden_size", "head_dim", "vocab_size", "num_layers", "rotated", "window")
-        ),
-        *((name, ctypes.c_int64) for name in ("page_size", "query_rows_per_group", "is_multi_query")),
-        *((name, ctypes.c_int64) for name in ("parallel_residual", "is_layer_norm", "activation", "weights")),
-        ("norm_eps", ctypes.c_float),
-    )
-
-
-class _Tokens(ctypes.Structure):
-    _fields_ = (
-        ("num_tokens", ctypes.c_int64),
-        *((name, _Pointer) for name in ("ids", "positions", "mlp_widths", "num_groups", "tables", "table_rows")),
-        *((name, _Pointer) for name in ("unit_offsets", "cos", "sin", "adapters")),
-        ("max_rank", ctypes.c_int64),
-        ("cache", _Pointer),
-        ("num_scores", ctypes.c_int64),
-        *((name, _Pointer) for name in ("rows", "scores")),
-    )
+_TANH = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
+"""Names of one function."""
 
 
 def why_not_native(decoder: Decoder) -> str | None:
@@ -90,8 +47,8 @@ def why_not_native(decoder: Decoder) -> str | None:
         return f"the weights lie on {decoder.device.type}"
     if decoder.dtype != torch.float32:
         return f"the weights are {decoder.dtype}"
-    if config.hidden_size % _LANES or config.head_dim % _LANES:
-        return f"hidden size {config.hidden_size} or head size {config.head_dim} is no multiple of {_LANES}"
+    if config.hidden_size % LANES or config.head_dim % LANES:
+        return f"hidden size {config.hidden_size} or head size {config.head_dim} is no multiple of {LANES}"
     library = load_library("decoder")
     return library if isinstance(library, str) else None
 
@@ -101,7 +58,7 @@ def _address(tensor: Tensor | None) -> int | None:
 
 
 class NativeStep:
-    """A decoder as one call, from token ids to scores. Weights stay where they are; the decoder must outlive this."""
+    """A decoder as one call, from token ids to logits. Weights stay where they are; the decoder must outlive this."""
 
     def __init__(self, decoder: Decoder, page_size: int, weights: Weights = "float32") -> None:
         """Collect pointers; with `int8` and `int4`, quantize a copy.
@@ -127,7 +84,7 @@ class NativeStep:
         """Precision of the matrices."""
         self._library, self._decoder = library, decoder
         config = decoder.config
-        self._shape = _Shape(
+        self._shape = Shape(
             hidden_size=config.hidden_size,
             head_dim=config.head_dim,
             vocab_size=config.vocab_size,
@@ -139,11 +96,11 @@ class NativeStep:
             is_multi_query=config.is_multi_query,
             parallel_residual=config.parallel_residual,
             is_layer_norm=config.norm == "layer",
-            activation=_ACTIVATIONS[config.activation],
-            weights=_WEIGHTS.index(weights),
+            activation=ACTIVATIONS.index("gelu_tanh" if config.activation in _TANH else config.activation),
+            weights=WEIGHTS.index(weights),
             norm_eps=config.norm_eps,
         )
-        self._layers = (_LayerWeights * config.num_hidden_layers)()
+        self._layers = (LayerWeights * config.num_hidden_layers)()
         self._cos_sin = (torch.empty(0, 0), torch.empty(0, 0))
         self._quantized: list[Tensor] = []
         """Kept alive for the pointers."""
@@ -151,36 +108,34 @@ class NativeStep:
             for name, module in _parts(layer):
                 bias = _address(getattr(module, "bias", None))
                 if name.endswith("norm"):
-                    setattr(native, name, _Norm(_address(module.weight), bias))
+                    setattr(native, name, Norm(_address(module.weight), bias))
                 else:
                     linear = self._linear(module.weight, bias, weights, sums_rows=name in ("o", "down"))
                     setattr(native, name, linear)
         norm: Any = decoder.final_norm
         positions: Any = getattr(decoder, "positions", None)
-        self._ends = _Ends(
+        self._ends = Ends(
             embedding=_address(decoder.embedding.weight),
             positions=None if positions is None else _address(positions.weight),
-            final_norm=_Norm(_address(norm.weight), _address(getattr(norm, "bias", None))),
+            final_norm=Norm(_address(norm.weight), _address(getattr(norm, "bias", None))),
             head=self._linear(decoder.head_weight, None, "float32" if weights == "float32" else "int8"),
         )
 
-    def _linear(self, weight: Tensor, bias: int | None, weights: Weights, *, sums_rows: bool = False) -> _Linear:
-        """Pointers of a linear or, below float32, of its quantized copy; `sums_rows`: its rows are inputs."""
+    def _linear(self, weight: Tensor, bias: int | None, weights: Weights, *, sums_rows: bool = False) -> Linear:
+        """With a quantized copy, but for float32; `sums_rows` where rows are inputs, not outputs."""
         if weights == "float32":
-            return _Linear(_address(weight), bias)
+            return Linear(_address(weight), bias)
         columns = column_scales(weight) if sums_rows else None
         if columns is not None:
             weight = weight / columns
         if weights == "int8" or sums_rows:
             numbers, scales = quantize_rows(weight)
-            linear = _Linear(_address(numbers), bias, scales=_address(scales), column_scales=_address(columns))
+            linear = Linear(_address(numbers), bias, scales=_address(scales), column_scales=_address(columns))
         else:
             numbers, scales = quantize_groups(weight)
             numbers = pack_groups(numbers)
-            scales = pad(scales.flatten(), (1, _LANES))  # the kernels read vectors around them
-            linear = _Linear(
-                _address(numbers), bias, group_scales=_address(scales[1:]), column_scales=_address(columns)
-            )
+            scales = pad(scales.flatten(), (1, LANES))  # the kernels read vectors around them
+            linear = Linear(_address(numbers), bias, group_scales=_address(scales[1:]), column_scales=_address(columns))
         self._quantized += [numbers, scales, *([] if columns is None else [columns])]
         return linear
 
@@ -190,7 +145,7 @@ class NativeStep:
         positions_N: Tensor,
         mlp_widths_LN: Tensor,
         num_groups_LN: Tensor,
-        tables: Sequence[Tensor],
+        block_tables: Sequence[Tensor],
         unit_offsets_LN: Tensor,
         cache: Tensor,
         rows: Sequence[int],
@@ -203,28 +158,28 @@ class NativeStep:
             positions_N: int64.
             mlp_widths_LN: neurons of each token in each layer, int32; 0 skips.
             num_groups_LN: attention groups, int32; 0 skips.
-            tables: page table of each token's sequence, (pages, units of a page), int32; tokens may share one.
+            block_tables: block table of each token's sequence, (pages, units of a page), int32; tokens may share one.
             unit_offsets_LN: first unit of each layer in a row of that table, int32.
             cache: (units, 2, page size, head size), float32.
-            rows: tokens after which scores are wanted.
-            adapters: adapters of each token, at least as wide as the token's sub-network, or None; none by default.
+            rows: tokens after which logits are wanted.
+            adapters: of each token, at least as wide as the token's sub-network, or None; none by default.
 
         Returns:
-            Scores over the vocabulary after these, (rows, vocabulary).
+            Logits after these, (rows, vocabulary).
         """
-        addresses = torch.tensor([t.data_ptr() for t in tables])
-        lengths = torch.tensor([t.shape[1] for t in tables])
+        addresses = torch.tensor([t.data_ptr() for t in block_tables])
+        lengths = torch.tensor([t.shape[1] for t in block_tables])
         wanted = torch.tensor(rows, dtype=torch.int64)
         owned = None if adapters is None else torch.tensor([0 if a is None else a.address for a in adapters])
-        scores_RV = torch.empty(len(rows), self._shape.vocab_size)
+        logits_RV = torch.empty(len(rows), self._shape.vocab_size)
         cos, sin = self._rotations(positions_N)
-        tokens = _Tokens(
+        tokens = Tokens(
             num_tokens=len(tokens_N),
             ids=_address(tokens_N),
             positions=_address(positions_N),
             mlp_widths=_address(mlp_widths_LN),
             num_groups=_address(num_groups_LN),
-            tables=_address(addresses),
+            block_tables=_address(addresses),
             table_rows=_address(lengths),
             unit_offsets=_address(unit_offsets_LN),
             cos=_address(cos),
@@ -232,9 +187,9 @@ class NativeStep:
             adapters=_address(owned),
             max_rank=max((a.max_rank for a in adapters or () if a is not None), default=0),
             cache=_address(cache),
-            num_scores=len(rows),
+            num_logits=len(rows),
             rows=_address(wanted),
-            scores=_address(scores_RV),
+            logits=_address(logits_RV),
         )
         self._library.flextron_step(
             ctypes.byref(self._shape),
@@ -243,7 +198,7 @@ class NativeStep:
             ctypes.byref(tokens),
             torch.get_num_threads(),
         )
-        return scores_RV
+        return logits_RV
 
     def _rotations(self, positions_N: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Cosines and sines of the positions, (N, rotated) each, out of tables that grow with the longest sequence."""

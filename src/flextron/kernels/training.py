@@ -13,27 +13,11 @@ import torch
 from torch import Tensor
 
 from flextron.kernels.build import load_library
+from flextron.kernels.layout import LANES, Attention, Gradients
 
 __all__ = ["attend", "attend_backward", "silu_gate", "takes", "takes_heads"]
 
-_LANES = 8
 _Pointer, _Number = ctypes.c_void_p, ctypes.c_int64
-
-
-class _Attention(ctypes.Structure):
-    _fields_ = (
-        *((name, _Number) for name in ("num_heads", "num_kv_heads", "head_dim", "window", "num_sequences")),
-        ("lengths", _Pointer),
-        ("held", _Number),
-        *((name, _Pointer) for name in "qkv"),
-        *((f"{name}_stride", _Number) for name in "qkv"),
-        *((name, _Pointer) for name in ("out", "log_sums")),
-        ("threads", _Number),
-    )
-
-
-class _Gradients(ctypes.Structure):
-    _fields_ = (("out", _Pointer), ("out_stride", _Number), *((name, _Pointer) for name in "qkv"))
 
 
 def takes(x: Tensor) -> bool:
@@ -43,18 +27,18 @@ def takes(x: Tensor) -> bool:
 
 def takes_heads(q_NHd: Tensor) -> bool:
     """Whether there is attention for queries like these."""
-    return q_NHd.shape[-1] % _LANES == 0 and takes(q_NHd)
+    return q_NHd.shape[-1] % LANES == 0 and takes(q_NHd)
 
 
 def attend(
     q_NHd: Tensor, k_MKd: Tensor, v_MKd: Tensor, lengths: Sequence[int], window: int | None
 ) -> tuple[Tensor, Tensor]:
-    """The same as `attention_torch.attend`."""
+    """As `attention_torch.attend`."""
     q, k, v = (_rows(t) for t in (q_NHd, k_MKd, v_MKd))
-    out_NHd, log_sums_NH = q.new_empty(q.shape), q.new_empty(q.shape[:2])
-    task = _task(q, k, v, lengths, window, out_NHd, log_sums_NH)
+    out_NHd, lse_NH = q.new_empty(q.shape), q.new_empty(q.shape[:2])
+    task = _task(q, k, v, lengths, window, out_NHd, lse_NH)
     _library().flextron_attend(ctypes.byref(task))
-    return out_NHd, log_sums_NH
+    return out_NHd, lse_NH
 
 
 def attend_backward(
@@ -63,16 +47,16 @@ def attend_backward(
     v_MKd: Tensor,
     lengths: Sequence[int],
     window: int | None,
-    given: tuple[Tensor, Tensor],
+    cached_out: tuple[Tensor, Tensor],
     g_NHd: Tensor,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The same as `attention_torch.attend_backward`."""
+    """As `attention_torch.attend_backward`."""
     q, k, v, g = (_rows(t) for t in (q_NHd, k_MKd, v_MKd, g_NHd))
-    out_NHd, log_sums_NH = (t.contiguous() for t in given)
-    task = _task(q, k, v, lengths, window, out_NHd, log_sums_NH)
+    out_NHd, lse_NH = (t.contiguous() for t in cached_out)
+    task = _task(q, k, v, lengths, window, out_NHd, lse_NH)
     dq, dk, dv = (t.new_empty(t.shape) if need else None for t, need in zip((q, k, v), needs, strict=True))
-    gradients = _Gradients(g.data_ptr(), g.stride(0), *(None if t is None else t.data_ptr() for t in (dq, dk, dv)))
+    gradients = Gradients(g.data_ptr(), g.stride(0), *(None if t is None else t.data_ptr() for t in (dq, dk, dv)))
     _library().flextron_attend_back(ctypes.byref(task), ctypes.byref(gradients))
     return dq, dk, dv
 
@@ -119,16 +103,16 @@ def _rows(x_NHd: Tensor) -> Tensor:
 
 
 def _task(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], window: int | None, out: Tensor, log_sums: Tensor
-) -> _Attention:
-    return _Attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], window: int | None, out: Tensor, lse: Tensor
+) -> Attention:
+    return Attention(
         num_heads=q.shape[1],
         num_kv_heads=k.shape[1],
         head_dim=q.shape[2],
         window=window or 0,
         num_sequences=len(lengths),
         lengths=ctypes.cast((_Number * len(lengths))(*lengths), _Pointer),
-        held=len(k) - len(q),
+        num_past=len(k) - len(q),
         q=q.data_ptr(),
         k=k.data_ptr(),
         v=v.data_ptr(),
@@ -136,6 +120,6 @@ def _task(
         k_stride=k.stride(0),
         v_stride=v.stride(0),
         out=out.data_ptr(),
-        log_sums=log_sums.data_ptr(),
+        lse=lse.data_ptr(),
         threads=torch.get_num_threads(),
     )

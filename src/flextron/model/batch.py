@@ -190,6 +190,13 @@ class Batch:
             return SharedLora(self.shared_lora.at(layer))
         return Bypasses(self.placed(layer, layout)) if self.is_adapted else NO_BYPASSES
 
+    def needs(self, target: str) -> bool:
+        """Whether anything reads the product of a linear of `SelfAttention` or `MLP`."""
+        return True
+
+    def keep_product(self, layer: int | None, target: str, product: Tensor) -> None:
+        """Take note of a linear's product, where it was summed over ranks; nothing keeps it here."""
+
     def placed(self, layer: int | None, layout: Layout) -> list[tuple[slice, Mapping[str, Bypass]]]:
         """Rows of each adapted segment in the layout's order, and its bypasses in a layer, by target."""
         if not self.is_adapted:

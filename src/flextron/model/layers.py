@@ -267,6 +267,14 @@ class Layer(nn.Module):
             self.mlp_norm = make_norm(config, config.hidden_size)
             self.mlp = MLP(config, widths.intermediate_size)
 
+    def read(self, x_ND: Tensor) -> Tensor:
+        """The input of a half; ranks that share a layer read it together."""
+        return x_ND
+
+    def complete(self, y_ND: Tensor, batch: Batch, layer: int | None, target: str) -> Tensor:
+        """The output of a half, of its last linear `target`; ranks that share a layer add their terms up."""
+        return y_ND
+
     def attend(
         self,
         x_ND: Tensor,
@@ -277,11 +285,12 @@ class Layer(nn.Module):
         attention: Attention,
     ) -> Tensor:
         """What the attention adds to `x_ND`, with `num_groups` groups a segment; (N, D)."""
-        return self.attention(self.attention_norm(x_ND), batch, num_groups, layer, rope, attention)  # type: ignore[no-any-return]
+        x_ND = self.read(self.attention_norm(x_ND))
+        return self.complete(self.attention(x_ND, batch, num_groups, layer, rope, attention), batch, layer, "o")
 
     def feed_forward(self, x_ND: Tensor, batch: Batch, widths: Sequence[int], layer: int | None = None) -> Tensor:
         """What the MLP adds, from its input, with `widths` neurons a segment; (N, D)."""
-        return self.mlp(self.mlp_norm(x_ND), batch, widths, layer)  # type: ignore[no-any-return]
+        return self.complete(self.mlp(self.read(self.mlp_norm(x_ND)), batch, widths, layer), batch, layer, "down")
 
     def routed_feed_forward(self, x_ND: Tensor, batch: Batch, widths: Sequence[int], layer: int) -> Tensor:
         """What the MLP adds if tokens of routed segments choose their own widths; (N, D)."""

@@ -44,9 +44,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from flextron.errors import FlextronError
-from flextron.finetuning.recompute import PrunedBatch, RecordedBatch
 from flextron.model.adapter import Adapter
-from flextron.model.attention import Attention
 from flextron.model.batch import Batch
 from flextron.model.bypass import Bypass, Ia3, Lora, Shape
 from flextron.model.config import DecoderConfig
@@ -223,36 +221,20 @@ class _ShardLayer(Layer):
                 if half in self._modules:
                     getattr(getattr(self, half), name).bias = None
 
-    def attend(
-        self,
-        x_ND: Tensor,
-        batch: Batch,
-        num_groups: Sequence[int],
-        layer: int,
-        rope: tuple[Tensor, Tensor] | None,
-        attention: Attention,
-    ) -> Tensor:
+    def read(self, x_ND: Tensor) -> Tensor:
         """See `Layer`."""
-        x_ND = _read(self.attention_norm(x_ND), self._ranks)
-        return self._complete(self.attention(x_ND, batch, num_groups, layer, rope, attention), batch, layer, "o")
-
-    def feed_forward(self, x_ND: Tensor, batch: Batch, widths: Sequence[int], layer: int | None = None) -> Tensor:
-        """See `Layer`."""
-        x_ND = _read(self.mlp_norm(x_ND), self._ranks)
-        return self._complete(self.mlp(x_ND, batch, widths, layer), batch, layer, "down")
+        return _read(x_ND, self._ranks)
 
     def routed_feed_forward(self, x_ND: Tensor, batch: Batch, widths: Sequence[int], layer: int) -> Tensor:
         """Refuse."""
         raise FlextronError("token routers cannot run under tensor parallelism; give the requests fixed sub-networks")
 
-    def _complete(self, y_ND: Tensor, batch: Batch, layer: int | None, target: str) -> Tensor:
+    def complete(self, y_ND: Tensor, batch: Batch, layer: int | None, target: str) -> Tensor:
         """The sum of the ranks' terms, where anything reads it."""
-        if isinstance(batch, PrunedBatch) and target in batch.unread:
+        if not batch.needs(target):
             return y_ND  # its value is meaningless or known already, and the sum's gradient is that of each term
         y_ND = _sum(y_ND, self._ranks)
-        if isinstance(batch, RecordedBatch) and target in batch.keep:
-            assert layer is not None
-            batch.kept[layer, target] = y_ND
+        batch.keep_product(layer, target, y_ND)
         return y_ND
 
 

@@ -8,11 +8,12 @@ space that costs about the target.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from flextron.model.decoder import Decoder
+from flextron.progress import OnProgress
 from flextron.routing.frontier import FrontierPoint
 from flextron.routing.latency import LatencyTable
 from flextron.routing.routers import StaticRouter
@@ -66,7 +67,7 @@ def compare_frontiers(
     *,
     router: StaticRouter | None,
     seed: int = 0,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> list[FrontierPoint]:
     """Measure each kind of sub-network at each target that it reaches.
 

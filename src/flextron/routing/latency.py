@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -23,13 +23,13 @@ from flextron.generation.decoding import Steps
 from flextron.model.config import DecoderConfig
 from flextron.model.cost import block_parameters, layer_parameters
 from flextron.model.decoder import Decoder
+from flextron.progress import OnProgress
 from flextron.routing.device import device_fingerprint
 from flextron.spec import LayerSpec, SearchSpace, SubnetSpec
 
 __all__ = ["LatencyTable", "Phase", "measure_table", "step_latencies_ms"]
 
 _NUM_FIT, _NUM_HELD_OUT = 12, 8
-Progress = Callable[[int, int], None]
 Phase = Literal["decode", "prefill"]
 _Width = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,7}$")]
 _Ms = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
@@ -184,7 +184,7 @@ def step_latencies_ms(
     context: int = 128,
     phase: Phase = "decode",
     repeats: int = 15,
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> list[float]:
     """Median milliseconds of a step in each sub-network, measured round robin after one warm-up round."""
     decoder.config.check_length(context + 1)
@@ -219,7 +219,7 @@ def measure_table(
     phase: Phase = "decode",
     repeats: int = 15,
     seed: int = 0,
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> LatencyTable:
     """Time whole networks on the decoder's device and fit the table to them.
 

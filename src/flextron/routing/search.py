@@ -9,7 +9,7 @@ Lagrangian, see `Allocator`) and mutations of the best sub-networks found (evolu
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from flextron.model.cost import kv_bytes_per_token, num_parameters
 from flextron.model.decoder import Decoder
 from flextron.model.scoring import mean_loss
+from flextron.progress import OnProgress
 from flextron.routing.allocate import Allocator
 from flextron.routing.frontier import Frontier, FrontierPoint
 from flextron.routing.latency import LatencyTable
@@ -25,8 +26,6 @@ from flextron.routing.sensitivity import Sensitivity, measure_sensitivity
 from flextron.spec import LayerSpec, SearchSpace, SubnetSpec
 
 __all__ = ["SearchSettings", "measure_point", "search_frontier", "uniform_specs"]
-
-OnProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

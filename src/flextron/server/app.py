@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
+from flextron.api import ElasticModel
 from flextron.engine import EngineSettings
 from flextron.errors import FlextronError
 from flextron.files import NoSpaceError
@@ -26,11 +27,10 @@ from flextron.server.completions import completions
 from flextron.server.errors import ApiError, bad_request, not_found
 from flextron.server.files import add_files
 from flextron.server.finetuning import FineTuningBody, add_finetuning
-from flextron.server.http import Front, answer_error, read_body
+from flextron.server.http import RequestMiddleware, answer_error, read_body
 from flextron.server.openapi import describe, error_responses
 from flextron.server.service import Service
 from flextron.server.settings import ServerSettings
-from flextron.server.targets import Served
 
 __all__ = ["create_app"]
 
@@ -38,7 +38,7 @@ _ANSWERS: dict[str, Any] = {"application/json": {}, "text/event-stream": {}}
 
 
 def create_app(
-    model: Served,
+    model: ElasticModel,
     settings: ServerSettings | None = None,
     engine: EngineSettings | None = None,
     jobs: Jobs | None = None,
@@ -50,7 +50,7 @@ def create_app(
         model: an elastic model, which must not change while it is served.
         settings: limits of the server.
         engine: sizes of the engine.
-        jobs: finetuning, if it is offered; its trainers take steps in units (`UnitTrainer`), between the engine's
+        jobs: finetuning, if it is offered; its trainers take steps in units (`Trainer`), between the engine's
             iterations. The caller closes it when the application has ended.
         adapters: that requests may name; `jobs` should tell it of what it makes.
 
@@ -77,7 +77,7 @@ def create_app(
         exception_handlers=_HANDLERS,
     )
     app.state.service = service
-    app.add_middleware(Front, api_key=settings.api_key, allowed_hosts=settings.allowed_hosts)
+    app.add_middleware(RequestMiddleware, api_key=settings.api_key, allowed_hosts=settings.allowed_hosts)
     _add_models(app, service)
     _add_endpoint(app, service, "/v1/completions", CompletionBody, completions)
     _add_endpoint(app, service, "/v1/chat/completions", ChatBody, chat)

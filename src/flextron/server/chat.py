@@ -7,10 +7,11 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from flextron.engine.output import Delta
 from flextron.generation.templates import ChatTemplate, TemplateError
 from flextron.server.bodies import ChatBody
 from flextron.server.errors import bad_request
-from flextron.server.responses import Piece, respond
+from flextron.server.responses import respond
 from flextron.server.service import Service
 from flextron.server.tokens import TokenNames
 
@@ -57,7 +58,7 @@ class _ChatForm:
         """Take the names of tokens."""
         self._names, self._has_logprobs = names, has_logprobs
 
-    def whole(self, index: int, piece: Piece) -> dict[str, Any]:
+    def whole(self, index: int, piece: Delta) -> dict[str, Any]:
         """A message."""
         assert piece.finish_reason is not None
         message = {"role": "assistant", "content": piece.text, "refusal": None}
@@ -66,27 +67,27 @@ class _ChatForm:
 
     def opening(self, index: int) -> dict[str, Any]:
         """Who speaks."""
-        return self._part(index, {"role": "assistant", "content": ""}, Piece(), None)
+        return self._part(index, {"role": "assistant", "content": ""}, Delta(), None)
 
-    def part(self, index: int, piece: Piece) -> list[dict[str, Any]]:
+    def part(self, index: int, piece: Delta) -> list[dict[str, Any]]:
         """Text, and at the end an entry with the reason alone, as OpenAI has it."""
         parts = []
-        if piece.text or piece.tokens:
+        if piece.text or piece.token_ids:
             parts.append(self._part(index, {"content": piece.text}, piece, None))
         if piece.finish_reason is not None:
-            parts.append(self._part(index, {}, Piece(), piece.finish_reason.value))
+            parts.append(self._part(index, {}, Delta(), piece.finish_reason.value))
         return parts
 
-    def _part(self, index: int, delta: dict[str, str], piece: Piece, reason: str | None) -> dict[str, Any]:
-        logprobs = self._logprobs(piece) if piece.tokens else None
+    def _part(self, index: int, delta: dict[str, str], piece: Delta, reason: str | None) -> dict[str, Any]:
+        logprobs = self._logprobs(piece) if piece.token_ids else None
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
-    def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
+    def _logprobs(self, piece: Delta) -> dict[str, Any] | None:
         if not self._has_logprobs:
             return None
         entries = [
             self._entry(token, p.chosen) | {"top_logprobs": [self._entry(t, value) for t, value in p.top]}
-            for token, p in zip(piece.tokens, piece.logprobs, strict=True)
+            for token, p in zip(piece.token_ids, piece.logprobs, strict=True)
         ]
         return {"content": entries, "refusal": None}
 

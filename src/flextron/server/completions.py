@@ -7,8 +7,9 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from flextron.engine.output import Delta
 from flextron.server.bodies import CompletionBody
-from flextron.server.responses import Piece, respond
+from flextron.server.responses import respond
 from flextron.server.service import Service
 from flextron.server.tokens import TokenNames
 
@@ -46,30 +47,30 @@ class _CompletionForm:
         """Take the prompts' texts, if answers begin with them."""
         self._names, self._echoed, self._body = names, echoed, body
 
-    def whole(self, index: int, piece: Piece) -> dict[str, Any]:
-        """The whole answer, with the prompt if it is echoed."""
+    def whole(self, index: int, piece: Delta) -> dict[str, Any]:
+        """With the prompt, if it is echoed."""
         return self._choice(index, self._echo(index) + piece.text, piece)
 
     def opening(self, index: int) -> dict[str, Any] | None:
         """The prompt, if it is echoed."""
-        return self._choice(index, self._echo(index), Piece()) if self._echoed else None
+        return self._choice(index, self._echo(index), Delta()) if self._echoed else None
 
-    def part(self, index: int, piece: Piece) -> list[dict[str, Any]]:
+    def part(self, index: int, piece: Delta) -> list[dict[str, Any]]:
         """One entry."""
         return [self._choice(index, piece.text, piece)]
 
     def _echo(self, index: int) -> str:
         return self._echoed[index // self._body.num_choices] if self._echoed else ""
 
-    def _choice(self, index: int, text: str, piece: Piece) -> dict[str, Any]:
+    def _choice(self, index: int, text: str, piece: Delta) -> dict[str, Any]:
         reason = None if piece.finish_reason is None else piece.finish_reason.value
         logprobs = None if self._body.logprobs is None else self._logprobs(piece)
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
-    def _logprobs(self, piece: Piece) -> dict[str, Any]:
+    def _logprobs(self, piece: Delta) -> dict[str, Any]:
         key = self._names.key
         return {
-            "tokens": [key(token) for token in piece.tokens],
+            "tokens": [key(token) for token in piece.token_ids],
             "token_logprobs": [max(p.chosen, _LEAST_LOGPROB) for p in piece.logprobs],
             "top_logprobs": [{key(t): max(value, _LEAST_LOGPROB) for t, value in p.top} for p in piece.logprobs],
             "text_offset": piece.offsets,

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse
 
 from flextron.finetuning.hyperparameters import Hyperparameters
 from flextron.jobs.jobs import Jobs
-from flextron.jobs.records import Checkpoint, Event, Job
+from flextron.jobs.records import Checkpoint, Job, JobEvent
 from flextron.server.errors import bad_request, not_found
 from flextron.server.http import read_body
 from flextron.server.keys import unknown_key, unsupported
@@ -105,13 +105,13 @@ def add_finetuning(app: FastAPI, jobs: Jobs, settings: ServerSettings) -> None:
         """All jobs, newest first."""
         if any(key.startswith("metadata") for key in request.query_params):
             raise bad_request("jobs cannot be searched by metadata; leave it out", "metadata")
-        found, has_more = jobs.journal.page(**_page(request))
+        found, has_more = jobs.repository.page(**_page(request))
         return paged([_written(jobs, job) for job in found], has_more)
 
     @app.get(_PATH + "/{job_id}", responses=error_responses(401, 404))
     def get_fine_tuning_job(job_id: str) -> JSONResponse:
         """How a job stands."""
-        return JSONResponse(_written(jobs, jobs.journal.get(job_id)))
+        return JSONResponse(_written(jobs, jobs.repository.get(job_id)))
 
     def add_change(name: str, change: Callable[[str], Job]) -> None:
         @app.post(
@@ -129,13 +129,13 @@ def add_finetuning(app: FastAPI, jobs: Jobs, settings: ServerSettings) -> None:
     @app.get(_PATH + "/{job_id}/events", responses=error_responses(400, 401, 404), openapi_extra=_QUERY)
     def list_fine_tuning_events(job_id: str, request: Request) -> JSONResponse:
         """What happened to a job, newest first."""
-        events, has_more = jobs.journal.events(job_id, **_page(request))
+        events, has_more = jobs.repository.events(job_id, **_page(request))
         return paged([_event(event) for event in events], has_more)
 
     @app.get(_PATH + "/{job_id}/checkpoints", responses=error_responses(400, 401, 404), openapi_extra=_QUERY)
     def list_fine_tuning_checkpoints(job_id: str, request: Request) -> JSONResponse:
         """Adapters of a job, newest first."""
-        checkpoints, has_more = jobs.journal.checkpoints(job_id, **_page(request))
+        checkpoints, has_more = jobs.repository.checkpoints(job_id, **_page(request))
         return paged([_checkpoint(checkpoint) for checkpoint in checkpoints], has_more)
 
 
@@ -174,17 +174,17 @@ def _written(jobs: Jobs, job: Job) -> dict[str, Any]:
         "training_file": job.training_file,
         "validation_file": job.validation_file,
         "result_files": [] if job.result_file is None else [job.result_file],
-        "trained_tokens": jobs.journal.trained_tokens(job.id),
+        "trained_tokens": jobs.repository.trained_tokens(job.id),
         "error": None if job.error is None else asdict(job.error),
         "seed": job.seed,
-        "estimated_finish": jobs.turns.estimated_finish(job.id),
+        "estimated_finish": jobs.scheduler.estimated_finish(job.id),
         "integrations": [],
         "metadata": job.metadata,
         "user_provided_suffix": job.suffix,
     }
 
 
-def _event(event: Event) -> dict[str, Any]:
+def _event(event: JobEvent) -> dict[str, Any]:
     return {"object": "fine_tuning.job.event", **asdict(event)}
 
 

@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from flextron.server.browsers import check_host, check_origin
 from flextron.server.errors import ApiError, bad_request, invalid_body, too_slow
 
-__all__ = ["Front", "answer_error", "body_chunks", "check_json", "read_body"]
+__all__ = ["RequestMiddleware", "answer_error", "body_chunks", "check_json", "read_body"]
 
 _log = logging.getLogger("flextron.server")
 _GOOD_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -38,7 +38,7 @@ def answer_error(error: ApiError) -> JSONResponse:
     return JSONResponse(error.body(), error.status, error.headers)
 
 
-class Front:
+class RequestMiddleware:
     """ASGI middleware, the outermost one."""
 
     def __init__(self, app: ASGIApp, api_key: str | None, allowed_hosts: Collection[str] | None = ()) -> None:

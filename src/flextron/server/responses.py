@@ -8,50 +8,26 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from flextron.engine import FinishReason, Logprobs
 from flextron.engine.output import Delta
 from flextron.server.bodies import GenerationBody
 from flextron.server.errors import ApiError
 from flextron.server.service import Service
 from flextron.server.session import Session
 from flextron.server.targets import Choice
-from flextron.server.worker import Job
+from flextron.server.worker import GenerationRequest
 
-__all__ = ["Form", "Piece", "respond"]
+__all__ = ["Form", "respond"]
 
 _log = logging.getLogger("flextron.server")
 _CLIENT_LEFT = 499
 """Status that nginx logs for it; nobody reads the answer."""
-
-
-@dataclass(slots=True)
-class Piece:
-    """A part of an answer, or all of it."""
-
-    text: str = ""
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[Logprobs] = field(default_factory=list)
-    """One entry a token, where they were asked for."""
-    offsets: list[int] = field(default_factory=list)
-    """Positions in the answer at which the tokens' texts begin, in characters."""
-    finish_reason: FinishReason | None = None
-
-    def add(self, delta: Delta) -> None:
-        """Append what a step added."""
-        self.text += delta.text
-        if delta.token is not None:
-            self.tokens.append(delta.token)
-            self.offsets.append(delta.offset)
-        if delta.logprobs is not None:
-            self.logprobs.append(delta.logprobs)
-        self.finish_reason = delta.finish_reason
 
 
 class Form(Protocol):
@@ -62,13 +38,13 @@ class Form(Protocol):
     whole_object: str
     piece_object: str
 
-    def whole(self, index: int, piece: Piece) -> dict[str, Any]:
-        """The whole answer."""
+    def whole(self, index: int, piece: Delta) -> dict[str, Any]:
+        """All of an answer."""
 
     def opening(self, index: int) -> dict[str, Any] | None:
         """What a stream says before the first piece, if anything."""
 
-    def part(self, index: int, piece: Piece) -> list[dict[str, Any]]:
+    def part(self, index: int, piece: Delta) -> list[dict[str, Any]]:
         """A piece of an answer in a stream."""
 
 
@@ -83,10 +59,10 @@ class _Envelope:
     id: str
     created: int
 
-    def whole(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+    def whole(self, pieces: Sequence[Delta]) -> dict[str, Any]:
         choices = [self.form.whole(i, piece) for i, piece in enumerate(pieces)]
         head = self._head(self.form.whole_object, choices)
-        return head | {"usage": self.usage(sum(len(p.tokens) for p in pieces)), **self._report()}
+        return head | {"usage": self.usage(sum(len(p.token_ids) for p in pieces)), **self._report()}
 
     def chunk(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         return self._head(self.form.piece_object, choices) | more
@@ -129,8 +105,8 @@ async def respond(
     Raises:
         ApiError: the engine does not take the request, or broke it off before anything was sent.
     """
-    jobs = [
-        Job(
+    requests = [
+        GenerationRequest(
             index=i * body.num_choices + j,
             prompt=prompt,
             params=body.sampling(j, most, service.defaults),
@@ -141,26 +117,26 @@ async def respond(
         for i, (prompt, most) in enumerate(zip(prompts, max_tokens, strict=True))
         for j in range(body.num_choices)
     ]
-    session = await service.open(jobs, choice)
+    session = await service.open(requests, choice)
     envelope = _Envelope(form, session, body.num_choices, f"{form.prefix}-{uuid.uuid4().hex}", int(time.time()))
     if body.stream:
-        return _EventStream(session, _events(envelope, len(jobs), wants_usage=body.wants_usage))
+        return _EventStream(session, _events(envelope, len(requests), wants_usage=body.wants_usage))
     try:
-        pieces = await _unless_client_leaves(request, _collect(session, len(jobs)))
+        pieces = await _unless_client_leaves(request, _collect(session, len(requests)))
     finally:
         session.close()
     return Response(status_code=_CLIENT_LEFT) if pieces is None else JSONResponse(envelope.whole(pieces))
 
 
-async def _collect(session: Session, count: int) -> list[Piece]:
+async def _collect(session: Session, count: int) -> list[Delta]:
     """All answers, whole."""
-    pieces = [Piece() for _ in range(count)]
+    pieces = [Delta() for _ in range(count)]
     async for index, delta in session.deltas():
         pieces[index].add(delta)
     return pieces
 
 
-async def _unless_client_leaves(request: Request, work: Any) -> list[Piece] | None:
+async def _unless_client_leaves(request: Request, work: Any) -> list[Delta] | None:
     """The result of a coroutine; None if the client was gone before, which ends the coroutine."""
 
     async def gone() -> None:
@@ -180,14 +156,14 @@ async def _events(envelope: _Envelope, count: int, *, wants_usage: bool) -> Asyn
     """A stream of server-sent events; an error in the middle is one of them, and the last."""
     empty = {"usage": None} if wants_usage else {}
     form, num_tokens, is_first = envelope.form, 0, True
-    pending = [Piece() for _ in range(count)]
+    pending = [Delta() for _ in range(count)]
     try:
         openings = [o for i in range(count) if (o := form.opening(i)) is not None]
         if openings:
             yield _event(envelope.first(openings, **empty))
             is_first = False
         async for index, delta in envelope.session.deltas():
-            num_tokens += delta.token is not None
+            num_tokens += len(delta.token_ids)
             pending[index].add(delta)
             if not pending[index].text and delta.finish_reason is None:
                 continue
@@ -195,7 +171,7 @@ async def _events(envelope: _Envelope, count: int, *, wants_usage: bool) -> Asyn
                 make = envelope.first if is_first else envelope.chunk
                 is_first = False
                 yield _event(make([part], **empty))
-            pending[index] = Piece()
+            pending[index] = Delta()
         if wants_usage:
             yield _event(envelope.chunk([], usage=envelope.usage(num_tokens)))
         yield "data: [DONE]\n\n"

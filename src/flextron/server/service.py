@@ -1,4 +1,4 @@
-"""The server without HTTP: admits jobs, hands them to the worker, and knows how to stop."""
+"""The server without HTTP: admits requests, hands them to the worker, and knows how to stop."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from flextron.checkpoints.generation_config import generation_defaults
-from flextron.engine import CoServing, EngineCore, EngineSettings, Filler
+from flextron.api import ElasticModel
+from flextron.engine import CoServing, CoServingScheduler, EngineCore, EngineSettings
 from flextron.engine.runner import make_network
 from flextron.errors import FlextronError
 from flextron.generation.encoding import encode
 from flextron.generation.templates import ChatTemplate
-from flextron.jobs.driver import Feeder
+from flextron.jobs.driver import TrainingDriver
 from flextron.jobs.jobs import Jobs
 from flextron.server.adapters import AdapterNames, LoadedAdapters, NamedAdapter, adapter_reader
 from flextron.server.adaptive import WINDOW_SECONDS, Adaptive, Objective
@@ -22,9 +22,9 @@ from flextron.server.errors import ApiError, bad_request, shutting_down
 from flextron.server.metrics import Metrics
 from flextron.server.session import Session
 from flextron.server.settings import ServerSettings
-from flextron.server.targets import Catalog, Choice, Served
+from flextron.server.targets import Catalog, Choice
 from flextron.server.tokens import TokenNames
-from flextron.server.worker import Event, Job, Worker
+from flextron.server.worker import GenerationRequest, Worker
 
 __all__ = ["Service"]
 
@@ -39,7 +39,7 @@ class Service:
 
     def __init__(
         self,
-        model: Served,
+        model: ElasticModel,
         settings: ServerSettings,
         engine: EngineSettings,
         adapters: AdapterNames | None = None,
@@ -63,25 +63,24 @@ class Service:
                 model.select(latency=1.0)
                 self.adaptive = Adaptive(objective, self.catalog.rungs)
         self.names = TokenNames(self.tokenizer)
-        self.defaults = generation_defaults(model.generation_config, model.hf_config, self.tokenizer)
+        self.defaults = model.generation_defaults
         self.core = EngineCore(model.decoder, engine)
-        self._feeder: Feeder | None = None
-        self._filler: Filler | None = None
+        self._driver: TrainingDriver | None = None
+        self._coserving: CoServingScheduler | None = None
         if jobs is not None:
-            self._feeder = Feeder(jobs, lambda: self.worker.wake())
+            self._driver = TrainingDriver(jobs, lambda: self.worker.wake())
             objectives = CoServing(tpot_ms=settings.slo_tpot_ms, ttft_ms=settings.slo_ttft_ms)
-            self._filler = Filler(self.core, self._feeder, objectives)
-        self.worker = Worker(self.core, self.tokenizer, self._post, self._filler)
+            self._coserving = CoServingScheduler(self.core, self._driver, objectives)
+        self.worker = Worker(self.core, self.tokenizer, self._coserving)
         self.adapters = LoadedAdapters(
             names, adapter_reader(model.decoder), settings.max_loaded_adapters, self.worker.forget
         )
         self.metrics = Metrics(settings.name, lambda: self.worker.load, lambda: self.cap, self._num_trained)
         self.started_at = int(time.time())
-        self._most_jobs = engine.max_num_seqs + settings.max_queue
+        self._most_requests = engine.max_num_seqs + settings.max_queue
         self.is_draining = False
         self._sessions: set[Session] = set()
         self._is_idle = asyncio.Event()
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._adapting: asyncio.Task[None] | None = None
         # one thread: a tokenizer's settings are not safe to use from several
         self._encoder = ThreadPoolExecutor(1, "flextron-tokenizer")
@@ -95,13 +94,12 @@ class Service:
 
     def start(self) -> None:
         """Start the engine's thread, and training; to be called in the event loop."""
-        self._loop = asyncio.get_running_loop()
         self._is_idle.set()
-        self.worker.start()
+        self.worker.begin(asyncio.get_running_loop())
         if self.tokenizer.chat_template:
             self._templates.submit(ChatTemplate.warm_up)
-        if self._feeder is not None:
-            self._feeder.start()
+        if self._driver is not None:
+            self._driver.start()
         if self.adaptive is not None:
             self._adapting = asyncio.create_task(self._adapt(self.adaptive))
 
@@ -111,9 +109,9 @@ class Service:
             self._adapting.cancel()
         self.worker.shut_down()
         await asyncio.to_thread(self.worker.join)
-        if self._feeder is not None:
+        if self._driver is not None:
             # after the worker, in whose hands a step may be
-            await asyncio.to_thread(self._feeder.stop)
+            await asyncio.to_thread(self._driver.stop)
         self._encoder.shutdown()
         self._templates.shutdown(wait=False, cancel_futures=True)
         self.adapters.close()
@@ -129,7 +127,7 @@ class Service:
         return 1.0 if self.adaptive is None else self.adaptive.cap
 
     def _num_trained(self) -> int:
-        return 0 if self._feeder is None else self._feeder.num_tokens
+        return 0 if self._driver is None else self._driver.num_tokens
 
     def choose(self, body: GenerationBody) -> Choice:
         """What a request that arrives now runs in.
@@ -146,7 +144,7 @@ class Service:
         while True:
             await asyncio.sleep(WINDOW_SECONDS)
             now, load = loop.time(), self.worker.load
-            training = 0.0 if self._filler is None else self._filler.seconds
+            training = 0.0 if self._coserving is None else self._coserving.seconds
             adaptive.end_window(
                 now - begun,
                 num_running=load.num_running,
@@ -196,14 +194,14 @@ class Service:
         limit = self.settings.max_tokens_limit or config.max_position_embeddings
         return max(1, min(config.max_position_embeddings - num_prompt, held - num_prompt, limit))
 
-    def check(self, num_jobs: int, max_tokens: int | None) -> None:
+    def check(self, num_requests: int, max_tokens: int | None) -> None:
         """Refuse what is more than the operator allows, at any time.
 
         Raises:
             ApiError: it is.
         """
-        if num_jobs > self._most_jobs:
-            raise bad_request(f"{num_jobs} answers at once are more than this server's {self._most_jobs}")
+        if num_requests > self._most_requests:
+            raise bad_request(f"{num_requests} answers at once are more than this server's {self._most_requests}")
         limit = self.settings.max_tokens_limit
         if limit is not None and max_tokens is not None and max_tokens > limit:
             raise bad_request(f"max_tokens is {max_tokens}; this server allows at most {limit}", "max_tokens")
@@ -218,40 +216,42 @@ class Service:
         if not all(0 <= token < size for prompt in prompts for token in prompt):
             raise bad_request(f"the prompt holds tokens outside the model's vocabulary of {size}", "prompt")
 
-    async def open(self, jobs: Sequence[Job], choice: Choice) -> Session:
-        """Queue jobs, all or none of them.
+    async def open(self, requests: Sequence[GenerationRequest], choice: Choice) -> Session:
+        """Queue requests, all or none of them.
 
         Raises:
             ApiError: the server is full, stops, or cannot run one of them; or the adapter cannot be had.
         """
         if self.is_draining:
             raise shutting_down()
-        if sum(s.num_open for s in self._sessions) + len(jobs) > self._most_jobs:
+        if sum(s.num_open for s in self._sessions) + len(requests) > self._most_requests:
             headers = {"retry-after": "1"}
             raise ApiError(429, "the queue is full; ask again later", kind="rate_limit_error", headers=headers)
         session = Session(
-            jobs, choice, worker=self.worker, metrics=self.metrics, adaptive=self.adaptive, on_close=self._forget
+            requests, choice, worker=self.worker, metrics=self.metrics, adaptive=self.adaptive, on_close=self._forget
         )
         self._sessions.add(session)
         self._is_idle.clear()
         try:
             if choice.adapter is not None:
-                await self._adapt_jobs(session, jobs, choice, choice.adapter)
+                await self._load_adapter(session, requests, choice, choice.adapter)
             await session.accepted()
         except BaseException:
             session.close()
             raise
         return session
 
-    async def _adapt_jobs(self, session: Session, jobs: Sequence[Job], choice: Choice, named: NamedAdapter) -> None:
-        """Give jobs their adapter, which is held until the session is closed."""
+    async def _load_adapter(
+        self, session: Session, requests: Sequence[GenerationRequest], choice: Choice, named: NamedAdapter
+    ) -> None:
+        """Give requests their adapter, which is held until the session is closed."""
         adapter = await self.adapters.acquire(named)
         session.adapter = named
         if choice.router is not None and adapter.has_mlp:
             message = f"{named.name!r} adapts MLPs, beside which the token router cannot run; leave router out"
             raise bad_request(message, "flextron")
-        for job in jobs:
-            job.adapter = adapter
+        for request in requests:
+            request.adapter = adapter
 
     def _forget(self, session: Session) -> None:
         if session.adapter is not None:
@@ -259,14 +259,3 @@ class Service:
         self._sessions.discard(session)
         if not self._sessions:
             self._is_idle.set()
-
-    def _post(self, events: list[tuple[Job, Event]]) -> None:
-        """Pass on what the worker says; runs in its thread."""
-
-        def deliver() -> None:
-            for job, event in events:
-                job.listener(job, event)
-
-        assert self._loop is not None
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(deliver)

@@ -7,62 +7,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
+from flextron.api import ElasticModel
 from flextron.errors import FlextronError
-from flextron.model.decoder import Decoder
-from flextron.routing import Frontier
 from flextron.routing.token_router import PricedRouter
 from flextron.server.adapters import AdapterNames, NamedAdapter, is_word
 from flextron.server.bodies import TargetBody
 from flextron.server.errors import bad_request, not_found
-from flextron.spec import SearchSpace, SubnetSpec, Target
+from flextron.spec import SubnetSpec, Target
 
-__all__ = ["Catalog", "Choice", "Served"]
+__all__ = ["Catalog", "Choice"]
 
 _FRACTION = re.compile(r"\d{1,3}(\.\d{0,17})?|\.\d{1,17}")
 _MOST_LISTED = 8
-
-
-class Served(Protocol):
-    """What the server needs of an elastic model."""
-
-    @property
-    def decoder(self) -> Decoder:
-        """The full model."""
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """Its tokenizer."""
-
-    @property
-    def hf_config(self) -> Mapping[str, Any]:
-        """The checkpoint's `config.json`."""
-
-    @property
-    def generation_config(self) -> Mapping[str, Any] | None:
-        """The checkpoint's `generation_config.json`, if it has one."""
-
-    @property
-    def frontier(self) -> Frontier | None:
-        """Measured sub-networks."""
-
-    @property
-    def space(self) -> SearchSpace:
-        """All sub-networks."""
-
-    def select(self, **target: Any) -> SubnetSpec:
-        """The best sub-network for a target."""
-
-    def routed(self, target: Target) -> tuple[SubnetSpec, PricedRouter]:
-        """The token router for a target."""
-
-    def num_parameters(self, spec: SubnetSpec | None = None) -> int:
-        """Number of parameters of a sub-network."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,7 +69,11 @@ class Catalog:
     """Names of models and what they stand for."""
 
     def __init__(
-        self, model: Served, name: str, min_latency_target: float | None = None, adapters: AdapterNames | None = None
+        self,
+        model: ElasticModel,
+        name: str,
+        min_latency_target: float | None = None,
+        adapters: AdapterNames | None = None,
     ) -> None:
         """Take the model and its name.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import queue
 import threading
@@ -12,38 +13,37 @@ from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
-from flextron.engine import EngineCore, Filler
-from flextron.engine import Sequence as Running
-from flextron.engine.output import Answer, Delta
+from flextron.engine import CoServingScheduler, EngineCore, Request
+from flextron.engine.output import Delta, OutputProcessor
 from flextron.errors import FlextronError
 from flextron.generation.generate import SamplingParams
 from flextron.model.adapter import Adapter
 from flextron.routing.token_router import PricedRouter
 from flextron.spec import SubnetSpec
 
-__all__ = ["Event", "Job", "Load", "Sign", "Worker"]
+__all__ = ["GenerationRequest", "Load", "RequestEvent", "Sign", "Worker"]
 
 _log = logging.getLogger("flextron.server")
 
 
 class Sign(Enum):
-    """What happens to a job beside deltas."""
+    """What happens to a request beside deltas."""
 
     ACCEPTED = "accepted"
     DIED = "died"
     """The engine can do nothing any more."""
 
 
-Event = Delta | Sign | FlextronError
-"""An error means that the job, and those queued with it, were refused."""
+RequestEvent = Delta | Sign | FlextronError
+"""An error means that the request, and those queued with it, were refused."""
 
 
-def _nobody(job: Job, event: Event) -> None:
+def _nobody(request: GenerationRequest, event: RequestEvent) -> None:
     pass
 
 
 @dataclass(eq=False, slots=True)
-class Job:
+class GenerationRequest:
     """One sequence of tokens to be continued."""
 
     index: int
@@ -54,9 +54,9 @@ class Job:
     spec: SubnetSpec
     router: PricedRouter | None
     adapter: Adapter | None = None
-    listener: Callable[[Job, Event], None] = _nobody
+    listener: Callable[[GenerationRequest, RequestEvent], None] = _nobody
     """Called in the event loop."""
-    running: Running | None = field(default=None, repr=False)
+    engine_request: Request | None = field(default=None, repr=False)
     """The engine's form; the worker's own."""
 
 
@@ -70,7 +70,7 @@ class Load:
     """A fraction."""
     num_preemptions: int = 0
     num_prompt_tokens: int = 0
-    """Prompt tokens of all accepted jobs."""
+    """Of all requests that were accepted."""
     num_cached_tokens: int = 0
     """Prompt tokens that were found in the cache."""
     num_drafted_tokens: int = 0
@@ -78,45 +78,47 @@ class Load:
     """Drafted tokens that were accepted."""
 
 
-Post = Callable[[list[tuple[Job, Event]]], None]
-
-
 class Worker(threading.Thread):
     """Owns the engine from `start` on."""
 
     def __init__(
-        self, core: EngineCore, tokenizer: PreTrainedTokenizerBase, post: Post, filler: Filler | None = None
+        self, core: EngineCore, tokenizer: PreTrainedTokenizerBase, coserving: CoServingScheduler | None = None
     ) -> None:
         """Take the engine.
 
         Args:
             core: the engine.
-            tokenizer: makes the answers' text.
-            post: called in this thread with what happened to jobs; must pass it on to their listeners.
-            filler: uses the time between iterations, if there is something to train.
+            tokenizer: for the answers' text.
+            coserving: gives training the time between iterations, if there is something to train.
         """
         super().__init__(name="flextron-engine", daemon=True)
         self.core = core
         self.load = Load()
         """Replaced as a whole, so that other threads may read it."""
-        self._tokenizer, self._post, self._filler = tokenizer, post, filler
+        self._tokenizer, self._coserving = tokenizer, coserving
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._jobs: dict[Running, tuple[Job, Answer]] = {}
+        self._requests: dict[Request, tuple[GenerationRequest, OutputProcessor]] = {}
         self._num_prompt_tokens = 0
         self._has_ended = False
 
-    def submit(self, jobs: Sequence[Job]) -> None:
-        """Queue jobs, all or none of them; callable from any thread, as all methods but `run`."""
-        self._commands.put(partial(self._add, jobs))
-        if self._has_ended:
-            self._post([(job, Sign.DIED) for job in jobs])
+    def begin(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Start the thread; listeners are called in this event loop."""
+        self._loop = loop
+        self.start()
 
-    def abort(self, jobs: Sequence[Job]) -> None:
-        """End jobs that were submitted; nothing more is heard of them."""
-        self._commands.put(partial(self._abort, jobs))
+    def submit(self, requests: Sequence[GenerationRequest]) -> None:
+        """Queue requests, all or none of them; callable from any thread, as all methods but `run`."""
+        self._commands.put(partial(self._add, requests))
+        if self._has_ended:
+            self._post([(request, Sign.DIED) for request in requests])
+
+    def abort(self, requests: Sequence[GenerationRequest]) -> None:
+        """End requests that were submitted; nothing more is heard of them."""
+        self._commands.put(partial(self._abort, requests))
 
     def forget(self, adapter: Adapter) -> None:
-        """Let go of an adapter that no job will name any more."""
+        """Let go of an adapter that no request will name any more."""
         self._commands.put(partial(self.core.forget, adapter))
 
     def wake(self) -> None:
@@ -133,21 +135,21 @@ class Worker(threading.Thread):
             while self._obey():
                 self._step()
                 self._report()
-                if self._filler is not None:
-                    self._filler.fill(lambda: not self._commands.empty())
+                if self._coserving is not None:
+                    self._coserving.fill(lambda: not self._commands.empty())
         except Exception:
             _log.exception("the engine has stopped")
         finally:
             self._has_ended = True
-            self._post([(job, Sign.DIED) for job, _ in self._jobs.values()])
+            self._post([(request, Sign.DIED) for request, _ in self._requests.values()])
             while not self._commands.empty():
                 command = self._commands.get()
                 if isinstance(command, partial) and command.func == self._add:
-                    self._post([(job, Sign.DIED) for job in command.args[0]])
+                    self._post([(request, Sign.DIED) for request in command.args[0]])
 
     def _obey(self) -> bool:
         """Carry out what is queued; waits for a command if there is nothing else to do. False: end."""
-        has_training = self._filler is not None and self._filler.work.unit is not None
+        has_training = self._coserving is not None and self._coserving.work.unit is not None
         must_wait = not self.core.has_unfinished and not has_training
         while must_wait or not self._commands.empty():
             command = self._commands.get()
@@ -157,40 +159,52 @@ class Worker(threading.Thread):
             must_wait = False
         return True
 
-    def _add(self, jobs: Sequence[Job]) -> None:
+    def _add(self, requests: Sequence[GenerationRequest]) -> None:
         try:
-            for job in jobs:
-                network = self.core.network(job.spec, job.router, job.adapter)
-                job.running = self.core.add(str(id(job)), job.prompt, job.params, network)
-                self._jobs[job.running] = job, Answer(self._tokenizer, job.stop, job.prompt)
+            for request in requests:
+                network = self.core.network(request.spec, request.router, request.adapter)
+                request.engine_request = self.core.add(str(id(request)), request.prompt, request.params, network)
+                processor = OutputProcessor(self._tokenizer, request.stop, request.prompt)
+                self._requests[request.engine_request] = request, processor
         except FlextronError as error:
-            self._abort(jobs)
-            self._post([(job, error) for job in jobs])
+            self._abort(requests)
+            self._post([(request, error) for request in requests])
             return
-        self._num_prompt_tokens += sum(len(job.prompt) for job in jobs)
-        self._post([(job, Sign.ACCEPTED) for job in jobs])
+        self._num_prompt_tokens += sum(len(request.prompt) for request in requests)
+        self._post([(request, Sign.ACCEPTED) for request in requests])
 
-    def _abort(self, jobs: Sequence[Job]) -> None:
-        for job in jobs:
-            if job.running is not None:
-                self.core.abort(job.running)
-                self._jobs.pop(job.running, None)
-                if self._filler is not None:
-                    self._filler.forget(job.running)
+    def _abort(self, requests: Sequence[GenerationRequest]) -> None:
+        for request in requests:
+            if request.engine_request is not None:
+                self.core.abort(request.engine_request)
+                self._requests.pop(request.engine_request, None)
+                if self._coserving is not None:
+                    self._coserving.forget(request.engine_request)
 
     def _step(self) -> None:
-        events: list[tuple[Job, Event]] = []
-        for output in (self._filler or self.core).step():
-            if output.sequence not in self._jobs:
+        events: list[tuple[GenerationRequest, RequestEvent]] = []
+        for output in (self._coserving or self.core).step():
+            if output.request not in self._requests:
                 continue  # a stop string ended it with an earlier token of this step
-            job, answer = self._jobs[output.sequence]
-            delta = answer.take(output)
+            request, processor = self._requests[output.request]
+            delta = processor.take(output)
             if delta.finish_reason is not None:
                 # a stop string ends the answer before the engine knows
-                self._abort([job])
-            events.append((job, delta))
+                self._abort([request])
+            events.append((request, delta))
         if events:
             self._post(events)
+
+    def _post(self, events: list[tuple[GenerationRequest, RequestEvent]]) -> None:
+        """Tell the requests' listeners, in the event loop."""
+
+        def deliver() -> None:
+            for request, event in events:
+                request.listener(request, event)
+
+        assert self._loop is not None
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(deliver)
 
     def _report(self) -> None:
         scheduler, pool, speculator = self.core.scheduler, self.core.pool, self.core.speculator

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -26,6 +25,7 @@ from torch.nn import functional as F
 from flextron.files import checked, read_json, write_json
 from flextron.model.decoder import Decoder
 from flextron.model.scoring import mean_loss
+from flextron.progress import OnStep
 from flextron.routing.allocate import Allocator
 from flextron.routing.latency import LatencyTable
 from flextron.routing.routers import Choices, StaticRouter, latency_ms, straight_through
@@ -38,7 +38,6 @@ from flextron.training.trainer import RoutedDraw
 
 __all__ = ["JointRouting", "RouterRecipe", "RouterResult", "latency_loss", "train_static_router"]
 
-OnRound = Callable[[int, int, dict[str, float]], None]
 _HELD_OUT = 32
 """Random sub-networks on which the surrogate is judged at the end."""
 _SENSITIVITY_SEQUENCES = 2
@@ -201,7 +200,7 @@ def train_static_router(
     recipe: RouterRecipe | None = None,
     *,
     run_directory: Path | None = None,
-    on_round: OnRound | None = None,
+    on_round: OnStep | None = None,
 ) -> RouterResult:
     """Train a router for a frozen model; the first stage.
 

@@ -12,7 +12,7 @@ Shapes: N tokens, D hidden size, C choices of width (0 and the space's).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -22,6 +22,7 @@ from flextron.errors import FlextronError
 from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
 from flextron.model.losses import forward_kl
+from flextron.progress import OnStep
 from flextron.routing.latency import LatencyTable
 from flextron.routing.token_calibration import calibrate
 from flextron.routing.token_router import TokenRouter
@@ -33,7 +34,6 @@ from flextron.training.token_warm_start import warm_start
 
 __all__ = ["TokenRouterResult", "routed_kl", "train_token_router"]
 
-OnStep = Callable[[int, int, dict[str, float]], None]
 _CHUNK_SEQUENCES = 16
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,7 @@ from flextron.interrupts import Interrupted, held_interrupts
 from flextron.model.adapter import Adapter
 from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
+from flextron.progress import OnStep
 from flextron.routing.sensitivity import Sensitivity, measure_sensitivity
 from flextron.spec import SearchSpace, SubnetSpec
 from flextron.training.blocks import TokenBlocks
@@ -33,11 +34,10 @@ from flextron.training.recipe import TrainRecipe
 from flextron.training.sampling import SubnetSampler
 from flextron.training.state import RunDirectory
 
-__all__ = ["RoutedDraw", "RouterSampler", "Run", "TrainResult", "train"]
+__all__ = ["RoutedDraw", "RouterSampler", "TrainResult", "TrainingRun", "train"]
 
 _SAMPLE_TOKENS = 512
-"""Tokens for the teacher's sensitivities and its head's metric."""
-OnStep = Callable[[int, int, dict[str, float]], None]
+"""For the teacher's sensitivities and its head's metric."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,7 +110,7 @@ def _optimizer(trained: Sequence[nn.Parameter], recipe: TrainRecipe) -> torch.op
     return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=True)
 
 
-class Run:
+class TrainingRun:
     """The state and the steps of one run."""
 
     def __init__(
@@ -279,7 +279,7 @@ def train(
         facts = {"recipe": recipe.model_dump(mode="json"), "specs": [spec.to_dict() for spec in specs]}
         directory = RunDirectory(run_directory, facts | (identity or {}))
         directory.forget_finished()
-    run = Run(decoder, teacher, space, blocks, recipe, directory, specs, routing, adapter)
+    run = TrainingRun(decoder, teacher, space, blocks, recipe, directory, specs, routing, adapter)
     optimizer = getattr(run.optimizer, "optimizer", run.optimizer)
     restored = None if directory is None else directory.load(run.trained, optimizer)
     done, history = restored or (0, list[dict[str, float]]())

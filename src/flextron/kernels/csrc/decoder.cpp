@@ -1,4 +1,4 @@
-// One iteration of the decoder on a CPU, from token ids to scores, for a ragged batch, in a single parallel region.
+// One iteration of the decoder on a CPU, from token ids to logits, for a ragged batch, in a single parallel region.
 //
 // A decode step reads all weights for a handful of tokens, so it runs at the speed of memory if nothing else gets in
 // the way. Each weight row is read once and multiplied with the tokens that are at least that wide: tokens are ordered
@@ -23,6 +23,7 @@
 #include "int4.h"
 #include "rows.h"
 #include "decoder.h"
+#include "decoder_layout.h"
 
 namespace {
 
@@ -107,7 +108,7 @@ struct Step {
     }
 
     float* unit(long layer, long token, long page, long kv_head) const {
-        const int32_t* row = b.tables[token] + page * b.table_rows[token];
+        const int32_t* row = b.block_tables[token] + page * b.table_rows[token];
         return b.cache + (long)row[b.unit_offsets[layer * N + token] + kv_head] * 2 * s.page_size * d;
     }
 
@@ -226,16 +227,16 @@ struct Step {
         }
     }
 
-    void score(int id, int nt) {
-        const long n = b.num_scores, V = s.vocab_size;
+    void head(int id, int nt) {
+        const long n = b.num_logits, V = s.vocab_size;
         for (long i = id; i < n; i += nt)
             normalize(&x[b.rows[i] * D], ends.final_norm, s.is_layer_norm, s.norm_eps, D, &xn[i * D]);
 #pragma omp barrier
         const long last = n ? V * (id + 1) / nt : 0;
         for (long a = V * id / nt; a < last; a += kChunk) {
             const long count = std::min(kChunk, last - a);
-            dot_rows(static_cast<const E*>(ends.head.weight) + a * D, D, count, xn.data(), D, n, D, b.scores + a, V);
-            finish(ends.head, a, count, n, b.scores + a, V);
+            dot_rows(static_cast<const E*>(ends.head.weight) + a * D, D, count, xn.data(), D, n, D, b.logits + a, V);
+            finish(ends.head, a, count, n, b.logits + a, V);
         }
     }
 
@@ -286,7 +287,7 @@ struct Step {
 #pragma omp barrier
             }
         }
-        score(id, nt);
+        head(id, nt);
     }
 
     void project_kv(long l, int id, int nt) {
@@ -315,7 +316,13 @@ void run_step(const Shape& shape, const LayerWeights* layers, const Ends& ends, 
 
 extern "C" {
 
-// Scores after the wanted tokens; keys and values go to the cache's pages.
+// The layout of the structs above, as text.
+const char* flextron_layout() {
+    static const std::string text = decoder_layout();
+    return text.c_str();
+}
+
+// Logits after the wanted tokens; keys and values go to the cache's pages.
 void flextron_step(const Shape* shape, const LayerWeights* layers, const Ends* ends, const Tokens* tokens,
                    int threads) {
     const auto run = shape->weights == kInt4   ? run_step<FourBit, int8_t>

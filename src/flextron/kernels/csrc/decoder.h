@@ -60,29 +60,29 @@ struct Bypass {
 // Tokens of one iteration. Widths are (layers, N); a layer's units of a page are its KV heads.
 struct Tokens {
     int64_t num_tokens;
-    const int64_t* ids;             // (N,)
-    const int64_t* positions;       // (N,)
-    const int32_t* mlp_widths;      // neurons, 0 skips
-    const int32_t* num_groups;      // attention groups, 0 skips
-    const int32_t* const* tables;   // (N,): page table of each token's sequence, (pages, row)
-    const int64_t* table_rows;      // (N,): entries of a page in that table
-    const int32_t* unit_offsets;    // (layers, N): first entry of a layer
-    const float* cos;               // (N, rotated)
-    const float* sin;               // signed
-    const Bypass* const* adapters;  // (N,): (layers, targets) of each token's adapter, or null; null if none has one
-    int64_t max_rank;               // of all adapters
-    float* cache;                   // (units, 2, P, d)
-    int64_t num_scores;
-    const int64_t* rows;            // (num_scores,): tokens after which scores are wanted
-    float* scores;                  // (num_scores, V)
+    const int64_t* ids;                 // (N,)
+    const int64_t* positions;           // (N,)
+    const int32_t* mlp_widths;          // neurons, 0 skips
+    const int32_t* num_groups;          // attention groups, 0 skips
+    const int32_t* const* block_tables; // (N,): block table of each token's sequence, (pages, row)
+    const int64_t* table_rows;          // (N,): entries of a page in that table
+    const int32_t* unit_offsets;        // (layers, N): first entry of a layer
+    const float* cos;                   // (N, rotated)
+    const float* sin;                   // signed
+    const Bypass* const* adapters;      // (N,): (layers, targets) of each token's adapter, or null; null if none has one
+    int64_t max_rank;                   // of all adapters
+    float* cache;                       // (units, 2, P, d)
+    int64_t num_logits;
+    const int64_t* rows;                // (num_logits,): tokens after which logits are wanted
+    float* logits;                      // (num_logits, V)
 };
 }
 
 namespace {
 
-enum Weights { kFloat32, kInt8, kInt4 };
+enum Weights { kFloat32, kInt8, kInt4, kNumWeights };
 
-enum Activation { kSilu, kGelu, kGeluTanh, kRelu };
+enum Activation { kSilu, kGelu, kGeluTanh, kRelu, kNumActivations };
 
 // The activation of n numbers in place.
 void activate(float* z, long n, int64_t kind) {

@@ -28,11 +28,11 @@ struct Attention {
     int64_t window;          // keys that a query sees, itself included; 0 is all
     int64_t num_sequences;
     const int64_t* lengths;  // tokens of each sequence in the window, (num_sequences,)
-    int64_t held;            // keys before those of the window; of the first sequence
-    const float *q, *k, *v;  // (N, H, d), (held + N, K, d) twice
+    int64_t num_past;        // keys before those of the window; of the first sequence
+    const float *q, *k, *v;  // (N, H, d), (num_past + N, K, d) twice
     int64_t q_stride, k_stride, v_stride;
     float* out;              // (N, H, d)
-    float* log_sums;         // of the exponentials of a query's scores, (N, H)
+    float* lse;              // log-sum-exp of a query's scores, (N, H)
     int64_t threads;
 };
 
@@ -59,19 +59,19 @@ struct Sequence {
     long before() const { return num_keys - num_rows; }
 };
 
-// A tile of keys that a block of rows meets.
-struct Meeting {
+// A tile of keys that a block of rows attends to.
+struct KeyTile {
     long key, num_keys;
 };
 
-class Run {
+class FlashAttention {
   public:
-    explicit Run(const Attention& a)
+    explicit FlashAttention(const Attention& a)
         : a_(a), d_(a.head_dim), r_(a.num_heads / a.num_kv_heads), tokens_(std::max(1L, kRows / r_)),
           scale_(1.0f / std::sqrt((float)d_)) {
         long row = 0, key = 0, packed = 0;
         for (long s = 0; s < a.num_sequences; s++) {
-            const long n = a.lengths[s], keys = n + (s ? 0 : a.held);
+            const long n = a.lengths[s], keys = n + (s ? 0 : a.num_past);
             sequences_.push_back({row, n, key, keys, packed});
             row += n, key += keys, packed += padded(keys);
         }
@@ -135,7 +135,7 @@ class Run {
   private:
     // What a thread needs for a block of rows.
     struct Block {
-        explicit Block(const Run& run)
+        explicit Block(const FlashAttention& run)
             : rows(run.tokens_ * run.r_), q(rows * run.d_), g(rows * run.d_), out(rows * run.d_), shares(rows * kKeys),
               ds(rows * kKeys), most(rows), total(rows) {}
         long rows;
@@ -257,25 +257,25 @@ class Run {
 
     // Calls f for the tiles of keys that any token of a span sees.
     template <class F>
-    void meet(const Span& span, F f) const {
+    void for_each_tile(const Span& span, F f) const {
         const long before = sequences_[span.sequence].before(), end = before + span.e;
         const long first = a_.window ? std::max(0L, before + span.a + 1 - (long)a_.window) / kPanel * kPanel : 0;
-        for (long key = first; key < end; key += kKeys) f(Meeting{key, std::min(kKeys, end - key)});
+        for (long key = first; key < end; key += kKeys) f(KeyTile{key, std::min(kKeys, end - key)});
     }
 
     // The keys of a tile that a row sees.
-    Range seen(const Span& span, const Meeting& tile, long row) const {
+    Range seen(const Span& span, const KeyTile& tile, long row) const {
         const long last = sequences_[span.sequence].before() + span.a + row / r_ - tile.key;
         return {a_.window ? std::max(0L, last + 1 - (long)a_.window) : 0, std::min(tile.num_keys, last + 1)};
     }
 
     // The first row that sees a key of a tile or, where a window hides it again, comes after those that do.
-    long first_row(const Span& span, const Meeting& tile, long key) const {
+    long first_row(const Span& span, const KeyTile& tile, long key) const {
         return std::max(0L, tile.key + key - sequences_[span.sequence].before() - span.a) * r_;
     }
 
     // Products of rows with the keys of a tile, (m, kKeys); those that are hidden may be left out.
-    void products(const Span& span, const Meeting& tile, const float* rows, const float* panels, float* out) const {
+    void products(const Span& span, const KeyTile& tile, const float* rows, const float* panels, float* out) const {
         const long m = (span.e - span.a) * r_;
         for (long key = 0; key < tile.num_keys; key += kPanel) {
             const long i = first_row(span, tile, key) / kTileRows * kTileRows;
@@ -285,13 +285,13 @@ class Run {
     }
 
     // out += shares times rows of keys.
-    void gather_keys(const Span& span, const Meeting& tile, const float* shares, const float* rows, float* out) const {
+    void gather_keys(const Span& span, const KeyTile& tile, const float* shares, const float* rows, float* out) const {
         multiply((span.e - span.a) * r_, d_, shares, kKeys, 1, rows, d_, out, d_, true,
                  [&](long, long e) { return Range{0, std::max(0L, seen(span, tile, e - 1).to)}; });
     }
 
     // sums += transposed shares times rows of queries.
-    void give_keys(const Span& span, const Meeting& tile, const float* shares, const float* rows, float* sums) const {
+    void give_keys(const Span& span, const KeyTile& tile, const float* shares, const float* rows, float* sums) const {
         const long m = (span.e - span.a) * r_;
         multiply(tile.num_keys, d_, shares, 1, kKeys, rows, d_, sums + tile.key * d_, d_, true,
                  [&](long i, long) { return Range{std::min(m, first_row(span, tile, i)), m}; });
@@ -310,22 +310,22 @@ class Run {
         std::fill(block.out + 0, block.out + m * d_, 0.0f);
         std::fill(block.most + 0, block.most + m, kHidden);
         std::fill(block.total + 0, block.total + m, 0.0f);
-        meet(span, [&](const Meeting& tile) {
+        for_each_tile(span, [&](const KeyTile& tile) {
             products(span, tile, block.q + 0, packed(keys, s, span.kv_head, tile.key), block.shares + 0);
-            for (long i = 0; i < m; i++) soften(seen(span, tile, i), tile, i, block);
+            for (long i = 0; i < m; i++) online_softmax(seen(span, tile, i), tile, i, block);
             gather_keys(span, tile, block.shares + 0, packed(values, s, span.kv_head, tile.key), block.out + 0);
         });
-        float* log_sums = own_rows(span, a_.log_sums, 1);
+        float* lse = own_rows(span, a_.lse, 1);
         for (long i = 0; i < m; i++) {
             const float factor = 1.0f / block.total[i];
             for (long x = 0; x < d_; x += kLanes) store(block.out + i * d_ + x, load(block.out + i * d_ + x) * factor);
-            log_sums[i / r_ * a_.num_heads + i % r_] = block.most[i] + std::log(block.total[i]);
+            lse[i / r_ * a_.num_heads + i % r_] = block.most[i] + std::log(block.total[i]);
         }
         scatter(span, block.out + 0, 1.0f, a_.out);
     }
 
-    // Online softmax: exponentiate a tile, rescale the running output when the row maximum grows.
-    void soften(const Range& range, const Meeting& tile, long i, const Block& block) const {
+    // Online softmax: exponentiates a tile of a row, and rescales the running output when the row's maximum grows.
+    void online_softmax(const Range& range, const KeyTile& tile, long i, const Block& block) const {
         float* scores = block.shares + i * kKeys;
         const long end = padded(tile.num_keys);
         if (range.from >= range.to) return std::fill(scores, scores + end, 0.0f);
@@ -353,16 +353,16 @@ class Run {
         const long m = (span.e - span.a) * r_;
         gather(span, a_.q, a_.q_stride, scale_, block.q + 0);
         gather(span, g.out, g.out_stride, 1.0f, block.g + 0);
-        const float *out = own_rows(span, a_.out, d_), *log_sums = own_rows(span, a_.log_sums, 1);
+        const float *out = own_rows(span, a_.out, d_), *lse = own_rows(span, a_.lse, 1);
         for (long i = 0; i < m; i++) {
             Vec through{};
             const float* own = out + (i / r_ * a_.num_heads + i % r_) * d_;
             for (long x = 0; x < d_; x += kLanes) through = fma(load(own + x), load(block.g + i * d_ + x), through);
             block.total[i] = sum(through);
-            block.most[i] = log_sums[i / r_ * a_.num_heads + i % r_];
+            block.most[i] = lse[i / r_ * a_.num_heads + i % r_];
         }
         if (g.q) std::fill(block.out + 0, block.out + m * d_, 0.0f);
-        meet(span, [&](const Meeting& tile) {
+        for_each_tile(span, [&](const KeyTile& tile) {
             const long end = padded(tile.num_keys);
             products(span, tile, block.q + 0, packed(keys, s, span.kv_head, tile.key), block.shares + 0);
             if (g.q || g.k)

@@ -5,6 +5,7 @@
 
 #include "flash_attention.h"
 #include "gemm.h"
+#include "layout.h"
 
 namespace {
 
@@ -31,16 +32,36 @@ struct Silu {
     Vec value, slope;
 };
 
+inline std::string training_layout() {
+    std::string text;
+    text += describe_struct("Attention", sizeof(Attention),
+            {FIELD(Attention, num_heads), FIELD(Attention, num_kv_heads), FIELD(Attention, head_dim),
+             FIELD(Attention, window), FIELD(Attention, num_sequences), FIELD(Attention, lengths),
+             FIELD(Attention, num_past), FIELD(Attention, q), FIELD(Attention, k), FIELD(Attention, v),
+             FIELD(Attention, q_stride), FIELD(Attention, k_stride), FIELD(Attention, v_stride),
+             FIELD(Attention, out), FIELD(Attention, lse), FIELD(Attention, threads)});
+    text += describe_struct("Gradients", sizeof(Gradients),
+            {FIELD(Gradients, out), FIELD(Gradients, out_stride), FIELD(Gradients, q), FIELD(Gradients, k),
+             FIELD(Gradients, v)});
+    return text + describe_constant("lanes", kLanes);
+}
+
 }  // namespace
 
 extern "C" {
 
-// Causal attention of a window's tokens; fills `out` and `log_sums`.
-void flextron_attend(const Attention* attention) { Run(*attention).forward(); }
+// The layout of the structs below, as text.
+const char* flextron_layout() {
+    static const std::string text = training_layout();
+    return text.c_str();
+}
+
+// Causal attention of a window's tokens; fills `out` and `lse`.
+void flextron_attend(const Attention* attention) { FlashAttention(*attention).forward(); }
 
 // Its gradients, from what `flextron_attend` gave.
 void flextron_attend_back(const Attention* attention, const Gradients* gradients) {
-    Run(*attention).backward(*gradients);
+    FlashAttention(*attention).backward(*gradients);
 }
 
 // out = silu(gate) up, of `size` numbers.

@@ -15,7 +15,7 @@ from flextron.model.adapter import Adapter
 from flextron.model.batch import TokenChoice
 from flextron.spec import SubnetSpec
 
-__all__ = ["Chunk", "FinishReason", "Network", "Sequence"]
+__all__ = ["Chunk", "FinishReason", "Network", "Request"]
 
 
 class FinishReason(str, Enum):
@@ -43,7 +43,7 @@ class Network:
 
 
 @dataclass(eq=False)
-class Sequence:
+class Request:
     """One request."""
 
     request_id: str
@@ -53,10 +53,10 @@ class Sequence:
     network: Network
     params: SamplingParams
     generator: torch.Generator | None = None
-    num_computed: int = 0
+    num_computed_tokens: int = 0
     """Leading tokens whose keys and values are in the cache."""
     pages: list[Page] = field(default_factory=list)
-    table: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int32))
+    block_table: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int32))
     """Units of the pages, (capacity in pages, units of a page)."""
     keys: list[bytes] = field(default_factory=list)
     """Keys of the leading full pages, as far as they were asked for."""
@@ -66,7 +66,7 @@ class Sequence:
     @property
     def num_new(self) -> int:
         """Tokens still to compute; 1 while it decodes."""
-        return len(self.tokens) - self.num_computed
+        return len(self.tokens) - self.num_computed_tokens
 
     @property
     def answer(self) -> list[int]:
@@ -74,24 +74,24 @@ class Sequence:
         return self.tokens[self.num_prompt :]
 
     def add_page(self, page: Page) -> None:
-        """Append a page to the table."""
-        if len(self.pages) == len(self.table):
-            grown = torch.empty(max(4, 2 * len(self.table)), max(1, self.network.num_units), dtype=torch.int32)
-            grown[: len(self.table)] = self.table if len(self.table) else grown[:0]
-            self.table = grown
-        self.table[len(self.pages), : len(page.units)] = torch.tensor(page.units, dtype=torch.int32)
+        """Append a page to the block table."""
+        if len(self.pages) == len(self.block_table):
+            grown = torch.empty(max(4, 2 * len(self.block_table)), max(1, self.network.num_units), dtype=torch.int32)
+            grown[: len(self.block_table)] = self.block_table if len(self.block_table) else grown[:0]
+            self.block_table = grown
+        self.block_table[len(self.pages), : len(page.units)] = torch.tensor(page.units, dtype=torch.int32)
         self.pages.append(page)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Chunk:
-    """Consecutive tokens of a sequence that one iteration computes."""
+    """Consecutive tokens of a request that one iteration computes."""
 
-    sequence: Sequence
+    request: Request
     start: int
     """Position of the first; all before it are in the cache."""
     tokens: list[int]
     network: Network
-    """What they run in: the sequence's own, or one nested in it that uses the same pages."""
-    num_scores: int
+    """What they run in: the request's own, or one nested in it that uses the same pages."""
+    num_logits: int
     """After how many of the tokens, counted from the last, the scores over the vocabulary are wanted."""

@@ -1,7 +1,7 @@
 """Jobs that train, one step each in turn, and what becomes of each step.
 
-All methods but the last ones belong to the thread that trains. It calls `step` while it has time for training, or, to
-cut a step into smaller pieces, `next`, then the trainer's own methods, then `record` or `fail`.
+All methods but the last ones belong to the thread that trains. For each step it calls `next`, then the trainer's own
+methods, then `record` or `fail`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from flextron.errors import FlextronError
 from flextron.files import NoSpaceError
@@ -18,25 +18,53 @@ from flextron.jobs.attempts import Attempts
 from flextron.jobs.directory import StateDirectory
 from flextron.jobs.loader import Preparer
 from flextron.jobs.records import ALIVE, ENDED, Status
-from flextron.jobs.repository import Journal
-from flextron.jobs.running_job import Run
-from flextron.jobs.shares import Shares
+from flextron.jobs.repository import JobRepository
+from flextron.jobs.running_job import RunningJob
 from flextron.jobs.uploads import Uploads
 
-__all__ = ["Turns"]
+__all__ = ["FairShare", "JobScheduler"]
 
 _log = logging.getLogger("flextron.server")
 _STALL_SECONDS = 5.0
 """Rest after the disk was too full even to say so."""
 
 
-class Turns:
+class FairShare:
+    """Stride scheduling: every job in training gets the same number of trained tokens over time.
+
+    Each job has a pass, the tokens that it has had; the job with the lowest pass goes next. Between two jobs that are
+    both there all the time, passes never differ by more than the largest step. A job that joins starts at the lowest
+    pass of the others, so that it neither catches up on what it missed nor waits.
+    """
+
+    def __init__(self) -> None:
+        """No job yet."""
+        self._passes: dict[str, int] = {}
+
+    def keep(self, job_ids: Iterable[str]) -> None:
+        """These jobs take turns from now on; others leave."""
+        wanted = list(job_ids)
+        stay = {i: self._passes[i] for i in wanted if i in self._passes}
+        start = min(stay.values(), default=0)
+        self._passes = {i: stay.get(i, start) for i in wanted}
+
+    def next(self) -> str | None:
+        """The job whose turn it is, the first kept of those that are equal; None if there is no job."""
+        return min(self._passes, key=self._passes.__getitem__, default=None)
+
+    def charge(self, job_id: str, num_tokens: int) -> None:
+        """A job had so many tokens."""
+        # a step without a token still was a turn
+        self._passes[job_id] += max(1, num_tokens)
+
+
+class JobScheduler:
     """Trainers of the jobs that train now, and whose turn it is."""
 
     def __init__(
         self,
         directory: StateDirectory,
-        journal: Journal,
+        repository: JobRepository,
         attempts: Attempts,
         uploads: Uploads,
         preparer: Preparer,
@@ -51,37 +79,24 @@ class Turns:
 
         Args:
             directory: where trainers' states and adapters go.
-            journal: where jobs come from, and what is told how it went.
+            repository: where jobs come from, and what is told how it went.
             attempts: told what is being tried.
             uploads: takes results.
             preparer: has the jobs' examples.
             make_trainer: called for each job.
-            news: set when something changes that `step` should know.
+            news: set when something changes that `next` should know.
             max_training: jobs at once.
             save_seconds: between two saved states of a job.
             on_adapter: told of a job and the step after which it has a new adapter.
         """
-        self._directory, self._journal, self._uploads, self._preparer = directory, journal, uploads, preparer
+        self._directory, self._repository, self._uploads, self._preparer = directory, repository, uploads, preparer
         self._make_trainer, self._news, self._on_adapter = make_trainer, news, on_adapter
         self._max_training, self._save_seconds, self._attempts = max_training, save_seconds, attempts
-        self._runs: dict[str, Run] = {}
-        self._shares = Shares()
+        self._runs: dict[str, RunningJob] = {}
+        self._fair_share = FairShare()
         self._stalled_until = 0.0
 
-    def step(self) -> bool:
-        """Take an optimizer step of the job whose turn it is; False if there is none to take."""
-        run = self.next()
-        if run is None:
-            return False
-        try:
-            metrics = run.trainer.step()
-        except Exception as error:
-            self.fail(run, error)
-        else:
-            self.record(run, metrics)
-        return True
-
-    def next(self) -> Run | None:
+    def next(self) -> RunningJob | None:
         """The job whose turn it is; None if none is ready. Each must be followed by `record` or `fail`.
 
         Raises:
@@ -90,14 +105,14 @@ class Turns:
         if time.monotonic() < self._stalled_until:
             return None
         held = self._preparer.held()
-        waiting = dict(self._journal.with_status(Status.QUEUED, Status.RUNNING))
+        waiting = dict(self._repository.with_status(Status.QUEUED, Status.RUNNING))
         self._preparer.drop(held, but=waiting.keys() - self._runs.keys())
         for run in [run for job_id, run in self._runs.items() if job_id not in waiting]:
             self._drop(run)
         for job_id, status in waiting.items():
             self._begin(job_id, status)
-        self._shares.keep(self._runs)
-        chosen = self._shares.next()
+        self._fair_share.keep(self._runs)
+        chosen = self._fair_share.next()
         if chosen is None:
             return None
         run = self._runs[chosen]
@@ -109,11 +124,11 @@ class Turns:
                 return None
         return run
 
-    def record(self, run: Run, metrics: StepMetrics) -> None:
+    def record(self, run: RunningJob, metrics: StepMetrics) -> None:
         """Keep what the step that `run.trainer` took has given."""
         self._end_attempt(run)
         # a forward pass is a third of a step's work
-        self._shares.charge(run.job.id, metrics.num_tokens + metrics.num_valid_tokens // 3)
+        self._fair_share.charge(run.job.id, metrics.num_tokens + metrics.num_valid_tokens // 3)
         try:
             step = run.record(metrics, self._save_seconds)
         except Exception as error:
@@ -121,12 +136,12 @@ class Turns:
             return
         if run.trainer.step_number >= run.trainer.num_steps:
             del self._runs[run.job.id]
-            if self._journal.get(run.job.id).status in ENDED:
+            if self._repository.get(run.job.id).status in ENDED:
                 run.forget()
         if step is not None:
             self._on_adapter(run.job.id, step)
 
-    def fail(self, run: Run, error: Exception) -> None:
+    def fail(self, run: RunningJob, error: Exception) -> None:
         """A job cannot go on: it is paused if the disk is full, and has failed else."""
         self._runs.pop(run.job.id, None)
         self._end_attempt(run)
@@ -134,7 +149,7 @@ class Turns:
             run.forget()
 
     def wait(self, seconds: float) -> None:
-        """Wait until something changes that `step` should know, or for so long."""
+        """Wait until something changes that `next` should know, or for so long."""
         self._news.wait(seconds)
         self._news.clear()
 
@@ -142,7 +157,7 @@ class Turns:
         """Save what is in training; the training thread must have ended."""
         for run in self._runs.values():
             self._end_attempt(run)
-        unfinished = dict(self._journal.with_status(*ALIVE, Status.PAUSED))
+        unfinished = dict(self._repository.with_status(*ALIVE, Status.PAUSED))
         try:
             for run in [run for job_id, run in self._runs.items() if job_id in unfinished]:
                 run.save()
@@ -156,20 +171,22 @@ class Turns:
             if prepared is None:
                 return
             try:
-                job = self._journal.get(job_id)
+                job = self._repository.get(job_id)
                 with self._attempts.at_work(job_id, "making"):
-                    run = Run(job, prepared, self._make_trainer, self._directory, self._journal, self._uploads)
+                    run = RunningJob(
+                        job, prepared, self._make_trainer, self._directory, self._repository, self._uploads
+                    )
             except Exception as error:
                 self._end(job_id, error)
                 return
             self._runs[job_id] = run
             if status == Status.RUNNING:
-                self._journal.tell(job_id, f"resumed after step {run.trainer.step_number}")
+                self._repository.tell(job_id, f"resumed after step {run.trainer.step_number}")
         if status == Status.QUEUED:
             message = f"training goes on after step {self._runs[job_id].trainer.step_number}"
-            self._journal.change(job_id, before=(Status.QUEUED,), to=Status.RUNNING, message=message)
+            self._repository.change(job_id, before=(Status.QUEUED,), to=Status.RUNNING, message=message)
 
-    def _end_attempt(self, run: Run) -> None:
+    def _end_attempt(self, run: RunningJob) -> None:
         if not run.has_stepped:
             run.has_stepped = True
             self._attempts.end(run.job.id, "stepping")
@@ -178,11 +195,11 @@ class Turns:
         """Write down that a job cannot go on; whether it has failed for good."""
         try:
             if not isinstance(error, NoSpaceError):
-                self._journal.fail(job_id, error)
+                self._repository.fail(job_id, error)
                 return True
             message = f"paused at its last saved state: {error}"
             before = (Status.QUEUED, Status.RUNNING)
-            self._journal.change(job_id, before=before, to=Status.PAUSED, message=message, level="error")
+            self._repository.change(job_id, before=before, to=Status.PAUSED, message=message, level="error")
         except NoSpaceError:
             # the job is still running in the database, so it goes on from its saved state when there is room
             _log.exception("job %s waits for room on the disk", job_id)
@@ -190,16 +207,16 @@ class Turns:
             self._preparer.submit(job_id)
         return False
 
-    def _drop(self, run: Run) -> None:
+    def _drop(self, run: RunningJob) -> None:
         """A client has paused or ended a job."""
         del self._runs[run.job.id]
-        if self._journal.get(run.job.id).status in ENDED:
+        if self._repository.get(run.job.id).status in ENDED:
             run.forget()
             return
         try:
             run.save()
         except NoSpaceError as error:
-            self._journal.tell(run.job.id, f"rests at its last saved state: {error}", "error")
+            self._repository.tell(run.job.id, f"rests at its last saved state: {error}", "error")
 
     # what any thread may ask
 

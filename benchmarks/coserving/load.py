@@ -11,11 +11,10 @@ from itertools import cycle, pairwise
 from pathlib import Path
 
 from flextron.bench.traces import read_trace, slice_trace
-from flextron.engine import CoServing, EngineCore, EngineSettings, Filler, StepOutput
-from flextron.engine import Sequence as Running
+from flextron.engine import CoServing, CoServingScheduler, EngineCore, EngineSettings, Request, StepOutput
+from flextron.finetuning.example import Example
 from flextron.finetuning.hyperparameters import Hyperparameters
 from flextron.finetuning.lora import UPDATE, LoraTrainer, LoraTrainers
-from flextron.finetuning.trainer import Example
 from flextron.generation.generate import SamplingParams
 from flextron.model.config import DecoderConfig
 from flextron.model.decoder import Decoder
@@ -132,7 +131,7 @@ def trainer(decoder: Decoder, count: int = 4096, seed: int = 0, batch_size: int 
 
 
 class Training:
-    """Endless work for a `Filler`, that counts what it does in tokens that went both ways."""
+    """Endless work for a `CoServingScheduler`, that counts what it does in tokens that went both ways."""
 
     def __init__(self, own: LoraTrainer) -> None:
         """Take a trainer."""
@@ -190,15 +189,15 @@ def play(
         load: by time.
         slo: what is asked of each request.
         seconds: in which training counts; requests that run then are finished.
-        training: beside it; by a `Filler` with `settings`, or `steps_when_drained` steps whenever nothing is served.
-        settings: of the filler.
+        training: beside it; by a `CoServingScheduler`, or `steps_when_drained` steps whenever nothing is served.
+        settings: of the `CoServingScheduler`.
         steps_when_drained: temporal sharing: so many optimizer steps before requests are looked at again.
         pause: seconds to rest after temporal sharing's training of so many seconds, for a smaller share.
     """
     played = Played(slo)
-    filler = None if training is None or steps_when_drained else Filler(core, training, settings)
+    coserving = None if training is None or steps_when_drained else CoServingScheduler(core, training, settings)
     network = core.network(core.decoder.widths)
-    index: dict[Running, int] = {}
+    index: dict[Request, int] = {}
     waiting = list(load)[::-1]
     resume_at = 0.0
     began = time.monotonic()
@@ -220,16 +219,16 @@ def play(
         in_window = time.monotonic() - began < seconds
         if core.has_unfinished:
             start = time.monotonic()
-            outputs: list[StepOutput] = (filler or core).step()
+            outputs: list[StepOutput] = (coserving or core).step()
             now = time.monotonic()
             played.busy += (now - start) / seconds if in_window else 0.0
             played.iterations.append((core.num_tokens, now - start))
             for output in outputs:
-                played.times[index[output.sequence]].append(now)
+                played.times[index[output.request]].append(now)
         if training is not None and in_window:
             played.trained = training.num_tokens / seconds
-        if filler is not None:
-            filler.fill(is_due)
+        if coserving is not None:
+            coserving.fill(is_due)
         elif not core.has_unfinished:
             now = time.monotonic()
             if training is not None and in_window and now >= resume_at:

@@ -1,0 +1,46 @@
+"""The serving suite: exactness, decode speed, throughput beside transformers and llama.cpp, mixed batches, memory.
+
+All on SmolLM2-135M and two threads or as many as PyTorch has. Sub-networks are those of the demo's trained model.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks.harness import run_suite
+from benchmarks.serving.decode import (
+    bandwidth,
+    float32_against_llamacpp,
+    int4_against_llamacpp,
+    int8_against_llamacpp,
+    self_speculation,
+)
+from benchmarks.serving.iteration import batch_cost, overhead
+from benchmarks.serving.subnetworks import kv_memory, mixed_batch, small_mixed_batch, subnet_time
+from benchmarks.serving.throughput import exact_tokens, throughput_against_llamacpp, throughput_against_transformers
+
+__all__ = ["run"]
+
+
+def run() -> bool:
+    """All figures of the suite."""
+    torch.manual_seed(0)
+    return run_suite(
+        "serving",
+        [
+            exact_tokens,
+            bandwidth,
+            float32_against_llamacpp,
+            int8_against_llamacpp,
+            int4_against_llamacpp,
+            throughput_against_transformers,
+            throughput_against_llamacpp,
+            subnet_time,
+            mixed_batch,
+            small_mixed_batch,
+            self_speculation,
+            kv_memory,
+            overhead,
+            batch_cost,
+        ],
+    )
