@@ -13,6 +13,7 @@ from flextron import api
 from flextron.api.remote import RemoteFinetuning
 from flextron.cli.console import Json, default_of, message, progress, show
 from flextron.errors import FlextronError
+from flextron.finetuning.hyperparameters import Hyperparameters
 from flextron.progress import OnStep
 from flextron.spec import Target
 from flextron.workflows.elastify import StepCallback
