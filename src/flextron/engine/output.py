@@ -44,7 +44,7 @@ class OutputProcessor:
     prompt: InitVar[Sequence[int]] = ()
     """Token ids; the answer's text is what it adds to theirs."""
     answer: Delta = field(default_factory=Delta)
-    """All of it so far, without a stop string."""
+    """The answer so far, without a stop string."""
     _detokenizer: Detokenizer = field(init=False)
     _stops: StopStrings = field(init=False)
 

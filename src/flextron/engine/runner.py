@@ -178,7 +178,7 @@ class Runner:
         return self._adapters[adapter]
 
     def _run_group(self, chunks: Sequence[Chunk], native: NativeStep | None) -> Tensor:
-        """As `run`, compiled or by PyTorch's operators."""
+        """Run one group of chunks, compiled or by PyTorch's operators."""
         device = self.decoder.device
         tokens_N = torch.tensor([t for c in chunks for t in c.tokens], device=device)
         positions_N = torch.tensor([p for c in chunks for p in range(c.start, c.start + len(c.tokens))], device=device)

@@ -81,7 +81,7 @@ def _backend(q_NHd: Tensor) -> ModuleType:
 
 
 class _Attend(torch.autograd.Function):
-    """On a CPU; the scores are computed again for the gradients, the rest only if the outputs are not cached."""
+    """Attention on a CPU. The backward pass computes the scores again, and the outputs if they are not cached."""
 
     @staticmethod
     def forward(

@@ -1,11 +1,10 @@
 """The surrogate: a small network that predicts a sub-network's loss from the routers' choices alone (Flextron, 3.3).
 
 Gradients that reach routers through a frozen language model are noisy and expensive. Through this one they cost
-nothing. It sees the choices,
-how far each moves the residual stream (the root of its cost in `Sensitivity`), and, as a prior, the
-three sums of the additive loss model; it predicts the logarithm of the rise over the full network's loss, so that an
-error counts alike at every size. It is linear in these: with a hidden layer it fits a few hundred measurements to the
-last digit, and ranks unseen networks worse.
+nothing. It sees the choices, how far each moves the residual stream (the root of its cost in `Sensitivity`), and, as a
+prior, the three sums of the additive loss model; it predicts the logarithm of the rise over the full network's loss, so
+that an error counts alike at every size. It is linear in these: with a hidden layer it fits a few hundred measurements
+to the last digit, and ranks unseen networks worse.
 
 Shapes: B sub-networks, L layers.
 """

@@ -142,7 +142,7 @@ def calibrate(
         router: its `prices` are replaced.
         decoder: the full model.
         tokens_BT: windows of real text; some thousand tokens.
-        static_specs: by target, the sub-network around which tokens are routed, whose cost they should meet on average.
+        static_specs: by target, the sub-network around which tokens are routed, whose cost they meet on average.
         table: costs.
 
     Returns:

@@ -39,7 +39,7 @@ class Form(Protocol):
     piece_object: str
 
     def whole(self, index: int, piece: Delta) -> dict[str, Any]:
-        """All of an answer."""
+        """The whole answer."""
 
     def opening(self, index: int) -> dict[str, Any] | None:
         """What a stream says before the first piece, if anything."""

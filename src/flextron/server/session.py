@@ -54,7 +54,7 @@ class Session:
 
     @property
     def num_prompt_tokens(self) -> list[int]:
-        """Of each request."""
+        """Number of prompt tokens of each request."""
         return [len(request.prompt) for request in self._requests]
 
     @property

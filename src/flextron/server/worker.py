@@ -70,7 +70,7 @@ class Load:
     """A fraction."""
     num_preemptions: int = 0
     num_prompt_tokens: int = 0
-    """Of all requests that were accepted."""
+    """Prompt tokens of all accepted requests."""
     num_cached_tokens: int = 0
     """Prompt tokens that were found in the cache."""
     num_drafted_tokens: int = 0
