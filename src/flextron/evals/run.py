@@ -145,7 +145,7 @@ def _drawn(tasks: Mapping[str, Any], limit: int, seed: int) -> dict[str, list[in
 
 
 def _seed(tasks: Mapping[str, Any]) -> None:
-    """As lm-eval's command line does, so that every sub-network gets the same prompts."""
+    """Seed as lm-eval's command line does, so that every sub-network gets the same prompts."""
     random.seed(0)
     np.random.seed(_FEWSHOT_SEED)
     torch.manual_seed(_FEWSHOT_SEED)

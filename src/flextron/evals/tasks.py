@@ -100,10 +100,10 @@ class LocalTask:
     """How a task is made from files."""
 
     files: Mapping[str, tuple[str, ...]]
-    """Of each split: names of files without what they end in; the first that is there counts."""
+    """File names of each split, without suffix; the first that exists counts."""
     read: Callable[[Row], Row]
     config: Mapping[str, Any]
-    """Of lm-eval."""
+    """Settings of lm-eval."""
     metrics: tuple[str, ...] = ("acc",)
     by_subject: bool = False
     """Whether each subject is a task of its own, of the same group."""
@@ -178,7 +178,7 @@ LOCAL_TASKS: Mapping[str, LocalTask] = {
         },
     ),
 }
-"""By the names that they have in lm-eval."""
+"""Tasks by the names that they have in lm-eval."""
 
 
 def local_task(name: str, folder: Path) -> ConfigurableTask | Group:

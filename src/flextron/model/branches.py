@@ -36,7 +36,7 @@ class Forest:
     stems: tuple[int | None, ...]
     """The part from which each goes on, an earlier one; None for those that begin at position 0."""
     rows: tuple[tuple[range, range], ...]
-    """Of each sequence: where its tokens lie among all of the parts, first the stem's, then its own."""
+    """Where the tokens of each sequence lie among all parts: first the stem's, then its own."""
 
     @classmethod
     def of(cls, sequences: Sequence[tuple[int, ...]]) -> Forest:

@@ -65,7 +65,7 @@ class Continuation:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Of a continuation."""
+    """How well a model predicts a continuation."""
 
     log_likelihood: float
     """Sum over its tokens, in nats."""

@@ -40,7 +40,7 @@ class BoxedSettings:
     targets: tuple[float, ...] = (1.0, 0.75, 0.6, 0.5)
     """Latency fractions to ask for."""
     minutes: float = 1.0
-    """Of further training, by a first estimate of the machine's speed."""
+    """Minutes of further training, by a first estimate of the machine's speed."""
     train: TrainRecipe = field(
         default_factory=lambda: TrainRecipe(batch_size=4, micro_batch_size=4, lr=2e-4, full_probability=0.1)
     )
@@ -94,7 +94,7 @@ def run_boxed(settings: BoxedSettings, progress: Progress) -> dict[str, Any]:
 
 
 def _perplexities(model: ElasticModel, specs: Mapping[str, SubnetSpec], num_tokens: int) -> dict[str, float]:
-    """On the language reference, of which no passage is in any training text."""
+    """Perplexities on the language reference, of which no passage is in any training text."""
     results = model.evaluate(specs, evaluation_text()[1::2], num_tokens=num_tokens)
     return {name: result.perplexity for name, result in results.items()}
 
