@@ -160,6 +160,7 @@ def test_an_elastic_adapter_is_trained_goes_on_and_is_applied(run: Any, made: Pl
     for mine, theirs in zip(ours.decoder.parameters(), right.decoder.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
     assert_refused(run("apply", made.checkpoint, made.elastic, tmp_path / "none"), "no elastic adapter")
+    assert_refused(run("profile", adapter), "flextron apply")
 
 
 def test_people_get_tables_on_stdout(run: Any, made: Places) -> None:

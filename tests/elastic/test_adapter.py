@@ -138,6 +138,16 @@ def test_another_base_is_refused(base: Path, trained: flextron.ElasticModel, tmp
         flextron.load(tmp_path / "wider", elastic=tmp_path / "adapter")
 
 
+def test_an_elastic_checkpoint_can_be_a_base_too(trained: flextron.ElasticModel, tmp_path: Path) -> None:
+    trained.save(tmp_path / "elastic")
+    again = model_of(tmp_path / "elastic")
+    again.train([prose()], recipe(tokens=128))
+    again.save_adapter(tmp_path / "adapter")
+    back = flextron.load(tmp_path / "elastic", elastic=tmp_path / "adapter")
+    for ours, theirs in zip(outputs(back), outputs(again), strict=True):
+        assert (ours - theirs).norm() <= 2e-3 * theirs.norm()
+
+
 def test_the_same_weights_in_fewer_digits_are_the_same_base() -> None:
     decoder = random_decoder("llama")
     wanted = sketch(decoder)

@@ -11,7 +11,7 @@ from flextron.elastic import ElasticInfo, read_elastic
 from flextron.elastic.adapter_file import is_adapter, read_adapter
 from flextron.elastic.checkpoint import read_tensors
 from flextron.elastic.permute import permute_to
-from flextron.elastic.sketch import check_sketch
+from flextron.elastic.sketch import check_sketch, is_like
 from flextron.errors import FlextronError
 from flextron.files import read_json
 from flextron.model.decoder import Decoder
@@ -78,11 +78,12 @@ def _load_adapted(base: str | Path, elastic: str | Path) -> ElasticModel:
     """A pretrained checkpoint, permuted, with an elastic adapter merged into its weights."""
     path = find_directory(elastic, "an elastic adapter")
     stored = read_adapter(path)
-    pretrained = open_pretrained(base)
+    pretrained = open_pretrained(checkpoint_at(base))
     decoder = load_decoder(pretrained).eval().requires_grad_(False)
     _check_space(stored.info, decoder, path)
     adapter = stored.build(decoder)
-    if decoder.config.origin is None:
+    # the base may also be the elastic checkpoint beside which the adapter was trained, which is in order already
+    if not is_like(decoder, stored.base_sketch):
         permute_to(decoder, stored.permutation, source=stored.base)
     check_sketch(decoder, stored.base_sketch, stored.base)
     adapter.add_to(decoder)

@@ -63,7 +63,8 @@ def convert(
     importance = rank(decoder, calibration_BT, method)
     # a GGUF file has no tensors to sample, only some to compute
     digest = None if pretrained.directory is None else weights_digest(pretrained.tensors())
-    permute(decoder, importance, source=pretrained.name, weights=digest)
+    name = TINY if source == TINY else pretrained.name
+    permute(decoder, importance, source=name, weights=digest)
     # the first and the last layer are never idle: they read and write the vocabulary
     skippable = [i for i in importance.layers_by_importance if 0 < i < config.num_hidden_layers - 1]
     space = SearchSpace.from_ratios(
@@ -75,7 +76,6 @@ def convert(
         skippable_layers=skippable[: 3 * skipped // 2],
         max_skipped_layers=skipped,
     )
-    name = TINY if source == TINY else pretrained.name
     info = ElasticInfo(
         space=space,
         layer_scores=importance.layer_scores,

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from flextron import api
 from flextron.cli.console import Json, progress, show
+from flextron.cli.loading import merged
 from flextron.workflows.elastify import ProfileStage, run_profile, validate
 from flextron.workflows.report import frontier_rows
 
@@ -40,7 +40,7 @@ def profile(
         "mutations": mutations,
     }
     stage = validate(ProfileStage, values, "profile")
-    model = api.load(directory)
+    model = merged(directory)
     run_profile(model, stage, progress)
     model.save_profile(directory)
     show(frontier_rows(model), title=f"{directory}: best sub-networks on this device", as_json=as_json)

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from flextron import api
 from flextron.cli.console import Json, default_of, progress, show
+from flextron.cli.loading import merged
 from flextron.training.router_recipe import RouterRecipe
 from flextron.workflows.elastify import validate
 from flextron.workflows.route import run_route, run_route_tokens
@@ -46,11 +46,11 @@ def route(
 ) -> None:
     """Train the static router, and measure what it chooses beside uniform, mixed and random sub-networks."""
     if token:
-        rows = run_route_tokens(api.load(directory), directory, progress, text=text)
+        rows = run_route_tokens(merged(directory), directory, progress, text=text)
         show(rows, title=f"{directory}: tokens routed, and the static sub-network of equal cost", as_json=as_json)
         return
     given = {"num_measured": num_measured, "seed": seed}
     recipe = validate(RouterRecipe, {k: v for k, v in given.items() if v is not None}, "route")
-    model = api.load(directory)
+    model = merged(directory)
     rows = run_route(model, directory, recipe, progress, text=text, num_tokens=num_tokens, picture=frontier)
     show(rows, title=f"{directory}: what the router chooses, and others at the same latency", as_json=as_json)

@@ -12,7 +12,7 @@ from torch import Tensor
 from flextron.errors import FlextronError
 from flextron.model.decoder import Decoder
 
-__all__ = ["check_sketch", "sketch"]
+__all__ = ["check_sketch", "is_like", "sketch"]
 
 _NUM_SAMPLES = 16
 _LARGEST_DISTANCE = 0.03
@@ -37,12 +37,24 @@ def check_sketch(decoder: Decoder, wanted: Tensor, name: str) -> None:
     Raises:
         FlextronError: the weights are others.
     """
-    found = sketch(decoder)
     remedy = f"give the base for which it was made: {name}"
-    if found.shape != wanted.shape:
+    if (distance := _distance(decoder, wanted)) is None:
         raise FlextronError(f"the elastic adapter is for a model of another shape; {remedy}")
-    distance = float((found - wanted).norm() / wanted.norm().clamp_min(1e-30))
     if not distance <= _LARGEST_DISTANCE:
         raise FlextronError(
             f"the elastic adapter is for other weights than these, which are {distance:.0%} away; {remedy}"
         )
+
+
+def is_like(decoder: Decoder, wanted: Tensor) -> bool:
+    """Whether a decoder has about the weights of a sketch, in its order."""
+    distance = _distance(decoder, wanted)
+    return distance is not None and distance <= _LARGEST_DISTANCE
+
+
+def _distance(decoder: Decoder, wanted: Tensor) -> float | None:
+    """Relative distance of a decoder's weights from a sketch; None if the shapes differ."""
+    found = sketch(decoder)
+    if found.shape != wanted.shape:
+        return None
+    return float((found - wanted).norm() / wanted.norm().clamp_min(1e-30))
