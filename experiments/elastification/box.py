@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--adapter", type=Path, required=True, help="trained elastic adapter")
     parser.add_argument("--data", type=Path, required=True, help="folder with the texts")
     parser.add_argument("--curve", type=Path, required=True, help="rows of the curve, for the card")
+    parser.add_argument("--output", type=Path, default=boxed_adapter(), help="directory; by default the package's")
     parser.add_argument("--tokens", type=int, default=4096, help="of the text on which losses are measured")
     args = parser.parse_args()
     model = flextron.load(default_model(), elastic=args.adapter)
@@ -56,7 +57,7 @@ def main() -> None:
         2:
     ]
     untrained = tuple(p.with_loss(mean_loss(model.decoder, tokens_BT, p.spec)) for p in trained.points)
-    directory = boxed_adapter()
+    directory: Path = args.output
     model.save_adapter(directory, bits=8, overwrite=True)
     write_json(directory / UNTRAINED_FILE, KnownLosses(text=_TEXT, points=untrained).to_dict())
     (directory / "README.md").write_text(card(model.info.recipe, read_json(args.curve)), encoding="utf-8")
