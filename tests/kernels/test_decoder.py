@@ -191,6 +191,7 @@ def test_adapters_without_kernels_say_why() -> None:
 
 
 def test_without_a_compiler_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FLEXTRON_NATIVE", raising=False)
     monkeypatch.setenv("CXX", "no-such-compiler")
     load_library.cache_clear()
     try:
