@@ -76,7 +76,7 @@ def _value(value: Any) -> bytes:
         kind = _kind(value)
         return struct.pack("<I", kind) + (_text(value) if kind == 8 else struct.pack("<" + _LETTERS[kind], value))
     kind = max((_kind(v) for v in value), default=4)
-    if kind == 11 and max(value) >= 2**63:  # no integer type holds both ends
+    if kind == 11 and any(isinstance(v, int) and v >= 2**63 for v in value):  # no integer type holds both ends
         kind = 12
     head = struct.pack("<IIQ", 9, kind, len(value))
     if kind == 8:
