@@ -15,7 +15,8 @@ from tests.tiny import make_tiny_llama
 _TEXT = ["The river ran past the mill, and the miller counted his sacks. " * 400] * 40
 
 
-def _status(key: str) -> int:
+def status(key: str) -> int:
+    """A line of the process's status that is in kB, in bytes."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
@@ -28,9 +29,9 @@ def main() -> None:
         make_tiny_llama(tiny)
         convert(tiny, calibration=_TEXT).save(Path(directory) / "tiny-elastic")
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak
-        before = _status("VmRSS")
+        before = status("VmRSS")
         convert(source, calibration=_TEXT).save(Path(directory) / "elastic")
-        peak = _status("VmHWM") - before
+        peak = status("VmHWM") - before
     shards = sorted(source.glob("*.safetensors"))
     model = 0
     for shard in shards:

@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import copy
 import sys
-from pathlib import Path
 
 import torch
 
 from benchmarks import smollm2
+from benchmarks.convert_memory import status
 from flextron.elastic.adapter import ElasticAdapter, sharing
 from flextron.spec import SearchSpace
 from flextron.training.blocks import TokenBlocks
 from flextron.training.recipe import TrainRecipe
-from flextron.training.trainer import Run
+from flextron.training.trainer import TrainingRun
 
 __all__ = ["main", "training_run"]
 
 
-def training_run(rank: int, *, full_only: bool = False, sequences: int = 2) -> Run:
+def training_run(rank: int, *, full_only: bool = False, sequences: int = 2) -> TrainingRun:
     """Elastic training of SmolLM2 on random tokens, as the demo does it; of low rank, or of all weights for rank 0."""
     ours = smollm2.decoder()
     config = ours.config
@@ -44,23 +44,18 @@ def training_run(rank: int, *, full_only: bool = False, sequences: int = 2) -> R
         lora_rank=rank or None,
     )
     if not rank:
-        return Run(ours.train(), copy.deepcopy(ours), space, blocks, recipe)
+        return TrainingRun(ours.train(), copy.deepcopy(ours), space, blocks, recipe)
     adapter = ElasticAdapter.fresh(ours, rank, rank)
-    return Run(sharing(ours).train(), ours, space, blocks, recipe, adapter=adapter.lora)
+    return TrainingRun(sharing(ours).train(), ours, space, blocks, recipe, adapter=adapter.lora)
 
 
 def main() -> None:
     """Two steps, so that the optimizer has its moments; then the peak of the process, the imports taken off."""
-    before = _status("VmRSS")
+    before = status("VmRSS")
     run = training_run(int(sys.argv[1]))
     for step in range(2):
         run.step(step)
-    print(_status("VmHWM") - before)
-
-
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+    print(status("VmHWM") - before)
 
 
 if __name__ == "__main__":

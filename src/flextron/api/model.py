@@ -118,7 +118,7 @@ class ElasticModel(MeasuredModel):
             base=origin.source,
             bits=bits,
             extra=extra,
-            tensors=self._router_tensors(),
+            tensors={ROUTERS_FILE: tensors} if (tensors := self._router_tensors()) else {},
             overwrite=overwrite,
         )
 

@@ -126,11 +126,11 @@ def _train_adapter(
     base = model.decoder
     if adapter is not None:
         adapter.add_to(base, -1)
-    # frozen weights need no more digits than the products that read them
-    frozen = base if recipe.precision == "fp32" else copy.deepcopy(base).to(torch.bfloat16)
-    student = sharing(frozen)
-    held.set_norms(student, base)
     try:
+        # frozen weights need no more digits than the products that read them
+        frozen = base if recipe.precision == "fp32" else copy.deepcopy(base).to(torch.bfloat16)
+        student = sharing(frozen)
+        held.set_norms(student, base)
         result = run(student, frozen if teacher is None else _teacher(model, teacher), held.lora)
         adapter = held.with_norms_of(student, base)
     finally:

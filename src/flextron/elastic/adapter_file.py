@@ -94,7 +94,7 @@ def write_adapter(
     base: str,
     bits: Bits = 16,
     extra: Mapping[str, Any] | None = None,
-    tensors: Mapping[str, Tensor] | None = None,
+    tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write an adapter directory, in one move.
@@ -107,7 +107,7 @@ def write_adapter(
         base: its hub id or file.
         bits: bits per number of the updates.
         extra: further JSON documents by file name.
-        tensors: further tensors (routers) for a file of their own.
+        tensors: further safetensors files by name (routers).
         overwrite: replace an existing directory.
 
     Raises:
@@ -127,8 +127,8 @@ def write_adapter(
         write_tensors(temporary / _TENSORS, {name: t.contiguous() for name, t in stored.items()})
         for name, data in (extra or {}).items():
             write_json(temporary / name, data)
-        if tensors:
-            write_tensors(temporary / "routers.safetensors", tensors)
+        for name, weights in (tensors or {}).items():
+            write_tensors(temporary / name, weights)
 
 
 def _packed(name: str, values: Tensor, bits: Bits) -> dict[str, Tensor]:
