@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 import flextron
 from flextron import ElasticModel, Engine, SamplingParams
+from flextron.checkpoints.permutation import Permutation
 from flextron.errors import FlextronError
-from flextron.model.permutation import Permutation
 from flextron.server.startup import named_adapters
 from tests.checkpoints.test_peft import randomized
 from tests.server.running import running

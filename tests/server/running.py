@@ -16,11 +16,11 @@ from openai import AsyncOpenAI, OpenAI
 from flextron import ElasticModel
 from flextron.engine import EngineSettings
 from flextron.jobs.jobs import Jobs
-from flextron.server.adapters import AdapterNames
 from flextron.server.app import create_app
 from flextron.server.run import server_config
-from flextron.server.service import Service
-from flextron.server.settings import ServerSettings
+from flextron.serving.adapters import AdapterNames
+from flextron.serving.service import Service
+from flextron.serving.settings import ServerSettings
 
 __all__ = ["Running", "events", "running", "wait_until"]
 

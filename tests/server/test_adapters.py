@@ -20,8 +20,8 @@ from flextron.checkpoints.peft import write_adapter
 from flextron.finetuning.lora import LoraTrainers
 from flextron.jobs.records import Checkpoint
 from flextron.model.adapter import Adapter
-from flextron.server.adapters import AdapterNames, LoadedAdapters, NamedAdapter, adapter_reader
-from flextron.server.errors import ApiError
+from flextron.serving.adapters import AdapterNames, LoadedAdapters, NamedAdapter, adapter_reader
+from flextron.serving.errors import ApiError
 from tests.finetuning.lora_maker import LoraMaker
 from tests.model.adapter_cases import merged, random_ia3, random_lora
 from tests.server.running import running, wait_until

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from flextron import ElasticModel, FlextronError
 from flextron.engine import EngineSettings
-from flextron.server.adaptive import Adaptive, Cap, Objective
 from flextron.server.app import create_app
-from flextron.server.settings import ServerSettings
+from flextron.serving.adaptive import Adaptive, Cap, Objective
+from flextron.serving.settings import ServerSettings
 from tests.server.running import Running, events, running, wait_until
 from tests.server.test_metrics import samples
 
@@ -139,7 +139,7 @@ def test_iterations_longer_than_a_window_are_not_taken_for_calm() -> None:
 
 @pytest.fixture
 def fast_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flextron.server.service.WINDOW_SECONDS", 0.05)
+    monkeypatch.setattr("flextron.serving.service.WINDOW_SECONDS", 0.05)
 
 
 def ask(server: Running, name: str = "tiny", **target: Any) -> dict[str, Any]:

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flextron.server.errors import ApiError
 from flextron.server.multipart import boundary_of, parse_parts
+from flextron.serving.errors import ApiError
 
 names = st.text(st.characters(codec="utf-8", exclude_characters='\r\n"\\%', exclude_categories=("Cc",)), min_size=1)
 

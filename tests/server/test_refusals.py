@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from flextron import ElasticModel, FlextronError
 from flextron.engine import EngineSettings
 from flextron.server.app import create_app
-from flextron.server.settings import ServerSettings
+from flextron.serving.settings import ServerSettings
 from tests.server.conftest import TEMPLATE
 from tests.server.malformed import bodies
 from tests.server.running import KEY, Running, running, wait_until

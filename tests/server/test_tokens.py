@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import flextron
 from flextron import Engine, SamplingParams
-from flextron.server.tokens import TokenNames
+from flextron.serving.tokens import TokenNames
 from tests.server.running import running
 from tests.tokenizers_zoo import KINDS, TEXTS, zoo_tokenizer
 

@@ -14,7 +14,7 @@ from flextron import ElasticModel
 from flextron.finetuning.trainer import MakeTrainer
 from flextron.jobs.jobs import Jobs, OnAdapter
 from flextron.jobs.records import Checkpoint
-from flextron.server.adapters import AdapterNames
+from flextron.serving.adapters import AdapterNames
 from tests.finetuning.bigram import BigramMaker
 from tests.jobs.making import CHAT_TEMPLATE, RECORDS, jsonl, new_jobs
 from tests.server.running import Running, running, wait_until

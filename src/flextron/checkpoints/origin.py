@@ -13,10 +13,10 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from flextron.checkpoints.permutation import Permutation
 from flextron.errors import FlextronError
 from flextron.files import new_file, read_json
 from flextron.model.config import DecoderConfig, Origin
-from flextron.model.permutation import Permutation
 
 __all__ = ["PermutedFrom", "checked_origin", "read_origin", "write_origin"]
 

@@ -14,10 +14,10 @@ from typing import Any
 from flextron.checkpoints.fingerprint import weights_digest
 from flextron.checkpoints.huggingface import open_pretrained
 from flextron.checkpoints.origin import PermutedFrom, read_origin
+from flextron.checkpoints.permutation import Permutation
 from flextron.errors import FlextronError
 from flextron.model.bypass import Bypass
 from flextron.model.config import DecoderConfig
-from flextron.model.permutation import Permutation
 from flextron.spec import SubnetSpec
 
 __all__ = ["MARK", "check_initialisation", "mark_of", "order_for", "reordered"]

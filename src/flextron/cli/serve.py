@@ -93,8 +93,8 @@ def serve(
         from flextron.server.browsers import is_loopback
         from flextron.server.run import listen
         from flextron.server.run import serve as run
-        from flextron.server.settings import ServerSettings
         from flextron.server.startup import missing_measurements, named_adapters, open_jobs
+        from flextron.serving.settings import ServerSettings
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in _EXTRA:
             raise

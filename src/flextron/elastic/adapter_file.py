@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from flextron.checkpoints.permutation import Permutation
 from flextron.elastic.adapter import ElasticAdapter, norm_parameters
 from flextron.elastic.checkpoint import ElasticInfo, read_elastic, read_tensors, write_tensors
 from flextron.errors import FlextronError
@@ -21,7 +22,6 @@ from flextron.files import checked, new_directory, read_json, write_json
 from flextron.kernels.quantization import quantize_rows
 from flextron.model.adapter import Adapter
 from flextron.model.decoder import Decoder
-from flextron.model.permutation import Permutation
 
 __all__ = ["Bits", "StoredAdapter", "is_adapter", "read_adapter", "write_adapter"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from flextron.checkpoints.origin import PermutedFrom
+from flextron.checkpoints.permutation import Permutation
 from flextron.elastic.importance import Importance
 from flextron.model.decoder import Decoder
-from flextron.model.permutation import Permutation
 
 __all__ = ["Permutation", "permute", "permute_to"]
 

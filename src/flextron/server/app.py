@@ -20,17 +20,17 @@ from flextron.errors import FlextronError
 from flextron.files import NoSpaceError
 from flextron.jobs.database import UnknownIdError
 from flextron.jobs.jobs import Jobs
-from flextron.server.adapters import AdapterNames
 from flextron.server.bodies import ChatBody, CompletionBody
 from flextron.server.chat import chat
 from flextron.server.completions import completions
-from flextron.server.errors import ApiError, bad_request, not_found
 from flextron.server.files import add_files
 from flextron.server.finetuning import FineTuningBody, add_finetuning
 from flextron.server.http import RequestMiddleware, answer_error, read_body
 from flextron.server.openapi import describe, error_responses
-from flextron.server.service import Service
-from flextron.server.settings import ServerSettings
+from flextron.serving.adapters import AdapterNames
+from flextron.serving.errors import ApiError, bad_request, not_found
+from flextron.serving.service import Service
+from flextron.serving.settings import ServerSettings
 
 __all__ = ["create_app"]
 

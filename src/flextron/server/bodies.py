@@ -10,8 +10,9 @@ from flextron.checkpoints.generation_config import GenerationDefaults
 from flextron.generation.generate import SamplingParams
 from flextron.server.keys import check_keys
 from flextron.server.messages import check_messages
+from flextron.serving.targets import TargetBody
 
-__all__ = ["ChatBody", "CompletionBody", "GenerationBody", "Message", "TargetBody"]
+__all__ = ["ChatBody", "CompletionBody", "GenerationBody", "Message"]
 
 _LEAST_TEMPERATURE = 1e-5
 """Below it scores divided by the temperature lose their meaning in float32, and the choice is the likeliest anyway."""
@@ -22,20 +23,6 @@ _MOST_STOP_LETTERS = 256
 
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
-
-
-class TargetBody(_Strict):
-    """What is asked of the sub-network, under the key `flextron`: the fields of `flextron.Target`, and two more."""
-
-    latency: float | None = None
-    latency_ms: float | None = None
-    params: int | None = None
-    memory_gb: float | None = None
-    max_loss_increase: float | None = None
-    context: int | None = None
-    router: Literal["token"] | None = None
-    min_latency_target: Annotated[float, Field(gt=0, le=1)] | None = None
-    """How narrow the sub-network may become while the server is busy; 1 allows nothing."""
 
 
 class StreamOptions(_Strict):

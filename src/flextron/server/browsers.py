@@ -14,7 +14,7 @@ from collections.abc import Collection
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
-from flextron.server.errors import ApiError
+from flextron.serving.errors import ApiError
 
 __all__ = ["check_host", "check_origin", "is_loopback"]
 

@@ -10,10 +10,10 @@ from starlette.responses import Response
 from flextron.engine.output import Delta
 from flextron.generation.templates import ChatTemplate, TemplateError
 from flextron.server.bodies import ChatBody
-from flextron.server.errors import bad_request
 from flextron.server.responses import respond
-from flextron.server.service import Service
-from flextron.server.tokens import TokenNames
+from flextron.serving.errors import bad_request
+from flextron.serving.service import Service
+from flextron.serving.tokens import TokenNames
 
 __all__ = ["chat"]
 
@@ -27,7 +27,7 @@ async def chat(request: Request, service: Service, body: ChatBody) -> Response:
     Raises:
         ApiError: the request cannot be answered.
     """
-    choice = service.choose(body)
+    choice = service.choose(body.model, body.flextron)
     asked = body.max_completion_tokens or body.max_tokens
     service.check(body.num_choices, asked)
     prompt = await service.encode(lambda: _render(service, body), add_special_tokens=bool(body.add_special_tokens))

@@ -10,8 +10,8 @@ from starlette.responses import Response
 from flextron.engine.output import Delta
 from flextron.server.bodies import CompletionBody
 from flextron.server.responses import respond
-from flextron.server.service import Service
-from flextron.server.tokens import TokenNames
+from flextron.serving.service import Service
+from flextron.serving.tokens import TokenNames
 
 __all__ = ["completions"]
 
@@ -25,7 +25,7 @@ async def completions(request: Request, service: Service, body: CompletionBody) 
     Raises:
         ApiError: the request cannot be answered.
     """
-    choice = service.choose(body)
+    choice = service.choose(body.model, body.flextron)
     service.check(len(body.prompts) * body.num_choices, body.max_tokens)
     special = body.add_special_tokens is not False
     prompts = [await service.encode(p, add_special_tokens=special) if isinstance(p, str) else p for p in body.prompts]

@@ -14,7 +14,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from flextron.server.errors import ApiError, bad_request, too_slow
+from flextron.serving.errors import ApiError, bad_request, too_slow
 
 __all__ = ["Connection"]
 

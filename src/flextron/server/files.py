@@ -21,13 +21,13 @@ from flextron.files import naming_a_full_disk
 from flextron.finetuning.dataset import MOST_LINE_BYTES
 from flextron.jobs.records import File
 from flextron.jobs.uploads import FINE_TUNE, Uploads
-from flextron.server.errors import ApiError, bad_request, too_slow
 from flextron.server.http import body_chunks
 from flextron.server.keys import unknown_key
 from flextron.server.multipart import Part, boundary_of, parse_parts
 from flextron.server.openapi import error_responses
 from flextron.server.paging import page_of, paged, parameters
-from flextron.server.settings import ServerSettings
+from flextron.serving.errors import ApiError, bad_request, too_slow
+from flextron.serving.settings import ServerSettings
 
 __all__ = ["add_files"]
 

@@ -15,12 +15,12 @@ from starlette.responses import JSONResponse
 from flextron.finetuning.hyperparameters import Hyperparameters
 from flextron.jobs.jobs import Jobs
 from flextron.jobs.records import Checkpoint, Job, JobEvent
-from flextron.server.errors import bad_request, not_found
 from flextron.server.http import read_body
 from flextron.server.keys import unknown_key, unsupported
 from flextron.server.openapi import error_responses
 from flextron.server.paging import page_of, paged, parameters
-from flextron.server.settings import ServerSettings
+from flextron.serving.errors import bad_request, not_found
+from flextron.serving.settings import ServerSettings
 
 __all__ = ["FineTuningBody", "add_finetuning"]
 

@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flextron.server.browsers import check_host, check_origin
-from flextron.server.errors import ApiError, bad_request, invalid_body, too_slow
+from flextron.serving.errors import ApiError, bad_request, invalid_body, too_slow
 
 __all__ = ["RequestMiddleware", "answer_error", "body_chunks", "check_json", "read_body"]
 

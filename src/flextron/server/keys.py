@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from flextron.server.errors import ApiError
+from flextron.serving.errors import ApiError
 
 __all__ = ["KEYS", "Does", "Key", "check_keys", "is_neutral", "unknown_key", "unsupported"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flextron.server.errors import ApiError
 from flextron.server.keys import is_neutral, unknown_key, unsupported
+from flextron.serving.errors import ApiError
 
 __all__ = ["check_messages"]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from email.message import Message
 from mmap import mmap
 
-from flextron.server.errors import ApiError, bad_request
+from flextron.serving.errors import ApiError, bad_request
 
 __all__ = ["Part", "boundary_of", "parse_parts"]
 

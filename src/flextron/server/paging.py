@@ -7,7 +7,7 @@ from typing import Any, TypedDict
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from flextron.server.errors import bad_request
+from flextron.serving.errors import bad_request
 
 __all__ = ["Page", "page_of", "paged", "parameters"]
 

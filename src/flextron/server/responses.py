@@ -17,11 +17,11 @@ from starlette.types import Receive, Scope, Send
 
 from flextron.engine.output import Delta
 from flextron.server.bodies import GenerationBody
-from flextron.server.errors import ApiError
-from flextron.server.service import Service
-from flextron.server.session import Session
-from flextron.server.targets import Choice
-from flextron.server.worker import GenerationRequest
+from flextron.serving.errors import ApiError
+from flextron.serving.service import Service
+from flextron.serving.session import Session
+from flextron.serving.targets import Choice
+from flextron.serving.worker import GenerationRequest
 
 __all__ = ["Form", "respond"]
 

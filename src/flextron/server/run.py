@@ -16,7 +16,7 @@ from fastapi import FastAPI
 
 from flextron.errors import FlextronError
 from flextron.server.connection import Connection
-from flextron.server.service import Service
+from flextron.serving.service import Service
 
 __all__ = ["DrainingServer", "listen", "serve", "server_config"]
 

@@ -13,7 +13,7 @@ from flextron.errors import FlextronError
 from flextron.finetuning.lora import LoraTrainers
 from flextron.jobs.jobs import Jobs, JobsSettings
 from flextron.routing import device_fingerprint
-from flextron.server.adapters import AdapterNames, adapter_reader
+from flextron.serving.adapters import AdapterNames, adapter_reader
 
 __all__ = ["missing_measurements", "named_adapters", "open_jobs"]
 

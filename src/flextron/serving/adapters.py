@@ -21,7 +21,7 @@ from flextron.errors import FlextronError
 from flextron.jobs.records import Checkpoint
 from flextron.model.adapter import Adapter
 from flextron.model.decoder import Decoder
-from flextron.server.errors import ApiError, not_found
+from flextron.serving.errors import ApiError, not_found
 
 __all__ = ["AdapterNames", "LoadedAdapters", "NamedAdapter", "adapter_reader", "is_word"]
 

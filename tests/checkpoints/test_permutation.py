@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from flextron.checkpoints.permutation import Permutation
 from flextron.errors import FlextronError
-from flextron.model.permutation import Permutation
 from tests.checkpoints.families_cases import decoder_of, random_model
 
 

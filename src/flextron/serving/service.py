@@ -15,16 +15,15 @@ from flextron.generation.encoding import encode
 from flextron.generation.templates import ChatTemplate
 from flextron.jobs.driver import TrainingDriver
 from flextron.jobs.jobs import Jobs
-from flextron.server.adapters import AdapterNames, LoadedAdapters, NamedAdapter, adapter_reader
-from flextron.server.adaptive import WINDOW_SECONDS, Adaptive, Objective
-from flextron.server.bodies import GenerationBody
-from flextron.server.errors import ApiError, bad_request, shutting_down
-from flextron.server.metrics import Metrics
-from flextron.server.session import Session
-from flextron.server.settings import ServerSettings
-from flextron.server.targets import Catalog, Choice
-from flextron.server.tokens import TokenNames
-from flextron.server.worker import GenerationRequest, Worker
+from flextron.serving.adapters import AdapterNames, LoadedAdapters, NamedAdapter, adapter_reader
+from flextron.serving.adaptive import WINDOW_SECONDS, Adaptive, Objective
+from flextron.serving.errors import ApiError, bad_request, shutting_down
+from flextron.serving.metrics import Metrics
+from flextron.serving.session import Session
+from flextron.serving.settings import ServerSettings
+from flextron.serving.targets import Catalog, Choice, TargetBody
+from flextron.serving.tokens import TokenNames
+from flextron.serving.worker import GenerationRequest, Worker
 
 __all__ = ["Service"]
 
@@ -129,13 +128,13 @@ class Service:
     def _num_trained(self) -> int:
         return 0 if self._driver is None else self._driver.num_tokens
 
-    def choose(self, body: GenerationBody) -> Choice:
+    def choose(self, model_id: str, body: TargetBody | None) -> Choice:
         """What a request that arrives now runs in.
 
         Raises:
             ApiError: as for `Catalog.choose`.
         """
-        return self.catalog.choose(body.model, body.flextron, self.cap)
+        return self.catalog.choose(model_id, body, self.cap)
 
     async def _adapt(self, adaptive: Adaptive) -> None:
         """Tell the policy what clients see, window by window."""

@@ -8,20 +8,37 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from flextron.api import ElasticModel
 from flextron.errors import FlextronError
 from flextron.routing.token_router import PricedRouter
-from flextron.server.adapters import AdapterNames, NamedAdapter, is_word
-from flextron.server.bodies import TargetBody
-from flextron.server.errors import bad_request, not_found
+from flextron.serving.adapters import AdapterNames, NamedAdapter, is_word
+from flextron.serving.errors import bad_request, not_found
 from flextron.spec import SubnetSpec, Target
 
-__all__ = ["Catalog", "Choice"]
+__all__ = ["Catalog", "Choice", "TargetBody"]
 
 _FRACTION = re.compile(r"\d{1,3}(\.\d{0,17})?|\.\d{1,17}")
 _MOST_LISTED = 8
+
+
+class TargetBody(BaseModel):
+    """What is asked of the sub-network, under the key `flextron`: the fields of `flextron.Target`, and two more."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
+
+    latency: float | None = None
+    latency_ms: float | None = None
+    params: int | None = None
+    memory_gb: float | None = None
+    max_loss_increase: float | None = None
+    context: int | None = None
+    router: Literal["token"] | None = None
+    min_latency_target: Annotated[float, Field(gt=0, le=1)] | None = None
+    """How narrow the sub-network may become while the server is busy; 1 allows nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

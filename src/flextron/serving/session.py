@@ -8,12 +8,12 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 from flextron.engine.output import Delta
 from flextron.errors import FlextronError
-from flextron.server.adapters import NamedAdapter
-from flextron.server.adaptive import Adaptive
-from flextron.server.errors import ApiError, bad_request, engine_died
-from flextron.server.metrics import Metrics
-from flextron.server.targets import Choice
-from flextron.server.worker import GenerationRequest, RequestEvent, Sign, Worker
+from flextron.serving.adapters import NamedAdapter
+from flextron.serving.adaptive import Adaptive
+from flextron.serving.errors import ApiError, bad_request, engine_died
+from flextron.serving.metrics import Metrics
+from flextron.serving.targets import Choice
+from flextron.serving.worker import GenerationRequest, RequestEvent, Sign, Worker
 
 __all__ = ["Session"]
 
