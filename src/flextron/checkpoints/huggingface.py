@@ -214,7 +214,10 @@ def _read_weights(decoder: Decoder, tensors: Iterator[tuple[str, Tensor]], dtype
                 "weights do not belong together"
             )
         _check_tensor(name, tensor, _joined_shape(wanted[key], [parameters[p].shape for p in wanted[key].ours]))
-        for target, part in zip(wanted[key].ours, wanted[key].split(tensor, decoder.config.head_dim), strict=True):
+        sizes = [parameters[p].shape[0] for p in wanted[key].ours]
+        for target, part in zip(
+            wanted[key].ours, wanted[key].split(tensor, sizes, decoder.config.head_dim), strict=True
+        ):
             copied = torch.empty(part.shape, dtype=dtype).copy_(part)
             if not torch.equal(weights.setdefault(target, copied), copied):
                 raise FlextronError(f"the checkpoint holds {key} under two names, with two values; remove one of them")
@@ -341,11 +344,24 @@ def stock_config(decoder: Decoder, hf_config: Mapping[str, Any]) -> dict[str, An
         out["head_dim"] = config.head_dim
         out["num_attention_heads"] = _num_heads(config, layer.num_groups)
         out["num_key_value_heads"] = config.kv_rows(layer.num_groups) // config.head_dim
-    for key in ("layer_types", "mlp_layer_types"):
-        # transformers counts their entries in every family
-        if isinstance(out.get(key), list) and len(out[key]) == config.num_hidden_layers:
-            out[key] = [out[key][i] for i in widths.kept_layers]
-    return out
+    return out | _layer_lists(config, widths, hf_config)
+
+
+def _layer_lists(config: DecoderConfig, widths: SubnetSpec, hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Lists with an entry a layer, of the layers that are left.
+
+    A pattern (every sixth layer has no window) would fall on others, so what it stands for is written out. transformers
+    counts the entries in every family, whether or not they say anything there.
+    """
+    given = {key: hf_config.get(key) for key in ("layer_types", "mlp_layer_types", "no_rope_layers")}
+    if config.layer_windows is not None or config.layer_ropes is not None:
+        parsed = parsed_config(hf_config)
+        given |= {key: getattr(parsed, key, None) for key in FAMILIES[config.family].keys & given.keys()}
+    return {
+        key: [value[i] for i in widths.kept_layers]
+        for key, value in given.items()
+        if isinstance(value, list) and len(value) >= config.num_hidden_layers
+    }
 
 
 def _num_heads(config: DecoderConfig, num_groups: int) -> int:
@@ -363,7 +379,18 @@ def check_stock(config: DecoderConfig, widths: SubnetSpec) -> None:
             "only a sub-network with equal widths in all its layers is a stock checkpoint; "
             "choose one with select(..., uniform=True)"
         )
+    if config.scale_by_layer and widths.kept_layers != tuple(range(len(widths.kept_layers))):
+        raise FlextronError(
+            f"a stock {config.family} checkpoint rescales scores by the layer's number, which skipping a layer before "
+            "others changes; skip none, or the last ones alone"
+        )
     groups = widths.layers[widths.kept_layers[0]].num_groups
+    rope = config.rope
+    if groups != config.num_groups and rope is not None and rope.scaling and rope.scaling["rope_type"] == "longrope":
+        raise FlextronError(
+            f"transformers refuses a {config.family} with longrope whose heads do not make up the hidden size; "
+            f"keep all {config.num_groups} groups and narrow the MLP or skip layers instead"
+        )
     if FAMILIES[config.family].heads_divide_hidden and config.hidden_size % _num_heads(config, groups):
         raise FlextronError(
             f"transformers refuses a {config.family} with {_num_heads(config, groups)} heads, which do not divide the "

@@ -266,7 +266,7 @@ def _split_lora(
     alpha = float(next(matching, settings.get("lora_alpha", 8)))
     scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
     parts: list[Bypass] = []
-    for shape, rows in zip(shapes, module.rows.split(b, config.head_dim), strict=True):
+    for shape, rows in zip(shapes, module.rows.split(b, [s.outputs for s in shapes], config.head_dim), strict=True):
         lora = Lora(shape, rank, scale)
         lora.a, lora.b = (torch.nn.Parameter(t.clone().contiguous()) for t in (a.t(), rows))
         parts.append(lora)
@@ -278,7 +278,8 @@ def _split_ia3(
 ) -> list[Bypass]:
     on_input = own[0].shape[0] == 1
     factors = own[0].flatten()
-    rows = [factors] * len(shapes) if on_input else module.rows.split(factors, config.head_dim)
+    sizes = [s.outputs for s in shapes]
+    rows = [factors] * len(shapes) if on_input else module.rows.split(factors, sizes, config.head_dim)
     parts: list[Bypass] = []
     for shape, part in zip(shapes, rows, strict=True):
         ia3 = Ia3(shape, on_input=on_input)
