@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -182,3 +183,9 @@ def test_gpt2_variants_run_right_or_are_refused(option: dict[str, Any]) -> None:
     except UnsupportedModelError:
         return
     assert relative_error(our_logits(decoder, tokens), hf_logits(model, tokens)) <= 1e-5
+
+
+def test_the_table_of_families_has_them_all() -> None:
+    page = Path(__file__).parents[2] / "docs" / "reference" / "families.md"
+    named = [set(re.findall(r"`(\w+)`", line.split("|")[1])) for line in page.read_text().splitlines() if "|" in line]
+    assert set().union(*named) - {"model_type"} == set(FAMILIES) | {"gemma3"}

@@ -25,6 +25,7 @@ from flextron.checkpoints.gguf.checkpoint import open_gguf
 from flextron.checkpoints.origin import checked_origin
 from flextron.checkpoints.pretrained import Pretrained
 from flextron.checkpoints.shards import check_files, find_shards
+from flextron.checkpoints.text_part import text_part_of
 from flextron.errors import FlextronError
 from flextron.files import read_json, write_json
 from flextron.model.config import DecoderConfig
@@ -56,14 +57,16 @@ def open_pretrained(source: str | Path) -> Pretrained:
             "merge it into its base model first, or remove the file"
         )
     hf_config = read_json(path / "config.json")
+    part = text_part_of(hf_config)
+    hf_config = hf_config if part is None else part.hf_config
     config_from_hf(hf_config)
     shards = find_shards(path)
     return Pretrained(
         name=str(source),
         hf_config=hf_config,
-        tensors=shards.stream,
+        tensors=shards.stream if part is None else part.stream(shards.stream),
         tokenizer=_tokenizer(path, hf_config),
-        names=shards.names,
+        names=shards.names if part is None else part.names(shards.names),
         directory=path,
         generation_config=read_generation_config(path),
     )

@@ -100,7 +100,7 @@ class TensorParallel:
         """
         if decoder.config.qk_norm == "width" and self.size > 1:
             raise FlextronError(
-                f"a {decoder.config.family} normalises the queries of all heads as one, which ranks that share them "
+                f"{decoder.config.family} normalises the queries of all heads as one, which ranks that share them "
                 "cannot; use one rank"
             )
         units = _units(decoder.config)
