@@ -326,7 +326,7 @@ def _cap(metadata: Metadata, name: str, default: float | None) -> float | None:
 
 def _granite_keys(file: _File) -> dict[str, Any]:
     def factor(name: str, default: float) -> float:
-        """As in llama.cpp 0 means the default."""
+        """A factor, where 0 means the default as in llama.cpp."""
         return file.metadata.positive(name) if file.metadata.get(name) else default
 
     return _llama_keys(file) | {
