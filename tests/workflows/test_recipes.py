@@ -1,4 +1,4 @@
-"""The recipes in `recipes/`: each is read, fits its hardware, and runs a step with its true shapes on the meta device."""
+"""The recipes in `recipes/`: each is read, fits its hardware, and takes a step in true shapes on the meta device."""
 
 from __future__ import annotations
 
