@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 import pytest
-from _pytest.mark import ParameterSet
 
 from flextron.api.convert import _default_multiple, _max_skipped
 from flextron.model.cost import num_parameters
@@ -20,6 +19,7 @@ GIB = 2**30
 MEMORY = {"cpu": 64 * GIB, "gpu": 80 * GIB, "8gpu": 80 * GIB}
 """Memory of a process's device."""
 PROCESSES = {"cpu": 1, "gpu": 1, "8gpu": 8}
+QUICK = ("smollm2-135m-cpu", "pythia-410m-cpu")
 FIGURES = re.compile(r"# memory: ([\d.]+) GiB a process; work: ([\d.e+]+) floating-point operations")
 
 
@@ -38,13 +38,11 @@ def test_every_model_has_recipes() -> None:
     assert {hardware(path) for path in RECIPES} == MEMORY.keys()
 
 
-def _marked(path: Path) -> ParameterSet:
-    """Large models take seconds even without memory."""
-    is_small = path.stem in ("smollm2-135m-cpu", "pythia-410m-cpu")
-    return pytest.param(path, id=path.stem, marks=() if is_small else pytest.mark.slow)
-
-
-@pytest.mark.parametrize("path", map(_marked, RECIPES))
+@pytest.mark.parametrize(
+    "path",
+    # large models take seconds even without memory
+    [pytest.param(p, id=p.stem, marks=[] if p.stem in QUICK else [pytest.mark.slow]) for p in RECIPES],
+)
 def test_a_recipe_fits_its_hardware(path: Path) -> None:
     recipe, kind = read_recipe(path), hardware(path)
     config, train, convert = decoder_config(recipe.source), recipe.train, recipe.convert
