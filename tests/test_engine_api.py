@@ -80,6 +80,8 @@ def test_stop_strings(engine: Engine) -> None:
         ({"prompts": ["a"], "target": [None, None]}, "2 entries of target for 1 prompts"),
         ({"prompts": [1, 2]}, "put a single list of ids into a list"),
         ({"prompts": ["a", ""]}, "prompt is empty"),
+        ({"prompts": [[1], [-1]]}, "outside the model's vocabulary"),
+        ({"prompts": [[10**30]]}, "outside the model's vocabulary"),
         ({"prompts": ["a"], "target": Target(latency=0.01)}, "spans 0.5 to 1"),
         ({"prompts": ["a"], "params": SamplingParams(max_tokens=1000)}, "128 positions"),
         ({"prompts": ["a"], "stop": ["", "b"]}, "stop string is empty"),

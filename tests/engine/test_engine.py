@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from flextron.engine import EngineCore, EngineSettings, FinishReason, Request
 from flextron.engine.runner import unit_bytes
-from flextron.errors import FlextronError
+from flextron.errors import FlextronError, PromptError
 from flextron.generation.generate import SamplingParams, generate
 from flextron.kernels.build import load_library
 from flextron.kernels.decoder import Weights
@@ -177,6 +177,18 @@ def test_bad_requests_are_refused(prompt: list[int], max_tokens: int, said: str)
     with pytest.raises(FlextronError, match=said):
         core.add("a", prompt, SamplingParams(max_tokens=max_tokens), core.network(DECODER.config.full_spec))
     assert not core.has_unfinished
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_the_capacity_is_the_longest_request_that_is_taken(spec: SubnetSpec) -> None:
+    core = engine(DECODER, num_pages=7, native=False)
+    network, capacity = core.network(spec), core.capacity(spec)
+    request = core.add("a", [1], SamplingParams(max_tokens=capacity - 1), network)
+    with pytest.raises(PromptError):
+        core.add("b", [1], SamplingParams(max_tokens=capacity), network)
+    while core.has_unfinished:
+        core.step()
+    assert len(request.tokens) == capacity
 
 
 def test_bad_settings_are_refused() -> None:

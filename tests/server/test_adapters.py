@@ -150,7 +150,7 @@ def test_a_token_router_is_refused_beside_an_adapted_mlp(served: Tuning, model: 
     client = served.client()
     name = finished(served, client, seed=3).fine_tuned_model
     body = {"flextron": {"latency": next(iter(model.token_router.specs)), "router": "token"}}
-    with pytest.raises(openai.BadRequestError, match="adapts MLPs, beside which the token router cannot run"):
+    with pytest.raises(openai.BadRequestError, match="adapter of MLP linears cannot run beside a token router"):
         complete(client, name, extra_body=body)
     assert complete(client, "tiny", extra_body=body).flextron["target"]["router"] == "token"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -121,15 +121,15 @@ class Engine:
         adapters = [self._adapter(a) for a in beside]
         networks = [self._network(t, router, a) for t, a in zip(asked, adapters, strict=True)]
         stops = [stop] if isinstance(stop, str) else list(stop)
-        processors: dict[Request, OutputProcessor] = {}
+        requests: list[Request] = []
         try:
             for ids, p, network in zip(tokens, each_params, networks, strict=True):
                 chosen = p if p.stop_token_ids else replace(p, stop_token_ids=self._defaults.ends)
-                processor = OutputProcessor(self._tokenizer, stops, ids)
-                processors[self._core.add(str(len(processors)), ids, chosen, network)] = processor
+                requests.append(self._core.add(str(len(requests)), ids, chosen, network))
+            processors = {r: OutputProcessor(self._tokenizer, stops, r.tokens) for r in requests}
             self._run(processors)
         finally:
-            for request in processors:
+            for request in requests:
                 self._core.abort(request)
             for given in adapters:
                 if given is not None and given not in self._adapters.values():  # it may change until the next call
@@ -169,7 +169,7 @@ class Engine:
     def _network(self, asked: Asked, router: str | None, adapter: Adapter | None) -> Network:
         if router is None:
             if isinstance(asked, Target):
-                asked = self.model.select(**asdict(asked))
+                asked = self.model.best(asked).spec
             return self._core.network(asked or self.model.space.full, adapter=adapter)
         if router != "token" or not isinstance(asked, Target):
             raise FlextronError("router is None or 'token', and 'token' needs a target by latency for every prompt")

@@ -109,7 +109,7 @@ def finetune(
         raise FlextronError(f"{output} exists already; choose another directory, or pass restart (--restart)")
     source = str(model) if isinstance(model, (str, Path)) else model.info.provenance.get("source", "")
     loaded = model if isinstance(model, ElasticModel) else load(model)
-    spec = loaded.space.full if target is None else loaded.select(**asdict(target))
+    spec = loaded.space.full if target is None else loaded.best(target).spec
     identity = {
         "model": source,
         "data": _digest(data),

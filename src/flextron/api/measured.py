@@ -164,8 +164,11 @@ class MeasuredModel(Generates):
         Raises:
             FlextronError: no such target, nothing within it, or the model was not profiled on this device.
         """
-        wanted = Target(**target)
-        return self._profiled(wanted).select(wanted, allowed=self._is_stock if uniform else None).spec
+        return self.best(Target(**target), uniform=uniform).spec
+
+    def best(self, target: Target, *, uniform: bool = False) -> FrontierPoint:
+        """What was measured of the best sub-network for a target; arguments and errors as for `select`."""
+        return self._profiled(target).select(target, allowed=self._is_stock if uniform else None)
 
     def _is_stock(self, spec: SubnetSpec) -> bool:
         """Whether the sub-network can be written as an ordinary checkpoint."""
@@ -181,8 +184,7 @@ class MeasuredModel(Generates):
         Raises:
             FlextronError: as for `select`.
         """
-        target = Target(latency=latency)
-        return self._profiled(target).select(target)
+        return self.best(Target(latency=latency))
 
     def _profiled(self, target: Target) -> Frontier:
         if self.frontier is None:

@@ -304,7 +304,7 @@ class ElasticModel(MeasuredModel):
         if self.token_router is None:
             raise FlextronError("the model has no token router yet; run model.route_tokens() (flextron route --token)")
         if target.latency is None:
-            raise FlextronError("a token router answers latency targets only; pass latency=")
+            raise FlextronError("a token router answers latency targets only; give latency")
         return self.token_router.static_spec(target.latency), self.token_router.at(target.latency)
 
     def extract(self, spec: SubnetSpec) -> DenseModel:

@@ -21,8 +21,10 @@ from flextron.engine.request import Chunk, FinishReason, Network, Request
 from flextron.engine.runner import Runner, make_network, unit_bytes
 from flextron.engine.scheduler import Scheduler
 from flextron.engine.speculation import Speculation, Speculator, verified
-from flextron.errors import FlextronError
+from flextron.errors import FlextronError, PromptError
+from flextron.generation.decoding import unit_offsets
 from flextron.generation.generate import SamplingParams, sample
+from flextron.generation.prompts import check_prompt
 from flextron.kernels.decoder import Weights
 from flextron.model.adapter import Adapter
 from flextron.model.batch import Segment, TokenChoice
@@ -184,6 +186,13 @@ class EngineCore:
             if self.speculator is not None:
                 self.speculator.forget(adapter)
 
+    def capacity(self, spec: SubnetSpec) -> int:
+        """Tokens of one request in a sub-network that model and KV cache have room for; callable from any thread."""
+        config = self.decoder.config
+        *_, num_units = unit_offsets(config, spec)
+        pages = self.pool.num_units // num_units if num_units else config.max_position_embeddings
+        return min(config.max_position_embeddings, pages * self.settings.page_size)
+
     def add(self, request_id: str, prompt: Sequence[int], params: SamplingParams, network: Network) -> Request:
         """Queue a request.
 
@@ -194,22 +203,12 @@ class EngineCore:
             network: a result of `network`.
 
         Raises:
-            FlextronError: the prompt is empty, has unknown tokens, or is too long for the model or the KV cache.
+            PromptError: the prompt is empty, has unknown tokens, or is too long for the model or the KV cache.
         """
-        config = self.decoder.config
-        if not prompt:
-            raise FlextronError("the prompt is empty; give at least one token")
-        if not all(0 <= token < config.vocab_size for token in prompt):
-            raise FlextronError(f"the prompt holds tokens outside the model's vocabulary of {config.vocab_size}")
+        check_prompt(self.decoder.config, prompt, params.max_tokens)
         total = len(prompt) + params.max_tokens
-        if total > config.max_position_embeddings:
-            raise FlextronError(
-                f"prompt and answer come to {total} tokens; the model has {config.max_position_embeddings} positions: "
-                "shorten the prompt or lower max_tokens"
-            )
-        needed = -(-total // self.settings.page_size) * network.num_units
-        if needed > self.pool.num_units:
-            raise FlextronError(
+        if total > self.capacity(network.spec):
+            raise PromptError(
                 f"prompt and answer come to {total} tokens, more than the KV cache of "
                 f"{self.settings.kv_cache_gb:g} GB holds; raise kv_cache_gb or lower max_tokens"
             )

@@ -16,11 +16,11 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from flextron.api import ElasticModel
 from flextron.engine import EngineSettings
-from flextron.errors import FlextronError
+from flextron.errors import FlextronError, PromptError
 from flextron.files import NoSpaceError
 from flextron.jobs.database import UnknownIdError
 from flextron.jobs.jobs import Jobs
-from flextron.server.bodies import ChatBody, CompletionBody
+from flextron.server.bodies import ChatBody, CompletionBody, GenerationBody
 from flextron.server.chat import chat
 from flextron.server.completions import completions
 from flextron.server.files import add_files
@@ -144,7 +144,7 @@ def _add_endpoint(
     app: FastAPI,
     service: Service,
     path: str,
-    kind: type[BaseModel],
+    kind: type[GenerationBody],
     answer: Callable[[Request, Service, Any], Awaitable[Response]],
 ) -> None:
     """A path that takes a JSON body; FastAPI's own reading would answer in its own shape."""
@@ -153,7 +153,11 @@ def _add_endpoint(
     body = {"requestBody": {"required": True, "content": {"application/json": schema}}}
 
     async def endpoint(request: Request) -> Response:
-        return await answer(request, service, await read_body(request, kind, max_bytes, seconds))
+        asked = await read_body(request, kind, max_bytes, seconds)
+        try:
+            return await answer(request, service, asked)
+        except PromptError as error:
+            raise bad_request(str(error), asked.prompt_key) from error
 
     app.post(
         path,

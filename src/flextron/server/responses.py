@@ -103,7 +103,8 @@ async def respond(
         form: the endpoint's.
 
     Raises:
-        ApiError: the engine does not take the request, or broke it off before anything was sent.
+        PromptError: the engine cannot take a prompt.
+        ApiError: the server does not take the request, or broke it off before anything was sent.
     """
     requests = [
         GenerationRequest(

@@ -9,8 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from flextron.api import ElasticModel
 from flextron.engine import CoServing, CoServingScheduler, EngineCore, EngineSettings
-from flextron.engine.runner import make_network
-from flextron.errors import FlextronError
+from flextron.errors import FlextronError, PromptError
 from flextron.generation.encoding import encode
 from flextron.generation.templates import ChatTemplate
 from flextron.jobs.driver import TrainingDriver
@@ -170,14 +169,14 @@ class Service:
             add_special_tokens: whether it begins as the tokenizer begins a text; chat templates write that themselves.
 
         Raises:
-            ApiError: the text cannot fit into the model, whatever its tokens are.
+            PromptError: the text cannot fit into the model, whatever its tokens are.
         """
         loop = asyncio.get_running_loop()
         written = text if isinstance(text, str) else await loop.run_in_executor(self._templates, text)
 
         def run() -> list[int]:
             if len(written) > self.most_chars:
-                raise bad_request(
+                raise PromptError(
                     f"the prompt has {len(written)} characters, more than the model has positions for; shorten it"
                 )
             return encode(self.tokenizer, written, add_special_tokens=add_special_tokens)
@@ -186,12 +185,8 @@ class Service:
 
     def room(self, num_prompt: int, choice: Choice) -> int:
         """Tokens that an answer can have at most; at least 1, so that the engine says what does not fit."""
-        config, settings = self.core.decoder.config, self.core.settings
-        # not `core.network`: the engine is the worker's
-        num_units = make_network(config, choice.spec, choice.router, "").num_units
-        held = self.core.pool.num_units // max(1, num_units) * settings.page_size
-        limit = self.settings.max_tokens_limit or config.max_position_embeddings
-        return max(1, min(config.max_position_embeddings - num_prompt, held - num_prompt, limit))
+        capacity = self.core.capacity(choice.spec)
+        return max(1, min(capacity - num_prompt, self.settings.max_tokens_limit or capacity))
 
     def check(self, num_requests: int, max_tokens: int | None) -> None:
         """Refuse what is more than the operator allows, at any time.
@@ -205,21 +200,12 @@ class Service:
         if limit is not None and max_tokens is not None and max_tokens > limit:
             raise bad_request(f"max_tokens is {max_tokens}; this server allows at most {limit}", "max_tokens")
 
-    def check_tokens(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Refuse token ids that the model does not have.
-
-        Raises:
-            ApiError: there are some.
-        """
-        size = self.core.decoder.config.vocab_size
-        if not all(0 <= token < size for prompt in prompts for token in prompt):
-            raise bad_request(f"the prompt holds tokens outside the model's vocabulary of {size}", "prompt")
-
     async def open(self, requests: Sequence[GenerationRequest], choice: Choice) -> Session:
         """Queue requests, all or none of them.
 
         Raises:
-            ApiError: the server is full, stops, or cannot run one of them; or the adapter cannot be had.
+            ApiError: the server is full, or stops, the adapter cannot be had, or it does not go with the sub-network.
+            PromptError: the engine cannot take one of the prompts.
         """
         if self.is_draining:
             raise shutting_down()
@@ -233,22 +219,17 @@ class Service:
         self._is_idle.clear()
         try:
             if choice.adapter is not None:
-                await self._load_adapter(session, requests, choice, choice.adapter)
+                await self._load_adapter(session, requests, choice.adapter)
             await session.accepted()
         except BaseException:
             session.close()
             raise
         return session
 
-    async def _load_adapter(
-        self, session: Session, requests: Sequence[GenerationRequest], choice: Choice, named: NamedAdapter
-    ) -> None:
+    async def _load_adapter(self, session: Session, requests: Sequence[GenerationRequest], named: NamedAdapter) -> None:
         """Give requests their adapter, which is held until the session is closed."""
         adapter = await self.adapters.acquire(named)
         session.adapter = named
-        if choice.router is not None and adapter.has_mlp:
-            message = f"{named.name!r} adapts MLPs, beside which the token router cannot run; leave router out"
-            raise bad_request(message, "flextron")
         for request in requests:
             request.adapter = adapter
 

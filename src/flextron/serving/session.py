@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from flextron.engine.output import Delta
-from flextron.errors import FlextronError
+from flextron.errors import FlextronError, PromptError
 from flextron.serving.adapters import NamedAdapter
 from flextron.serving.adaptive import Adaptive
 from flextron.serving.errors import ApiError, bad_request, engine_died
@@ -67,7 +67,8 @@ class Session:
         """Queue the requests; returns when the engine has taken them.
 
         Raises:
-            ApiError: it has not.
+            PromptError: it cannot take one of the prompts.
+            ApiError: the sub-network and the adapter do not go together, the engine died, or the server stops.
         """
         self._worker.submit(self._requests)
         for _ in self._requests:
@@ -125,9 +126,9 @@ class Session:
 
 
 def _raise_if_bad(event: RequestEvent | ApiError) -> None:
-    if isinstance(event, ApiError):
+    if isinstance(event, ApiError | PromptError):
         raise event
     if isinstance(event, FlextronError):
-        raise bad_request(str(event))
+        raise bad_request(str(event), "flextron")
     if event is Sign.DIED:
         raise engine_died()

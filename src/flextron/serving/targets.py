@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -112,7 +112,7 @@ class Catalog:
         self.rungs = (1.0, *(f for f in self._fractions() if f < 1))
         """Latency targets that can be reached here, falling; few."""
         # one object a target, because the engine tells routers apart by identity
-        self._routed: dict[float, tuple[SubnetSpec, PricedRouter]] = {}
+        self._routed: dict[float | None, tuple[SubnetSpec, PricedRouter]] = {}
 
     def choose(self, model_id: str, body: TargetBody | None = None, cap: float = 1.0) -> Choice:
         """What a request runs in.
@@ -164,12 +164,12 @@ class Catalog:
 
     def _sub_network(self, target: Target | None, is_routed: bool) -> tuple[SubnetSpec, PricedRouter | None]:
         if is_routed:
-            if target is None or target.latency is None:
-                raise FlextronError("a token router answers latency targets only; give latency")
+            if target is None:
+                raise FlextronError("a token router needs a latency target; give latency")
             if target.latency not in self._routed:
                 self._routed[target.latency] = self._model.routed(target)
             return self._routed[target.latency]
-        return (self._model.space.full if target is None else self._model.select(**asdict(target))), None
+        return (self._model.space.full if target is None else self._model.best(target).spec), None
 
     def _parts(self, model_id: str) -> tuple[NamedAdapter | None, float | None]:
         """The adapter, and the latency fraction that a model's name ends with."""
