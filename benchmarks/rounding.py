@@ -20,7 +20,7 @@ __all__ = ["perplexity"]
 
 @torch.inference_mode()
 def perplexity(decoder: Decoder, weights: Weights, num_tokens: int = 4096) -> float:
-    """Of held-out text, in windows of 256 tokens, with the full network."""
+    """Of held-out text, in sequences of 256 tokens, with the full network."""
     head, model = decoder.head_weight, decoder
     if weights != "float32":
         model, head = deepcopy(decoder), _rounded(head, "int8")
@@ -31,8 +31,8 @@ def perplexity(decoder: Decoder, weights: Weights, num_tokens: int = 4096) -> fl
                     matrix.copy_(columns * _rounded(matrix / columns, "int8"))
                 else:
                     matrix.copy_(_rounded(matrix, weights))
-    windows = smollm2.eval_windows(num_tokens)
-    losses = [_losses(model, head, window) for window in windows]
+    sequences = smollm2.eval_sequences(num_tokens)
+    losses = [_losses(model, head, window) for window in sequences]
     return math.exp(float(torch.cat(losses).mean()))
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flextron.engine import EngineCore, EngineSettings, FinishReason, Request
-from flextron.engine.runner import unit_bytes
+from flextron.engine.runner import block_bytes
 from flextron.errors import FlextronError, PromptError
 from flextron.generation.generate import SamplingParams, generate
 from flextron.kernels.build import load_library
@@ -38,12 +38,12 @@ class Asked:
 
 def engine(decoder: Decoder, *, num_pages: int, native: bool, **options: object) -> EngineCore:
     """An engine whose cache holds so many pages of the full network."""
-    size, config = unit_bytes(decoder, PAGE), decoder.config
-    num_units = num_pages * config.num_hidden_layers * config.kv_rows(config.num_groups) // config.head_dim
+    size, config = block_bytes(decoder, PAGE), decoder.config
+    num_blocks = num_pages * config.num_hidden_layers * config.kv_rows(config.num_groups) // config.head_dim
     values: dict[str, object] = {"max_num_seqs": 5, "max_num_batched_tokens": 11}
     return EngineCore(
         decoder,
-        EngineSettings(kv_cache_gb=(num_units + 0.5) * size / 1e9, page_size=PAGE, native=native, **values | options),  # type: ignore[arg-type]
+        EngineSettings(kv_cache_gb=(num_blocks + 0.5) * size / 1e9, page_size=PAGE, native=native, **values | options),  # type: ignore[arg-type]
     )
 
 

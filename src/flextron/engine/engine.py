@@ -18,11 +18,11 @@ from torch import Tensor
 
 from flextron.engine.pages import PagePool
 from flextron.engine.request import Chunk, FinishReason, Network, Request
-from flextron.engine.runner import Runner, make_network, unit_bytes
+from flextron.engine.runner import Runner, block_bytes, make_network
 from flextron.engine.scheduler import Scheduler
 from flextron.engine.speculation import Speculation, Speculator, verified
 from flextron.errors import FlextronError, PromptError
-from flextron.generation.decoding import unit_offsets
+from flextron.generation.decoding import block_offsets
 from flextron.generation.generate import SamplingParams, sample
 from flextron.generation.prompts import check_prompt
 from flextron.kernels.decoder import Weights
@@ -108,11 +108,11 @@ class EngineCore:
         """
         self.settings = settings = settings or EngineSettings()
         self.decoder = decoder
-        num_units = int(settings.kv_cache_gb * 1e9) // unit_bytes(decoder, settings.page_size)
-        self.pool = PagePool(num_units)
+        num_blocks = int(settings.kv_cache_gb * 1e9) // block_bytes(decoder, settings.page_size)
+        self.pool = PagePool(num_blocks)
         self.runner = Runner(
             decoder,
-            num_units=num_units,
+            num_blocks=num_blocks,
             page_size=settings.page_size,
             native=settings.native,
             weights=settings.weights,
@@ -189,8 +189,8 @@ class EngineCore:
     def capacity(self, spec: SubnetSpec) -> int:
         """Tokens of one request in a sub-network that model and KV cache have room for; callable from any thread."""
         config = self.decoder.config
-        *_, num_units = unit_offsets(config, spec)
-        pages = self.pool.num_units // num_units if num_units else config.max_position_embeddings
+        *_, num_blocks = block_offsets(config, spec)
+        pages = self.pool.num_blocks // num_blocks if num_blocks else config.max_position_embeddings
         return min(config.max_position_embeddings, pages * self.settings.page_size)
 
     def add(self, request_id: str, prompt: Sequence[int], params: SamplingParams, network: Network) -> Request:
@@ -229,8 +229,8 @@ class EngineCore:
     @torch.inference_mode()
     def step(self) -> list[StepOutput]:
         """One iteration; the tokens of all requests that got some, those of one request in order."""
-        # neighbours of one network share a segment
-        scheduled = sorted(self.scheduler.schedule(), key=lambda item: id(item[0].network))
+        # neighbours of one network share a segment; their order decides how sums are rounded
+        scheduled = sorted(self.scheduler.schedule(), key=lambda item: item[0].network.key)
         self.num_tokens = sum(n for _, n in scheduled)
         if not scheduled:
             return []

@@ -1,6 +1,6 @@
-"""Attention of training windows, which may begin within a sequence and go on over several, and its gradients.
+"""Attention of training chunks, which may begin within a sequence and go on over several, and its gradients.
 
-Shapes: N tokens of the window, h tokens before it, M = h + N, H query heads, K KV heads, d head size.
+Shapes: N tokens of the chunk, h tokens before it, M = h + N, H query heads, K KV heads, d head size.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from flextron.kernels import training as kernels
 from flextron.model.attention import sdpa, window_mask
 from flextron.model.config import DecoderConfig
 
-__all__ = ["WindowAttention", "valued"]
+__all__ = ["ChunkAttention", "valued"]
 
 
-class WindowAttention:
-    """Attention of a window that may begin within a sequence and go on over several; for one layer and one use."""
+class ChunkAttention:
+    """Attention of a chunk that may begin within a sequence and go on over several; for one layer and one use."""
 
     def __init__(
         self,
@@ -34,13 +34,13 @@ class WindowAttention:
 
         Args:
             config: the decoder's.
-            past_kv: keys and values, (h, K, d), of the tokens before the window that its first sequence sees.
-            cached_kv: keys and values of the window itself, where they are computed again; gradients flow past them.
+            past_kv: keys and values, (h, K, d), of the tokens before the chunk that its first sequence sees.
+            cached_kv: keys and values of the chunk itself, where they are computed again; gradients flow past them.
             cached_out: what the heads gave, where that is cached, too; see `cached_out`.
         """
         self._window, self._past_kv, self._cached_kv = config.sliding_window, past_kv, cached_kv
         self.new: tuple[Tensor, Tensor] | None = None
-        """Keys and values of the window, (N, K, d), once the layer has run; None if its attention is skipped."""
+        """Keys and values of the chunk, (N, K, d), once the layer has run; None if its attention is skipped."""
         self.cached_out = cached_out
         """What the heads gave, (N, H, d), and the their log-sum-exps, (N, H), once the layer has
         run; None on other devices than a CPU."""

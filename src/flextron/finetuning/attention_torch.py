@@ -1,10 +1,10 @@
-"""Attention of training windows in PyTorch, forward and backward, in a way that suits a CPU.
+"""Attention of training chunks in PyTorch, forward and backward, in a way that suits a CPU.
 
 PyTorch's fused kernel reaches a quarter of a CPU's arithmetic, its backward pass less, and repeats KV heads. Here the
 query heads of a KV head are rows of one product; tokens go block by block, so that what later keys would add is not
 computed. Where there is a compiler, `kernels.training` does the same in half the time.
 
-Shapes: N tokens of the window, M keys, H query heads, K KV heads, r query heads of a KV head, n tokens of a block, j of
+Shapes: N tokens of the chunk, M keys, H query heads, K KV heads, r query heads of a KV head, n tokens of a block, j of
 its keys, d head size.
 """
 
@@ -24,7 +24,7 @@ _BLOCK = 64
 
 
 def sequences(lengths: Sequence[int], num_keys: int) -> Iterator[tuple[slice, slice]]:
-    """Rows of the window and keys of each sequence; keys from before the window are the first one's."""
+    """Rows of the chunk and keys of each sequence; keys from before the chunk are the first one's."""
     num_past, start = num_keys - sum(lengths), 0
     for k, n in enumerate(lengths):
         yield slice(start, start + n), slice(num_past + start if k else 0, num_past + start + n)
@@ -37,10 +37,10 @@ def attend(
     """Causal attention of the last tokens of some sequences.
 
     Args:
-        q_NHd: queries of the window.
-        k_MKd: keys of the window, and before them those that its first sequence has from before.
+        q_NHd: queries of the chunk.
+        k_MKd: keys of the chunk, and before them those that its first sequence has from before.
         v_MKd: values.
-        lengths: tokens of each sequence in the window.
+        lengths: tokens of each sequence in the chunk.
         window: keys that a query sees, itself included; all by default.
 
     Returns:
@@ -111,11 +111,11 @@ def attend_backward(
 
 class _Block(NamedTuple):
     rows: slice
-    """Rows of the window."""
+    """Rows of the chunk."""
     seen: slice
     """Keys that any of them sees."""
     is_cut: bool
-    """Whether the window of the model hides some of these from some of them."""
+    """Whether the model's sliding window hides some of these from some of them."""
 
 
 def _blocks(lengths: Sequence[int], num_keys: int, window: int | None) -> Iterator[_Block]:

@@ -1,6 +1,6 @@
-"""The compiled kernels of `csrc/training.cpp`: attention of training windows and the gate of gated MLPs, float32, CPU.
+"""The compiled kernels of `csrc/training.cpp`: attention of training chunks and the gate of gated MLPs, float32, CPU.
 
-Shapes: N tokens of the window, M keys, H query heads, K KV heads, d head size.
+Shapes: N tokens of the chunk, M keys, H query heads, K KV heads, d head size.
 """
 
 from __future__ import annotations

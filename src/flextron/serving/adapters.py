@@ -18,7 +18,7 @@ from pathlib import Path
 
 from flextron.checkpoints.peft import read_adapter
 from flextron.errors import FlextronError
-from flextron.jobs.records import Checkpoint
+from flextron.jobs.records import JobCheckpoint
 from flextron.model.adapter import Adapter
 from flextron.model.decoder import Decoder
 from flextron.serving.errors import ApiError, not_found
@@ -77,12 +77,12 @@ class AdapterNames:
                 raise FlextronError(f"two adapters are called {name!r}; give each a name of its own")
             self._named[name] = NamedAdapter(name, directory, int(time.time()))
 
-    def add_checkpoint(self, checkpoint: Checkpoint, directory: Path) -> None:
+    def add_checkpoint(self, checkpoint: JobCheckpoint, directory: Path) -> None:
         """Add one that a job made; `on_adapter` of `Jobs`."""
         with self._lock:
             self._named[checkpoint.name] = NamedAdapter(checkpoint.name, directory, checkpoint.created_at)
 
-    def remove_checkpoint(self, checkpoint: Checkpoint) -> None:
+    def remove_checkpoint(self, checkpoint: JobCheckpoint) -> None:
         """No new request finds it; `on_deleted` of `Jobs`."""
         with self._lock:
             self._named.pop(checkpoint.name, None)

@@ -15,7 +15,7 @@ from flextron.generation.templates import ChatTemplate
 from flextron.jobs.driver import TrainingDriver
 from flextron.jobs.jobs import Jobs
 from flextron.serving.adapters import AdapterNames, LoadedAdapters, NamedAdapter, adapter_reader
-from flextron.serving.adaptive import WINDOW_SECONDS, Adaptive, Objective
+from flextron.serving.adaptive import INTERVAL_SECONDS, Adaptive, Objective
 from flextron.serving.errors import ApiError, bad_request, shutting_down
 from flextron.serving.metrics import Metrics
 from flextron.serving.session import Session
@@ -78,7 +78,7 @@ class Service:
         self._most_requests = engine.max_num_seqs + settings.max_queue
         self.is_draining = False
         self._sessions: set[Session] = set()
-        self._is_idle = asyncio.Event()
+        self._has_no_session = asyncio.Event()
         self._adapting: asyncio.Task[None] | None = None
         # one thread: a tokenizer's settings are not safe to use from several
         self._encoder = ThreadPoolExecutor(1, "flextron-tokenizer")
@@ -92,7 +92,7 @@ class Service:
 
     def start(self) -> None:
         """Start the engine's thread, and training; to be called in the event loop."""
-        self._is_idle.set()
+        self._has_no_session.set()
         self.worker.begin(asyncio.get_running_loop())
         if self.tokenizer.chat_template:
             self._templates.submit(ChatTemplate.warm_up)
@@ -120,6 +120,11 @@ class Service:
         return self.worker.is_alive() and not self.is_draining
 
     @property
+    def is_idle(self) -> bool:
+        """Whether no request is being answered."""
+        return not self._sessions
+
+    @property
     def cap(self) -> float:
         """The widest latency target of requests that allow a narrower one; 1: all run as they ask."""
         return 1.0 if self.adaptive is None else self.adaptive.cap
@@ -136,14 +141,14 @@ class Service:
         return self.catalog.choose(model_id, body, self.cap)
 
     async def _adapt(self, adaptive: Adaptive) -> None:
-        """Tell the policy what clients see, window by window."""
+        """Tell the policy what clients see, interval by interval."""
         loop = asyncio.get_running_loop()
         begun, trained = loop.time(), 0.0
         while True:
-            await asyncio.sleep(WINDOW_SECONDS)
+            await asyncio.sleep(INTERVAL_SECONDS)
             now, load = loop.time(), self.worker.load
             training = 0.0 if self._coserving is None else self._coserving.seconds
-            adaptive.end_window(
+            adaptive.end_interval(
                 now - begun,
                 num_running=load.num_running,
                 num_waiting=load.num_waiting,
@@ -156,7 +161,7 @@ class Service:
         """Take nothing new; wait for what runs, as long as the settings say, then break it off."""
         self.is_draining = True
         try:
-            await asyncio.wait_for(self._is_idle.wait(), self.settings.drain_seconds)
+            await asyncio.wait_for(self._has_no_session.wait(), self.settings.drain_seconds)
         except (TimeoutError, asyncio.TimeoutError):
             for session in self._sessions:
                 session.fail(shutting_down())
@@ -216,7 +221,7 @@ class Service:
             requests, choice, worker=self.worker, metrics=self.metrics, adaptive=self.adaptive, on_close=self._forget
         )
         self._sessions.add(session)
-        self._is_idle.clear()
+        self._has_no_session.clear()
         try:
             if choice.adapter is not None:
                 await self._load_adapter(session, requests, choice.adapter)
@@ -238,4 +243,4 @@ class Service:
             self.adapters.release(session.adapter)
         self._sessions.discard(session)
         if not self._sessions:
-            self._is_idle.set()
+            self._has_no_session.set()

@@ -49,7 +49,7 @@ class Session:
 
     @property
     def num_open(self) -> int:
-        """Jobs that have not ended."""
+        """Requests that have not ended."""
         return len(self._open)
 
     @property

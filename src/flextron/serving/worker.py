@@ -211,7 +211,7 @@ class Worker(threading.Thread):
         self.load = Load(
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
-            kv_cache_usage=pool.num_used / pool.num_units if pool.num_units else 0.0,
+            kv_cache_usage=pool.num_used / pool.num_blocks if pool.num_blocks else 0.0,
             num_preemptions=scheduler.num_preemptions,
             num_prompt_tokens=self._num_prompt_tokens,
             num_cached_tokens=scheduler.num_cached_tokens,

@@ -1,6 +1,6 @@
 """Training the static router: by surrogate and latency table first, then jointly with the model (Flextron, 3.3).
 
-First stage: the router proposes sub-networks, the frozen model measures their loss on fixed calibration windows, and
+First stage: the router proposes sub-networks, the frozen model measures their loss on fixed calibration sequences, and
 the surrogate learns to predict it. Whenever it predicted the newest measurements well, the router steps downhill on
 the surrogate's output and the table's latency, which costs no pass through the model. Proposals are drawn with Gumbel
 noise; the steps are taken on the probabilities themselves, whose sharpness rises. Then the surrogate is dropped.
@@ -208,7 +208,7 @@ def train_static_router(
         decoder: the full model, not changed.
         space: its sub-networks.
         table: costs on this device, or parameters (`LatencyTable.of_parameters`) for a router of no device.
-        calibration_BT: windows on which losses are measured; the first ones also give the sensitivities.
+        calibration_BT: sequences on which losses are measured; the first ones also give the sensitivities.
         recipe: settings.
         run_directory: where measured losses are kept; without one, a killed run is lost.
         on_round: called after every round with rounds done, rounds in all, and figures.
