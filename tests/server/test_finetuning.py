@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,9 +19,9 @@ import torch
 from flextron import ElasticModel
 from flextron.checkpoints.peft import read_adapter
 from flextron.finetuning.dataset import read_dataset
-from flextron.finetuning.example import Example
 from flextron.finetuning.hyperparameters import Hyperparameters
 from flextron.finetuning.lora import LoraTrainer, LoraTrainers
+from flextron.finetuning.trainer import TrainingTask
 from tests.finetuning.bigram import BigramMaker, is_whole
 from tests.jobs.making import RECORDS, jsonl
 from tests.jobs.scoring import score
@@ -242,22 +243,15 @@ def test_a_diverging_job_fails_and_serving_goes_on(served: Tuning) -> None:
 class Poisoned(LoraTrainers):
     """Adapters of rank 1 are no numbers."""
 
-    def __call__(
-        self,
-        hyperparameters: Hyperparameters,
-        examples: Sequence[Example],
-        seed: int,
-        resume: Path | None,
-        validation: Sequence[Example] = (),
-    ) -> LoraTrainer:
-        made = super().__call__(hyperparameters, examples, seed, resume, validation)
-        if hyperparameters.rank != 1:
+    def __call__(self, task: TrainingTask) -> LoraTrainer:
+        made = super().__call__(task)
+        if task.hyperparameters.rank != 1:
             return made
         with torch.no_grad():
             next(iter(made.adapter.parameters())).fill_(math.nan)
         with TemporaryDirectory() as state:
             made.save_state(Path(state))
-            return super().__call__(hyperparameters, examples, seed, Path(state), validation)
+            return super().__call__(replace(task, resume=Path(state)))
 
 
 def test_a_real_adapter_that_diverges(model: ElasticModel, tmp_path: Path) -> None:

@@ -34,18 +34,7 @@ def sequences(lengths: Sequence[int], num_keys: int) -> Iterator[tuple[slice, sl
 def attend(
     q_NHd: Tensor, k_MKd: Tensor, v_MKd: Tensor, lengths: Sequence[int], window: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention of the last tokens of some sequences.
-
-    Args:
-        q_NHd: queries of the chunk.
-        k_MKd: keys of the chunk, and before them those that its first sequence has from before.
-        v_MKd: values.
-        lengths: tokens of each sequence in the chunk.
-        window: keys that a query sees, itself included; all by default.
-
-    Returns:
-        What the heads give, (N, H, d), and the logarithm of each one's sum of exponentials, (N, H), at least float32.
-    """
+    """See `flextron.finetuning.attention.Backend`."""
     num_kv = k_MKd.shape[1]
     out_NHd = torch.empty_like(q_NHd)
     lse_NH = q_NHd.new_empty(q_NHd.shape[:2], dtype=_precise(q_NHd))
@@ -70,18 +59,7 @@ def attend_backward(
     g_NHd: Tensor,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of queries, keys and values.
-
-    Args:
-        q_NHd: as for `attend`, like the next four.
-        k_MKd: see there.
-        v_MKd: see there.
-        lengths: see there.
-        window: see there.
-        cached_out: what `attend` gave.
-        g_NHd: gradient of the heads' outputs.
-        needs: which of the three are wanted; others are None.
-    """
+    """See `flextron.finetuning.attention.Backend`."""
     out_NHd, lse_NH = cached_out
     num_kv, scale = k_MKd.shape[1], q_NHd.shape[-1] ** -0.5
     through_NH1 = (g_NHd * out_NHd).sum(-1, keepdim=True)
