@@ -1,4 +1,4 @@
-"""The web application: which path does what."""
+"""The web application: what each path does."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def create_app(
         model: an elastic model, which must not change while it is served.
         settings: limits of the server.
         engine: sizes of the engine.
-        jobs: finetuning, if it is offered; its trainers take steps in units (`Trainer`), between the engine's
-            iterations. The caller closes it when the application has ended.
-        adapters: that requests may name; `jobs` should tell it of what it makes.
+        jobs: finetuning, if it is offered. Its trainers take steps in units between the engine's iterations (`Trainer`). The
+            caller closes it when the application has ended.
+        adapters: the adapters that requests may name; `jobs` should tell it of those that it makes.
 
     Raises:
         FlextronError: the model has no tokenizer, or its name does not fit.
@@ -170,7 +170,7 @@ def _add_endpoint(
 
 
 def _add_health(app: FastAPI, service: Service) -> None:
-    """What operators read; never asks for a key."""
+    """`/health` and `/metrics`, which never ask for a key."""
 
     @app.get("/health", responses=error_responses(503))
     async def health() -> JSONResponse:
@@ -189,7 +189,7 @@ def _from_api(request: Request, error: Exception) -> Response:
 
 
 def _from_input(request: Request, error: Exception) -> Response:
-    """What the model, the engine or a check below says about input."""
+    """Answer an error that the model, the engine or a check below raised."""
     return answer_error(bad_request(str(error)))
 
 

@@ -3,7 +3,7 @@
 The policy holds one number, the *cap*: a latency target out of the frontier's. A request that allows it runs within the
 cap, but never below the least target that it names; it keeps its sub-network to the end. Others run as they ask.
 
-Twice a second, what clients saw is set against the objectives:
+Twice a second the policy compares what clients saw with the objectives:
 
 - TPOT: the mean time between two tokens of an answer.
 - TTFT: the largest of the mean of those that came, the age of the oldest request without a token, and the wait that a
@@ -25,13 +25,13 @@ from flextron.errors import FlextronError
 __all__ = ["INTERVAL_SECONDS", "Adaptive", "Cap", "Objective"]
 
 INTERVAL_SECONDS = 0.5
-"""Between two looks at the load."""
+"""Seconds between two looks at the load."""
 _REST = 2
-"""Windows from one rung down to the next."""
+"""Intervals from one rung down to the next."""
 _CALM = 6
-"""Windows in a row with room to spare before a rung up."""
+"""Calm intervals in a row before the cap goes a rung up."""
 _MARGIN = 0.9
-"""Load to be expected on the wider rung at most."""
+"""The most load that may be expected on the wider rung."""
 _NEW = 0.3
 """Weight of an interval in the rate at which the queue moves."""
 
@@ -41,7 +41,7 @@ class Objective:
     """What clients should see."""
 
     tpot_ms: float | None = None
-    """Between two tokens of an answer."""
+    """Time between two tokens of an answer."""
     ttft_ms: float | None = None
     """Time from a request's arrival to its first token."""
 
@@ -75,7 +75,7 @@ class Cap:
         return self._rungs[self._at]
 
     def update(self, load: float) -> None:
-        """Go a rung down, up, or stay, after an interval of this load."""
+        """Go a rung down or up, or stay, after an interval with this load."""
         self._rest = max(0, self._rest - 1)
         if load > 1:
             self._calm = 0
@@ -106,7 +106,7 @@ class Adaptive:
         return self._cap.value
 
     def token(self, seconds: float, *, is_first: bool) -> None:
-        """A token came, so long after the one before it, or after its request's arrival."""
+        """Record a token: the time since the one before it, or for the first one since the request's arrival."""
         (self._first if is_first else self._next).add(seconds)
 
     def end_interval(
@@ -138,7 +138,7 @@ class Adaptive:
 
 @dataclass(slots=True)
 class _Mean:
-    """Mean of times in seconds; 0 if there are none."""
+    """The mean of some times in seconds; 0 if there are none."""
 
     total: float = 0.0
     count: int = 0

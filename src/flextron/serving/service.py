@@ -27,9 +27,9 @@ from flextron.serving.worker import GenerationRequest, Worker
 __all__ = ["Service"]
 
 _MOST_CHARS = 1_000_000
-"""Most characters of a prompt, for models with a short context."""
+"""The most characters of a prompt, for models with a short context."""
 _MOST_TEMPLATES = 8
-"""Conversations that are written at once."""
+"""How many chat templates run at once."""
 
 
 class Service:
@@ -91,7 +91,7 @@ class Service:
         self._templates = ThreadPoolExecutor(_MOST_TEMPLATES, "flextron-templates")
 
     def start(self) -> None:
-        """Start the engine's thread, and training; to be called in the event loop."""
+        """Start the engine's thread and training. Call it in the event loop."""
         self._has_no_session.set()
         self.worker.begin(asyncio.get_running_loop())
         if self.tokenizer.chat_template:
@@ -102,7 +102,7 @@ class Service:
             self._adapting = asyncio.create_task(self._adapt(self.adaptive))
 
     async def stop(self) -> None:
-        """End the engine's thread, and training."""
+        """End the engine's thread and training."""
         if self._adapting is not None:
             self._adapting.cancel()
         self.worker.shut_down()
@@ -126,7 +126,7 @@ class Service:
 
     @property
     def cap(self) -> float:
-        """The widest latency target of requests that allow a narrower one; 1: all run as they ask."""
+        """The widest latency target of requests that allow a narrower one. At 1 all run as they ask."""
         return 1.0 if self.adaptive is None else self.adaptive.cap
 
     def _num_trained(self) -> int:
@@ -158,7 +158,7 @@ class Service:
             begun, trained = now, training
 
     async def drain(self) -> None:
-        """Take nothing new; wait for what runs, as long as the settings say, then break it off."""
+        """Take no new requests. Wait for those that run, as long as the settings say, and then break them off."""
         self.is_draining = True
         try:
             await asyncio.wait_for(self._has_no_session.wait(), self.settings.drain_seconds)
@@ -167,7 +167,7 @@ class Service:
                 session.fail(shutting_down())
 
     async def encode(self, text: str | Callable[[], str], *, add_special_tokens: bool) -> list[int]:
-        """Token ids of a text, or of what a function makes of its own accord (a chat template).
+        """Token ids of a text, or of the text that a function returns (such as a chat template).
 
         Args:
             text: the text or the function.
@@ -189,12 +189,12 @@ class Service:
         return await loop.run_in_executor(self._encoder, run)
 
     def room(self, num_prompt: int, choice: Choice) -> int:
-        """Tokens that an answer can have at most; at least 1, so that the engine says what does not fit."""
+        """The most tokens of an answer; at least 1, so that the engine says what does not fit."""
         capacity = self.core.capacity(choice.spec)
         return max(1, min(capacity - num_prompt, self.settings.max_tokens_limit or capacity))
 
     def check(self, num_requests: int, max_tokens: int | None) -> None:
-        """Refuse what is more than the operator allows, at any time.
+        """Refuse a request that is larger than the operator allows.
 
         Raises:
             ApiError: it is.

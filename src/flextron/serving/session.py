@@ -36,7 +36,7 @@ class Session:
         self._requests, self._worker, self._on_close = requests, worker, on_close
         self._metrics, self._adaptive = metrics, adaptive
         self.adapter: NamedAdapter | None = None
-        """What is held in memory for the requests."""
+        """The adapter that is held in memory for the requests."""
         self._events: asyncio.Queue[tuple[int, RequestEvent | ApiError]] = asyncio.Queue()
         self._arrived = time.monotonic()
         self._last: dict[int, float] = {}
@@ -64,7 +64,7 @@ class Session:
         return time.monotonic() - self._arrived if waits else 0.0
 
     async def accepted(self) -> None:
-        """Queue the requests; returns when the engine has taken them.
+        """Queue the requests, and return when the engine has taken them.
 
         Raises:
             PromptError: it cannot take one of the prompts.
@@ -90,11 +90,11 @@ class Session:
                 yield index, event
 
     def fail(self, error: ApiError) -> None:
-        """Break off."""
+        """Break the requests off with an error."""
         self._events.put_nowait((0, error))
 
     def close(self) -> None:
-        """Free what the requests hold; nothing happens the second time."""
+        """Free what the requests hold. A second call does nothing."""
         if self._has_closed:
             return
         self._has_closed = True
