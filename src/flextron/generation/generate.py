@@ -50,6 +50,11 @@ class SamplingParams:
         if not 0 < self.top_p <= 1:
             raise FlextronError(f"top_p must lie in (0, 1], not {self.top_p}")
 
+    @property
+    def is_plain_greedy(self) -> bool:
+        """Whether only the largest logit at each position matters."""
+        return self.temperature == 0 and self.logprobs is None
+
 
 def probabilities(logits_BV: Tensor, params: SamplingParams) -> Tensor:
     """What tokens are drawn from, (B, V), at a temperature above 0; not quite normalised where `top_p` cuts."""

@@ -28,7 +28,14 @@ from flextron.kernels.layout import (
     Tokens,
     Weights,
 )
-from flextron.kernels.quantization import GROUP, column_scales, pack_groups, quantize_groups, quantize_rows
+from flextron.kernels.quantization import (
+    GROUP,
+    column_scales,
+    pack_groups,
+    quantize_groups,
+    quantize_rows,
+    row_errors,
+)
 from flextron.model.decoder import Decoder
 from flextron.model.layers import rotary_tables
 
@@ -60,7 +67,9 @@ def _address(tensor: Tensor | None) -> int | None:
 class NativeStep:
     """A decoder as one call, from token ids to logits. Weights stay where they are; the decoder must outlive this."""
 
-    def __init__(self, decoder: Decoder, page_size: int, weights: Weights = "float32") -> None:
+    def __init__(
+        self, decoder: Decoder, page_size: int, weights: Weights = "float32", *, screens_head: bool = False
+    ) -> None:
         """Collect pointers; with `int8` and `int4`, quantize a copy.
 
         Args:
@@ -68,6 +77,8 @@ class NativeStep:
             page_size: tokens of a page of the KV cache.
             weights: `int8` reads an eight-bit copy of all matrices, a scale a row (norms and biases stay as they are);
                 `int4` one of four bits, a scale for 32 columns of a row, with `o`, `down` and the head in eight.
+            screens_head: keep an eight-bit copy of a float32 head, which finds the likeliest token at a quarter of the
+                bytes; see `num_full` of a call.
 
         Raises:
             FlextronError: `why_not_native` has a reason, or `int4` is asked for and rows cannot be cut into groups.
@@ -120,6 +131,13 @@ class NativeStep:
             final_norm=Norm(_address(norm.weight), _address(getattr(norm, "bias", None))),
             head=self._linear(decoder.head_weight, None, "float32" if weights == "float32" else "int8"),
         )
+        self.screens_head = screens_head and weights == "float32"
+        """Whether the likeliest token can be found without reading the whole head."""
+        if self.screens_head:
+            self._ends.screen = self._linear(decoder.head_weight, None, "int8")
+            errors = row_errors(decoder.head_weight, *self._quantized[-2:])
+            self._ends.errors = _address(errors)
+            self._quantized.append(errors)
 
     def _linear(self, weight: Tensor, bias: int | None, weights: Weights, *, sums_rows: bool = False) -> Linear:
         """With a quantized copy, but for float32; `sums_rows` where rows are inputs, not outputs."""
@@ -150,6 +168,7 @@ class NativeStep:
         cache: Tensor,
         rows: Sequence[int],
         adapters: Sequence[NativeAdapter | None] | None = None,
+        num_full: int | None = None,
     ) -> Tensor:
         """Run all tokens through the decoder.
 
@@ -163,6 +182,8 @@ class NativeStep:
             cache: (blocks, 2, page size, head size), float32.
             rows: tokens after which logits are wanted.
             adapters: of each token, at least as wide as the token's sub-network, or None; none by default.
+            num_full: of how many rows, the leading ones, all logits are wanted; all by default. Of the others only the
+                largest logit is sure to be there, and those that are certainly smaller may be minus infinity.
 
         Returns:
             Logits after these, (rows, vocabulary).
@@ -189,6 +210,7 @@ class NativeStep:
             cache=_address(cache),
             num_logits=len(rows),
             rows=_address(wanted),
+            num_full=len(rows) if num_full is None else num_full,
             logits=_address(logits_RV),
         )
         self._library.flextron_step(
