@@ -50,7 +50,7 @@ def create_app(
         model: an elastic model, which must not change while it is served.
         settings: limits of the server.
         engine: sizes of the engine.
-        jobs: finetuning, if it is offered. Its trainers (`Trainer`) take steps in units between the engine's iterations.
+        jobs: finetuning, if it is offered. Its trainers (`Trainer`) take steps in units between engine iterations.
             The caller closes it when the application has ended.
         adapters: the adapters that requests may name; `jobs` should tell it of those that it makes.
 
