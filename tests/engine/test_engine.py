@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -226,3 +226,22 @@ def test_logprobs_are_the_models_own() -> None:
         top = row.topk(4)
         assert [token for token, _ in output.logprobs.top] == top.indices.tolist()
         assert [value for _, value in output.logprobs.top] == pytest.approx(top.values.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("native", PATHS)
+def test_rounding_does_not_depend_on_where_networks_lie_in_memory(native: bool) -> None:
+    asked = random_requests(random.Random(3), DECODER.config.vocab_size, SPECS, 12)
+    found = set()
+    for seed in range(4):
+        core = engine(DECODER, num_pages=60, native=native, max_num_seqs=12, max_num_batched_tokens=64)
+        # holes in the memory, filled in any order
+        holes = [replace(core.network(DECODER.config.full_spec)) for _ in range(200)]
+        random.Random(seed).shuffle(holes)
+        networks = {}
+        for spec in SPECS:
+            holes.pop()
+            networks[spec] = core.network(spec)
+        for i, r in enumerate(asked):
+            core.add(f"{i}", r.prompt, SamplingParams(max_tokens=8, logprobs=3), networks[r.spec])
+        found.add(tuple(o.logprobs for _ in range(12) for o in core.step()))
+    assert len(found) == 1
