@@ -1,4 +1,4 @@
-"""Examples side by side in one row of tokens, of which any window can be run.
+"""Examples side by side in one row of tokens, of which any chunk can be run.
 
 Shapes: T tokens of all examples that are run.
 """
@@ -70,17 +70,17 @@ class Packed:
         return len(self.tokens_T)
 
     def lengths(self, start: int, stop: int) -> tuple[int, ...]:
-        """Tokens of each example in a window."""
+        """Tokens of each example in a chunk."""
         cuts = [start, *(s for s in self._starts if start < s < stop), stop]
         return tuple(b - a for a, b in pairwise(cuts))
 
     def rope(self, layer: int, start: int, stop: int) -> Tables | None:
-        """Rotations of a window's tokens in a layer; see `rope.rotary_tables`."""
+        """Rotations of a chunk's tokens in a layer; see `rope.rotary_tables`."""
         tables = self._ropes[layer]
         return None if tables is None else (tables[0][start:stop], tables[1][start:stop])
 
     def seen(self, layer: int, start: int) -> slice:
-        """The tokens before a window that its first token sees in a layer."""
+        """The tokens before a chunk that its first token sees in a layer."""
         window = self._config.window_of(layer)
         first = self._starts[bisect_right(self._starts, start) - 1]
         return slice(first if window is None else max(first, start + 1 - window), start)
