@@ -53,9 +53,11 @@ class Decoding:
         weights: Weights = "float32",
         *,
         screens_head: bool = False,
+        adapts_threads: bool = False,
     ) -> None:
         """Read the prompts; by default the whole head is read for each token, as limits of bytes suppose."""
-        self.core = EngineCore(decoder, EngineSettings(weights=weights, screens_head=screens_head))
+        settings = EngineSettings(weights=weights, screens_head=screens_head, adapts_threads=adapts_threads)
+        self.core = EngineCore(decoder, settings)
         self._num_sequences = len(specs)
         for i, (spec, request) in enumerate(zip(specs, requests(len(specs), prompts=(32, 32)), strict=True)):
             self.core.add(str(i), request.prompt, _params(1024), self.core.network(spec))

@@ -17,6 +17,7 @@ from benchmarks.serving.decode import (
 )
 from benchmarks.serving.head import equal_tokens, screened_head
 from benchmarks.serving.iteration import batch_cost, overhead
+from benchmarks.serving.neighbours import beside_four, beside_one
 from benchmarks.serving.subnetworks import kv_memory, mixed_batch, small_mixed_batch, subnet_time
 from benchmarks.serving.throughput import exact_tokens, throughput_against_llamacpp, throughput_against_transformers
 
@@ -45,5 +46,7 @@ def run() -> bool:
             kv_memory,
             overhead,
             batch_cost,
+            beside_one,
+            beside_four,
         ],
     )

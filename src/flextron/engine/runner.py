@@ -101,6 +101,7 @@ class Runner:
         weights: Weights = "float32",
         draft_weights: Weights | None = None,
         screens_head: bool = True,
+        adapts_threads: bool = True,
     ) -> None:
         """Reserve the cache.
 
@@ -112,6 +113,7 @@ class Runner:
             weights: precision of the matrices; `int8` and `int4` run in the compiled iteration only.
             draft_weights: another precision that `run` may be asked for.
             screens_head: keep a float32 head in eight bits, too, for chunks of which the likeliest token is enough.
+            adapts_threads: let the compiled iteration run on fewer threads while that is faster.
 
         Raises:
             FlextronError: `native`, `int8` or `int4` is asked for and not possible.
@@ -126,7 +128,8 @@ class Runner:
         runs_compiled = why_not_native(decoder) is None if native is None else native
         if not runs_compiled:
             wanted -= {"float32"}  # PyTorch's operators run these
-        self._native = {w: NativeStep(decoder, page_size, w, screens_head=screens_head) for w in sorted(wanted)}
+        how = {"screens_head": screens_head, "adapts_threads": adapts_threads}
+        self._native = {w: NativeStep(decoder, page_size, w, **how) for w in sorted(wanted)}
         self._columns: dict[tuple[tuple[Network, int], ...], tuple[Tensor, Tensor, Tensor]] = {}
         self._adapters: dict[Adapter, NativeAdapter | None] = {}
         """Compiled forms of adapters; None for those that only PyTorch's operators can run."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from flextron.kernels.layout import (
     Tokens,
     Weights,
 )
+from flextron.kernels.pace import ThreadPace
 from flextron.kernels.quantization import (
     GROUP,
     column_scales,
@@ -41,6 +43,8 @@ from flextron.model.layers import rotary_tables
 
 __all__ = ["NativeStep", "Weights", "why_not_native"]
 
+_PRODUCTS_A_READ = 16
+"""Products of a row of weights with tokens that take about as long as reading it from memory."""
 _TANH = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
 """Names of one function."""
 
@@ -68,7 +72,13 @@ class NativeStep:
     """A decoder as one call, from token ids to logits. Weights stay where they are; the decoder must outlive this."""
 
     def __init__(
-        self, decoder: Decoder, page_size: int, weights: Weights = "float32", *, screens_head: bool = False
+        self,
+        decoder: Decoder,
+        page_size: int,
+        weights: Weights = "float32",
+        *,
+        screens_head: bool = False,
+        adapts_threads: bool = False,
     ) -> None:
         """Collect pointers; with `int8` and `int4`, quantize a copy.
 
@@ -79,6 +89,7 @@ class NativeStep:
                 `int4` one of four bits, a scale for 32 columns of a row, with `o`, `down` and the head in eight.
             screens_head: keep an eight-bit copy of a float32 head, which finds the likeliest token at a quarter of the
                 bytes; see `num_full` of a call.
+            adapts_threads: run on fewer threads than PyTorch has while that is faster.
 
         Raises:
             FlextronError: `why_not_native` has a reason, or `int4` is asked for and rows cannot be cut into groups.
@@ -113,6 +124,7 @@ class NativeStep:
         )
         self._layers = (LayerWeights * config.num_hidden_layers)()
         self._cos_sin = (torch.empty(0, 0), torch.empty(0, 0))
+        self._pace = ThreadPace(torch.get_num_threads()) if adapts_threads else None
         self._quantized: list[Tensor] = []
         """Kept alive for the pointers."""
         for layer, native in zip(decoder.layers, self._layers, strict=True):
@@ -213,14 +225,22 @@ class NativeStep:
             num_full=len(rows) if num_full is None else num_full,
             logits=_address(logits_RV),
         )
-        self._library.flextron_step(
-            ctypes.byref(self._shape),
-            self._layers,
-            ctypes.byref(self._ends),
-            ctypes.byref(tokens),
-            torch.get_num_threads(),
-        )
+        self._run(tokens, mlp_widths_LN)
         return logits_RV
+
+    def _run(self, tokens: Tokens, mlp_widths_LN: Tensor) -> None:
+        """Call the library on as many threads as are the fastest now."""
+        structs = [ctypes.byref(self._shape), self._layers, ctypes.byref(self._ends), ctypes.byref(tokens)]
+        if self._pace is None:
+            self._library.flextron_step(*structs, torch.get_num_threads())
+            return
+        threads = self._pace.choose()
+        began = perf_counter()
+        self._library.flextron_step(*structs, threads)
+        seconds = perf_counter() - began
+        # a row of weights is read once, and multiplied with each token that is as wide
+        rows = mlp_widths_LN.amax(1).sum() + mlp_widths_LN.sum() / _PRODUCTS_A_READ
+        self._pace.learn(float(rows), seconds)
 
     def _rotations(self, positions_N: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Cosines and sines of the positions, (N, rotated) each, out of tables that grow with the longest sequence."""
