@@ -50,11 +50,18 @@ class Block(dict):
 class DeciLMConfig(PretrainedConfig):
     model_type = "nemotron-nas"
 
-    def __init__(self, block_configs=None, **kwargs):
+    def __init__(
+        self, block_configs=None, max_position_embeddings=2048, rope_parameters=None, rope_scaling=None, **kwargs
+    ):
         self.block_configs = [
             Block(attention=Block(block["attention"]), ffn=Block(block["ffn"])) for block in block_configs or []
         ]
+        self.max_position_embeddings = max_position_embeddings
+        self.rope_parameters = rope_parameters
         super().__init__(**kwargs)
+        # transformers 5 keeps it in rope_parameters alone
+        if not hasattr(PretrainedConfig, "standardize_rope_params"):
+            self.rope_scaling = rope_scaling
 ''',
 )
 _USAGE = "vllm serve PATH --trust-remote-code"

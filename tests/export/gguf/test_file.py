@@ -108,7 +108,7 @@ def test_any_sub_network_computes_the_same_in_its_file(
         found = reference.logits(TOKENS[0].tolist())[None]
         assert reference.used | {n for n in reference.tensors if n.endswith(".bias")} == reference.tensors.keys()
     else:
-        assert spec.is_uniform
+        assert made.widths.is_uniform
         found = our_logits(load_decoder(open_pretrained(path)), TOKENS)
     assert relative_error(found, expected) <= 2e-5
 
