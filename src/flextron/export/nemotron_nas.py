@@ -18,6 +18,7 @@ from flextron.errors import FlextronError
 from flextron.export.format import Order
 from flextron.export.huggingface import DIRECTORY_PRECISIONS, generation_config_of, write_card
 from flextron.export.source import Source
+from flextron.export.traits import unusual_traits
 from flextron.files import new_directory
 from flextron.model.config import DecoderConfig, Rope
 from flextron.model.decoder import Decoder
@@ -120,6 +121,8 @@ def _check_family(config: DecoderConfig) -> None:
             f"nemotron-nas holds models of {', '.join(_FAMILIES)} with silu, not {config.family} with "
             f"{config.activation}"
         )
+    if unusual := unusual_traits(config):
+        raise FlextronError(f"nemotron-nas is written without {unusual[0]}, which the model has")
     if config.sliding_window is not None:
         raise FlextronError(
             f"nemotron-nas is run without the sliding window of {config.sliding_window} tokens that the model has"

@@ -8,13 +8,14 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 
 import pytest
 from transformers import LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 import flextron
-from flextron.export import FORMATS, export
+from flextron.export import FORMATS, Source, export
 from flextron.generation.generate import SamplingParams, generate
 from flextron.spec import SubnetSpec
 from tests.checkpoints.families_cases import CASES
@@ -59,24 +60,23 @@ MIXED = (
 )
 
 
-def theirs(path: Path, ids: Sequence[int], num_tokens: int) -> list[int]:
-    """llama.cpp's greedy continuation."""
+def theirs(path: Path, prompts: Sequence[Sequence[int]], num_tokens: int = 32) -> list[list[int]]:
+    """llama.cpp's greedy continuations, with keys and values in 32 bits."""
     model = llama_cpp.Llama(
-        str(path), n_ctx=128, n_threads=2, n_gpu_layers=0, verbose=False, logits_all=False, flash_attn=False,
-        type_k=0, type_v=0,
-    )  # fmt: skip
+        str(path), n_ctx=128, n_threads=1, n_threads_batch=1, n_gpu_layers=0, type_k=0, type_v=0, verbose=False
+    )
     found = []
-    for token in model.generate(list(ids), temp=0.0, top_k=1, repeat_penalty=1.0):
-        found.append(int(token))
-        if len(found) == num_tokens:
-            break
+    for ids in prompts:
+        tokens = model.generate(list(ids), temp=0.0, top_k=1, repeat_penalty=1.0, reset=True)
+        found.append([int(token) for token in islice(tokens, num_tokens)])
     model.close()
     return found
 
 
-def ours(source: object, spec: SubnetSpec, ids: Sequence[int], num_tokens: int) -> list[int]:
+def ours(source: Source, spec: SubnetSpec, prompts: Sequence[Sequence[int]], num_tokens: int = 32) -> list[list[int]]:
+    """The same of the sub-network here."""
     params = SamplingParams(max_tokens=num_tokens, temperature=0.0)
-    return generate(source.decoder, [list(ids)], spec, params)[0]  # type: ignore[attr-defined]
+    return [generate(source.decoder, [list(ids)], spec, params)[0] for ids in prompts]
 
 
 @pytest.mark.parametrize("spec", MIXED, ids=["widths", "halves", "layers"])
@@ -87,9 +87,8 @@ def test_heterogeneous_sub_networks_of_random_models(case: str, spec: SubnetSpec
     made = export(source, tmp_path / "model.gguf", spec, format=GGUF, precision="float32")
     assert made.architecture == ("openelm" if case == "qwen3" else "deci")
     rng = random.Random(0)
-    for _ in range(5):
-        ids = [rng.randrange(len(tokenizer)) for _ in range(7)]
-        assert theirs(made.path, ids, 32) == ours(source, spec, ids, 32)
+    prompts = [[rng.randrange(len(tokenizer)) for _ in range(7)] for _ in range(5)]
+    assert theirs(made.path, prompts) == ours(source, spec, prompts)
 
 
 @pytest.mark.parametrize("case", ["llama", "llama-3", "qwen2", "qwen3", "gpt2", "neox"])
@@ -99,8 +98,8 @@ def test_uniform_and_padded_sub_networks_of_each_family(case: str, tmp_path: Pat
     groups = source.decoder.config.num_groups
     for i, spec in enumerate((SubnetSpec.of([24, 0, 24], [groups, 0, groups]), SubnetSpec.of([8, 24, 0], [1, 0, 2]))):
         made = export(source, tmp_path / f"{i}.gguf", spec, format=GGUF, precision="float32", pad=True)
-        for ids in ([5, 9, 2, 11], [300, 1, 77]):
-            assert theirs(made.path, ids, 32) == ours(source, spec, ids, 32)
+        prompts = [[5, 9, 2, 11], [300, 1, 77]]
+        assert theirs(made.path, prompts) == ours(source, spec, prompts)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -125,6 +124,5 @@ def test_heterogeneous_sub_networks_of_smollm2(tmp_path: Path) -> None:
         spec = model.space.heterogeneous(size, rng)
         made = model.export(tmp_path / "model.gguf", spec=spec, precision="float32", overwrite=True)
         assert made.architecture == "deci"
-        for prompt in PROMPTS:
-            ids = model.tokenizer(prompt)["input_ids"]
-            assert theirs(made.path, ids, 32) == ours(model, spec, ids, 32)
+        prompts = [model.tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+        assert theirs(made.path, prompts) == ours(model, spec, prompts)

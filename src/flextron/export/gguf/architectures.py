@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from flextron.errors import FlextronError
+from flextron.export.traits import unusual_traits
 from flextron.export.widen import FILL
 from flextron.model.config import DecoderConfig
 from flextron.spec import LayerSpec, SubnetSpec
@@ -125,9 +126,11 @@ def _obstacles(architecture: Architecture, config: DecoderConfig, spec: SubnetSp
         yield f"{name} has no place for the biases of {', '.join(extra)}"
     if not architecture.has_head and not config.tie_word_embeddings:
         yield f"{name} has no head apart from the embedding"
-    scaling = None if config.rope is None else config.rope.scaling
-    if scaling is not None and scaling["rope_type"] != "linear" and not architecture.has_frequencies:
-        yield f"{name} has no rope scaling of type {scaling['rope_type']}"
+    if unusual := unusual_traits(config):
+        yield f"{name} is written without {unusual[0]}"
+    kind = "default" if config.rope is None or config.rope.scaling is None else config.rope.scaling["rope_type"]
+    if kind not in ("default", "linear", *(["llama3"] if architecture.has_frequencies else [])):
+        yield f"{name} is written without rope scaling of type {kind}"
     if architecture.fills_hidden and spec.is_uniform:
         rows = spec.layers[spec.kept_layers[0]].num_groups * config.query_rows_per_group
         if rows != config.hidden_size:
