@@ -19,7 +19,7 @@ from flextron.spec import SubnetSpec
 from tests.export.sources import measured
 
 UNIFORM = SubnetSpec.uniform(num_hidden_layers=4, intermediate_size=128, num_groups=2)
-MIXED = SubnetSpec.of([256, 64, 0, 128], [4, 1, 0, 2])
+MIXED = SubnetSpec.of([256, 192, 0, 256], [4, 2, 0, 2])
 
 
 @pytest.fixture
