@@ -29,7 +29,7 @@ from flextron.training.blocks import TokenBlocks
 from flextron.training.recipe import TrainRecipe
 from flextron.training.trainer import TrainingRun
 
-__all__ = ["demo_record", "run"]
+__all__ = ["DEMO", "demo_record", "run"]
 
 
 def families() -> Figure:
@@ -48,7 +48,7 @@ def families() -> Figure:
 
 def permuted_full() -> Figure:
     """SmolLM2: permuted full model against transformers' original."""
-    tokens = smollm2.eval_windows()
+    tokens = smollm2.eval_sequences()
     ours = smollm2.decoder()
     permute(ours, rank(ours, tokens[:8]))
     theirs = smollm2.peer()
@@ -74,7 +74,7 @@ def permuted_full() -> Figure:
 
 def four_forms() -> Figure:
     """Masked, sliced, extracted, and reloaded by stock transformers."""
-    tokens = smollm2.eval_windows(512)
+    tokens = smollm2.eval_sequences(512)
     ours = smollm2.decoder()
     config = ours.config
     spec = SubnetSpec.uniform(num_hidden_layers=30, intermediate_size=768, num_groups=2, skip=(14, 25))
@@ -217,12 +217,14 @@ def _peer_step(tokens: torch.Tensor):
     return step
 
 
+DEMO = Path("out/demo-from-scratch")
+
+
 def demo_record() -> dict:
-    """The demo's record; runs the demo where it was not run yet."""
-    subprocess.run(
-        [sys.executable, "-m", "flextron", "demo", "--from-scratch", "--json"], check=True, stdout=subprocess.DEVNULL
-    )
-    return json.loads(Path("out/demo/demo.json").read_text(encoding="utf-8"))
+    """The record of the demo that converts and trains; runs it where it was not run yet."""
+    command = [sys.executable, "-m", "flextron", "demo", "--from-scratch", "--output", str(DEMO), "--json"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return json.loads((DEMO / "demo.json").read_text(encoding="utf-8"))
 
 
 def demo_quality() -> Figure:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flextron.engine.request import Chunk, Network
-from flextron.generation.decoding import unit_offsets
+from flextron.generation.decoding import block_offsets
 from flextron.kernels.adapters import NativeAdapter, why_adapter_not_native
 from flextron.kernels.decoder import NativeStep, Weights, why_not_native
 from flextron.model.adapter import Adapter
@@ -20,14 +20,14 @@ from flextron.model.config import DecoderConfig
 from flextron.model.decoder import Decoder
 from flextron.spec import SubnetSpec
 
-__all__ = ["PagedAttention", "Runner", "make_network", "nested_network", "unit_bytes"]
+__all__ = ["PagedAttention", "Runner", "block_bytes", "make_network", "nested_network"]
 
 
 _COMPILED, _ADAPTED_MLP, _OTHER = "compiled", "adapted MLP", "other"
 
 
-def unit_bytes(decoder: Decoder, page_size: int) -> int:
-    """Bytes of a unit: keys and values of one KV head of one layer for a page's tokens."""
+def block_bytes(decoder: Decoder, page_size: int) -> int:
+    """Bytes of a block: keys and values of one KV head of one layer for a page's tokens."""
     return 2 * page_size * decoder.config.head_dim * decoder.dtype.itemsize
 
 
@@ -43,8 +43,8 @@ def make_network(
         name: differs for networks whose keys and values differ.
         adapter: what stands beside its linears, if anything.
     """
-    *offsets, num_units = unit_offsets(config, spec)
-    return Network(spec, router, adapter, num_units=num_units, unit_offsets=tuple(offsets), key=name.encode())
+    *offsets, num_blocks = block_offsets(config, spec)
+    return Network(spec, router, adapter, num_blocks=num_blocks, block_offsets=tuple(offsets), key=name.encode())
 
 
 def nested_network(own: Network, spec: SubnetSpec) -> Network:
@@ -74,15 +74,15 @@ class PagedAttention:
     def _one(self, layer: int, chunk: Chunk, q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor) -> Tensor:
         size, device = self._page_size, q_NHd.device
         start, end = chunk.start, chunk.start + len(q_NHd)
-        first = chunk.network.unit_offsets[layer]
+        first = chunk.network.block_offsets[layer]
         num_heads = k_NKd.shape[1]
         # (pages, KV heads)
-        units = chunk.request.block_table[: -(-end // size), first : first + num_heads].long().to(device)
+        blocks = chunk.request.block_table[: -(-end // size), first : first + num_heads].long().to(device)
         positions = torch.arange(start, end, device=device)
-        own, within = units[positions // size], (positions % size)[:, None].expand(-1, num_heads)
+        own, within = blocks[positions // size], (positions % size)[:, None].expand(-1, num_heads)
         self._cache[own, 0, within], self._cache[own, 1, within] = k_NKd, v_NKd
         # (pages, KV heads, 2, page, d) to (2, KV heads, tokens, d)
-        kv = self._cache[units].permute(2, 1, 0, 3, 4).flatten(2, 3)[:, None, :, :end]
+        kv = self._cache[blocks].permute(2, 1, 0, 3, 4).flatten(2, 3)[:, None, :, :end]
         mask = window_mask(positions, torch.arange(end, device=device), self._window)
         out = sdpa(q_NHd.transpose(0, 1)[None], kv[0], kv[1], mask=mask)
         return out[0].transpose(0, 1)
@@ -95,28 +95,32 @@ class Runner:
         self,
         decoder: Decoder,
         *,
-        num_units: int,
+        num_blocks: int,
         page_size: int,
         native: bool | None = None,
         weights: Weights = "float32",
         draft_weights: Weights | None = None,
+        screens_head: bool = True,
+        adapts_threads: bool = True,
     ) -> None:
         """Reserve the cache.
 
         Args:
             decoder: the full, frozen model.
-            num_units: units of the cache.
+            num_blocks: blocks of the cache.
             page_size: tokens of a page.
             native: whether to run the compiled iteration; where it can by default.
             weights: precision of the matrices; `int8` and `int4` run in the compiled iteration only.
             draft_weights: another precision that `run` may be asked for.
+            screens_head: keep a float32 head in eight bits, too, for chunks of which the likeliest token is enough.
+            adapts_threads: let the compiled iteration run on fewer threads while that is faster.
 
         Raises:
             FlextronError: `native`, `int8` or `int4` is asked for and not possible.
         """
         config = decoder.config
         self.decoder = decoder
-        shape = (num_units, 2, page_size, config.head_dim)
+        shape = (num_blocks, 2, page_size, config.head_dim)
         # zeros cost nothing until they are written: the system gives pages on first use
         self.cache = torch.zeros(shape, dtype=decoder.dtype, device=decoder.device)
         self._weights = weights
@@ -124,7 +128,8 @@ class Runner:
         runs_compiled = why_not_native(decoder) is None if native is None else native
         if not runs_compiled:
             wanted -= {"float32"}  # PyTorch's operators run these
-        self._native = {w: NativeStep(decoder, page_size, w) for w in sorted(wanted)}
+        how = {"screens_head": screens_head, "adapts_threads": adapts_threads}
+        self._native = {w: NativeStep(decoder, page_size, w, **how) for w in sorted(wanted)}
         self._columns: dict[tuple[tuple[Network, int], ...], tuple[Tensor, Tensor, Tensor]] = {}
         self._adapters: dict[Adapter, NativeAdapter | None] = {}
         """Compiled forms of adapters; None for those that only PyTorch's operators can run."""
@@ -144,7 +149,8 @@ class Runner:
             weights: precision; the engine's by default.
 
         Returns:
-            Scores over the vocabulary where the chunks want them, (positions, vocabulary), in their order.
+            Scores over the vocabulary where the chunks want them, (positions, vocabulary), in their order. Where a
+            chunk does not need all, those that are certainly not the largest may be minus infinity.
         """
         native = self._native.get(weights or self._weights)
         groups = self._groups(chunks, native is not None)
@@ -193,7 +199,23 @@ class Runner:
         if any(c.network.adapter is not None for c in chunks):
             each = [None if c.network.adapter is None else self._adapters[c.network.adapter] for c in chunks]
             adapters = [a for a, c in zip(each, chunks, strict=True) for _ in c.tokens]
-        return native(tokens_N, positions_N, widths_LN, groups_LN, block_tables, offsets_LN, self.cache, rows, adapters)
+        # those of which all logits are wanted come first
+        full = [c.needs_all_logits for c in chunks for _ in range(c.num_logits)]
+        order = sorted(range(len(rows)), key=lambda i: not full[i])
+        wanted = [rows[i] for i in order]
+        logits_RV = native(
+            tokens_N,
+            positions_N,
+            widths_LN,
+            groups_LN,
+            block_tables,
+            offsets_LN,
+            self.cache,
+            wanted,
+            adapters,
+            sum(full),
+        )
+        return logits_RV if wanted == rows else logits_RV[torch.tensor(order).argsort()]
 
     def _with_operators(self, tokens_N: Tensor, positions_N: Tensor, chunks: Sequence[Chunk]) -> Tensor:
         """Final hidden states by PyTorch's operators; (N, D)."""
@@ -210,7 +232,7 @@ class Runner:
         return hidden
 
     def _layout(self, chunks: Sequence[Chunk]) -> tuple[Tensor, Tensor, Tensor]:
-        """Neurons, groups and first units of every token in every layer, (layers, N); kept for the next iteration."""
+        """Neurons, groups and first blocks of every token in every layer, (layers, N); kept for the next iteration."""
         key = tuple((c.network, len(c.tokens)) for c in chunks)
         found = self._columns.get(key)
         if found is None:
@@ -224,7 +246,7 @@ class Runner:
             found = (
                 table([[layer.intermediate_size for layer in w.spec.layers] for w in networks]),
                 table([[layer.num_groups for layer in w.spec.layers] for w in networks]),
-                table([list(w.unit_offsets) for w in networks]),
+                table([list(w.block_offsets) for w in networks]),
             )
             self._columns[key] = found
         return found

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flextron.errors import FlextronError
 from flextron.generation.decoding import Steps
+from flextron.generation.prompts import check_prompt
 from flextron.model.batch import TokenChoice
 from flextron.model.decoder import Decoder
 from flextron.spec import SubnetSpec
@@ -48,6 +49,11 @@ class SamplingParams:
             raise FlextronError(f"logprobs must be at least 0, not {self.logprobs}")
         if not 0 < self.top_p <= 1:
             raise FlextronError(f"top_p must lie in (0, 1], not {self.top_p}")
+
+    @property
+    def is_plain_greedy(self) -> bool:
+        """Whether only the largest logit at each position matters."""
+        return self.temperature == 0 and self.logprobs is None
 
 
 def probabilities(logits_BV: Tensor, params: SamplingParams) -> Tensor:
@@ -97,26 +103,15 @@ def stream(
         router: chooses the MLP width of each token, of prompts and answers; by default all have the spec's.
 
     Raises:
-        FlextronError: a prompt is empty, prompt and answer exceed the model's positions, or the router is of another
-            model.
+        FlextronError: the model cannot continue a prompt (`check_prompt`), or the router is of another model.
     """
     if not prompts:
         return
     if router is not None:
         router.check(decoder.config, spec)
+    for prompt in prompts:
+        check_prompt(decoder.config, prompt, params.max_tokens)
     longest = max(len(p) for p in prompts) + params.max_tokens
-    if any(len(p) == 0 for p in prompts):
-        raise FlextronError("a prompt is empty; give at least one token")
-    if not all(0 <= token < decoder.config.vocab_size for p in prompts for token in p):
-        raise FlextronError(
-            f"a prompt holds tokens outside the model's vocabulary of {decoder.config.vocab_size}; "
-            "its tokenizer is another model's"
-        )
-    if longest > decoder.config.max_position_embeddings:
-        raise FlextronError(
-            f"prompt and answer come to {longest} tokens; the model has {decoder.config.max_position_embeddings} "
-            "positions: shorten the prompt or lower max_tokens"
-        )
     device = decoder.device
     generator = None if params.seed is None else torch.Generator(device).manual_seed(params.seed)
     steps = Steps(decoder, spec, len(prompts), longest, router)

@@ -73,6 +73,8 @@ class GenerationBody(_Strict):
 
     endpoint: ClassVar[str]
     """The endpoint's name in the table of keys."""
+    prompt_key: ClassVar[str]
+    """The key that the prompt comes from."""
 
     @model_validator(mode="before")
     @classmethod
@@ -126,6 +128,7 @@ class CompletionBody(GenerationBody):
     """Body of `/v1/completions`."""
 
     endpoint = "completions"
+    prompt_key = "prompt"
 
     prompt: str | list[str] | list[int] | list[list[int]]
     best_of: int | None = None
@@ -182,6 +185,7 @@ class ChatBody(GenerationBody):
     """Body of `/v1/chat/completions`."""
 
     endpoint = "chat"
+    prompt_key = "messages"
 
     messages: Annotated[list[Message], Field(min_length=1), BeforeValidator(check_messages)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None

@@ -11,7 +11,6 @@ from flextron.engine.output import Delta
 from flextron.server.bodies import CompletionBody
 from flextron.server.responses import respond
 from flextron.serving.service import Service
-from flextron.serving.tokens import TokenNames
 
 __all__ = ["completions"]
 
@@ -30,11 +29,7 @@ async def completions(request: Request, service: Service, body: CompletionBody) 
     special = body.add_special_tokens is not False
     prompts = [await service.encode(p, add_special_tokens=special) if isinstance(p, str) else p for p in body.prompts]
     most = [body.max_tokens or min(_DEFAULT_TOKENS, service.room(len(p), choice)) for p in prompts]
-    service.check_tokens(prompts)
-    texts: list[str] = []
-    if body.echo:
-        texts = [p if isinstance(p, str) else str(service.tokenizer.decode(p)) for p in body.prompts]
-    form = _CompletionForm(service.names, texts, body)
+    form = _CompletionForm(service, body)
     return await respond(request, service, body, choice, prompts, most, form)
 
 
@@ -43,9 +38,9 @@ class _CompletionForm:
 
     prefix, whole_object, piece_object = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, names: TokenNames, echoed: list[str], body: CompletionBody) -> None:
-        """Take the prompts' texts, if answers begin with them."""
-        self._names, self._echoed, self._body = names, echoed, body
+    def __init__(self, service: Service, body: CompletionBody) -> None:
+        """Answer a request."""
+        self._service, self._body = service, body
 
     def whole(self, index: int, piece: Delta) -> dict[str, Any]:
         """With the prompt, if it is echoed."""
@@ -53,14 +48,19 @@ class _CompletionForm:
 
     def opening(self, index: int) -> dict[str, Any] | None:
         """The prompt, if it is echoed."""
-        return self._choice(index, self._echo(index), Delta()) if self._echoed else None
+        return self._choice(index, self._echo(index), Delta()) if self._body.echo else None
 
     def part(self, index: int, piece: Delta) -> list[dict[str, Any]]:
         """One entry."""
         return [self._choice(index, piece.text, piece)]
 
     def _echo(self, index: int) -> str:
-        return self._echoed[index // self._body.num_choices] if self._echoed else ""
+        """What the answer begins with."""
+        if not self._body.echo:
+            return ""
+        prompt = self._body.prompts[index // self._body.num_choices]
+        # only now, as the engine has found all ids in the vocabulary
+        return prompt if isinstance(prompt, str) else str(self._service.tokenizer.decode(prompt))
 
     def _choice(self, index: int, text: str, piece: Delta) -> dict[str, Any]:
         reason = None if piece.finish_reason is None else piece.finish_reason.value
@@ -68,7 +68,7 @@ class _CompletionForm:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
     def _logprobs(self, piece: Delta) -> dict[str, Any]:
-        key = self._names.key
+        key = self._service.names.key
         return {
             "tokens": [key(token) for token in piece.token_ids],
             "token_logprobs": [max(p.chosen, _LEAST_LOGPROB) for p in piece.logprobs],
