@@ -33,7 +33,7 @@ class Architecture:
     activation: str
     """The one that its code computes."""
     biases: frozenset[str] = frozenset()
-    """Of `qkv`, `output` and `mlp`: the linears whose biases it reads."""
+    """The linears whose biases it reads: `qkv`, `output` and `mlp`."""
     needs_attention_biases: bool = False
     """Whether it refuses files without the attention's biases, which a model of the family may not have."""
     has_layers: bool = False
