@@ -130,7 +130,7 @@ def _check_family(config: DecoderConfig) -> None:
 
 
 def _with_groups(spec: SubnetSpec, groups: int, *, every_layer: bool) -> SubnetSpec:
-    """As many groups in the first layer, and in all others that have attention (`every_layer`)."""
+    """The spec with as many groups in its first layer, and in all others that have attention (`every_layer`)."""
     first = spec.kept_layers[0]
     return SubnetSpec(
         layers=tuple(
