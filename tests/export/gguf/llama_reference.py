@@ -1,4 +1,4 @@
-"""What llama.cpp computes of a GGUF file with one entry a layer, spelt out: its graphs of `deci` and `openelm`.
+"""What llama.cpp computes of a GGUF file, spelt out: its graphs of `deci`, `llama` and `openelm`.
 
 Written from their description, row by row, with the peculiarities that matter: the head size comes from the key's
 length only if the first layer has heads; a layer whose MLP has no width is passed over, attention and all.
@@ -24,11 +24,16 @@ class ReferenceModel:
         self.fields: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
         self.tensors = {t.name: torch.from_numpy(np.array(t.data, dtype=np.float32)) for t in reader.tensors}
         self.arch = self.fields["general.architecture"]
-        assert self.arch in ("deci", "openelm")
+        assert self.arch in ("deci", "llama", "openelm")
         self.used: set[str] = set()
 
     def key(self, name: str) -> Any:
         return self.fields[f"{self.arch}.{name}"]
+
+    def sizes(self, name: str) -> list[int]:
+        """One number a layer; `llama` has one for all."""
+        found = self.key(name)
+        return found if isinstance(found, list) else [found] * self.key("block_count")
 
     def tensor(self, name: str) -> Tensor:
         self.used.add(name)
@@ -43,12 +48,12 @@ class ReferenceModel:
         return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * self.tensor(f"{name}.weight")
 
     def rotate(self, x_THd: Tensor) -> Tensor:
-        """Pairs are neighbours in `deci`, and half a head apart in `openelm`."""
+        """Pairs are half a head apart in `openelm`, and neighbours in the others."""
         dim, out = x_THd.shape[-1], torch.empty_like(x_THd)
         factors = self.tensor("rope_freqs.weight") if "rope_freqs.weight" in self.tensors else torch.ones(dim // 2)
         scale = self.fields.get(f"{self.arch}.rope.scaling.factor", 1.0)
         for j in range(dim // 2):
-            a, b = (2 * j, 2 * j + 1) if self.arch == "deci" else (j, j + dim // 2)
+            a, b = (2 * j, 2 * j + 1) if self.arch != "openelm" else (j, j + dim // 2)
             speed = self.key("rope.freq_base") ** (-2 * j / dim) / float(factors[j]) / scale
             angle = torch.arange(len(x_THd))[:, None] * speed
             out[..., a] = x_THd[..., a] * angle.cos() - x_THd[..., b] * angle.sin()
@@ -56,7 +61,7 @@ class ReferenceModel:
         return out
 
     def attention(self, x: Tensor, layer: str, heads: int, kv_heads: int) -> Tensor:
-        dim = self.key("attention.key_length") if self.key("attention.head_count")[0] else 0
+        dim = self.key("attention.key_length") if self.sizes("attention.head_count")[0] else 0
         if self.arch == "openelm":
             rows = self.linear(x, f"{layer}.attn_qkv").view(len(x), -1, dim)
             q, k, v = rows.split([heads, kv_heads, kv_heads], dim=1)
@@ -76,8 +81,8 @@ class ReferenceModel:
     def logits(self, tokens: list[int]) -> Tensor:
         """Scores after each token, (T, vocabulary)."""
         x = self.tensor("token_embd.weight")[tokens]
-        heads, kv_heads = self.key("attention.head_count"), self.key("attention.head_count_kv")
-        for i, width in enumerate(self.key("feed_forward_length")):
+        heads, kv_heads = self.sizes("attention.head_count"), self.sizes("attention.head_count_kv")
+        for i, width in enumerate(self.sizes("feed_forward_length")):
             layer = f"blk.{i}"
             if width == 0:
                 continue
