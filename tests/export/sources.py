@@ -15,6 +15,20 @@ from flextron.routing import Frontier, FrontierPoint
 from flextron.spec import SearchSpace, SubnetSpec
 from tests.checkpoints.families_cases import decoder_of, hf_config_of, random_from
 
+PLAIN = (
+    "llama",
+    "llama-3",
+    "llama-linear",
+    "llama-mqa",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gpt2",
+    "neox",
+    "neox-sequential",
+)
+"""Cases without traits that only some formats express."""
+
 
 @dataclass
 class RandomSource:

@@ -30,10 +30,19 @@ def widened(decoder: Decoder, spec: SubnetSpec, widths: SubnetSpec) -> Decoder:
         decoder: the model that holds the sub-network.
         spec: the sub-network, nested in `widths` and in the decoder.
         widths: widths of the copy; they may exceed the decoder's.
+
+    Raises:
+        FlextronError: heads of zeros would count, because one norm spans all queries.
     """
     small = extract(decoder, spec)
     if widths == spec:
         return small
+    pairs = zip(spec.num_groups, widths.num_groups, strict=True)
+    if decoder.config.qk_norm == "width" and any(0 < own < wide for own, wide in pairs):
+        raise FlextronError(
+            f"{decoder.config.family} normalises all heads as one vector, in which heads of zeros would count; "
+            "choose a sub-network with the same number of groups in all layers"
+        )
     with torch.device("meta"):
         wide = Decoder(decoder.config, widths)
     wide.to_empty(device=decoder.device).to(decoder.dtype)

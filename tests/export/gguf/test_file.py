@@ -23,10 +23,11 @@ from flextron.spec import SubnetSpec
 from tests.checkpoints.families_cases import CASES, our_logits, random_tokens, relative_error, stock
 from tests.checkpoints.gguf.writing import fields_of, to_gguf
 from tests.export.gguf.llama_reference import ReferenceModel
-from tests.export.sources import random_source
+from tests.export.sources import PLAIN, random_source
 
 GGUF, HF = FORMATS["gguf"], FORMATS["hf"]
-EXACT = [case for case in CASES if case != "neox-sequential"]  # its activation has no name in GGUF
+EXACT = [case for case in PLAIN if case != "neox-sequential"]  # its activation has no name in GGUF
+NOT_WRITTEN = sorted(CASES.keys() - set(PLAIN))
 ARCHITECTURES = {"mistral": "llama", "gpt2": "gpt2", "neox": "gptneox"}
 PER_LAYER = ("llama", "llama-3", "llama-linear", "llama-mqa", "qwen2", "qwen3")
 TOKENS = random_tokens(1, 12)
@@ -64,6 +65,14 @@ def test_a_uniform_file_is_what_llama_cpps_rules_make_of_the_stock_checkpoint(ca
         if case == "mistral" and name == "context_length":
             value = model.config.sliding_window
         assert found == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value), name
+
+
+@pytest.mark.parametrize("case", NOT_WRITTEN)
+def test_what_is_not_written_as_gguf_is_refused(case: str, tmp_path: Path) -> None:
+    source = random_source(CASES[case])
+    with pytest.raises(FlextronError, match=r"are not written as GGUF|is written without"):
+        export(source, tmp_path / "model.gguf", source.decoder.config.full_spec, format=GGUF)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("all_groups", [True, False])
