@@ -15,7 +15,7 @@ from flextron.engine import CoServing, CoServingScheduler, EngineCore, EngineSet
 from flextron.finetuning.example import Example
 from flextron.finetuning.hyperparameters import Hyperparameters
 from flextron.finetuning.lora import UPDATE, LoraTrainer, LoraTrainers
-from flextron.generation.generate import SamplingParams
+from flextron.generation.sampling import SamplingParams
 from flextron.model.config import DecoderConfig
 from flextron.model.decoder import Decoder
 

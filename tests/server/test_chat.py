@@ -30,7 +30,7 @@ def test_the_answer_is_the_completion_of_the_template(client: OpenAI) -> None:
     assert answer.object == "chat.completion"
     assert answer.choices[0].message.role == "assistant"
     assert answer.choices[0].message.content == wanted.choices[0].text
-    assert answer.usage == wanted.usage
+    assert answer.usage.total_tokens == wanted.usage.total_tokens
     assert answer.flextron == wanted.flextron  # type: ignore[attr-defined]
     parts = [{"type": "text", "text": "The city"}, {"type": "text", "text": " was"}]
     same = ask(client, [{"role": "developer", "content": "Be short."}, {"role": "user", "content": parts}])

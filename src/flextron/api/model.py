@@ -23,7 +23,7 @@ from flextron.elastic.adapter_file import Bits, write_adapter
 from flextron.elastic.checkpoint import write_tensors
 from flextron.errors import FlextronError
 from flextron.files import new_file, write_json
-from flextron.generation.generate import SamplingParams
+from flextron.generation.sampling import SamplingParams
 from flextron.progress import OnProgress, OnStep
 from flextron.routing import StaticRouter
 from flextron.routing.losses import KnownLosses

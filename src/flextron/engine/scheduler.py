@@ -117,7 +117,7 @@ class Scheduler:
 
     def _admit(self, request: Request) -> bool:
         """Find what the cache has of a waiting request, and reserve pages for all its tokens; False if it must wait."""
-        if self._prefix_caching:
+        if self._prefix_caching and not request.scores_prompt:
             # the last token is always computed: its output is what comes next
             while (len(request.pages) + 1) * self._page_size < len(request.tokens):
                 if len(request.keys) == len(request.pages):
@@ -132,6 +132,8 @@ class Scheduler:
             return False
         request.num_computed_tokens = found
         del request.keys[found // self._page_size :]
+        if request.num_cached_tokens is None:
+            request.num_cached_tokens = found
         self.num_cached_tokens += found
         return True
 

@@ -27,6 +27,7 @@ from flextron.server.files import add_files
 from flextron.server.finetuning import FineTuningBody, add_finetuning
 from flextron.server.http import RequestMiddleware, answer_error, read_body
 from flextron.server.openapi import describe, error_responses
+from flextron.server.tokenizing import DetokenizeBody, TokenizeBody, add_information, detokenize, tokenize
 from flextron.serving.adapters import AdapterNames
 from flextron.serving.errors import ApiError, bad_request, not_found
 from flextron.serving.service import Service
@@ -81,8 +82,11 @@ def create_app(
     _add_models(app, service)
     _add_endpoint(app, service, "/v1/completions", CompletionBody, completions)
     _add_endpoint(app, service, "/v1/chat/completions", ChatBody, chat)
+    _add_endpoint(app, service, "/tokenize", TokenizeBody, tokenize)
+    _add_endpoint(app, service, "/detokenize", DetokenizeBody, detokenize)
+    add_information(app, service)
     _add_health(app, service)
-    bodies: list[type[BaseModel]] = [CompletionBody, ChatBody]
+    bodies: list[type[BaseModel]] = [CompletionBody, ChatBody, TokenizeBody, DetokenizeBody]
     if jobs is not None:
         add_files(app, jobs.uploads, settings)
         add_finetuning(app, jobs, settings)

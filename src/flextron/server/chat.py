@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -9,16 +10,17 @@ from starlette.responses import Response
 
 from flextron.engine.output import Delta
 from flextron.generation.templates import ChatTemplate, TemplateError
-from flextron.server.bodies import ChatBody
-from flextron.server.responses import respond
+from flextron.server.bodies import ChatBody, Message
+from flextron.server.responses import prompt_report, respond
 from flextron.serving.errors import bad_request
 from flextron.serving.service import Service
 from flextron.serving.tokens import TokenNames
 
-__all__ = ["chat"]
+__all__ = ["chat", "rendered"]
 
 _LEAST_LOGPROB = -9999.0
-_ANY = 2**62
+_DEFAULT_TOKENS = 1024
+"""Of an answer, where neither the request nor the checkpoint says: some models never end by themselves."""
 
 
 async def chat(request: Request, service: Service, body: ChatBody) -> Response:
@@ -30,21 +32,27 @@ async def chat(request: Request, service: Service, body: ChatBody) -> Response:
     choice = service.choose(body.model, body.flextron)
     asked = body.max_completion_tokens or body.max_tokens
     service.check(body.num_choices, asked)
-    prompt = await service.encode(lambda: _render(service, body), add_special_tokens=bool(body.add_special_tokens))
-    most = asked or min(service.room(len(prompt), choice), service.defaults.max_new_tokens or _ANY)
-    form = _ChatForm(service.names, has_logprobs=bool(body.logprobs))
+    prompt = await service.encode(
+        lambda: rendered(service, body.messages), add_special_tokens=bool(body.add_special_tokens)
+    )
+    most = asked or min(service.room(len(prompt), choice), service.defaults.max_new_tokens or _DEFAULT_TOKENS)
+    form = _ChatForm(service.names, body, prompt)
     return await respond(request, service, body, choice, [prompt], [most], form)
 
 
-def _render(service: Service, body: ChatBody) -> str:
-    """The conversation as the model was trained to read it."""
-    messages = [message.to_template() for message in body.messages]
+def rendered(service: Service, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+    """A conversation as the model was trained to read it.
+
+    Raises:
+        ApiError: there is no chat template, or it does not take the messages.
+    """
     try:
         limits = {"seconds": service.settings.template_seconds, "max_chars": service.most_chars}
         template = ChatTemplate.of(service.tokenizer, **limits)
         if template is None:
             raise bad_request("the model has no chat template; use /v1/completions", "messages")
-        return template.render(messages, add_generation_prompt=True)
+        written = [message.to_template() for message in messages]
+        return template.render(written, add_generation_prompt=add_generation_prompt)
     except TemplateError as error:
         raise bad_request(f"the model's chat template does not take these messages: {error}", "messages") from error
 
@@ -54,16 +62,24 @@ class _ChatForm:
 
     prefix, whole_object, piece_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, names: TokenNames, *, has_logprobs: bool) -> None:
-        """Take the names of tokens."""
-        self._names, self._has_logprobs = names, has_logprobs
+    def __init__(self, names: TokenNames, body: ChatBody, prompt: list[int]) -> None:
+        """Take the names of tokens, and the conversation in tokens."""
+        self._names, self._body, self._prompt = names, body, prompt
+        self._has_logprobs = bool(body.logprobs)
+
+    def report(self, pieces: Sequence[Delta]) -> dict[str, Any]:
+        """What vLLM says about the prompt."""
+        report: dict[str, Any] = {"prompt_token_ids": self._prompt} if self._body.return_token_ids else {}
+        if (count := self._body.prompt_logprobs) is not None:
+            report["prompt_logprobs"] = prompt_report(self._prompt, pieces[0], count, self._names)
+        return report
 
     def whole(self, index: int, piece: Delta) -> dict[str, Any]:
         """A message."""
         assert piece.finish_reason is not None
         message = {"role": "assistant", "content": piece.text, "refusal": None}
-        logprobs = self._logprobs(piece)
-        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": piece.finish_reason.value}
+        choice = {"index": index, "message": message, "logprobs": self._logprobs(piece)}
+        return choice | {"finish_reason": piece.finish_reason.value, **self._ids(piece)}
 
     def opening(self, index: int) -> dict[str, Any]:
         """Who speaks."""
@@ -80,7 +96,11 @@ class _ChatForm:
 
     def _part(self, index: int, delta: dict[str, str], piece: Delta, reason: str | None) -> dict[str, Any]:
         logprobs = self._logprobs(piece) if piece.token_ids else None
-        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        return choice | (self._ids(piece) if piece.token_ids else {})
+
+    def _ids(self, piece: Delta) -> dict[str, Any]:
+        return {"token_ids": piece.token_ids} if self._body.return_token_ids else {}
 
     def _logprobs(self, piece: Delta) -> dict[str, Any] | None:
         if not self._has_logprobs:

@@ -25,7 +25,7 @@ __all__ = ["RequestMiddleware", "answer_error", "body_chunks", "check_json", "re
 
 _log = logging.getLogger("flextron.server")
 _GOOD_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_OPEN = frozenset({"/health", "/metrics", "/openapi.json"})
+_OPEN = frozenset({"/health", "/metrics", "/openapi.json", "/ping", "/version"})
 """Paths that need no key."""
 _PATIENCE = 8
 """Multiples of the allowed size that are read and dropped, so that the client gets to read the answer."""

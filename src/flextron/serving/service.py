@@ -11,7 +11,7 @@ from flextron.api import ElasticModel
 from flextron.engine import CoServing, CoServingScheduler, EngineCore, EngineSettings
 from flextron.engine.runner import make_network
 from flextron.errors import FlextronError
-from flextron.generation.encoding import encode
+from flextron.generation.encoding import bad_words_ids, encode
 from flextron.generation.templates import ChatTemplate
 from flextron.jobs.driver import TrainingDriver
 from flextron.jobs.jobs import Jobs
@@ -183,6 +183,12 @@ class Service:
             return encode(self.tokenizer, written, add_special_tokens=add_special_tokens)
 
         return await loop.run_in_executor(self._encoder, run)
+
+    async def bad_words_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Token ids that spell these words."""
+        if not words:
+            return ()
+        return await asyncio.get_running_loop().run_in_executor(self._encoder, bad_words_ids, self.tokenizer, words)
 
     def room(self, num_prompt: int, choice: Choice) -> int:
         """Tokens that an answer can have at most; at least 1, so that the engine says what does not fit."""
