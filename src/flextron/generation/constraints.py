@@ -21,11 +21,13 @@ from flextron.errors import FlextronError
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
-__all__ = ["ANY_OBJECT", "Constraint", "Grammars", "Kind"]
+__all__ = ["ANY_OBJECT", "JSON_STYLE", "Constraint", "Grammars", "Kind"]
 
-Kind = Literal["json", "regex", "choice", "grammar"]
+Kind = Literal["json", "regex", "choice", "grammar", "lark"]
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 """A schema of any JSON object."""
+JSON_STYLE: dict[str, Any] = {"whitespace_flexible": True, "whitespace_pattern": r"\x20?|\x0A[\x20\x09]{0,24}"}
+"""A space, or a new line with its indentation: JSON allows any, and some models would never come to its end."""
 
 
 class Constraint:
@@ -103,7 +105,8 @@ class Grammars:
         """A constraint at its start.
 
         Args:
-            kind: `json` for a schema, `regex`, `choice` for one of some texts, `grammar` in Lark's or GBNF's notation.
+            kind: `json` for a schema, `regex`, `choice` for one of some texts, `grammar` in Lark's or GBNF's notation,
+                `lark` in Lark's.
             given: the schema as a mapping, JSON text or a boolean; the expression, texts or grammar.
 
         Raises:
@@ -122,6 +125,7 @@ _NAMES: dict[Kind, str] = {
     "regex": "regular expression",
     "choice": "choice",
     "grammar": "grammar",
+    "lark": "grammar",
 }
 
 
@@ -136,14 +140,14 @@ def _grammar(kind: Kind, given: Any) -> str:
                 schema = {} if schema else {"not": {}}
             if not isinstance(schema, Mapping):
                 raise FlextronError("a JSON schema must be an object or a boolean")
-            return str(LLMatcher.grammar_from_json_schema(dict(schema)))
+            return str(LLMatcher.grammar_from_json_schema(dict(schema), defaults=JSON_STYLE))  # type: ignore[arg-type]
         if kind == "regex":
             return str(LLMatcher.grammar_from_regex(given))
         if kind == "choice":
             if not given:
                 raise FlextronError("a choice must have at least one text")
             return str(LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(text) for text in given)))
-        return str(grammar_from("grammar", given))
+        return str(LLMatcher.grammar_from_lark(given) if kind == "lark" else grammar_from("grammar", given))
     except (ValueError, RecursionError) as error:
         raise FlextronError(f"the {_NAMES[kind]} cannot be read: {_short(str(error))}") from error
 

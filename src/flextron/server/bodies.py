@@ -9,6 +9,8 @@ from pydantic import BeforeValidator, Field, model_validator
 from flextron.server.keys import check_keys
 from flextron.server.messages import check_messages
 from flextron.server.sampling import SamplingBody, StrictBody
+from flextron.server.structured.grammars import GrammarBody
+from flextron.server.structured.tools import ToolBody, ToolCallBody, ToolChoice
 from flextron.serving.targets import TargetBody
 
 __all__ = ["ChatBody", "CompletionBody", "GenerationBody", "Message"]
@@ -27,7 +29,7 @@ class StreamOptions(StrictBody):
     """vLLM's key for the usage in every chunk; only false is accepted."""
 
 
-class GenerationBody(SamplingBody):
+class GenerationBody(SamplingBody, GrammarBody):
     """What completions and chat have in common."""
 
     model: str
@@ -134,12 +136,17 @@ class Message(StrictBody):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[TextPart]
     name: str | None = None
+    tool_calls: list[ToolCallBody] | None = None
+    tool_call_id: str | None = None
 
     def to_template(self) -> dict[str, Any]:
         """What chat templates expect: a text, and no role that is younger than they are."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": text} | ({} if self.name is None else {"name": self.name})
+        written: dict[str, Any] = {"role": role, "content": text}
+        written |= {"tool_calls": [call.to_template() for call in self.tool_calls]} if self.tool_calls else {}
+        more = {"name": self.name, "tool_call_id": self.tool_call_id}
+        return written | {key: value for key, value in more.items() if value is not None}
 
 
 class ChatBody(GenerationBody):
@@ -149,6 +156,15 @@ class ChatBody(GenerationBody):
 
     messages: Annotated[list[Message], Field(min_length=1), BeforeValidator(check_messages)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    tools: Annotated[list[ToolBody], Field(max_length=128)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    add_generation_prompt: bool | None = None
+    """vLLM's key: whether the conversation ends with the beginning of an answer; true by default."""
+    continue_final_message: bool | None = None
+    """vLLM's key: whether the last message is continued instead."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """vLLM's key: more that the chat template reads."""
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=_MOST_LOGPROBS)] | None = None
 
@@ -156,6 +172,8 @@ class ChatBody(GenerationBody):
     def _check_combinations(self) -> ChatBody:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs; set logprobs to true")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError("continue_final_message and add_generation_prompt exclude each other; give one of them")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens and max_completion_tokens differ; give one of them")
         return self

@@ -17,7 +17,8 @@ from starlette.types import Receive, Scope, Send
 
 from flextron.engine.output import Delta
 from flextron.server.bodies import GenerationBody
-from flextron.serving.errors import ApiError
+from flextron.server.structured.grammars import Asked
+from flextron.serving.errors import ApiError, bad_request
 from flextron.serving.service import Service
 from flextron.serving.session import Session
 from flextron.serving.targets import Choice
@@ -100,6 +101,7 @@ async def respond(
     prompts: Sequence[list[int]],
     max_tokens: Sequence[int],
     form: Form,
+    asked: Asked | None = None,
 ) -> Response:
     """Answer prompts.
 
@@ -111,10 +113,15 @@ async def respond(
         prompts: token ids.
         max_tokens: new tokens at most, of each prompt.
         form: the endpoint's.
+        asked: a grammar that answers follow; by default the one that the body names.
 
     Raises:
         ApiError: the engine does not take the request, or broke it off before anything was sent.
     """
+    asked = asked or body.grammar_asked()
+    constraint = None if asked is None else await service.constraint(asked.kind, asked.given, asked.param)
+    if constraint is not None and body.ignore_eos:
+        raise bad_request(f"ignore_eos and {asked.param} exclude each other; leave one of them out", "ignore_eos")
     words = await service.bad_words_ids(body.bad_words or ())
     more = {"logprobs": body.num_logprobs, "prompt_logprobs": body.num_prompt_logprobs}
     requests = [
@@ -125,6 +132,7 @@ async def respond(
             stop=body.stops,
             spec=choice.spec,
             router=choice.router,
+            constraint=None if constraint is None else constraint.copy(),
             includes_stop=bool(body.include_stop_str_in_output),
             skip_special_tokens=body.skip_special_tokens is not False,
         )
