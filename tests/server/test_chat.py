@@ -69,13 +69,13 @@ def test_an_answer_may_fill_the_rest_of_the_context(client: OpenAI) -> None:
     [
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "wizard", "content": "a"}]}, "messages.0.role"),
-        ({"messages": [{"role": "tool", "content": "a"}]}, "no tools here"),
+        ({"messages": [{"role": "function", "content": "a"}]}, "no tools here"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages.0"),
         ({"max_tokens": 3}, "differ"),
         ({"top_logprobs": 3}, "logprobs to true"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools is not supported"),
-        ({"response_format": {"type": "json_object"}}, "response_format is not supported"),
+        ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools.0.type"),
+        ({"functions": [{"name": "f"}]}, "functions is not supported"),
         ({"max_completion_tokens": 128}, "shorten the prompt"),
     ],
 )

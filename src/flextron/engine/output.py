@@ -26,9 +26,11 @@ class Delta:
     """Where each token's text begins in the answer's, in characters."""
     finish_reason: FinishReason | None = None
     prompt_logprobs: list[Logprobs] | None = None
-    """Of the prompt's tokens after the first, with the first step that added something, if they were asked for."""
+    """Log-probabilities of the prompt's tokens after the first, if asked for; the first step brings them."""
     num_cached_tokens: int = 0
     """Tokens of the prompt that were in the cache."""
+    started: float | None = None
+    """When the request first ran, by `time.monotonic`."""
 
     def add(self, later: Delta) -> None:
         """Append what later steps added."""
@@ -38,6 +40,7 @@ class Delta:
         self.offsets += later.offsets
         self.finish_reason = later.finish_reason
         self.prompt_logprobs = later.prompt_logprobs if self.prompt_logprobs is None else self.prompt_logprobs
+        self.started = later.started
         self.num_cached_tokens = max(self.num_cached_tokens, later.num_cached_tokens)
 
 
@@ -68,7 +71,7 @@ class OutputProcessor:
         delta = Delta(finish_reason=output.finish_reason)
         if not self.answer.token_ids and request.params.prompt_logprobs is not None:
             delta.prompt_logprobs = request.prompt_logprobs
-        delta.num_cached_tokens = request.num_cached_tokens or 0
+        delta.num_cached_tokens, delta.started = request.num_cached_tokens or 0, request.started
         if output.token is not None:
             delta.offsets.append(self._detokenizer.position)
             delta.token_ids.append(output.token)

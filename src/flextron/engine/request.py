@@ -67,9 +67,11 @@ class Request:
     constraint: Constraint | None = None
     """The grammar that the answer follows, if there is one; this request's own."""
     prompt_logprobs: list[Logprobs] = field(default_factory=list)
-    """Of the prompt's tokens after the first, as far as they are computed, if they were asked for."""
+    """Log-probabilities of the prompt's tokens after the first, if asked for, as far as they are computed."""
     num_cached_tokens: int | None = None
     """Tokens that were found in the cache when it first ran."""
+    started: float | None = None
+    """When it first ran, by `time.monotonic`."""
     finish_reason: FinishReason | None = None
     arrived: float = field(default_factory=time.monotonic)
 

@@ -6,6 +6,7 @@ it starts over later (what its prefix left in the cache is found again).
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator
 
@@ -133,7 +134,7 @@ class Scheduler:
         request.num_computed_tokens = found
         del request.keys[found // self._page_size :]
         if request.num_cached_tokens is None:
-            request.num_cached_tokens = found
+            request.num_cached_tokens, request.started = found, time.monotonic()
         self.num_cached_tokens += found
         return True
 

@@ -46,7 +46,7 @@ _HERMES = ToolFormat(
 )
 """Qwen's, Hermes', SmolLM's, and ours where a template knows nothing of tools."""
 _LLAMA = ToolFormat(trigger='{"', begin='{"name": "', middle='", "parameters": ', end="}", only_first=True)
-"""That of Llama 3.1 and 3.2."""
+"""Llama's, since 3.1."""
 
 
 def tool_format(template: str) -> ToolFormat:

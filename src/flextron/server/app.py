@@ -11,6 +11,7 @@ from typing import Any, cast
 from fastapi import FastAPI
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
@@ -23,6 +24,8 @@ from flextron.jobs.jobs import Jobs
 from flextron.server.bodies import ChatBody, CompletionBody
 from flextron.server.chat import chat
 from flextron.server.completions import completions
+from flextron.server.dialects.responses import responses
+from flextron.server.dialects.responses_body import ResponsesBody
 from flextron.server.files import add_files
 from flextron.server.finetuning import FineTuningBody, add_finetuning
 from flextron.server.http import RequestMiddleware, answer_error, read_body
@@ -78,15 +81,25 @@ def create_app(
         exception_handlers=_HANDLERS,
     )
     app.state.service = service
-    app.add_middleware(RequestMiddleware, api_key=settings.api_key, allowed_hosts=settings.allowed_hosts)
+    if settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=settings.allowed_origins, allow_methods=["*"], allow_headers=["*"]
+        )
+    app.add_middleware(
+        RequestMiddleware,
+        api_key=settings.api_key,
+        allowed_hosts=settings.allowed_hosts,
+        allowed_origins=settings.allowed_origins,
+    )
     _add_models(app, service)
     _add_endpoint(app, service, "/v1/completions", CompletionBody, completions)
     _add_endpoint(app, service, "/v1/chat/completions", ChatBody, chat)
+    _add_endpoint(app, service, "/v1/responses", ResponsesBody, responses)
     _add_endpoint(app, service, "/tokenize", TokenizeBody, tokenize)
     _add_endpoint(app, service, "/detokenize", DetokenizeBody, detokenize)
     add_information(app, service)
     _add_health(app, service)
-    bodies: list[type[BaseModel]] = [CompletionBody, ChatBody, TokenizeBody, DetokenizeBody]
+    bodies: list[type[BaseModel]] = [CompletionBody, ChatBody, ResponsesBody, TokenizeBody, DetokenizeBody]
     if jobs is not None:
         add_files(app, jobs.uploads, settings)
         add_finetuning(app, jobs, settings)

@@ -21,7 +21,7 @@ __all__ = ["chat", "rendered"]
 
 _LEAST_LOGPROB = -9999.0
 _DEFAULT_TOKENS = 1024
-"""Of an answer, where neither the request nor the checkpoint says: some models never end by themselves."""
+"""Most tokens of an answer, where neither request nor checkpoint says: some models never end by themselves."""
 
 
 async def chat(request: Request, service: Service, body: ChatBody) -> Response:

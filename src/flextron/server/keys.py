@@ -194,9 +194,39 @@ _CHAT = [
     *_refused("others", reasoning=(), thinking=(), enable_thinking=(), separate_reasoning=(), stream_reasoning=()),
 ]
 
+_RESPONSES = [
+    *_keys("openai", Does.SERVE, "model", "input", "instructions", "max_output_tokens", "temperature", "top_p"),
+    *_keys("openai", Does.SERVE, "stream", "text", "tools", "tool_choice", "parallel_tool_calls"),
+    *_keys("flextron", Does.SERVE, "flextron"),
+    *_keys("openai", Does.IGNORE, "user", "metadata", "store", "service_tier", "safety_identifier"),
+    *_keys("openai", Does.IGNORE, "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"),
+    *_keys("openai", Does.IGNORE, "stream_options"),
+    *_refused(
+        "openai",
+        previous_response_id=(),
+        conversation=(),
+        prompt=(),
+        background=(False,),
+        background_options=(),
+        access_programs=([],),
+        image=(),
+        context_management=([],),
+        include=([],),
+        max_tool_calls=(),
+        moderation=(),
+        reasoning=({},),
+        top_logprobs=(0,),
+        truncation=("disabled",),
+    ),
+]
+
 KEYS: dict[str, dict[str, Key]] = {
-    endpoint: {key.name: key for key in [*_BOTH, *own]}
-    for endpoint, own in (("completions", _COMPLETIONS), ("chat", _CHAT))
+    endpoint: {key.name: key for key in own}
+    for endpoint, own in (
+        ("completions", [*_BOTH, *_COMPLETIONS]),
+        ("chat", [*_BOTH, *_CHAT]),
+        ("responses", _RESPONSES),
+    )
 }
 """What happens to each key, by endpoint and name."""
 

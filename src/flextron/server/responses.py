@@ -119,9 +119,11 @@ async def respond(
         ApiError: the engine does not take the request, or broke it off before anything was sent.
     """
     asked = asked or body.grammar_asked()
-    constraint = None if asked is None else await service.constraint(asked.kind, asked.given, asked.param)
-    if constraint is not None and body.ignore_eos:
-        raise bad_request(f"ignore_eos and {asked.param} exclude each other; leave one of them out", "ignore_eos")
+    constraint = None
+    if asked is not None:
+        if body.ignore_eos:
+            raise bad_request(f"ignore_eos and {asked.param} exclude each other; leave one of them out", "ignore_eos")
+        constraint = await service.constraint(asked.kind, asked.given, asked.param)
     words = await service.bad_words_ids(body.bad_words or ())
     more = {"logprobs": body.num_logprobs, "prompt_logprobs": body.num_prompt_logprobs}
     requests = [

@@ -27,7 +27,7 @@ class TokenizeBody(StrictBody):
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1), BeforeValidator(check_messages)] | None = None
     add_special_tokens: bool | None = None
-    """By default texts begin as the tokenizer begins them, conversations as their template does."""
+    """Whether a text begins as the tokenizer begins it (by default), or a conversation (by default not)."""
     add_generation_prompt: bool | None = None
     return_token_strs: bool | None = None
 
@@ -101,8 +101,8 @@ def add_information(app: FastAPI, service: Service) -> None:
         return JSONResponse({"version": version("flextron")})
 
     @app.get("/ping")
-    async def ping() -> Response:
-        return Response(status_code=200)
+    async def ping() -> JSONResponse:
+        return JSONResponse({})
 
 
 def _check_model(service: Service, model_id: str | None) -> None:
