@@ -29,7 +29,7 @@ from flextron.training.blocks import TokenBlocks
 from flextron.training.recipe import TrainRecipe
 from flextron.training.trainer import TrainingRun
 
-__all__ = ["demo_record", "run"]
+__all__ = ["DEMO", "demo_record", "run"]
 
 
 def families() -> Figure:
@@ -217,12 +217,14 @@ def _peer_step(tokens: torch.Tensor):
     return step
 
 
+DEMO = Path("out/demo-from-scratch")
+
+
 def demo_record() -> dict:
-    """The demo's record; runs the demo where it was not run yet."""
-    subprocess.run(
-        [sys.executable, "-m", "flextron", "demo", "--from-scratch", "--json"], check=True, stdout=subprocess.DEVNULL
-    )
-    return json.loads(Path("out/demo/demo.json").read_text(encoding="utf-8"))
+    """The record of the demo that converts and trains; runs it where it was not run yet."""
+    command = [sys.executable, "-m", "flextron", "demo", "--from-scratch", "--output", str(DEMO), "--json"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return json.loads((DEMO / "demo.json").read_text(encoding="utf-8"))
 
 
 def demo_quality() -> Figure:

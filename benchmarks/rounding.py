@@ -15,7 +15,7 @@ from flextron.kernels.quantization import GROUP, column_scales, quantize_groups,
 from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
 
-__all__ = ["perplexity"]
+__all__ = ["perplexity", "round_matrices", "rounded_head"]
 
 
 @torch.inference_mode()
@@ -23,17 +23,29 @@ def perplexity(decoder: Decoder, weights: Weights, num_tokens: int = 4096) -> fl
     """Of held-out text, in windows of 256 tokens, with the full network."""
     head, model = decoder.head_weight, decoder
     if weights != "float32":
-        model, head = deepcopy(decoder), _rounded(head, "int8")
-        for name, matrix in model.layers.named_parameters():
-            if matrix.dim() == 2:
-                if name.endswith((".o.weight", ".down.weight")):
-                    columns = column_scales(matrix)
-                    matrix.copy_(columns * _rounded(matrix / columns, "int8"))
-                else:
-                    matrix.copy_(_rounded(matrix, weights))
+        model, head = deepcopy(decoder), rounded_head(decoder)
+        round_matrices(model, weights)
     windows = smollm2.eval_windows(num_tokens)
     losses = [_losses(model, head, window) for window in windows]
     return math.exp(float(torch.cat(losses).mean()))
+
+
+@torch.no_grad()
+def round_matrices(decoder: Decoder, weights: Weights) -> None:
+    """Round the layers' matrices in place; biases and norms stay as they are, in the compiled iteration, too."""
+    for name, matrix in decoder.layers.named_parameters():
+        if matrix.dim() == 2:
+            if name.endswith((".o.weight", ".down.weight")):
+                columns = column_scales(matrix)
+                matrix.copy_(columns * _rounded(matrix / columns, "int8"))
+            else:
+                matrix.copy_(_rounded(matrix, weights))
+
+
+@torch.no_grad()
+def rounded_head(decoder: Decoder) -> Tensor:
+    """The head in eight bits, which `int8` and `int4` have alike; (vocabulary, hidden size)."""
+    return _rounded(decoder.head_weight, "int8")
 
 
 def _losses(decoder: Decoder, head: Tensor, tokens_T: Tensor) -> Tensor:

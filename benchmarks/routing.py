@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.core import demo_record
+from benchmarks.core import DEMO, demo_record
 from benchmarks.harness import Figure, median, run_suite
 from flextron.api import ElasticModel, evaluation_text, load
 from flextron.api.texts import windows
@@ -44,7 +44,7 @@ _REPRODUCTION = Path(__file__).parents[1] / "experiments" / "reproduction" / "re
 @cache
 def _model() -> ElasticModel:
     demo_record()
-    return load("out/demo/elastic")
+    return load(DEMO / "elastic")
 
 
 @cache

@@ -46,9 +46,18 @@ def _params(num_tokens: int) -> SamplingParams:
 class Decoding:
     """An engine whose sequences are past their prompts and decode on and on, one sub-network each."""
 
-    def __init__(self, decoder: Decoder, specs: Sequence[SubnetSpec], weights: Weights = "float32") -> None:
-        """Read the prompts."""
-        self.core = EngineCore(decoder, EngineSettings(weights=weights))
+    def __init__(
+        self,
+        decoder: Decoder,
+        specs: Sequence[SubnetSpec],
+        weights: Weights = "float32",
+        *,
+        screens_head: bool = False,
+        adapts_threads: bool = False,
+    ) -> None:
+        """Read the prompts; by default the whole head is read for each token, as limits of bytes suppose."""
+        settings = EngineSettings(weights=weights, screens_head=screens_head, adapts_threads=adapts_threads)
+        self.core = EngineCore(decoder, settings)
         self._num_sequences = len(specs)
         for i, (spec, request) in enumerate(zip(specs, requests(len(specs), prompts=(32, 32)), strict=True)):
             self.core.add(str(i), request.prompt, _params(1024), self.core.network(spec))

@@ -15,7 +15,9 @@ from benchmarks.serving.decode import (
     int8_against_llamacpp,
     self_speculation,
 )
+from benchmarks.serving.head import equal_tokens, screened_head
 from benchmarks.serving.iteration import batch_cost, overhead
+from benchmarks.serving.neighbours import beside_four, beside_one
 from benchmarks.serving.subnetworks import kv_memory, mixed_batch, small_mixed_batch, subnet_time
 from benchmarks.serving.throughput import exact_tokens, throughput_against_llamacpp, throughput_against_transformers
 
@@ -39,8 +41,12 @@ def run() -> bool:
             mixed_batch,
             small_mixed_batch,
             self_speculation,
+            screened_head,
+            equal_tokens,
             kv_memory,
             overhead,
             batch_cost,
+            beside_one,
+            beside_four,
         ],
     )

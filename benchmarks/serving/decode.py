@@ -83,7 +83,7 @@ def int4_against_llamacpp() -> Figure:
 def _decode_against_llamacpp(weights: Any, kind: Any) -> Figure:
     prompt = requests(1, prompts=(32, 32))[0].prompt
     with LlamaCpp(kind) as peer:
-        decoding = Decoding(original(), [original().widths], weights)
+        decoding = Decoding(original(), [original().widths], weights, screens_head=True)
         jobs = {"ours": decoding.step_seconds, "peer": lambda: peer.step_seconds(prompt, 5)}
         times = interleaved(jobs, ROUNDS, PAUSE)
     spread = median(ratios(times, "peer", "ours"))

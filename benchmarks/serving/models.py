@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 
 from benchmarks import smollm2
-from benchmarks.core import demo_record
+from benchmarks.core import DEMO, demo_record
 from flextron.api import ElasticModel, load
 from flextron.model.cost import num_parameters
 from flextron.model.decoder import Decoder
@@ -15,7 +14,7 @@ from flextron.spec import SubnetSpec
 
 __all__ = ["ELASTIC", "PAUSE", "ROUNDS", "SHARES", "elastic", "num_bytes", "original", "subnets"]
 
-ELASTIC = Path("out/demo/elastic")
+ELASTIC = DEMO / "elastic"
 SHARES = (0.75, 0.5, 0.35)
 """Of the full network's bytes."""
 ROUNDS = 11

@@ -1,4 +1,4 @@
-"""How large the reproduction runs: every number of the three scales, and what follows from them."""
+"""How large the reproduction runs: every number of the scales, and what follows from them."""
 
 from __future__ import annotations
 
@@ -112,6 +112,7 @@ def full_size_space(config: DecoderConfig, widths: SubnetSpec) -> SearchSpace:
 
 _SMOKE = Shape(hidden_size=32, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
 _CPU = Shape(hidden_size=64, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4)
+_PAPER = Shape(hidden_size=40, intermediate_size=96, num_hidden_layers=4, num_attention_heads=5, num_key_value_heads=5)
 _GPU = Shape(
     hidden_size=384, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=12, num_key_value_heads=6
 )
@@ -165,6 +166,27 @@ SCALES: Mapping[str, Scale] = {
             narrowest_mlp=0.25,
             narrowest_attention=0.5,
             num_skippable=0,  # of four layers none can be missed
+        ),
+        Scale(
+            # 502 tokens a parameter, so that post-training has 38, nearly the paper's 42; else as `cpu`
+            name="paper",
+            shapes={"llama": _PAPER},
+            seeds={"llama": 1},
+            tokens=36_000_000,
+            vocab_size=512,
+            context=128,
+            num_search_tokens=8_192,
+            num_validation_tokens=65_536,
+            num_calibration_tokens=8_192,
+            batch_size=16,
+            elastic_batch_size=8,
+            lr={"llama": 6e-3},
+            elastic_lr={"llama": 2e-3},
+            width_step=16,
+            num_candidates=16,
+            narrowest_mlp=0.25,
+            narrowest_attention=0.5,
+            num_skippable=0,
         ),
         Scale(
             name="gpu",

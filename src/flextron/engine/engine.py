@@ -54,6 +54,12 @@ class EngineSettings:
     weights: Weights = "float32"
     """Precision of the matrices; `int8` keeps a copy of eight bits and reads a quarter of the bytes, `int4` one of four
     bits (head, `o` and `down`: eight) and reads about a fifth. Both run in the compiled CPU iteration only."""
+    screens_head: bool = True
+    """Whether greedy answers find the next token with a copy of the float32 head in eight bits, a quarter of its bytes.
+    All tokens that may be the likeliest are then scored exactly, so the answer is the same."""
+    adapts_threads: bool = True
+    """Whether the compiled iteration runs on fewer threads while other processes hold cores, if that is faster. The
+    last digits of logits depend on the number of threads."""
     speculation: Speculation | None = None
     """Whether narrow sub-networks draft tokens that wider ones check."""
 
@@ -111,6 +117,8 @@ class EngineCore:
             native=settings.native,
             weights=settings.weights,
             draft_weights=None if settings.speculation is None else settings.speculation.weights,
+            screens_head=settings.screens_head,
+            adapts_threads=settings.adapts_threads,
         )
         self.scheduler = Scheduler(
             self.pool,

@@ -137,3 +137,8 @@ class Chunk:
     """What they run in: the request's own, or one nested in it that uses the same pages."""
     num_logits: int
     """After how many of the tokens, counted from the last, the scores over the vocabulary are wanted."""
+
+    @property
+    def needs_all_logits(self) -> bool:
+        """Whether more than the largest logit matters."""
+        return self.request.constraint is not None or not self.request.params.is_plain_greedy

@@ -100,6 +100,8 @@ class Runner:
         native: bool | None = None,
         weights: Weights = "float32",
         draft_weights: Weights | None = None,
+        screens_head: bool = True,
+        adapts_threads: bool = True,
     ) -> None:
         """Reserve the cache.
 
@@ -110,6 +112,8 @@ class Runner:
             native: whether to run the compiled iteration; where it can by default.
             weights: precision of the matrices; `int8` and `int4` run in the compiled iteration only.
             draft_weights: another precision that `run` may be asked for.
+            screens_head: keep a float32 head in eight bits, too, for chunks of which the likeliest token is enough.
+            adapts_threads: let the compiled iteration run on fewer threads while that is faster.
 
         Raises:
             FlextronError: `native`, `int8` or `int4` is asked for and not possible.
@@ -124,7 +128,8 @@ class Runner:
         runs_compiled = why_not_native(decoder) is None if native is None else native
         if not runs_compiled:
             wanted -= {"float32"}  # PyTorch's operators run these
-        self._native = {w: NativeStep(decoder, page_size, w) for w in sorted(wanted)}
+        how = {"screens_head": screens_head, "adapts_threads": adapts_threads}
+        self._native = {w: NativeStep(decoder, page_size, w, **how) for w in sorted(wanted)}
         self._columns: dict[tuple[tuple[Network, int], ...], tuple[Tensor, Tensor, Tensor]] = {}
         self._adapters: dict[Adapter, NativeAdapter | None] = {}
         """Compiled forms of adapters; None for those that only PyTorch's operators can run."""
@@ -144,7 +149,8 @@ class Runner:
             weights: precision; the engine's by default.
 
         Returns:
-            Scores over the vocabulary where the chunks want them, (positions, vocabulary), in their order.
+            Scores over the vocabulary where the chunks want them, (positions, vocabulary), in their order. Where a
+            chunk does not need all, those that are certainly not the largest may be minus infinity.
         """
         native = self._native.get(weights or self._weights)
         groups = self._groups(chunks, native is not None)
@@ -193,7 +199,23 @@ class Runner:
         if any(c.network.adapter is not None for c in chunks):
             each = [None if c.network.adapter is None else self._adapters[c.network.adapter] for c in chunks]
             adapters = [a for a, c in zip(each, chunks, strict=True) for _ in c.tokens]
-        return native(tokens_N, positions_N, widths_LN, groups_LN, block_tables, offsets_LN, self.cache, rows, adapters)
+        # those of which all logits are wanted come first
+        full = [c.needs_all_logits for c in chunks for _ in range(c.num_logits)]
+        order = sorted(range(len(rows)), key=lambda i: not full[i])
+        wanted = [rows[i] for i in order]
+        logits_RV = native(
+            tokens_N,
+            positions_N,
+            widths_LN,
+            groups_LN,
+            block_tables,
+            offsets_LN,
+            self.cache,
+            wanted,
+            adapters,
+            sum(full),
+        )
+        return logits_RV if wanted == rows else logits_RV[torch.tensor(order).argsort()]
 
     def _with_operators(self, tokens_N: Tensor, positions_N: Tensor, chunks: Sequence[Chunk]) -> Tensor:
         """Final hidden states by PyTorch's operators; (N, D)."""

@@ -99,6 +99,11 @@ class SamplingParams:
         )
 
     @property
+    def is_plain_greedy(self) -> bool:
+        """Whether only the largest logit at each position matters."""
+        return self.temperature == 0 and self.logprobs is None and self.prompt_logprobs is None and not self.processes
+
+    @property
     def named_tokens(self) -> set[int]:
         """All tokens that the settings name, which the vocabulary must have."""
         words = {token for word in self.bad_words_ids for token in word}

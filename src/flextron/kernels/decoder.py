@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -28,12 +29,22 @@ from flextron.kernels.layout import (
     Tokens,
     Weights,
 )
-from flextron.kernels.quantization import GROUP, column_scales, pack_groups, quantize_groups, quantize_rows
+from flextron.kernels.pace import ThreadPace
+from flextron.kernels.quantization import (
+    GROUP,
+    column_scales,
+    pack_groups,
+    quantize_groups,
+    quantize_rows,
+    row_errors,
+)
 from flextron.model.decoder import Decoder
 from flextron.model.layers import rotary_tables
 
 __all__ = ["NativeStep", "Weights", "why_not_native"]
 
+_PRODUCTS_A_READ = 16
+"""Products of a row of weights with tokens that take about as long as reading it from memory."""
 _TANH = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
 """Names of one function."""
 
@@ -60,7 +71,15 @@ def _address(tensor: Tensor | None) -> int | None:
 class NativeStep:
     """A decoder as one call, from token ids to logits. Weights stay where they are; the decoder must outlive this."""
 
-    def __init__(self, decoder: Decoder, page_size: int, weights: Weights = "float32") -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        page_size: int,
+        weights: Weights = "float32",
+        *,
+        screens_head: bool = False,
+        adapts_threads: bool = False,
+    ) -> None:
         """Collect pointers; with `int8` and `int4`, quantize a copy.
 
         Args:
@@ -68,6 +87,9 @@ class NativeStep:
             page_size: tokens of a page of the KV cache.
             weights: `int8` reads an eight-bit copy of all matrices, a scale a row (norms and biases stay as they are);
                 `int4` one of four bits, a scale for 32 columns of a row, with `o`, `down` and the head in eight.
+            screens_head: keep an eight-bit copy of a float32 head, which finds the likeliest token at a quarter of the
+                bytes; see `num_full` of a call.
+            adapts_threads: run on fewer threads than PyTorch has while that is faster.
 
         Raises:
             FlextronError: `why_not_native` has a reason, or `int4` is asked for and rows cannot be cut into groups.
@@ -102,6 +124,7 @@ class NativeStep:
         )
         self._layers = (LayerWeights * config.num_hidden_layers)()
         self._cos_sin = (torch.empty(0, 0), torch.empty(0, 0))
+        self._pace = ThreadPace(torch.get_num_threads()) if adapts_threads else None
         self._quantized: list[Tensor] = []
         """Kept alive for the pointers."""
         for layer, native in zip(decoder.layers, self._layers, strict=True):
@@ -120,6 +143,13 @@ class NativeStep:
             final_norm=Norm(_address(norm.weight), _address(getattr(norm, "bias", None))),
             head=self._linear(decoder.head_weight, None, "float32" if weights == "float32" else "int8"),
         )
+        self.screens_head = screens_head and weights == "float32"
+        """Whether the likeliest token can be found without reading the whole head."""
+        if self.screens_head:
+            self._ends.screen = self._linear(decoder.head_weight, None, "int8")
+            errors = row_errors(decoder.head_weight, *self._quantized[-2:])
+            self._ends.errors = _address(errors)
+            self._quantized.append(errors)
 
     def _linear(self, weight: Tensor, bias: int | None, weights: Weights, *, sums_rows: bool = False) -> Linear:
         """With a quantized copy, but for float32; `sums_rows` where rows are inputs, not outputs."""
@@ -150,6 +180,7 @@ class NativeStep:
         cache: Tensor,
         rows: Sequence[int],
         adapters: Sequence[NativeAdapter | None] | None = None,
+        num_full: int | None = None,
     ) -> Tensor:
         """Run all tokens through the decoder.
 
@@ -163,6 +194,8 @@ class NativeStep:
             cache: (units, 2, page size, head size), float32.
             rows: tokens after which logits are wanted.
             adapters: of each token, at least as wide as the token's sub-network, or None; none by default.
+            num_full: of how many rows, the leading ones, all logits are wanted; all by default. Of the others only the
+                largest logit is sure to be there, and those that are certainly smaller may be minus infinity.
 
         Returns:
             Logits after these, (rows, vocabulary).
@@ -189,16 +222,25 @@ class NativeStep:
             cache=_address(cache),
             num_logits=len(rows),
             rows=_address(wanted),
+            num_full=len(rows) if num_full is None else num_full,
             logits=_address(logits_RV),
         )
-        self._library.flextron_step(
-            ctypes.byref(self._shape),
-            self._layers,
-            ctypes.byref(self._ends),
-            ctypes.byref(tokens),
-            torch.get_num_threads(),
-        )
+        self._run(tokens, mlp_widths_LN)
         return logits_RV
+
+    def _run(self, tokens: Tokens, mlp_widths_LN: Tensor) -> None:
+        """Call the library on as many threads as are the fastest now."""
+        structs = [ctypes.byref(self._shape), self._layers, ctypes.byref(self._ends), ctypes.byref(tokens)]
+        if self._pace is None:
+            self._library.flextron_step(*structs, torch.get_num_threads())
+            return
+        threads = self._pace.choose()
+        began = perf_counter()
+        self._library.flextron_step(*structs, threads)
+        seconds = perf_counter() - began
+        # a row of weights is read once, and multiplied with each token that is as wide
+        rows = mlp_widths_LN.amax(1).sum() + mlp_widths_LN.sum() / _PRODUCTS_A_READ
+        self._pace.learn(float(rows), seconds)
 
     def _rotations(self, positions_N: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Cosines and sines of the positions, (N, rotated) each, out of tables that grow with the longest sequence."""

@@ -70,7 +70,12 @@ class LayerWeights(ctypes.Structure):
 class Ends(ctypes.Structure):
     """`Ends` in `csrc/decoder.h`."""
 
-    _fields_ = (("embedding", _Pointer), ("positions", _Pointer), ("final_norm", Norm), ("head", Linear))
+    _fields_ = (
+        *((name, _Pointer) for name in ("embedding", "positions")),
+        ("final_norm", Norm),
+        *((name, Linear) for name in ("head", "screen")),
+        ("errors", _Pointer),
+    )
 
 
 class Shape(ctypes.Structure):
@@ -104,7 +109,9 @@ class Tokens(ctypes.Structure):
         ("max_rank", _Number),
         ("cache", _Pointer),
         ("num_logits", _Number),
-        *((name, _Pointer) for name in ("rows", "logits")),
+        ("rows", _Pointer),
+        ("num_full", _Number),
+        ("logits", _Pointer),
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["GROUP", "column_scales", "pack_groups", "quantize_groups", "quantize_rows"]
+__all__ = ["GROUP", "column_scales", "pack_groups", "quantize_groups", "quantize_rows", "row_errors"]
 
 GROUP = 32
 """Columns that share a scale of four-bit weights."""
@@ -45,6 +45,29 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     scales = weight.detach().float().abs().amax(1).clamp_min(1e-12) / 127
     return (weight.detach() / scales[:, None]).round().to(torch.int8), scales
+
+
+def row_errors(weight: Tensor, numbers: Tensor, scales: Tensor) -> Tensor:
+    """How far products with a quantized row can be from those with the row itself, for inputs of norm 1.
+
+    That is the norm of the difference (Cauchy and Schwarz), and what float32 may lose in both sums.
+
+    Args:
+        weight: (rows, columns).
+        numbers: (rows, columns) int8, of `quantize_rows`.
+        scales: (rows,) of the same.
+
+    Returns:
+        (rows,) float32.
+    """
+    errors = torch.empty(len(weight))
+    rounding = 4 * weight.shape[1] * torch.finfo(torch.float32).eps
+    step = max(1, _BLOCK // weight.shape[1])
+    for i in range(0, len(weight), step):
+        rows = weight.detach()[i : i + step].float()
+        lost = rows - numbers[i : i + step] * scales[i : i + step, None]
+        errors[i : i + step] = lost.norm(dim=1) * (1 + rounding) + rounding * rows.norm(dim=1)
+    return errors
 
 
 def quantize_groups(weight: Tensor) -> tuple[Tensor, Tensor]:

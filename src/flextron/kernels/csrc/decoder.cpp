@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 #include <omp.h>
 #include <type_traits>
 #include <vector>
@@ -27,6 +28,9 @@
 
 namespace {
 
+// Most rows whose head is screened: with more, products in float32 take no longer than those with eight bits.
+constexpr long kScreened = 8;
+
 // W is the type of the weights whose rows are outputs, E that of the head and of weights whose rows are inputs.
 template <class W, class E>
 struct Step {
@@ -38,6 +42,7 @@ struct Step {
     Bypasses bypasses;
     std::vector<Order> attention, mlp;
     Floats x, xn, q, k, v, heads, partial;
+    Floats bounds;  // of the largest logit of each row, by each thread
     std::vector<int32_t> prepared;  // tokens of xn for four-bit weights
     long D, N, d, kv_max, q_max;
 
@@ -57,6 +62,7 @@ struct Step {
         x.resize(N * D), xn.resize(2 * N * D), q.resize(N * q_max), k.resize(N * kv_max), v.resize(N * kv_max);
         if (kIsFourBit) prepared.resize(2 * N * token_size(D));
         heads.resize(N * q_max), partial.resize((long)threads * N * D);
+        bounds.resize(threads * b.num_logits);
     }
 
     void norms(const Order& order, const Norm& norm, float* out, int id, int nt) {
@@ -227,16 +233,55 @@ struct Step {
         }
     }
 
+    // Logits of the wanted rows. Where only the largest one of a row matters, and few rows do not hide the time to read
+    // the head, an eight-bit copy finds the tokens that may have it.
     void head(int id, int nt) {
         const long n = b.num_logits, V = s.vocab_size;
+        const bool screens = ends.screen.weight && n - b.num_full <= kScreened;
+        const long full = screens ? b.num_full : n;
         for (long i = id; i < n; i += nt)
             normalize(&x[b.rows[i] * D], ends.final_norm, s.is_layer_norm, s.norm_eps, D, &xn[i * D]);
 #pragma omp barrier
-        const long last = n ? V * (id + 1) / nt : 0;
-        for (long a = V * id / nt; a < last; a += kChunk) {
+        const long first = V * id / nt, last = V * (id + 1) / nt;
+        if (full) vocabulary<E>(ends.head, first, last, 0, full);
+        if (full < n) screen(first, last, full, n, id, nt);
+    }
+
+    // Logits of tokens first to last for rows from to to.
+    template <class T>
+    void vocabulary(const Linear& linear, long first, long last, long from, long to) {
+        const long V = s.vocab_size;
+        for (long a = first; a < last; a += kChunk) {
             const long count = std::min(kChunk, last - a);
-            dot_rows(static_cast<const E*>(ends.head.weight) + a * D, D, count, xn.data(), D, n, D, b.logits + a, V);
-            finish(ends.head, a, count, n, b.logits + a, V);
+            float* out = b.logits + from * V + a;
+            dot_rows(static_cast<const T*>(linear.weight) + a * D, D, count, &xn[from * D], D, to - from, D, out, V);
+            finish(linear, a, count, to - from, out, V);
+        }
+    }
+
+    // Exact logits of the tokens that may be the likeliest, minus infinity for the others. By Cauchy and Schwarz, the
+    // eight-bit copy is at most (error of the token's row) x (norm of the hidden state) away.
+    void screen(long first, long last, long from, long to, int id, int nt) {
+        const long V = s.vocab_size;
+        vocabulary<int8_t>(ends.screen, first, last, from, to);
+        std::vector<float> norms;
+        for (long i = from; i < to; i++) {
+            const float *h = &xn[i * D], *z = b.logits + i * V;
+            norms.push_back(std::sqrt(std::inner_product(h, h + D, h, 0.0f)) * 1.0001f);
+            float least = -INFINITY;
+            for (long r = first; r < last; r++) least = std::max(least, z[r] - ends.errors[r] * norms.back());
+            bounds[i * nt + id] = least;
+        }
+#pragma omp barrier
+        for (long i = from; i < to; i++) {
+            float* z = b.logits + i * V;
+            const float least = *std::max_element(&bounds[i * nt], &bounds[i * nt] + nt);
+            for (long r = first; r < last; r++) {
+                if (z[r] + ends.errors[r] * norms[i - from] < least)
+                    z[r] = -INFINITY;
+                else
+                    vocabulary<E>(ends.head, r, r + 1, i, i + 1);
+            }
         }
     }
 

@@ -37,7 +37,9 @@ struct Ends {
     const float* embedding;  // (V, D)
     const float* positions;  // learned, (P, D), or null
     Norm final_norm;
-    Linear head;  // (V, D)
+    Linear head;           // (V, D)
+    Linear screen;         // the head in eight bits, or null
+    const float* errors;   // (V,): what `screen` and rounding are away from the head, in norms of rows
 };
 
 struct Shape {
@@ -74,6 +76,7 @@ struct Tokens {
     float* cache;                       // (units, 2, P, d)
     int64_t num_logits;
     const int64_t* rows;                // (num_logits,): tokens after which logits are wanted
+    int64_t num_full;                   // rows, the leading ones, of which all logits are wanted; else the largest one
     float* logits;                      // (num_logits, V)
 };
 }

@@ -19,7 +19,8 @@ inline std::string decoder_layout() {
              FIELD(LayerWeights, k_norm), FIELD(LayerWeights, gate), FIELD(LayerWeights, up),
              FIELD(LayerWeights, down)});
     text += describe_struct("Ends", sizeof(Ends),
-            {FIELD(Ends, embedding), FIELD(Ends, positions), FIELD(Ends, final_norm), FIELD(Ends, head)});
+            {FIELD(Ends, embedding), FIELD(Ends, positions), FIELD(Ends, final_norm), FIELD(Ends, head),
+             FIELD(Ends, screen), FIELD(Ends, errors)});
     text += describe_struct("Shape", sizeof(Shape),
             {FIELD(Shape, hidden_size), FIELD(Shape, head_dim), FIELD(Shape, vocab_size), FIELD(Shape, num_layers),
              FIELD(Shape, rotated), FIELD(Shape, window), FIELD(Shape, page_size), FIELD(Shape, query_rows_per_group),
@@ -29,7 +30,8 @@ inline std::string decoder_layout() {
             {FIELD(Tokens, num_tokens), FIELD(Tokens, ids), FIELD(Tokens, positions), FIELD(Tokens, mlp_widths),
              FIELD(Tokens, num_groups), FIELD(Tokens, block_tables), FIELD(Tokens, table_rows), FIELD(Tokens, unit_offsets),
              FIELD(Tokens, cos), FIELD(Tokens, sin), FIELD(Tokens, adapters), FIELD(Tokens, max_rank),
-             FIELD(Tokens, cache), FIELD(Tokens, num_logits), FIELD(Tokens, rows), FIELD(Tokens, logits)});
+             FIELD(Tokens, cache), FIELD(Tokens, num_logits), FIELD(Tokens, rows), FIELD(Tokens, num_full),
+             FIELD(Tokens, logits)});
     text += describe_struct("Bypass", sizeof(Bypass),
             {FIELD(Bypass, a), FIELD(Bypass, b), FIELD(Bypass, inputs), FIELD(Bypass, outputs), FIELD(Bypass, rank),
              FIELD(Bypass, scale)});
