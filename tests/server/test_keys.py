@@ -11,6 +11,7 @@ from openai.types.chat import completion_create_params as chat_types
 from openai.types.responses import response_create_params as response_types
 
 from flextron.server.bodies import ChatBody, CompletionBody
+from flextron.server.dialects.messages_body import MessagesBody
 from flextron.server.dialects.responses_body import ResponsesBody
 from flextron.server.keys import KEYS, Does, Key
 from tests.server.running import Running
@@ -18,11 +19,17 @@ from tests.server.test_refusals import assert_refused
 
 BODIES: dict[str, dict[str, Any]] = {
     "responses": {"model": "tiny", "input": "a", "max_output_tokens": 1},
+    "messages": {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1},
     "completions": {"model": "tiny", "prompt": "a", "max_tokens": 1},
     "chat": {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1},
 }
-PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions", "responses": "/v1/responses"}
-SERVED = {"completions": CompletionBody, "chat": ChatBody, "responses": ResponsesBody}
+PATHS = {
+    "completions": "/v1/completions",
+    "chat": "/v1/chat/completions",
+    "responses": "/v1/responses",
+    "messages": "/v1/messages",
+}
+SERVED = {"completions": CompletionBody, "chat": ChatBody, "responses": ResponsesBody, "messages": MessagesBody}
 CLIENT = httpx.Client(timeout=30)
 VALUES: list[Any] = [True, False, 0, 1, -1, 0.5, 2, "a", "none", [], ["a"], [1], {}, {"a": 1}]
 VLLM = {

@@ -24,6 +24,8 @@ from flextron.jobs.jobs import Jobs
 from flextron.server.bodies import ChatBody, CompletionBody
 from flextron.server.chat import chat
 from flextron.server.completions import completions
+from flextron.server.dialects.messages import messages
+from flextron.server.dialects.messages_body import MessagesBody
 from flextron.server.dialects.responses import responses
 from flextron.server.dialects.responses_body import ResponsesBody
 from flextron.server.files import add_files
@@ -95,11 +97,19 @@ def create_app(
     _add_endpoint(app, service, "/v1/completions", CompletionBody, completions)
     _add_endpoint(app, service, "/v1/chat/completions", ChatBody, chat)
     _add_endpoint(app, service, "/v1/responses", ResponsesBody, responses)
+    _add_endpoint(app, service, "/v1/messages", MessagesBody, messages)
     _add_endpoint(app, service, "/tokenize", TokenizeBody, tokenize)
     _add_endpoint(app, service, "/detokenize", DetokenizeBody, detokenize)
     add_information(app, service)
     _add_health(app, service)
-    bodies: list[type[BaseModel]] = [CompletionBody, ChatBody, ResponsesBody, TokenizeBody, DetokenizeBody]
+    bodies: list[type[BaseModel]] = [
+        CompletionBody,
+        ChatBody,
+        ResponsesBody,
+        MessagesBody,
+        TokenizeBody,
+        DetokenizeBody,
+    ]
     if jobs is not None:
         add_files(app, jobs.uploads, settings)
         add_finetuning(app, jobs, settings)

@@ -111,7 +111,9 @@ class RequestMiddleware:
     def _may_enter(self, path: str, headers: Headers) -> bool:
         if self._key is None or path in _OPEN:
             return True
-        scheme, _, key = headers.get("authorization", "").partition(" ")
+        # Anthropic's clients have a header of their own
+        given = headers.get("authorization") or f"bearer {headers.get('x-api-key', '')}"
+        scheme, _, key = given.partition(" ")
         return hmac.compare_digest(key.strip().encode(), self._key) and scheme.lower() == "bearer"
 
 

@@ -220,12 +220,22 @@ _RESPONSES = [
     ),
 ]
 
+_MESSAGES = [
+    *_keys("anthropic", Does.SERVE, "model", "messages", "max_tokens", "system", "stop_sequences", "temperature"),
+    *_keys("anthropic", Does.SERVE, "top_p", "top_k", "stream", "tools", "tool_choice"),
+    *_keys("flextron", Does.SERVE, "flextron"),
+    *_keys("anthropic", Does.IGNORE, "metadata", "service_tier", "cache_control", "inference_geo"),
+    *_refused("anthropic", thinking=({"type": "disabled"},), output_config=({},), output_format=()),
+    *_refused("anthropic", container=(), mcp_servers=([],), context_management=()),
+]
+
 KEYS: dict[str, dict[str, Key]] = {
     endpoint: {key.name: key for key in own}
     for endpoint, own in (
         ("completions", [*_BOTH, *_COMPLETIONS]),
         ("chat", [*_BOTH, *_CHAT]),
         ("responses", _RESPONSES),
+        ("messages", _MESSAGES),
     )
 }
 """What happens to each key, by endpoint and name."""
