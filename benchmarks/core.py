@@ -48,7 +48,7 @@ def families() -> Figure:
 
 def permuted_full() -> Figure:
     """SmolLM2: permuted full model against transformers' original."""
-    tokens = smollm2.eval_windows()
+    tokens = smollm2.eval_sequences()
     ours = smollm2.decoder()
     permute(ours, rank(ours, tokens[:8]))
     theirs = smollm2.peer()
@@ -74,7 +74,7 @@ def permuted_full() -> Figure:
 
 def four_forms() -> Figure:
     """Masked, sliced, extracted, and reloaded by stock transformers."""
-    tokens = smollm2.eval_windows(512)
+    tokens = smollm2.eval_sequences(512)
     ours = smollm2.decoder()
     config = ours.config
     spec = SubnetSpec.uniform(num_hidden_layers=30, intermediate_size=768, num_groups=2, skip=(14, 25))

@@ -1,4 +1,4 @@
-"""What a backward pass needs: bytes that autograd holds for peft, and that finetuning in windows keeps."""
+"""What a backward pass needs: bytes that autograd holds for peft, and that finetuning in chunks keeps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flextron.finetuning.example import Example
 from flextron.finetuning.layerwise import Finetuning
 from flextron.model.adapter import Adapter
 
-__all__ = ["saved_by_peft", "saved_by_windows"]
+__all__ = ["saved_by_chunks", "saved_by_peft"]
 
 _LENGTH = 1024
 
@@ -25,7 +25,7 @@ def saved_by_peft() -> tuple[int, int]:
     config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     model: Any = get_peft_model(smollm2.peer(), config).train()  # type: ignore[arg-type]
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    tokens = smollm2.eval_windows(_LENGTH, _LENGTH)
+    tokens = smollm2.eval_sequences(_LENGTH, _LENGTH)
 
     def held(with_loss: bool) -> int:
         kept: dict[int, Tensor] = {}
@@ -47,10 +47,10 @@ def saved_by_peft() -> tuple[int, int]:
 
 
 @cache
-def saved_by_windows() -> int:
+def saved_by_chunks() -> int:
     """The most bytes that are kept between two units, for the same text; nothing but what exactness needs is kept."""
     decoder = smollm2.decoder()
-    (tokens,) = smollm2.eval_windows(_LENGTH, _LENGTH)
+    (tokens,) = smollm2.eval_sequences(_LENGTH, _LENGTH)
     example = Example(torch.cat((tokens, tokens[:1])), torch.ones(_LENGTH + 1))
     work = Finetuning(decoder, Adapter.lora(decoder.config, rank=16, alpha=32), [example])
     most = 0

@@ -20,13 +20,12 @@ __all__ = ["perplexity", "round_matrices", "rounded_head"]
 
 @torch.inference_mode()
 def perplexity(decoder: Decoder, weights: Weights, num_tokens: int = 4096) -> float:
-    """Of held-out text, in windows of 256 tokens, with the full network."""
+    """Of held-out text, in sequences of 256 tokens, with the full network."""
     head, model = decoder.head_weight, decoder
     if weights != "float32":
         model, head = deepcopy(decoder), rounded_head(decoder)
         round_matrices(model, weights)
-    windows = smollm2.eval_windows(num_tokens)
-    losses = [_losses(model, head, window) for window in windows]
+    losses = [_losses(model, head, tokens) for tokens in smollm2.eval_sequences(num_tokens)]
     return math.exp(float(torch.cat(losses).mean()))
 
 

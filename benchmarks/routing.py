@@ -21,7 +21,7 @@ from torch import Tensor
 from benchmarks.core import DEMO, demo_record
 from benchmarks.harness import Figure, median, run_suite
 from flextron.api import ElasticModel, evaluation_text, load
-from flextron.api.texts import windows
+from flextron.api.texts import sequences
 from flextron.model.scoring import mean_loss
 from flextron.routing.compare import uniform_within
 from flextron.routing.latency import LatencyTable, measure_table, step_latencies_ms
@@ -53,18 +53,18 @@ def _table() -> LatencyTable:
 
 
 @cache
-def _windows() -> tuple[Tensor, Tensor]:
+def _sequences() -> tuple[Tensor, Tensor]:
     """For the router, and for what is reported: parts of the topics that the demo did not train on."""
     topics = evaluation_text()
-    calibration = windows(topics[1::4], _model().tokenizer, num_tokens=1024, context=256)
-    return calibration, windows(topics[3::4], _model().tokenizer, num_tokens=3072, context=256)
+    calibration = sequences(topics[1::4], _model().tokenizer, num_tokens=1024, context=256)
+    return calibration, sequences(topics[3::4], _model().tokenizer, num_tokens=3072, context=256)
 
 
 @cache
 def _routed() -> RouterResult:
     with tempfile.TemporaryDirectory() as directory:
         return train_static_router(
-            _model().decoder, _model().space, _table(), _windows()[0], RouterRecipe(), run_directory=Path(directory)
+            _model().decoder, _model().space, _table(), _sequences()[0], RouterRecipe(), run_directory=Path(directory)
         )
 
 
@@ -107,7 +107,7 @@ def achieved_latency() -> Figure:
 def against_uniform() -> Figure:
     """Static router against uniform widths at equal measured latency."""
     decoder, space = _model().decoder, _model().space
-    _, test = _windows()
+    _, test = _sequences()
     pairs: list[tuple[float, SubnetSpec, list[SubnetSpec]]] = []
     for target in _COMPARED:
         uniform = uniform_within(space, _table(), target)
@@ -154,7 +154,7 @@ def token_router() -> Figure:
     specs = {target: model.router.spec(target, table) for target in _TOKEN_TARGETS}
     topics = evaluation_text()
     calibration, test = (
-        windows(part, model.tokenizer, num_tokens=8192, context=128) for part in (topics[::2], topics[1::2])
+        sequences(part, model.tokenizer, num_tokens=8192, context=128) for part in (topics[::2], topics[1::2])
     )
     calibrate(model.token_router, model.decoder, calibration, specs, table)
     wins, notes = 0, []

@@ -11,13 +11,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from flextron.api import evaluation_text
-from flextron.api.texts import windows
+from flextron.api.texts import sequences
 from flextron.checkpoints.huggingface import load_decoder, open_pretrained, write_checkpoint
 from flextron.checkpoints.pretrained import Pretrained
 from flextron.model.decoder import Decoder
 from flextron.workflows.demo import default_model
 
-__all__ = ["checkpoint", "decoder", "eval_windows", "peer", "pretrained", "sharded_checkpoint"]
+__all__ = ["checkpoint", "decoder", "eval_sequences", "peer", "pretrained", "sharded_checkpoint"]
 
 
 @cache
@@ -62,6 +62,6 @@ def peer() -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(checkpoint(), dtype=torch.float32).eval()
 
 
-def eval_windows(num_tokens: int = 4096, context: int = 256) -> Tensor:
-    """Windows of the held-out text of the demo."""
-    return windows(evaluation_text(), pretrained().tokenizer, num_tokens=num_tokens, context=context)
+def eval_sequences(num_tokens: int = 4096, context: int = 256) -> Tensor:
+    """Sequences of the held-out text of the demo."""
+    return sequences(evaluation_text(), pretrained().tokenizer, num_tokens=num_tokens, context=context)

@@ -35,7 +35,7 @@ def requests(count: int, *, prompts: tuple[int, int] = (16, 64), answers: tuple[
         answers: least and most tokens to generate.
     """
     rng = random.Random("requests")
-    text = smollm2.eval_windows(count * 64, 64).tolist()
+    text = smollm2.eval_sequences(count * 64, 64).tolist()
     return [Request(window[: rng.randint(*prompts)], rng.randint(*answers)) for window in text]
 
 

@@ -20,6 +20,15 @@ settings.register_profile("flextron", deadline=None, print_blob=True)
 settings.load_profile("flextron")
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Compile the kernels where that is still to be done: on a busy machine it outlasts what tests wait for."""
+    from flextron.kernels.build import load_library
+
+    if session.items and not session.config.option.collectonly:
+        load_library("decoder")
+        load_library("training")
+
+
 def _is_local(address: object) -> bool:
     if not isinstance(address, tuple):
         return True  # a path: a socket between processes

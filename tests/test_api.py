@@ -231,7 +231,7 @@ def test_an_existing_directory_is_kept(profiled: ElasticModel, tmp_path: Path) -
         ({"multiple_of": 48}, "256 is not a multiple of 48"),
         ({"ratios": (0.5, 1.5)}, "ratios"),
         ({"max_skipped_layers": -1}, "max_skipped_layers"),
-        ({"num_calibration_tokens": 10}, "one window"),
+        ({"num_calibration_tokens": 10}, "one sequence"),
     ],
 )
 def test_choices_that_do_not_fit_are_refused(checkpoint: Path, options: dict[str, object], message: str) -> None:

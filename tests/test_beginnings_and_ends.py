@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import flextron
 from flextron import ElasticModel, Engine, SamplingParams
-from flextron.api.texts import windows
+from flextron.api.texts import sequences
 from flextron.cli.main import app
 from flextron.errors import FlextronError
 from flextron.finetuning.dataset import read_dataset
@@ -187,20 +187,20 @@ def test_a_malformed_file_is_refused_before_anything_is_built(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("case", BEGINNINGS)
-def test_windows_begin_as_texts_do_and_are_scored_as_transformers_scores_them(case: str, tmp_path: Path) -> None:
+def test_sequences_begin_as_texts_do_and_are_scored_as_transformers_scores_them(case: str, tmp_path: Path) -> None:
     source = checkpoint(make_tokenizer(case), tmp_path / "hf")
     stock = AutoTokenizer.from_pretrained(source)
-    windows_BT = windows(TEXT, stock, num_tokens=96, context=32)
+    tokens_BT = sequences(TEXT, stock, num_tokens=96, context=32)
     begin = stock.convert_tokens_to_ids(BEGINNINGS[case])
-    assert windows_BT.shape == (3, 32)
-    assert all(row[: len(begin)].tolist() == begin for row in windows_BT)
+    assert tokens_BT.shape == (3, 32)
+    assert all(row[: len(begin)].tolist() == begin for row in tokens_BT)
     first, second = (stock(text, add_special_tokens=False)["input_ids"] for text in TEXT[:2])
     packed = [*begin, *first, stock.eos_token_id, *begin, *second]
-    assert windows_BT[0].tolist() == packed[:32]
+    assert tokens_BT[0].tolist() == packed[:32]
     model = converted(source)
     found = model.evaluate({"full": model.space.full}, TEXT, num_tokens=96, context=32)["full"]
-    logits = hf_logits(AutoModelForCausalLM.from_pretrained(source).eval(), windows_BT)
-    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), windows_BT[:, 1:].flatten())
+    logits = hf_logits(AutoModelForCausalLM.from_pretrained(source).eval(), tokens_BT)
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens_BT[:, 1:].flatten())
     assert relative_error(torch.tensor(found.loss), loss) <= 1e-5
 
 

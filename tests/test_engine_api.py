@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -80,6 +81,8 @@ def test_stop_strings(engine: Engine) -> None:
         ({"prompts": ["a"], "target": [None, None]}, "2 entries of target for 1 prompts"),
         ({"prompts": [1, 2]}, "put a single list of ids into a list"),
         ({"prompts": ["a", ""]}, "prompt is empty"),
+        ({"prompts": [[1], [-1]]}, "outside the model's vocabulary"),
+        ({"prompts": [[10**30]]}, "outside the model's vocabulary"),
         ({"prompts": ["a"], "target": Target(latency=0.01)}, "spans 0.5 to 1"),
         ({"prompts": ["a"], "params": SamplingParams(max_tokens=1000)}, "128 positions"),
         ({"prompts": ["a"], "stop": ["", "b"]}, "stop string is empty"),
@@ -107,12 +110,13 @@ def test_adapters_and_targets_in_one_batch(engine: Engine, model: ElasticModel, 
     adapters: list[Adapter | str | Path | None] = [tmp_path / "first", None, second, str(tmp_path / "first")]
     specs: list[Target | SubnetSpec | None] = [None, None, model.select(latency=0.5), model.select(latency=0.8)]
     found = engine.generate(PROMPTS, params, target=specs, adapter=adapters)
-    assert len(engine._adapters) == 1
+    # it was read once for all
+    shutil.rmtree(tmp_path / "first")
     for prompt, spec, adapter, completion in zip(PROMPTS, specs, (first, None, second, first), found, strict=True):
         assert model.tokenizer is not None
         assert isinstance(spec, SubnetSpec | None)
         decoder = model.decoder if adapter is None else merged(model.decoder, adapter)
-        stop = replace(params, stop_token_ids=engine._defaults.ends)
+        stop = replace(params, stop_token_ids=model.generation_defaults.ends)
         (wanted,) = generate(decoder, [model.tokenizer.encode(prompt)], spec or model.space.full, stop)
         assert list(completion.token_ids) == wanted
     everywhere = engine.generate(PROMPTS, params, adapter=first)
@@ -123,7 +127,7 @@ def test_adapters_and_targets_in_one_batch(engine: Engine, model: ElasticModel, 
     text = "The city was in the north of the country"
     (changed,) = engine.generate(text, params, adapter=first)
     assert model.tokenizer is not None
-    decoder, stop = merged(model.decoder, first), replace(params, stop_token_ids=engine._defaults.ends)
+    decoder, stop = merged(model.decoder, first), replace(params, stop_token_ids=model.generation_defaults.ends)
     assert [list(changed.token_ids)] == generate(decoder, [model.tokenizer.encode(text)], model.space.full, stop)
     assert (changed.token_ids,) != tuple(c.token_ids for c in engine.generate(text, params, adapter=adapters[0]))
 
@@ -138,6 +142,6 @@ def test_drafts_change_no_answer(engine: Engine, model: ElasticModel, weights: W
         for prompt in PROMPTS:
             wanted = engine.generate(prompt, params, stop=stop)
             assert [c.text for c in drafting.generate(prompt, params, stop=stop)] == [c.text for c in wanted]
-    speculator = drafting._core.speculator
+    speculator = drafting.core.speculator
     assert speculator is not None
     assert speculator.num_accepted > 0

@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks import smollm2
 from benchmarks.coserving.models import smollm2_decoder
 from benchmarks.harness import Figure, interleaved_seconds, median, ratios
-from benchmarks.peft_memory import saved_by_peft, saved_by_windows
+from benchmarks.peft_memory import saved_by_chunks, saved_by_peft
 from flextron.finetuning.example import Example
 from flextron.finetuning.layerwise import Finetuning
 from flextron.finetuning.recompute import KEEPABLE
@@ -25,7 +25,7 @@ __all__ = ["instruct_throughput", "peak_throughput", "saved_bytes"]
 def saved_bytes() -> Figure:
     """Saved activation bytes at sequence 1024 against PyTorch and peft."""
     layers, whole = saved_by_peft()
-    ours = saved_by_windows()
+    ours = saved_by_chunks()
     return Figure(
         name="bytes kept for the backward pass, 1,024 tokens of SmolLM2-135M, against peft's, head and loss left out",
         value=100 * ours / layers,
@@ -39,7 +39,7 @@ def saved_bytes() -> Figure:
 
 def peak_throughput() -> Figure:
     """Finetuning alone against peft and transformers, sequences of equal length."""
-    tokens = smollm2.eval_windows(4 * 512, 512)
+    tokens = smollm2.eval_sequences(4 * 512, 512)
     batch = [(row, torch.ones(512)) for row in tokens]
     return _against_peft("4 sequences of 512 tokens, every token learnt", [batch])
 
@@ -47,7 +47,7 @@ def peak_throughput() -> Figure:
 def instruct_throughput() -> Figure:
     """Finetuning alone against peft and transformers, prompts and answers of many lengths."""
     rng = random.Random("instruct")
-    text = smollm2.eval_windows(16 * 512, 512)
+    text = smollm2.eval_sequences(16 * 512, 512)
     rows = [(row[:n], (torch.arange(n) >= n // 2).float()) for row in text for n in [_length(rng)]]
     batches = [rows[k : k + 8] for k in range(0, len(rows), 8)]
     return _against_peft("8 prompts with answers a step, the answers learnt", batches)

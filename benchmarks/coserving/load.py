@@ -15,6 +15,7 @@ from flextron.engine import CoServing, CoServingScheduler, EngineCore, EngineSet
 from flextron.finetuning.example import Example
 from flextron.finetuning.hyperparameters import Hyperparameters
 from flextron.finetuning.lora import UPDATE, LoraTrainer, LoraTrainers
+from flextron.finetuning.trainer import TrainingTask
 from flextron.generation.sampling import SamplingParams
 from flextron.model.config import DecoderConfig
 from flextron.model.decoder import Decoder
@@ -127,7 +128,9 @@ def trainer(decoder: Decoder, count: int = 4096, seed: int = 0, batch_size: int 
         n = min(max(16, round(rng.lognormvariate(4.8, 0.7))), min(_PIECE, decoder.config.max_position_embeddings - 1))
         examples.append(Example([rng.randrange(vocab) for _ in range(n)], [int(i >= n // 2) for i in range(n)]))
     chosen = Hyperparameters(n_epochs=1000, batch_size=batch_size, rank=16)
-    return LoraTrainers(decoder, "bench", pack_tokens=_PIECE)(chosen, examples, seed, None)
+    return LoraTrainers(decoder, "bench", pack_tokens=_PIECE)(
+        TrainingTask(hyperparameters=chosen, examples=examples, seed=seed)
+    )
 
 
 class Training:

@@ -29,7 +29,7 @@ from experiments.elastification.decoding import decode_ms
 from experiments.elastification.pictures import draw_alternatives, table_of
 from flextron import TrainRecipe
 from flextron.api.packaged import boxed_adapter
-from flextron.api.texts import needed, windows
+from flextron.api.texts import needed, sequences
 from flextron.files import read_json, write_json
 from flextron.kernels.layout import WEIGHTS, Weights
 from flextron.model.batch import Batch
@@ -135,7 +135,7 @@ class Experiment:
         base = self.base()
         tokenizer = needed(base.tokenizer)
         validation = [wikitext(data, "wt2.valid.tokens.txt.zst")]
-        self.search_BT = windows(validation, tokenizer, num_tokens=10 * _CONTEXT, context=_CONTEXT)
+        self.search_BT = sequences(validation, tokenizer, num_tokens=10 * _CONTEXT, context=_CONTEXT)
         self.held_out = texts(data, tokenizer, num_eval)
         self.rows: list[dict[str, Any]] = []
         self.pruned = self._pruned(base)

@@ -16,7 +16,7 @@ import flextron
 from experiments.elastification.curve import wikitext
 from experiments.elastification.mix import SOURCES
 from flextron.api.packaged import boxed_adapter
-from flextron.api.texts import needed, windows
+from flextron.api.texts import needed, sequences
 from flextron.checkpoints.origin import PermutedFrom
 from flextron.files import read_json, write_json
 from flextron.model.scoring import mean_loss
@@ -53,7 +53,7 @@ def main() -> None:
     model.frontier = None
     assert model.adapter is not None
     model.adapter.add_to(model.decoder, -1)
-    tokens_BT = windows(validation, needed(model.tokenizer), num_tokens=args.tokens + 2 * _CONTEXT, context=_CONTEXT)[
+    tokens_BT = sequences(validation, needed(model.tokenizer), num_tokens=args.tokens + 2 * _CONTEXT, context=_CONTEXT)[
         2:
     ]
     untrained = tuple(p.with_loss(mean_loss(model.decoder, tokens_BT, p.spec)) for p in trained.points)
@@ -92,8 +92,8 @@ The recipe is in `elastic.json`.
 
 ## Losses over training tokens
 
-Nats a token on text that nobody trained on, windows of 256 tokens; for LAMBADA, of the last word. A sub-network's size
-is that of its weights over all, embeddings included.
+Nats a token on text that nobody trained on, sequences of 256 tokens; for LAMBADA, of the last word. A sub-network's
+size is that of its weights over all, embeddings included.
 
 | tokens | text | {" | ".join(sizes)} |
 |---|---|{"---|" * len(sizes)}

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import flextron
 from experiments.elastification.mix import heldout, lines
-from flextron.api.texts import needed, windows
+from flextron.api.texts import needed, sequences
 from flextron.files import read_json, write_json
 from flextron.model.batch import Batch
 from flextron.model.cost import layer_parameters, num_parameters
@@ -44,15 +44,15 @@ _CONTEXT = 256
 class TextSet:
     """Held-out text of one kind."""
 
-    def __init__(self, windows_BT: Tensor | None = None, items: Sequence[tuple[list[int], list[int]]] = ()) -> None:
-        """Take windows, or pairs of a context and what follows."""
-        self._windows, self._items = windows_BT, items
+    def __init__(self, tokens_BT: Tensor | None = None, items: Sequence[tuple[list[int], list[int]]] = ()) -> None:
+        """Take sequences, or pairs of a context and what follows."""
+        self._sequences, self._items = tokens_BT, items
 
     @torch.no_grad()
     def loss(self, decoder: Decoder, spec: SubnetSpec) -> float:
         """Mean negative log-likelihood of the predicted tokens, in nats."""
-        if self._windows is not None:
-            return mean_loss(decoder, self._windows, spec)
+        if self._sequences is not None:
+            return mean_loss(decoder, self._sequences, spec)
         losses = []
         for context, answer in self._items:
             tokens = torch.tensor([context + answer])
@@ -76,9 +76,9 @@ def texts(data: Path, tokenizer: Any, num_tokens: int) -> dict[str, TextSet]:
         items.append((context, tokenizer(" " + record["continuation"], add_special_tokens=False)["input_ids"]))
     wiki = [wikitext(data, "wiki.test.raw.zst")]
     return {
-        "wikitext-2": TextSet(windows(wiki, tokenizer, num_tokens=num_tokens, context=_CONTEXT)),
+        "wikitext-2": TextSet(sequences(wiki, tokenizer, num_tokens=num_tokens, context=_CONTEXT)),
         "lambada": TextSet(items=items),
-        "chat": TextSet(windows(heldout(data, tokenizer), tokenizer, num_tokens=num_tokens, context=_CONTEXT)),
+        "chat": TextSet(sequences(heldout(data, tokenizer), tokenizer, num_tokens=num_tokens, context=_CONTEXT)),
     }
 
 
@@ -128,7 +128,7 @@ def measure(model: flextron.ElasticModel, data: Path, num_tokens: int) -> dict[s
     """One row of the curve."""
     tokenizer = needed(model.tokenizer)
     validation = wikitext(data, "wt2.valid.tokens.txt.zst")
-    search_BT = windows([validation], tokenizer, num_tokens=10 * _CONTEXT, context=_CONTEXT)
+    search_BT = sequences([validation], tokenizer, num_tokens=10 * _CONTEXT, context=_CONTEXT)
     chosen = choose(model.decoder, model.space, search_BT)
     losses = {
         name: {str(size): text.loss(model.decoder, spec) for size, spec in chosen.items()}

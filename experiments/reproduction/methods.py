@@ -39,7 +39,8 @@ from flextron.routing.token_calibration import score_routed
 from flextron.routing.token_router import TokenRouter
 from flextron.spec import SearchSpace, SubnetSpec
 from flextron.training.blocks import TokenBlocks
-from flextron.training.routers import JointRouting, RouterRecipe
+from flextron.training.router_joint import JointRouting
+from flextron.training.router_recipe import RouterRecipe
 from flextron.training.token_recipe import TokenRouterRecipe
 from flextron.training.token_routing import train_token_router
 

@@ -3,11 +3,15 @@
 The command line prints such an error without a traceback and exits with code 2; anything else that escapes is a bug.
 """
 
-__all__ = ["FlextronError", "UnsupportedModelError"]
+__all__ = ["FlextronError", "PromptError", "UnsupportedModelError"]
 
 
 class FlextronError(ValueError):
     """Bad input: a wrong value, file or combination that the user can mend."""
+
+
+class PromptError(FlextronError):
+    """A prompt that the model, or the engine's memory, cannot take."""
 
 
 class UnsupportedModelError(FlextronError):

@@ -13,7 +13,7 @@ import torch
 import flextron
 from flextron import ElasticModel, Engine, FlextronError, TrainRecipe
 from flextron.api.packaged import tiny_model
-from flextron.api.texts import check_windows, documents, source_name
+from flextron.api.texts import check_sequences, documents, source_name
 from tests.toy import prose
 
 RECIPE = TrainRecipe(tokens=64, context=32, batch_size=2, micro_batch_size=2)
@@ -84,7 +84,7 @@ def test_the_engine_takes_lists_of_ids_and_no_tensors(model: ElasticModel) -> No
 
 
 @pytest.mark.parametrize(("num_tokens", "context", "named"), [(8, 1, "context"), (8, -1, "context"), (7, 8, "num_tok")])
-def test_windows_that_predict_nothing(num_tokens: int, context: int, named: str) -> None:
+def test_sequences_that_predict_nothing(num_tokens: int, context: int, named: str) -> None:
     with pytest.raises(FlextronError, match=named):
-        check_windows(num_tokens, context)
-    check_windows(8, 8)
+        check_sequences(num_tokens, context)
+    check_sequences(8, 8)

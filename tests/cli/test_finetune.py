@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 import torch
@@ -122,15 +123,15 @@ def test_a_server_that_is_away_for_a_while(served: Tuning, monkeypatch: pytest.M
     job = remote.create("tiny", served.upload(served.client()), suffix=None, seed=1, hyperparameters={})
     events = remote.follow(job["id"], 0.05)
     next(events)
-    ask, left = remote._ask, [3]
+    left = [3]
 
-    def away(request: Any) -> Any:
+    def away(request: Any, **options: Any) -> Any:
         left[0] -= 1
         if left[0] >= 0:
             request.full_url = "http://127.0.0.1:1/"
-        return ask(request)
+        return urlopen(request, **options)
 
-    monkeypatch.setattr(remote, "_ask", away)
+    monkeypatch.setattr("flextron.api.remote.urlopen", away)
     assert list(events)[-1]["message"] == "the job has succeeded"
     left[0] = 1000
     with pytest.raises(FlextronError, match="does not answer"):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from flextron.engine import CoServing, CoServingScheduler, EngineCore, EngineSettings, Request, StepOutput
 from flextron.errors import FlextronError
 from flextron.finetuning.lora import LoraTrainer, LoraTrainers
-from flextron.finetuning.trainer import StepMetrics
+from flextron.finetuning.trainer import StepMetrics, TrainingTask
 from flextron.generation.generate import SamplingParams
 from flextron.model.decoder import Decoder
 from tests.finetuning.test_lora import CHOSEN, examples
@@ -274,9 +274,10 @@ def answers(work: LoraWork | None) -> list[list[int]]:
 
 def test_answers_and_adapter_are_those_of_each_alone() -> None:
     data = examples(6)
-    alone = LoraTrainers(DECODER, "base")(CHOSEN, data, 5, None)
+    task = TrainingTask(hyperparameters=CHOSEN, examples=data, seed=5)
+    alone = LoraTrainers(DECODER, "base")(task)
     losses = [alone.step().loss for _ in range(alone.num_steps)]
-    work = LoraWork(LoraTrainers(DECODER, "base")(CHOSEN, data, 5, None))
+    work = LoraWork(LoraTrainers(DECODER, "base")(task))
     assert answers(work) == answers(None)
     assert [m.loss for m in work.metrics] == pytest.approx(losses, abs=1e-4)
     for ours, theirs in zip(work.trainer.adapter.parameters(), alone.adapter.parameters(), strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flextron.engine import EngineCore, EngineSettings, FinishReason, Request
-from flextron.engine.runner import unit_bytes
-from flextron.errors import FlextronError
+from flextron.engine.runner import block_bytes
+from flextron.errors import FlextronError, PromptError
 from flextron.generation.generate import SamplingParams, generate
 from flextron.kernels.build import load_library
 from flextron.kernels.decoder import Weights
@@ -38,12 +38,12 @@ class Asked:
 
 def engine(decoder: Decoder, *, num_pages: int, native: bool, **options: object) -> EngineCore:
     """An engine whose cache holds so many pages of the full network."""
-    size, config = unit_bytes(decoder, PAGE), decoder.config
-    num_units = num_pages * config.num_hidden_layers * config.kv_rows(config.num_groups) // config.head_dim
+    size, config = block_bytes(decoder, PAGE), decoder.config
+    num_blocks = num_pages * config.num_hidden_layers * config.kv_rows(config.num_groups) // config.head_dim
     values: dict[str, object] = {"max_num_seqs": 5, "max_num_batched_tokens": 11}
     return EngineCore(
         decoder,
-        EngineSettings(kv_cache_gb=(num_units + 0.5) * size / 1e9, page_size=PAGE, native=native, **values | options),  # type: ignore[arg-type]
+        EngineSettings(kv_cache_gb=(num_blocks + 0.5) * size / 1e9, page_size=PAGE, native=native, **values | options),  # type: ignore[arg-type]
     )
 
 
@@ -179,6 +179,18 @@ def test_bad_requests_are_refused(prompt: list[int], max_tokens: int, said: str)
     assert not core.has_unfinished
 
 
+@pytest.mark.parametrize("spec", SPECS)
+def test_the_capacity_is_the_longest_request_that_is_taken(spec: SubnetSpec) -> None:
+    core = engine(DECODER, num_pages=7, native=False)
+    network, capacity = core.network(spec), core.capacity(spec)
+    request = core.add("a", [1], SamplingParams(max_tokens=capacity - 1), network)
+    with pytest.raises(PromptError):
+        core.add("b", [1], SamplingParams(max_tokens=capacity), network)
+    while core.has_unfinished:
+        core.step()
+    assert len(request.tokens) == capacity
+
+
 def test_bad_settings_are_refused() -> None:
     with pytest.raises(FlextronError, match="at least max_num_seqs"):
         EngineSettings(max_num_seqs=10, max_num_batched_tokens=5)
@@ -214,3 +226,22 @@ def test_logprobs_are_the_models_own() -> None:
         top = row.topk(4)
         assert [token for token, _ in output.logprobs.top] == top.indices.tolist()
         assert [value for _, value in output.logprobs.top] == pytest.approx(top.values.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("native", PATHS)
+def test_rounding_does_not_depend_on_where_networks_lie_in_memory(native: bool) -> None:
+    asked = random_requests(random.Random(3), DECODER.config.vocab_size, SPECS, 12)
+    found = set()
+    for seed in range(4):
+        core = engine(DECODER, num_pages=60, native=native, max_num_seqs=12, max_num_batched_tokens=64)
+        # holes in the memory, filled in any order
+        holes = [replace(core.network(DECODER.config.full_spec)) for _ in range(200)]
+        random.Random(seed).shuffle(holes)
+        networks = {}
+        for spec in SPECS:
+            holes.pop()
+            networks[spec] = core.network(spec)
+        for i, r in enumerate(asked):
+            core.add(f"{i}", r.prompt, SamplingParams(max_tokens=8, logprobs=3), networks[r.spec])
+        found.add(tuple(o.logprobs for _ in range(12) for o in core.step()))
+    assert len(found) == 1

@@ -1,4 +1,4 @@
-"""The pool of units under random use, against sets."""
+"""The pool of blocks under random use, against sets."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_no_unit_is_lost_or_given_twice(actions: list[tuple[str, int]]) -> None:
                 assert page.key == page_key(b"", [number])
                 held.append(page)
         pool.check_integrity(held)
-        assert pool.num_used == len({u for page in held for u in page.units})
+        assert pool.num_used == len({u for page in held for u in page.blocks})
     for page in held:
         pool.release(page)
     pool.forget()

@@ -121,4 +121,4 @@ def test_scores_of_prompts_are_those_of_the_whole_pass(native: bool, max_tokens:
 def test_the_engine_refuses_tokens_that_the_model_does_not_have() -> None:
     core: EngineCore = engine(DECODER, num_pages=10, native=False)
     with pytest.raises(FlextronError, match="outside the model's vocabulary"):
-        core.add("a", [1], SamplingParams(logit_bias={SIZE: 1.0}), core.network(FULL))
+        core.add("a", [1], SamplingParams(max_tokens=2, logit_bias={SIZE: 1.0}), core.network(FULL))

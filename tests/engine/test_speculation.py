@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flextron.engine import EngineCore, EngineSettings, FinishReason, Speculation
-from flextron.engine.runner import unit_bytes
+from flextron.engine.runner import block_bytes
 from flextron.engine.speculation import Draft, verified
 from flextron.errors import FlextronError
 from flextron.generation.generate import SamplingParams, generate
@@ -71,7 +71,7 @@ def test_the_network_itself_as_draft_is_always_right() -> None:
 def test_drafts_of_few_bits_serve_the_same_answers(weights: Weights, drafts: Weights) -> None:
     decoder = random_decoder("llama")
     speculation = Speculation(drafts=(decoder.config.full_spec,), weights=drafts, num_tokens=4)
-    size = unit_bytes(decoder, PAGE)
+    size = block_bytes(decoder, PAGE)
     plain, drafted = (
         EngineCore(
             decoder, EngineSettings(kv_cache_gb=400 * size / 1e9, page_size=PAGE, weights=weights, speculation=s)

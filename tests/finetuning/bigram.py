@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flextron.finetuning.example import Example
 from flextron.finetuning.hyperparameters import Hyperparameters
-from flextron.finetuning.trainer import StepMetrics
+from flextron.finetuning.trainer import StepMetrics, TrainingTask
 
 __all__ = ["Bigram", "BigramMaker", "is_whole", "train_alone"]
 
@@ -24,19 +24,12 @@ SIZE = 32
 class Bigram:
     """Tokens modulo 32; a fresh order in each epoch, drawn from the seed."""
 
-    def __init__(
-        self,
-        hyperparameters: Hyperparameters,
-        examples: Sequence[Example],
-        seed: int,
-        resume: Path | None,
-        maker: BigramMaker,
-        validation: Sequence[Example] = (),
-    ) -> None:
-        self._examples, self._seed, self._maker = examples, seed, maker
-        self._validation, self._chosen = validation, hyperparameters
+    def __init__(self, task: TrainingTask, maker: BigramMaker) -> None:
+        hyperparameters, resume = task.hyperparameters, task.resume
+        self._examples, self._seed, self._maker = task.examples, task.seed, maker
+        self._validation, self._chosen = task.validation, hyperparameters
         self._batch = hyperparameters.batch_size
-        self._per_epoch = -(-len(examples) // self._batch)
+        self._per_epoch = -(-len(task.examples) // self._batch)
         self.num_steps = self._per_epoch * hyperparameters.n_epochs
         self.weight_VV = torch.zeros(SIZE, SIZE, requires_grad=True)
         self.optimizer = torch.optim.SGD([self.weight_VV], 0.5 * hyperparameters.learning_rate_multiplier, momentum=0.9)
@@ -117,20 +110,13 @@ class BigramMaker:
         self.fault: Exception | None = None
         self.disk_is_full = threading.Event()
 
-    def __call__(
-        self,
-        hyperparameters: Hyperparameters,
-        examples: Sequence[Example],
-        seed: int,
-        resume: Path | None,
-        validation: Sequence[Example] = (),
-    ) -> Bigram:
-        return Bigram(hyperparameters, examples, seed, resume, self, validation)
+    def __call__(self, task: TrainingTask) -> Bigram:
+        return Bigram(task, self)
 
 
 def train_alone(hyperparameters: Hyperparameters, examples: Sequence[Example], seed: int) -> tuple[list[float], Tensor]:
     """Losses and weights of an undisturbed training."""
-    trainer = BigramMaker()(hyperparameters, examples, seed, None)
+    trainer = BigramMaker()(TrainingTask(hyperparameters=hyperparameters, examples=examples, seed=seed))
     losses = [trainer.step().loss for _ in range(trainer.num_steps)]
     return losses, trainer.weight_VV.detach()
 

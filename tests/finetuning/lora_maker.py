@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from flextron.checkpoints.peft import write_adapter
-from flextron.finetuning.example import Example
-from flextron.finetuning.hyperparameters import Hyperparameters
+from flextron.finetuning.trainer import TrainingTask
 from flextron.model.adapter import Adapter
 from flextron.model.config import DecoderConfig
 from tests.finetuning.bigram import Bigram, BigramMaker
@@ -36,12 +34,5 @@ class LoraMaker(BigramMaker):
         """What a job with this seed has after a step."""
         return random_lora(self._config, seed=1000 * seed + step)
 
-    def __call__(
-        self,
-        hyperparameters: Hyperparameters,
-        examples: Sequence[Example],
-        seed: int,
-        resume: Path | None,
-        validation: Sequence[Example] = (),
-    ) -> Bigram:
-        return _Drawn(hyperparameters, examples, seed, resume, self, validation)
+    def __call__(self, task: TrainingTask) -> Bigram:
+        return _Drawn(task, self)

@@ -1,4 +1,4 @@
-"""Gradients in windows against plain autograd on whole sequences, in float64; what is kept; what is refused."""
+"""Gradients in chunks against plain autograd on whole sequences, in float64; what is kept; what is refused."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def gradients(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def run(work: Finetuning, forward: Sequence[int], backward: Sequence[int]) -> None:
-    """Window sizes in turn, again and again; the head's are those of the forward pass."""
+    """Chunk sizes in turn, again and again; the head's are those of the forward pass."""
     k = 0
     while work.stage is not None:
         sizes = backward if work.stage is Stage.BACKWARD else forward
@@ -159,7 +159,7 @@ def test_layers_below_the_lowest_bypass_cost_nothing() -> None:
 
 
 def test_forward_order_without_deferral_would_be_wrong() -> None:
-    """That the check can fail: gradients that leave out what later windows send to earlier keys."""
+    """That the check can fail: gradients that leave out what later chunks send to earlier keys."""
     decoder, adapter = doubles("llama")
     examples = examples_of([14])
     run(Finetuning(decoder, adapter, examples), [5], [5])

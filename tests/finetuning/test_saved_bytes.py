@@ -1,4 +1,4 @@
-"""What finetuning in windows keeps between forward and backward, against autograd's own count for `peft`."""
+"""What finetuning in chunks keeps between forward and backward, against autograd's own count for `peft`."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_at_most_13_percent_of_what_peft_keeps(num_layers: int, vocab_size: int)
     adapter = Adapter.lora(config, rank=16, alpha=32)
     ours = most_bytes_saved(decoder, adapter)
     print(  # noqa: T201
-        f"{num_layers} layers: peft {layers_alone} without and {whole} with head and loss, windows {ours}: "
+        f"{num_layers} layers: peft {layers_alone} without and {whole} with head and loss, chunks {ours}: "
         f"{ours / layers_alone:.4f} and {ours / whole:.4f}"
     )
     assert ours <= BAR * layers_alone < BAR * whole

@@ -132,5 +132,5 @@ def assert_as_alone(path: Path, jobs: Jobs, job_id: str) -> None:
     assert job.result_file is not None
     rows = list(csv.DictReader(jobs.uploads.path(job.result_file).read_text().splitlines()))
     assert [(int(r["step"]), float(r["train_loss"])) for r in rows] == list(enumerate(losses, start=1))
-    trained = load_file(jobs._directory.adapter(job_id, len(losses)) / "adapter_model.safetensors")
+    trained = load_file(jobs.directory.adapter(job_id, len(losses)) / "adapter_model.safetensors")
     assert torch.equal(trained["weight"], weight_VV)

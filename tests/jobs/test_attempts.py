@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from flextron.finetuning.trainer import TrainingTask
 from flextron.jobs import loader as preparer
 from flextron.jobs.jobs import Jobs
 from flextron.jobs.records import Status
@@ -35,11 +36,11 @@ class _Deadly(BigramMaker):
         super().__init__()
         self._work = work
 
-    def __call__(self, hyperparameters: Any, examples: Any, *others: Any) -> Any:
-        trainer = super().__call__(hyperparameters, examples, *others)
-        if len(examples) == len(BAD) and self._work == "making":
+    def __call__(self, task: TrainingTask) -> Any:
+        trainer = super().__call__(task)
+        if len(task.examples) == len(BAD) and self._work == "making":
             _die()
-        if len(examples) == len(BAD) and self._work == "stepping":
+        if len(task.examples) == len(BAD) and self._work == "stepping":
             trainer.step = _die  # type: ignore[method-assign]
         return trainer
 

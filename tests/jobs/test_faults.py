@@ -34,7 +34,7 @@ def test_a_loss_that_is_no_number(jobs: Jobs, tmp_path: Path) -> None:
     assert "the training loss became" in found.error.message
     assert "lower learning_rate or learning_rate_multiplier" in found.error.message
     assert found.error.code == "training_failed"
-    assert not jobs._directory.state(bad.id).exists()
+    assert not jobs.directory.state(bad.id).exists()
     assert_as_alone(tmp_path, jobs, good.id)
 
 
@@ -68,7 +68,7 @@ def test_a_damaged_state_fails_its_job_alone(tmp_path: Path) -> None:
     bad, good = settled(jobs), settled(jobs)
     train(jobs, 4)
     jobs.close()
-    (jobs._directory.state(bad.id) / "state.safetensors").write_bytes(b"\0" * 20)
+    (jobs.directory.state(bad.id) / "state.safetensors").write_bytes(b"\0" * 20)
     jobs = new_jobs(tmp_path / "state")
     jobs.wait_prepared(bad.id)
     jobs.wait_prepared(good.id)
@@ -92,7 +92,7 @@ def test_a_full_disk_pauses_the_job(
     assert event.level == "error"
     assert "paused at its last saved state: no space is left to write" in event.message
     for checkpoint in jobs.repository.checkpoints(job.id, after=None, limit=10)[0]:
-        assert is_whole(jobs._directory.adapter(job.id, checkpoint.step), checkpoint.step)
+        assert is_whole(jobs.directory.adapter(job.id, checkpoint.step), checkpoint.step)
     maker.disk_is_full.clear()
     jobs.resume(job.id)
     jobs.wait_prepared(job.id)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from flextron.errors import FlextronError
 from flextron.jobs.database import UnknownIdError
+from flextron.jobs.directory import StateDirectory
 from flextron.jobs.jobs import Jobs
-from flextron.jobs.records import Checkpoint, Status
+from flextron.jobs.records import JobCheckpoint, Status
 from tests.finetuning.bigram import is_whole
 from tests.jobs.making import (
     NUM_STEPS,
@@ -22,7 +24,7 @@ from tests.jobs.making import (
 
 
 def test_a_life(tmp_path: Path) -> None:
-    told: list[tuple[Checkpoint, Path]] = []
+    told: list[tuple[JobCheckpoint, Path]] = []
     jobs = new_jobs(tmp_path / "state", on_adapter=lambda checkpoint, directory: told.append((checkpoint, directory)))
     job = settled(jobs, suffix="sums", checkpoint_every=3)
     assert (job.status, job.finished_at, job.fine_tuned_model) == (Status.QUEUED, None, None)
@@ -43,12 +45,12 @@ def test_a_life(tmp_path: Path) -> None:
     ]
     assert all(is_whole(directory, c.step) for c, directory in told)
     assert jobs.repository.trained_tokens(job.id) == sum(m.num_tokens for _, m in jobs.repository.steps(job.id)) > 0
-    assert not jobs._directory.state(job.id).exists()
+    assert not jobs.directory.state(job.id).exists()
     assert messages(jobs, job.id)[-2:] == [f"new adapter: {job.fine_tuned_model}", "the job has succeeded"]
     assert jobs.scheduler.estimated_finish(job.id) is None
     jobs.close()
     # a new start tells of what is there
-    again: list[tuple[Checkpoint, Path]] = []
+    again: list[tuple[JobCheckpoint, Path]] = []
     new_jobs(tmp_path / "state", on_adapter=lambda c, d: again.append((c, d))).close()
     assert again == told
 
@@ -70,19 +72,21 @@ def test_a_restart_resumes_exactly(tmp_path: Path, save_seconds: float) -> None:
 
 def test_after_a_crash_adapters_stay_as_they_are(tmp_path: Path) -> None:
     told: list[int] = []
-    jobs = new_jobs(tmp_path / "state", save_seconds=1000.0)
-    job = settled(jobs, checkpoint_every=2)
-    train(jobs, 5)
-    before = {step: jobs._directory.adapter(job.id, step).stat().st_ino for step in (2, 4)}
-    seen = jobs.repository.events(job.id, after=None, limit=100)[0]
-    # gone without a word: no state was saved
-    jobs._store.close()
-    jobs._directory.close()
-    jobs = new_jobs(tmp_path / "state", on_adapter=lambda checkpoint, directory: told.append(checkpoint.step))
+    running = new_jobs(tmp_path / "state", save_seconds=1000.0)
+    job = settled(running, checkpoint_every=2)
+    train(running, 5)
+    seen = running.repository.events(job.id, after=None, limit=100)[0]
+    # what a crash at this moment leaves: no state was saved
+    shutil.copytree(tmp_path / "state", tmp_path / "crashed")
+    running.close()
+    adapters = StateDirectory(tmp_path / "crashed")
+    before = {step: adapters.adapter(job.id, step).stat().st_ino for step in (2, 4)}
+    adapters.close()
+    jobs = new_jobs(tmp_path / "crashed", on_adapter=lambda checkpoint, directory: told.append(checkpoint.step))
     jobs.wait_prepared(job.id)
     assert train(jobs) == NUM_STEPS
     assert told == [2, 4, 6, 8]
-    assert {step: jobs._directory.adapter(job.id, step).stat().st_ino for step in before} == before
+    assert {step: jobs.directory.adapter(job.id, step).stat().st_ino for step in before} == before
     assert jobs.repository.events(job.id, after=None, limit=100)[0][-len(seen) :] == seen
     assert_as_alone(tmp_path, jobs, job.id)
     jobs.close()
@@ -113,7 +117,7 @@ def test_pause_and_resume_between_two_steps(tmp_path: Path, jobs: Jobs) -> None:
     jobs.resume(job.id)
     jobs.wait_prepared(job.id)
     assert train(jobs) == NUM_STEPS - 3
-    assert not jobs._preparer.held()
+    assert not jobs.preparer.held()
     assert_as_alone(tmp_path, jobs, job.id)
 
 
@@ -147,6 +151,6 @@ def test_cancel_during_a_step(jobs: Jobs, num_steps: int) -> None:
     assert (found.status, found.fine_tuned_model, found.result_file) == (Status.CANCELLED, None, None)
     assert found.finished_at is not None
     assert len(jobs.repository.steps(job.id)) == num_steps
-    assert not jobs._directory.state(job.id).exists()
+    assert not jobs.directory.state(job.id).exists()
     assert len(jobs.uploads.page(purpose=None, after=None, limit=10, is_rising=True)[0]) == 1
-    assert len(list(jobs._directory.files.iterdir())) == 1
+    assert len(list(jobs.directory.files.iterdir())) == 1

@@ -46,6 +46,6 @@ def test_files_that_jobs_need_stay(jobs: Jobs) -> None:
         jobs.uploads.delete(job.training_file)
     jobs.cancel(job.id)
     jobs.uploads.delete(job.training_file)
-    assert not list(jobs._directory.files.iterdir())
+    assert not list(jobs.directory.files.iterdir())
     with pytest.raises(FlextronError, match="there is no file"):
         jobs.create(training_file=job.training_file)

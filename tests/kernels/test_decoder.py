@@ -44,15 +44,15 @@ class Pages:
         config = decoder.config
         self.tables: list[Tensor] = []
         self.offsets: list[list[int]] = []
-        num_units = 0
+        num_blocks = 0
         for spec, length in zip(specs, LENGTHS, strict=True):
             heads = [config.kv_rows(layer.num_groups) // config.head_dim for layer in spec.layers]
             self.offsets.append([sum(heads[:i]) for i in range(len(heads))])
             shape = (-(-length // PAGE), max(1, sum(heads)))
-            order = torch.randperm(shape[0] * shape[1]) + num_units
+            order = torch.randperm(shape[0] * shape[1]) + num_blocks
             self.tables.append(order.to(torch.int32).view(shape))
-            num_units += order.numel()
-        self.cache = torch.full((num_units, 2, PAGE, config.head_dim), float("nan"))
+            num_blocks += order.numel()
+        self.cache = torch.full((num_blocks, 2, PAGE, config.head_dim), float("nan"))
 
 
 def per_layer(values: list[list[int]]) -> Tensor:

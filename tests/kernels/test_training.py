@@ -1,4 +1,4 @@
-"""The compiled kernels of training windows against the textbook in float64, and finetuning with them and without."""
+"""The compiled training kernels against the textbook in float64, and finetuning with them and without."""
 
 from __future__ import annotations
 

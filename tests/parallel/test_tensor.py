@@ -179,8 +179,8 @@ def test_bypasses_add_no_collective_and_no_byte(ranks: Ranks, case: str) -> None
             assert len(step) == (0 if which == "ia3" and case != "llama-mqa" else 1), which
 
 
-def train_in_windows(device: torch.device, case: str, keep: tuple[str, ...]) -> list[list[tuple[str, int]]]:
-    """Two steps of stochastic gradient descent, accumulated from windows; the collectives of one pass."""
+def train_in_chunks(device: torch.device, case: str, keep: tuple[str, ...]) -> list[list[tuple[str, int]]]:
+    """Two steps of stochastic gradient descent, accumulated from chunks; the collectives of one pass."""
     decoder, ranks = whole_decoder(case, device), TensorParallel()
     spec = specs_of(decoder)[3]
     adapter = random_lora(decoder.config).double().to(device)
@@ -197,7 +197,7 @@ def train_in_windows(device: torch.device, case: str, keep: tuple[str, ...]) -> 
         with Collectives() as forward:
             work = Finetuning(shard, share, examples, spec=ranks.spec(spec), keep=keep)
             while work.stage is not Stage.BACKWARD:
-                work.run(10)  # 25 tokens: windows of 10, 10 and 5
+                work.run(10)  # 25 tokens: chunks of 10, 10 and 5
         with Collectives() as backward:
             while work.run(10):
                 pass
@@ -214,17 +214,17 @@ def train_in_windows(device: torch.device, case: str, keep: tuple[str, ...]) -> 
 
 @pytest.mark.parametrize("case", ["llama", "qwen3", "neox"])
 @pytest.mark.parametrize("keep", [(), ("q", "attention", "o", "gate", "up")], ids=["recomputed", "kept"])
-def test_finetuning_in_windows(ranks: Ranks, case: str, keep: tuple[str, ...]) -> None:
-    one, other = ranks.run(train_in_windows, case, keep)
+def test_finetuning_in_chunks(ranks: Ranks, case: str, keep: tuple[str, ...]) -> None:
+    one, other = ranks.run(train_in_chunks, case, keep)
     assert one == other
     forward, backward = one
-    windows = [("allreduce_", n * CASES[case].hidden_size * 8) for n in (10, 10, 5)]
-    assert forward == [w for _ in range(3) for w in windows for _ in range(2)]  # layer by layer
+    chunks = [("allreduce_", n * CASES[case].hidden_size * 8) for n in (10, 10, 5)]
+    assert forward == [w for _ in range(3) for w in chunks for _ in range(2)]  # layer by layer
     # A layer sends back two sums, the lowest none to its input; what attention gave is summed again unless it is kept
     # or nothing reads it, as where attention and MLP run side by side.
     again = 0 if keep or case == "neox" else 1
     lowest = 0 if case == "neox" else 1
-    assert backward == [w for sums in (2, 2, lowest) for w in windows for _ in range(sums + again)]
+    assert backward == [w for sums in (2, 2, lowest) for w in chunks for _ in range(sums + again)]
 
 
 def compare_texts(device: torch.device) -> None:

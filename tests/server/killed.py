@@ -16,7 +16,7 @@ from typing import Any
 import openai
 from openai import OpenAI
 
-from flextron.jobs.records import Checkpoint
+from flextron.jobs.records import JobCheckpoint
 from tests.finetuning.bigram import is_whole
 from tests.jobs.making import jsonl
 from tests.server.running import KEY
@@ -34,7 +34,7 @@ _MOST_LIVE = 6
 def _serve(state: Path, ready: Connection) -> None:
     seen = state.parent / "hook.log"
 
-    def on_adapter(checkpoint: Checkpoint, directory: Path) -> None:
+    def on_adapter(checkpoint: JobCheckpoint, directory: Path) -> None:
         with seen.open("a") as log:
             log.write(f"{checkpoint.name} {is_whole(directory, checkpoint.step)}\n")
 

@@ -61,8 +61,8 @@ class Running:
         wait_until(lambda: not core.has_unfinished and core.pool.num_used == 0)
 
 
-def wait_until(holds: Callable[[], bool], seconds: float = 20) -> None:
-    """Wait; fail if it takes too long."""
+def wait_until(holds: Callable[[], bool], seconds: float = 60) -> None:
+    """Wait; fail if it takes so long that it will not come, on a machine that may be busy with other things."""
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, "it did not happen"

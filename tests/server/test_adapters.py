@@ -18,7 +18,7 @@ import flextron
 from flextron import ElasticModel, FlextronError
 from flextron.checkpoints.peft import write_adapter
 from flextron.finetuning.lora import LoraTrainers
-from flextron.jobs.records import Checkpoint
+from flextron.jobs.records import JobCheckpoint
 from flextron.model.adapter import Adapter
 from flextron.serving.adapters import AdapterNames, LoadedAdapters, NamedAdapter, adapter_reader
 from flextron.serving.errors import ApiError
@@ -150,7 +150,7 @@ def test_a_token_router_is_refused_beside_an_adapted_mlp(served: Tuning, model: 
     client = served.client()
     name = finished(served, client, seed=3).fine_tuned_model
     body = {"flextron": {"latency": next(iter(model.token_router.specs)), "router": "token"}}
-    with pytest.raises(openai.BadRequestError, match="adapts MLPs, beside which the token router cannot run"):
+    with pytest.raises(openai.BadRequestError, match="adapter of MLP linears cannot run beside a token router"):
         complete(client, name, extra_body=body)
     assert complete(client, "tiny", extra_body=body).flextron["target"]["router"] == "token"
 
@@ -282,7 +282,7 @@ def test_bad_names_of_the_operator(model: ElasticModel, tmp_path: Path, name: st
 
 
 def named(names: AdapterNames, number: int) -> NamedAdapter:
-    checkpoint = Checkpoint(
+    checkpoint = JobCheckpoint(
         id=f"ftckpt-{number}", created_at=0, job_id="a", step=number, name=f"ft:{number}", loss=0.0, accuracy=None
     )
     names.add_checkpoint(checkpoint, Path(str(number)))
@@ -362,7 +362,9 @@ def test_what_cannot_be_read_is_tried_again(model: ElasticModel) -> None:
             results = await asyncio.gather(*(loaded.acquire(bad) for _ in range(3)), return_exceptions=True)
             assert [r.status for r in results if isinstance(r, ApiError)] == [400] * 3
         assert (reader.read, loaded.names) == (["13", "13"], [])
-        names.remove_checkpoint(Checkpoint(id="", created_at=0, job_id="", step=13, name="ft:13", loss=0, accuracy=0))
+        names.remove_checkpoint(
+            JobCheckpoint(id="", created_at=0, job_id="", step=13, name="ft:13", loss=0, accuracy=0)
+        )
         with pytest.raises(ApiError) as refused:
             await loaded.acquire(bad)
         assert refused.value.status == 404

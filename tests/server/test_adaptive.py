@@ -69,7 +69,7 @@ class Queue:
         self.now = self.free_at = 0.0
         self.waits: list[float] = []
 
-    def window(self, num_arrivals: float) -> None:
+    def interval(self, num_arrivals: float) -> None:
         """Half a second in which so many requests arrive."""
         for i in range(int(num_arrivals)):
             self.waiting.append((self.now + 0.5 * i / num_arrivals, self.policy.cap))
@@ -81,7 +81,7 @@ class Queue:
             self.waits.append(start - arrived)
             self.policy.token(start - arrived, is_first=True)
         oldest = self.now - self.waiting[0][0] if self.waiting else 0.0
-        self.policy.end_window(0.5, num_running=1, num_waiting=len(self.waiting), oldest=oldest)
+        self.policy.end_interval(0.5, num_running=1, num_waiting=len(self.waiting), oldest=oldest)
 
 
 def test_a_burst_narrows_and_a_pause_widens() -> None:
@@ -90,7 +90,7 @@ def test_a_burst_narrows_and_a_pause_widens() -> None:
     for queue in queues:
         for i in range(200):
             # one request a second is all that full width can do; in the burst there are two
-            queue.window(1 if 40 <= i < 100 or i % 4 == 0 else 0)
+            queue.interval(1 if 40 <= i < 100 or i % 4 == 0 else 0)
             if queue is queues[1]:
                 caps.append(queue.policy.cap)
     assert set(caps[:40]) == {1.0}
@@ -103,43 +103,43 @@ def test_training_narrows_nobody_and_holds_nobody_back() -> None:
     """It takes what the objectives leave, so that times are near them or a little beyond."""
     policy = Adaptive(Objective(tpot_ms=50), (1.0, 0.75, 0.5))
 
-    def windows(count: int, tpot: float, training: float) -> None:
+    def intervals(count: int, tpot: float, training: float) -> None:
         for _ in range(count):
             policy.token(tpot, is_first=False)
-            policy.end_window(0.5, num_running=1, num_waiting=0, oldest=0, training=training)
+            policy.end_interval(0.5, num_running=1, num_waiting=0, oldest=0, training=training)
 
-    windows(20, 0.052, training=0.3)
+    intervals(20, 0.052, training=0.3)
     assert policy.cap == 1
-    windows(20, 0.052, training=0.0)
+    intervals(20, 0.052, training=0.0)
     assert policy.cap == 0.5
-    windows(20, 0.049, training=0.3)
+    intervals(20, 0.049, training=0.3)
     assert policy.cap == 1
 
 
 def test_the_queue_tells_before_the_wait_is_long() -> None:
-    """Ten in the queue, of which one a window gets its turn, will take five seconds, though nobody waited two yet."""
+    """Ten in the queue, of which one an interval gets its turn, will take five seconds; nobody waited two yet."""
     policy = Adaptive(Objective(ttft_ms=4000), RUNGS)
     for i in range(3):
         policy.token(0.5 * i, is_first=True)
-        policy.end_window(0.5, num_running=1, num_waiting=10, oldest=0.5 * i)
+        policy.end_interval(0.5, num_running=1, num_waiting=10, oldest=0.5 * i)
     assert policy.cap < 1
 
 
-def test_iterations_longer_than_a_window_are_not_taken_for_calm() -> None:
+def test_iterations_longer_than_an_interval_are_not_taken_for_calm() -> None:
     policy = Adaptive(Objective(tpot_ms=500), RUNGS)
     for i in range(60):
         if i % 3 == 0:
             policy.token(1.5, is_first=False)
-        policy.end_window(0.5, num_running=1, num_waiting=0, oldest=0)
+        policy.end_interval(0.5, num_running=1, num_waiting=0, oldest=0)
     assert policy.cap == 0.5
     for _ in range(60):
-        policy.end_window(0.5, num_running=0, num_waiting=0, oldest=0)
+        policy.end_interval(0.5, num_running=0, num_waiting=0, oldest=0)
     assert policy.cap == 1
 
 
 @pytest.fixture
-def fast_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flextron.serving.service.WINDOW_SECONDS", 0.05)
+def fast_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flextron.serving.service.INTERVAL_SECONDS", 0.05)
 
 
 def ask(server: Running, name: str = "tiny", **target: Any) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def ask(server: Running, name: str = "tiny", **target: Any) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.usefixtures("fast_windows")
+@pytest.mark.usefixtures("fast_intervals")
 def test_a_burst_gets_narrower_sub_networks(model: ElasticModel) -> None:
     with running(model, slo_tpot_ms=15, min_latency_target=0.6) as made:
         wide = {"flextron": {"min_latency_target": 1}}
@@ -191,7 +191,7 @@ def test_a_burst_gets_narrower_sub_networks(model: ElasticModel) -> None:
         assert ask(made, min_latency_target=0.5)["flextron"]["target"] is None
 
 
-@pytest.mark.usefixtures("fast_windows")
+@pytest.mark.usefixtures("fast_intervals")
 def test_a_queue_narrows_too_and_streams_say_so(model: ElasticModel) -> None:
     with running(model, {"max_num_seqs": 1, "max_num_batched_tokens": 32}, slo_ttft_ms=100) as made:
         made.slow_down(0.01)

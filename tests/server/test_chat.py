@@ -84,6 +84,13 @@ def test_what_cannot_be_answered(client: OpenAI, options: dict[str, Any], said: 
         ask(client, **{"messages": MESSAGES, **options})
 
 
+def test_a_conversation_that_is_too_long_is_blamed(client: OpenAI) -> None:
+    for text in ("a " * 300, "a" * 10**6):
+        with pytest.raises(openai.BadRequestError) as refused:
+            ask(client, [{"role": "user", "content": text}])
+        assert refused.value.param == "messages"
+
+
 def test_a_model_without_a_template_says_so(server: Running) -> None:
     with pytest.raises(openai.BadRequestError, match=r"no chat template; use /v1/completions"):
         ask(server.client())

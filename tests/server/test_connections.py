@@ -106,14 +106,19 @@ def test_half_closed(impatient: Running, sent: bytes) -> None:
     with connect(impatient) as sock:
         sock.sendall(sent)
         sock.shutdown(socket.SHUT_WR)
-        rest(sock)
+        # at once: after `SECONDS` there would be an answer
+        assert rest(sock) == b""
+    impatient.wait_until_idle()
 
 
 @pytest.mark.parametrize("sent", [b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"GET\r\n\r\n", b"\x00" * 70_000])
 def test_no_http(impatient: Running, sent: bytes) -> None:
     with connect(impatient) as sock:
         sock.sendall(sent)
-        if data := rest(sock):
+        data = rest(sock)
+        # the system may drop the answer while so much arrives
+        assert data or len(sent) > 65536
+        if data:
             assert_answer(data, 400, None)
 
 

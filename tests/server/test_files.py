@@ -36,7 +36,7 @@ def test_a_file_comes_back_as_it_went(served: Tuning) -> None:
     for call in (client.files.retrieve, client.files.content, client.files.delete):
         with pytest.raises(openai.NotFoundError):
             call(made.id)
-    assert not (served.jobs._directory.files / made.id).exists()
+    assert not (served.jobs.directory.files / made.id).exists()
 
 
 def test_files_from_disk_and_as_bytes(served: Tuning, tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_pages(model: ElasticModel, tmp_path: Path) -> None:
     ],
 )
 def test_names_lead_nowhere(served: Tuning, name: str, kept: str) -> None:
-    state = served.jobs._directory.path
+    state = served.jobs.directory.path
     before = sorted(p.name for p in state.parent.rglob("*"))
     made = served.client().files.create(file=(name, CONTENT), purpose="fine-tune")
     assert made.filename == kept
@@ -97,8 +97,8 @@ def test_ids_lead_nowhere(served: Tuning, path: str) -> None:
             # `..` is resolved by the client, to paths that are not there either
             assert answer.status_code in (404, 405) or answer.json()["object"] == "list"
         assert client.delete(f"/v1/files/{path}").status_code in (404, 405)
-    assert (served.jobs._directory.path / "lock").exists()
-    assert (served.jobs._directory.path / "state.sqlite").exists()
+    assert (served.jobs.directory.path / "lock").exists()
+    assert (served.jobs.directory.path / "state.sqlite").exists()
 
 
 def test_forms_that_do_not_do(served: Tuning) -> None:
@@ -127,7 +127,7 @@ def test_files_that_are_too_large(served: Tuning) -> None:
         with pytest.raises(openai.APIStatusError) as refused:
             client.files.create(file=("a", b"a" * size), purpose="fine-tune")
         assert refused.value.status_code == 413
-    state = served.jobs._directory
+    state = served.jobs.directory
     assert {p.name for p in state.files.iterdir()} == {f.id for f in client.files.list()}
 
 

@@ -6,7 +6,9 @@ import csv
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
@@ -19,6 +21,7 @@ from flextron.checkpoints.peft import read_adapter
 from flextron.finetuning.dataset import read_dataset
 from flextron.finetuning.hyperparameters import Hyperparameters
 from flextron.finetuning.lora import LoraTrainer, LoraTrainers
+from flextron.finetuning.trainer import TrainingTask
 from tests.finetuning.bigram import BigramMaker, is_whole
 from tests.jobs.making import RECORDS, jsonl
 from tests.jobs.scoring import score
@@ -240,13 +243,15 @@ def test_a_diverging_job_fails_and_serving_goes_on(served: Tuning) -> None:
 class Poisoned(LoraTrainers):
     """Adapters of rank 1 are no numbers."""
 
-    def __call__(self, hyperparameters: Hyperparameters, *args: Any, **options: Any) -> LoraTrainer:
-        made = super().__call__(hyperparameters, *args, **options)
-        if hyperparameters.rank == 1:
-            with torch.no_grad():
-                next(iter(made.adapter.parameters())).fill_(math.nan)
-            made._begin()
-        return made
+    def __call__(self, task: TrainingTask) -> LoraTrainer:
+        made = super().__call__(task)
+        if task.hyperparameters.rank != 1:
+            return made
+        with torch.no_grad():
+            next(iter(made.adapter.parameters())).fill_(math.nan)
+        with TemporaryDirectory() as state:
+            made.save_state(Path(state))
+            return super().__call__(replace(task, resume=Path(state)))
 
 
 def test_a_real_adapter_that_diverges(model: ElasticModel, tmp_path: Path) -> None:

@@ -177,7 +177,7 @@ def run_soak(model: ElasticModel, lengths: tuple[int, ...], seconds: float) -> C
         shared = asyncio.run(soak(made, wanted, seconds))
         made.wait_until_idle()
         made.service.core.pool.check_integrity([])
-        assert not made.service._sessions
+        assert made.service.is_idle
         shared.counts["preemptions"] = made.service.core.scheduler.num_preemptions
         grown = psutil.Process().memory_info().rss - before
     assert shared.wrong == []

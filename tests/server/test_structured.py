@@ -109,7 +109,7 @@ def test_drafts_follow_the_grammar(model: ElasticModel) -> None:
     with running(model) as plain:
         wanted = [post(plain, **greedy, model=name).json()["choices"] for name in ("tiny", "tiny@0.6")]
     engine = Engine(model, kv_cache_gb=0.005, speculate="float32")
-    speculation = engine._core.settings.speculation
+    speculation = engine.core.settings.speculation
     with running(model, {"speculation": speculation}) as drafted:
         assert isinstance(drafted.service.core.settings, EngineSettings)
         found = [post(drafted, **greedy, model=name).json()["choices"] for name in ("tiny", "tiny@0.6")]

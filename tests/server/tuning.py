@@ -13,7 +13,7 @@ from openai import OpenAI
 from flextron import ElasticModel
 from flextron.finetuning.trainer import MakeTrainer
 from flextron.jobs.jobs import Jobs, OnAdapter
-from flextron.jobs.records import Checkpoint
+from flextron.jobs.records import JobCheckpoint
 from flextron.serving.adapters import AdapterNames
 from tests.finetuning.bigram import BigramMaker
 from tests.jobs.making import CHAT_TEMPLATE, RECORDS, jsonl, new_jobs
@@ -34,7 +34,7 @@ class Tuning:
     server: Running
     jobs: Jobs
     maker: MakeTrainer
-    adapters: list[tuple[Checkpoint, Path]] = field(default_factory=list)
+    adapters: list[tuple[JobCheckpoint, Path]] = field(default_factory=list)
     """What the hook was told."""
 
     def client(self, **options: Any) -> OpenAI:
@@ -45,7 +45,7 @@ class Tuning:
 
     def wait(self, client: OpenAI, job_id: str, *statuses: str) -> Any:
         """The job, once it has one of these."""
-        wait_until(lambda: client.fine_tuning.jobs.retrieve(job_id).status in statuses, 60)
+        wait_until(lambda: client.fine_tuning.jobs.retrieve(job_id).status in statuses, 120)
         return client.fine_tuning.jobs.retrieve(job_id)
 
 
@@ -68,10 +68,10 @@ def tuning(
 ) -> Iterator[Tuning]:
     """Serve and train; a step takes at least so many seconds."""
     maker = maker or BigramMaker(seconds)
-    adapters: list[tuple[Checkpoint, Path]] = []
+    adapters: list[tuple[JobCheckpoint, Path]] = []
     names = AdapterNames()
 
-    def told(checkpoint: Checkpoint, directory: Path) -> None:
+    def told(checkpoint: JobCheckpoint, directory: Path) -> None:
         adapters.append((checkpoint, directory))
         names.add_checkpoint(checkpoint, directory)
 

@@ -20,8 +20,9 @@ from flextron.routing.routers import StaticRouter
 from flextron.spec import SubnetSpec
 from flextron.training import routers as module
 from flextron.training.blocks import TokenBlocks
+from flextron.training.router_joint import JointRouting, latency_loss
 from flextron.training.router_recipe import RouterRecipe
-from flextron.training.routers import JointRouting, RouterResult, latency_loss, train_static_router
+from flextron.training.routers import RouterResult, train_static_router
 from flextron.training.trainer import train
 from tests.checkpoints.families_cases import VOCAB, random_tokens
 from tests.toy import CONTEXT, SPACE, TABLE, toy_blocks, toy_decoder, toy_recipe, weights_of

@@ -175,9 +175,7 @@ def test_joint_losses_are_those_of_the_segments_one_by_one() -> None:
     assert len(routers) == 2
     student, over = [], []
     for part, (target, sampled) in zip(tokens.split([3, 2]), routers.items(), strict=True):
-        watching = Watching(
-            router, target, 20.0, tau=sampled._tau, logit_scale=sampled._logit_scale, seed=sampled._seed
-        )
+        watching = Watching(router, target, 20.0, tau=sampled.tau, logit_scale=sampled.logit_scale, seed=sampled.seed)
         student.append(stage.decoder(Batch.padded(part, STATIC[target], watching)))
         chosen = watching.__dict__["chosen"]
         ms = TABLE.predict_ms(SubnetSpec.of([8] * 3, STATIC[target].num_groups)) - 3 * TABLE.mlp_ms[8]

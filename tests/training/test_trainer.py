@@ -13,8 +13,9 @@ from flextron.errors import FlextronError
 from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
 from flextron.spec import SearchSpace, SubnetSpec
+from flextron.training.optimizer import learning_rate
 from flextron.training.recipe import TrainRecipe
-from flextron.training.trainer import TrainResult, learning_rate, train
+from flextron.training.trainer import TrainResult, train
 from tests.toy import (
     CONTEXT,
     FULL_ONLY,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from flextron.api.model import ElasticModel
 from flextron.api.packaged import TINY, checkpoint_at
-from flextron.api.texts import Texts, documents, training_text, windows
+from flextron.api.texts import Texts, documents, sequences, training_text
 from flextron.checkpoints.fingerprint import weights_digest
 from flextron.checkpoints.huggingface import load_decoder, open_pretrained
 from flextron.elastic import ElasticInfo, permute, rank
@@ -52,7 +52,7 @@ def convert(
     decoder = load_decoder(pretrained).eval().requires_grad_(False)
     config = decoder.config
     skipped = _max_skipped(config.num_hidden_layers, max_skipped_layers)
-    calibration_BT = windows(
+    calibration_BT = sequences(
         documents(calibration, lambda: training_text(max_chars=10 * num_calibration_tokens)),
         pretrained.tokenizer,
         num_tokens=num_calibration_tokens,

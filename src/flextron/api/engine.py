@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -74,7 +74,7 @@ class Engine:
         self._tokenizer = needed(self.model.tokenizer)
         if speculate is not None:
             settings["speculation"] = speculation_of(self.model, speculate)
-        self._core = EngineCore(self.model.decoder, EngineSettings(**settings))
+        self.core = EngineCore(self.model.decoder, EngineSettings(**settings))
         self._defaults = self.model.generation_defaults
         if (said := self._defaults.complaint) is not None:
             _log.warning("%s", said)
@@ -130,36 +130,30 @@ class Engine:
         networks = [self._network(t, router, a) for t, a in zip(asked, adapters, strict=True)]
         stops = [stop] if isinstance(stop, str) else list(stop)
         words = bad_words_ids(self._tokenizer, bad_words)
-        processors: dict[Request, OutputProcessor] = {}
+        options: Any = {"includes_stop": includes_stop, "skip_special_tokens": skip_special_tokens}
+        requests: list[Request] = []
         try:
             for ids, p, network in zip(tokens, each_params, networks, strict=True):
                 chosen = p if p.stop_token_ids else replace(p, stop_token_ids=self._defaults.ends)
-                if words:
-                    chosen = replace(chosen, bad_words_ids=(*chosen.bad_words_ids, *words))
-                processor = OutputProcessor(
-                    self._tokenizer,
-                    stops,
-                    ids,
-                    includes_stop=includes_stop,
-                    skip_special_tokens=skip_special_tokens,
-                )
-                processors[self._core.add(str(len(processors)), ids, chosen, network)] = processor
+                chosen = replace(chosen, bad_words_ids=(*chosen.bad_words_ids, *words)) if words else chosen
+                requests.append(self.core.add(str(len(requests)), ids, chosen, network))
+            processors = {r: OutputProcessor(self._tokenizer, stops, r.tokens, **options) for r in requests}
             self._run(processors)
         finally:
-            for request in processors:
-                self._core.abort(request)
+            for request in requests:
+                self.core.abort(request)
             for given in adapters:
                 if given is not None and given not in self._adapters.values():  # it may change until the next call
-                    self._core.forget(given)
+                    self.core.forget(given)
         return [_completion(request, processor.answer) for request, processor in processors.items()]
 
     def _run(self, processors: dict[Request, OutputProcessor]) -> None:
-        while self._core.has_unfinished:
-            for output in self._core.step():
+        while self.core.has_unfinished:
+            for output in self.core.step():
                 processor = processors[output.request]
                 # a stop string may end it with an earlier token of this step
                 if processor.answer.finish_reason is None and processor.take(output).finish_reason is not None:
-                    self._core.abort(output.request)
+                    self.core.abort(output.request)
 
     def _encode(
         self, prompts: str | Sequence[str] | Sequence[Sequence[int]], *, add_special_tokens: bool
@@ -186,13 +180,13 @@ class Engine:
     def _network(self, asked: Asked, router: str | None, adapter: Adapter | None) -> Network:
         if router is None:
             if isinstance(asked, Target):
-                asked = self.model.select(**asdict(asked))
-            return self._core.network(asked or self.model.space.full, adapter=adapter)
+                asked = self.model.best(asked).spec
+            return self.core.network(asked or self.model.space.full, adapter=adapter)
         if router != "token" or not isinstance(asked, Target):
             raise FlextronError("router is None or 'token', and 'token' needs a target by latency for every prompt")
         if asked not in self._routed:
             self._routed[asked] = self.model.routed(asked)
-        return self._core.network(*self._routed[asked], adapter)
+        return self.core.network(*self._routed[asked], adapter)
 
 
 def speculation_of(model: ElasticModel, weights: Weights) -> Speculation:

@@ -22,7 +22,7 @@ from flextron.files import checked, durable_directory, lock_directory, read_json
 from flextron.finetuning.dataset import Dataset, DatasetError, read_dataset
 from flextron.finetuning.hyperparameters import Hyperparameters
 from flextron.finetuning.lora import LoraTrainers
-from flextron.finetuning.trainer import StepMetrics, Trainer
+from flextron.finetuning.trainer import StepMetrics, Trainer, TrainingTask
 from flextron.interrupts import Interrupted, held_interrupts
 from flextron.progress import OnStep
 from flextron.spec import SubnetSpec, Target
@@ -109,7 +109,7 @@ def finetune(
         raise FlextronError(f"{output} exists already; choose another directory, or pass restart (--restart)")
     source = str(model) if isinstance(model, (str, Path)) else model.info.provenance.get("source", "")
     loaded = model if isinstance(model, ElasticModel) else load(model)
-    spec = loaded.space.full if target is None else loaded.select(**asdict(target))
+    spec = loaded.space.full if target is None else loaded.best(target).spec
     identity = {
         "model": source,
         "data": _digest(data),
@@ -128,7 +128,14 @@ def finetune(
         is_resumed = state.exists()
         progress = _read_progress(state / _PROGRESS) if is_resumed else _Progress()
         trainers = LoraTrainers(loaded.decoder, _base_name(model, loaded), spec=spec)
-        trainer = trainers(chosen, dataset.examples, seed, state / _TRAINER if is_resumed else None, scored)
+        task = TrainingTask(
+            hyperparameters=chosen,
+            examples=dataset.examples,
+            validation=scored,
+            seed=seed,
+            resume=state / _TRAINER if is_resumed else None,
+        )
+        trainer = trainers(task)
         _train(trainer, progress, state, save_seconds, on_step)
         result = FinetuneResult(
             adapter=output,

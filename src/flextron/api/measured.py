@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from flextron.api.dense import Generates
-from flextron.api.texts import Texts, check_windows, documents, evaluation_text, source_name, windows
+from flextron.api.texts import Texts, check_sequences, documents, evaluation_text, sequences, source_name
 from flextron.checkpoints.huggingface import check_stock
 from flextron.elastic import ElasticInfo
 from flextron.errors import FlextronError
@@ -58,8 +58,8 @@ class MeasuredModel(Generates):
     def evaluate(
         self, specs: Mapping[str, SubnetSpec], text: Texts = None, *, num_tokens: int = 8192, context: int = 256
     ) -> dict[str, Perplexity]:
-        """Perplexity of named sub-networks on windows of text; by default of the held-out text of this machine."""
-        tokens_BT = windows(
+        """Perplexity of named sub-networks on sequences of text; by default of the held-out text of this machine."""
+        tokens_BT = sequences(
             documents(text, evaluation_text),
             self.tokenizer,
             num_tokens=num_tokens,
@@ -95,7 +95,7 @@ class MeasuredModel(Generates):
             settings: settings of the search.
             candidates: sub-networks to measure in any case.
             num_tokens: tokens of text on which each sub-network's loss is measured.
-            context: tokens of a window of that text.
+            context: tokens of a sequence of that text.
             batch_size: sequences of the decode step that is timed.
             decode_context: tokens that each of them holds.
             on_measure: called with timing rounds done and in all.
@@ -105,8 +105,8 @@ class MeasuredModel(Generates):
             table = self.measure_latencies(batch_size=batch_size, context=decode_context, on_progress=on_measure)
             self.frontier = self.losses.priced(table)
             return self.frontier
-        check_windows(num_tokens, context)
-        validation_BT = windows(
+        check_sequences(num_tokens, context)
+        validation_BT = sequences(
             documents(text, evaluation_text),
             self.tokenizer,
             num_tokens=num_tokens + 2 * context,
@@ -164,8 +164,11 @@ class MeasuredModel(Generates):
         Raises:
             FlextronError: no such target, nothing within it, or the model was not profiled on this device.
         """
-        wanted = Target(**target)
-        return self._profiled(wanted).select(wanted, allowed=self._is_stock if uniform else None).spec
+        return self.best(Target(**target), uniform=uniform).spec
+
+    def best(self, target: Target, *, uniform: bool = False) -> FrontierPoint:
+        """What was measured of the best sub-network for a target; arguments and errors as for `select`."""
+        return self._profiled(target).select(target, allowed=self._is_stock if uniform else None)
 
     def _is_stock(self, spec: SubnetSpec) -> bool:
         """Whether the sub-network can be written as an ordinary checkpoint."""
@@ -181,8 +184,7 @@ class MeasuredModel(Generates):
         Raises:
             FlextronError: as for `select`.
         """
-        target = Target(latency=latency)
-        return self._profiled(target).select(target)
+        return self.best(Target(latency=latency))
 
     def _profiled(self, target: Target) -> Frontier:
         if self.frontier is None:

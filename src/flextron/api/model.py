@@ -216,7 +216,7 @@ class ElasticModel(MeasuredModel):
                 tokens train the router, as many after them measure what it chooses.
             recipe: settings.
             num_tokens: tokens of text on which each sub-network's loss is measured.
-            context: tokens of a window of that text.
+            context: tokens of a sequence of that text.
             run_directory: where measured losses are kept, so that a killed run goes on.
             on_measure: called with timing rounds done and in all.
             on_round: called after each round of training with rounds done, in all, and figures.
@@ -252,7 +252,7 @@ class ElasticModel(MeasuredModel):
             text: documents, or a file, directory or `datasets` id; by default docstrings that are on this machine.
             recipe: settings.
             targets: latency fractions that can be asked for afterwards (`generate(..., router="token")`).
-            context: tokens of a window of the text.
+            context: tokens of a sequence of the text.
             on_step: called after each epoch and step with their number, how many there are in all, and losses.
 
         Raises:
@@ -304,7 +304,7 @@ class ElasticModel(MeasuredModel):
         if self.token_router is None:
             raise FlextronError("the model has no token router yet; run model.route_tokens() (flextron route --token)")
         if target.latency is None:
-            raise FlextronError("a token router answers latency targets only; pass latency=")
+            raise FlextronError("a token router answers latency targets only; give latency")
         return self.token_router.static_spec(target.latency), self.token_router.at(target.latency)
 
     def extract(self, spec: SubnetSpec) -> DenseModel:

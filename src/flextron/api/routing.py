@@ -10,13 +10,13 @@ import torch
 from flextron.api.measured import MeasuredModel
 from flextron.api.texts import (
     Texts,
-    check_windows,
+    check_sequences,
     documents,
     evaluation_text,
     needed,
+    sequences,
     source_name,
     training_text,
-    windows,
 )
 from flextron.progress import OnProgress, OnStep
 from flextron.routing import Frontier, compare_frontiers
@@ -48,24 +48,24 @@ def route(
     on_compare: OnProgress | None,
 ) -> tuple[RouterResult, Frontier]:
     """See `ElasticModel.route`; the router's training, and the frontier with what it chooses."""
-    check_windows(num_tokens, context)
-    windows_BT = windows(
+    check_sequences(num_tokens, context)
+    tokens_BT = sequences(
         documents(text, evaluation_text),
         model.tokenizer,
         num_tokens=2 * num_tokens,
         context=context,
         vocab_size=model.decoder.config.vocab_size,
     )
-    half = max(1, len(windows_BT) // 2)
+    half = max(1, len(tokens_BT) // 2)
     table = model.measure_latencies(on_progress=on_measure)
     result = train_static_router(
-        model.decoder, model.space, table, windows_BT[:half], recipe, run_directory=run_directory, on_round=on_round
+        model.decoder, model.space, table, tokens_BT[:half], recipe, run_directory=run_directory, on_round=on_round
     )
     points = compare_frontiers(
         model.decoder,
         model.space,
         table,
-        windows_BT[half:],
+        tokens_BT[half:],
         ROUTE_TARGETS,
         router=result.router,
         on_progress=on_compare,

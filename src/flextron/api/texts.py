@@ -1,4 +1,4 @@
-"""Sources of texts for the Python API, and how texts become windows of tokens."""
+"""Sources of texts for the Python API, and how texts become sequences of tokens."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from flextron.training.machine_text import drop_overlaps, pydoc_topics, python_d
 __all__ = [
     "Texts",
     "check_prompt",
-    "check_windows",
+    "check_sequences",
     "documents",
     "evaluation_text",
     "needed",
+    "sequences",
     "source_name",
     "training_text",
-    "windows",
 ]
 
 Texts = Iterable[str] | str | Path | None
@@ -85,8 +85,8 @@ def check_prompt(prompt: object) -> None:
         raise FlextronError(f"a prompt is a string, not {_kind(prompt)}; flextron.Engine takes lists of token ids, too")
 
 
-def check_windows(num_tokens: int, context: int) -> None:
-    """Refuse windows in which nothing is predicted, and fewer tokens than one window has.
+def check_sequences(num_tokens: int, context: int) -> None:
+    """Refuse sequences in which nothing is predicted, and fewer tokens than one sequence has.
 
     Raises:
         FlextronError: names the number that does not fit.
@@ -94,10 +94,10 @@ def check_windows(num_tokens: int, context: int) -> None:
     if context < 2:
         raise FlextronError(f"context must be at least 2 tokens, not {context}: the first is only read")
     if num_tokens < context:
-        raise FlextronError(f"num_tokens must be at least {context}, the tokens of one window, not {num_tokens}")
+        raise FlextronError(f"num_tokens must be at least {context}, the tokens of one sequence, not {num_tokens}")
 
 
-def windows(
+def sequences(
     documents: Iterable[str],
     tokenizer: PreTrainedTokenizerBase | None,
     *,
@@ -105,20 +105,20 @@ def windows(
     context: int,
     vocab_size: int | None = None,
 ) -> Tensor:
-    """Packed windows of token ids, int64, (B, context).
+    """Packed sequences of token ids, int64, (B, context).
 
     Each begins as the tokenizer begins a text, in the place of the tokens that would stand there (as llama.cpp's
-    perplexity does): models that were trained with BOS predict badly where a window starts in the midst of a text.
+    perplexity does): models that were trained with BOS predict badly where a sequence starts in the midst of a text.
 
     Raises:
-        FlextronError: as for `check_windows` and `pack_tokens`.
+        FlextronError: as for `check_sequences` and `pack_tokens`.
     """
-    check_windows(num_tokens, context)
+    check_sequences(num_tokens, context)
     tokens = pack_tokens(documents, needed(tokenizer), num_tokens=num_tokens, context=context, vocab_size=vocab_size)
-    windows_BT = torch.from_numpy(tokens.reshape(-1, context).astype("int64"))
+    tokens_BT = torch.from_numpy(tokens.reshape(-1, context).astype("int64"))
     begin = beginning(needed(tokenizer))[:context]
-    windows_BT[:, : len(begin)] = torch.tensor(begin, dtype=torch.int64)
-    return windows_BT
+    tokens_BT[:, : len(begin)] = torch.tensor(begin, dtype=torch.int64)
+    return tokens_BT
 
 
 def needed(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:

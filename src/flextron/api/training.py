@@ -24,8 +24,8 @@ from flextron.routing import StaticRouter
 from flextron.spec import SubnetSpec
 from flextron.training.blocks import TokenBlocks, pack_tokens
 from flextron.training.recipe import TrainRecipe
+from flextron.training.router_joint import JointRouting
 from flextron.training.router_recipe import RouterRecipe
-from flextron.training.routers import JointRouting
 from flextron.training.trainer import TrainResult, train
 
 __all__ = ["Trained", "train_model"]

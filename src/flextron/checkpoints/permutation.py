@@ -111,20 +111,20 @@ class Permutation:
         """Raise unless it is of a full decoder of this config.
 
         Raises:
-            FlextronError: it has other layers or units.
+            FlextronError: it has other layers, neurons or groups.
         """
         of_model = [(config.intermediate_size, config.num_groups)] * config.num_hidden_layers
         if [(len(n), len(g)) for n, g in zip(self.neurons, self.groups, strict=True)] != of_model:
             raise FlextronError("the permutation is of a model of other sizes; make the checkpoint again")
 
 
-def _rows(order: Tensor, rows_per_unit: int) -> Tensor:
-    """Row numbers of units that are `rows_per_unit` rows each."""
-    return (order[:, None] * rows_per_unit + torch.arange(rows_per_unit, device=order.device)).flatten()
+def _rows(order: Tensor, rows_each: int) -> Tensor:
+    """Row numbers of neurons or groups that are `rows_each` rows each."""
+    return (order[:, None] * rows_each + torch.arange(rows_each, device=order.device)).flatten()
 
 
 def _checked(order: Tensor, name: str) -> Tensor:
     is_order = order.dim() == 1 and not order.is_floating_point() and not order.is_complex()
     if not is_order or not torch.equal(order.long().sort().values, torch.arange(len(order))):
-        raise FlextronError(f"{name} of the permutation is no order of its units; make the checkpoint again")
+        raise FlextronError(f"{name} of the permutation does not name each of them once; make the checkpoint again")
     return order.long()

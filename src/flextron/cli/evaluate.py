@@ -31,7 +31,7 @@ def evaluate(
         typer.Option(help="Evaluate the sub-network for this latency target; repeatable. Default: the full network."),
     ] = None,
     num_tokens: Annotated[int, typer.Option(help="Tokens of the text to measure on.")] = 8192,
-    context: Annotated[int, typer.Option(help="Tokens in a window.")] = 256,
+    context: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 256,
     tasks: Annotated[str | None, typer.Option(help="Instead: tasks of lm-eval, such as piqa,mmlu.")] = None,
     targets: Annotated[str | None, typer.Option(help="With tasks: latency fractions, such as 1.0,0.5.")] = None,
     params: Annotated[str | None, typer.Option(help="Or parameters at most, embeddings included.")] = None,
@@ -41,7 +41,7 @@ def evaluate(
     chat_template: Annotated[bool, typer.Option("--chat-template", help="Prompts as messages of a chat.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Perplexity of sub-networks on windows of text; or, with --tasks, their scores on tasks of lm-eval."""
+    """Perplexity of sub-networks on sequences of text; or, with --tasks, their scores on tasks of lm-eval."""
     if tasks is not None:
         if text is not None or latency:
             raise FlextronError("--text and --latency are for perplexity; with --tasks take --data and --targets")
@@ -55,7 +55,7 @@ def evaluate(
     model = api.load(str(directory))
     specs = {f"latency {x:g}": model.select(latency=x) for x in latency or ()} or {"full": model.space.full}
     rows = perplexity_rows(model.evaluate(specs, text, num_tokens=num_tokens, context=context))
-    show(rows, title=f"{directory}: perplexity in windows of {context} tokens", as_json=as_json)
+    show(rows, title=f"{directory}: perplexity in sequences of {context} tokens", as_json=as_json)
 
 
 def _tasks(

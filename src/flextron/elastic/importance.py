@@ -2,7 +2,7 @@
 
 One pass, layer by layer: the hidden states of all calibration tokens are kept, each layer is measured and then applied,
 so the memory is that of one layer's statistics. Two orders exist. `activation` is the published one: mean magnitude of
-a neuron, mean norm of a head's output. `reconstruction` asks what the layer's output would lose: it removes units one
+a neuron, mean norm of a head's output. `reconstruction` asks what the layer's output would lose: it removes them one
 by one, each time the one whose removal (given those already gone) changes the block's output least, and so sees what
 magnitudes cannot: outgoing weights, and neurons that stand in for each other.
 """
@@ -49,10 +49,10 @@ class Importance:
 
 
 def removal_order(quadratic_UU: Tensor) -> Tensor:
-    """Greedy backward elimination: units in the order in which they may go, cheapest first.
+    """Greedy backward elimination: neurons or groups in the order in which they may go, cheapest first.
 
     Args:
-        quadratic_UU: (U, U); removing the set S costs the sum of its entries over S × S.
+        quadratic_UU: (U, U) for U neurons or groups; removing the set S costs the sum of its entries over S × S.
 
     Returns:
         (U,) int64.
@@ -60,10 +60,10 @@ def removal_order(quadratic_UU: Tensor) -> Tensor:
     cost = quadratic_UU.diagonal().to(torch.float64, copy=True)
     order = torch.empty(len(cost), dtype=torch.long)
     for step in range(len(cost)):
-        unit = int(cost.argmin())
-        order[step] = unit
-        cost.add_(quadratic_UU[unit], alpha=2)
-        cost[unit] = torch.inf
+        cheapest = int(cost.argmin())
+        order[step] = cheapest
+        cost.add_(quadratic_UU[cheapest], alpha=2)
+        cost[cheapest] = torch.inf
     return order
 
 

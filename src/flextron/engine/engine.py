@@ -18,13 +18,15 @@ from torch import Tensor
 
 from flextron.engine.pages import PagePool
 from flextron.engine.request import Chunk, FinishReason, Network, Request
-from flextron.engine.runner import Runner, make_network, unit_bytes
+from flextron.engine.runner import Runner, block_bytes, make_network
 from flextron.engine.scheduler import Scheduler
 from flextron.engine.scores import Logprobs, answer_logprobs
 from flextron.engine.speculation import Speculation, Speculator, verified
-from flextron.errors import FlextronError
+from flextron.errors import FlextronError, PromptError
 from flextron.generation.constraints import Constraint
+from flextron.generation.decoding import block_offsets
 from flextron.generation.processors import check_named_tokens
+from flextron.generation.prompts import check_prompt
 from flextron.generation.sampling import SamplingParams, sample
 from flextron.kernels.decoder import Weights
 from flextron.model.adapter import Adapter
@@ -108,11 +110,11 @@ class EngineCore:
         """
         self.settings = settings = settings or EngineSettings()
         self.decoder = decoder
-        num_units = int(settings.kv_cache_gb * 1e9) // unit_bytes(decoder, settings.page_size)
-        self.pool = PagePool(num_units)
+        num_blocks = int(settings.kv_cache_gb * 1e9) // block_bytes(decoder, settings.page_size)
+        self.pool = PagePool(num_blocks)
         self.runner = Runner(
             decoder,
-            num_units=num_units,
+            num_blocks=num_blocks,
             page_size=settings.page_size,
             native=settings.native,
             weights=settings.weights,
@@ -188,6 +190,13 @@ class EngineCore:
             if self.speculator is not None:
                 self.speculator.forget(adapter)
 
+    def capacity(self, spec: SubnetSpec) -> int:
+        """Tokens of one request in a sub-network that model and KV cache have room for; callable from any thread."""
+        config = self.decoder.config
+        *_, num_blocks = block_offsets(config, spec)
+        pages = self.pool.num_blocks // num_blocks if num_blocks else config.max_position_embeddings
+        return min(config.max_position_embeddings, pages * self.settings.page_size)
+
     def add(
         self,
         request_id: str,
@@ -206,23 +215,13 @@ class EngineCore:
             constraint: a grammar at its start, for this request alone; its end ends the answer.
 
         Raises:
-            FlextronError: the prompt is empty, has unknown tokens, or is too long for the model or the KV cache.
+            PromptError: the prompt is empty, has unknown tokens, or is too long for the model or the KV cache.
         """
-        config = self.decoder.config
-        if not prompt:
-            raise FlextronError("the prompt is empty; give at least one token")
-        if not all(0 <= token < config.vocab_size for token in prompt):
-            raise FlextronError(f"the prompt holds tokens outside the model's vocabulary of {config.vocab_size}")
-        check_named_tokens(params, config.vocab_size)
+        check_prompt(self.decoder.config, prompt, params.max_tokens)
+        check_named_tokens(params, self.decoder.config.vocab_size)
         total = len(prompt) + params.max_tokens
-        if total > config.max_position_embeddings:
-            raise FlextronError(
-                f"prompt and answer come to {total} tokens; the model has {config.max_position_embeddings} positions: "
-                "shorten the prompt or lower max_tokens"
-            )
-        needed = -(-total // self.settings.page_size) * network.num_units
-        if needed > self.pool.num_units:
-            raise FlextronError(
+        if total > self.capacity(network.spec):
+            raise PromptError(
                 f"prompt and answer come to {total} tokens, more than the KV cache of "
                 f"{self.settings.kv_cache_gb:g} GB holds; raise kv_cache_gb or lower max_tokens"
             )
@@ -244,8 +243,8 @@ class EngineCore:
     @torch.inference_mode()
     def step(self) -> list[StepOutput]:
         """One iteration; the tokens of all requests that got some, those of one request in order."""
-        # neighbours of one network share a segment
-        scheduled = sorted(self.scheduler.schedule(), key=lambda item: id(item[0].network))
+        # neighbours of one network share a segment; their order decides how sums are rounded
+        scheduled = sorted(self.scheduler.schedule(), key=lambda item: item[0].network.key)
         self.num_tokens = sum(n for _, n in scheduled)
         if not scheduled:
             return []

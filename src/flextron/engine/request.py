@@ -38,10 +38,10 @@ class Network:
     router: TokenChoice | None
     adapter: Adapter | None
     """What stands beside its linears."""
-    num_units: int
-    """Units of a page: KV heads of all layers."""
-    unit_offsets: tuple[int, ...]
-    """First unit of each layer."""
+    num_blocks: int
+    """Blocks of a page: KV heads of all layers."""
+    block_offsets: tuple[int, ...]
+    """First block of each layer."""
     key: bytes
     """Start of its pages' keys: pages of different networks are never shared."""
 
@@ -61,7 +61,7 @@ class Request:
     """Leading tokens whose keys and values are in the cache."""
     pages: list[Page] = field(default_factory=list)
     block_table: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int32))
-    """Units of the pages, (capacity in pages, units of a page)."""
+    """Blocks of the pages, (capacity in pages, blocks of a page)."""
     keys: list[bytes] = field(default_factory=list)
     """Keys of the leading full pages, as far as they were asked for."""
     constraint: Constraint | None = None
@@ -118,10 +118,10 @@ class Request:
     def add_page(self, page: Page) -> None:
         """Append a page to the block table."""
         if len(self.pages) == len(self.block_table):
-            grown = torch.empty(max(4, 2 * len(self.block_table)), max(1, self.network.num_units), dtype=torch.int32)
+            grown = torch.empty(max(4, 2 * len(self.block_table)), max(1, self.network.num_blocks), dtype=torch.int32)
             grown[: len(self.block_table)] = self.block_table if len(self.block_table) else grown[:0]
             self.block_table = grown
-        self.block_table[len(self.pages), : len(page.units)] = torch.tensor(page.units, dtype=torch.int32)
+        self.block_table[len(self.pages), : len(page.blocks)] = torch.tensor(page.blocks, dtype=torch.int32)
         self.pages.append(page)
 
 

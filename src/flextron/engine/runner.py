@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flextron.engine.request import Chunk, Network
-from flextron.generation.decoding import unit_offsets
+from flextron.generation.decoding import block_offsets
 from flextron.kernels.adapters import NativeAdapter, why_adapter_not_native
 from flextron.kernels.decoder import NativeStep, Weights, why_not_native
 from flextron.model.adapter import Adapter
@@ -20,14 +20,14 @@ from flextron.model.config import DecoderConfig
 from flextron.model.decoder import Decoder
 from flextron.spec import SubnetSpec
 
-__all__ = ["PagedAttention", "Runner", "make_network", "nested_network", "unit_bytes"]
+__all__ = ["PagedAttention", "Runner", "block_bytes", "make_network", "nested_network"]
 
 
 _COMPILED, _ADAPTED_MLP, _OTHER = "compiled", "adapted MLP", "other"
 
 
-def unit_bytes(decoder: Decoder, page_size: int) -> int:
-    """Bytes of a unit: keys and values of one KV head of one layer for a page's tokens."""
+def block_bytes(decoder: Decoder, page_size: int) -> int:
+    """Bytes of a block: keys and values of one KV head of one layer for a page's tokens."""
     return 2 * page_size * decoder.config.head_dim * decoder.dtype.itemsize
 
 
@@ -43,8 +43,8 @@ def make_network(
         name: differs for networks whose keys and values differ.
         adapter: what stands beside its linears, if anything.
     """
-    *offsets, num_units = unit_offsets(config, spec)
-    return Network(spec, router, adapter, num_units=num_units, unit_offsets=tuple(offsets), key=name.encode())
+    *offsets, num_blocks = block_offsets(config, spec)
+    return Network(spec, router, adapter, num_blocks=num_blocks, block_offsets=tuple(offsets), key=name.encode())
 
 
 def nested_network(own: Network, spec: SubnetSpec) -> Network:
@@ -74,15 +74,15 @@ class PagedAttention:
     def _one(self, layer: int, chunk: Chunk, q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor) -> Tensor:
         size, device = self._page_size, q_NHd.device
         start, end = chunk.start, chunk.start + len(q_NHd)
-        first = chunk.network.unit_offsets[layer]
+        first = chunk.network.block_offsets[layer]
         num_heads = k_NKd.shape[1]
         # (pages, KV heads)
-        units = chunk.request.block_table[: -(-end // size), first : first + num_heads].long().to(device)
+        blocks = chunk.request.block_table[: -(-end // size), first : first + num_heads].long().to(device)
         positions = torch.arange(start, end, device=device)
-        own, within = units[positions // size], (positions % size)[:, None].expand(-1, num_heads)
+        own, within = blocks[positions // size], (positions % size)[:, None].expand(-1, num_heads)
         self._cache[own, 0, within], self._cache[own, 1, within] = k_NKd, v_NKd
         # (pages, KV heads, 2, page, d) to (2, KV heads, tokens, d)
-        kv = self._cache[units].permute(2, 1, 0, 3, 4).flatten(2, 3)[:, None, :, :end]
+        kv = self._cache[blocks].permute(2, 1, 0, 3, 4).flatten(2, 3)[:, None, :, :end]
         mask = window_mask(positions, torch.arange(end, device=device), self._window)
         out = sdpa(q_NHd.transpose(0, 1)[None], kv[0], kv[1], mask=mask)
         return out[0].transpose(0, 1)
@@ -95,7 +95,7 @@ class Runner:
         self,
         decoder: Decoder,
         *,
-        num_units: int,
+        num_blocks: int,
         page_size: int,
         native: bool | None = None,
         weights: Weights = "float32",
@@ -107,7 +107,7 @@ class Runner:
 
         Args:
             decoder: the full, frozen model.
-            num_units: units of the cache.
+            num_blocks: blocks of the cache.
             page_size: tokens of a page.
             native: whether to run the compiled iteration; where it can by default.
             weights: precision of the matrices; `int8` and `int4` run in the compiled iteration only.
@@ -120,7 +120,7 @@ class Runner:
         """
         config = decoder.config
         self.decoder = decoder
-        shape = (num_units, 2, page_size, config.head_dim)
+        shape = (num_blocks, 2, page_size, config.head_dim)
         # zeros cost nothing until they are written: the system gives pages on first use
         self.cache = torch.zeros(shape, dtype=decoder.dtype, device=decoder.device)
         self._weights = weights
@@ -232,7 +232,7 @@ class Runner:
         return hidden
 
     def _layout(self, chunks: Sequence[Chunk]) -> tuple[Tensor, Tensor, Tensor]:
-        """Neurons, groups and first units of every token in every layer, (layers, N); kept for the next iteration."""
+        """Neurons, groups and first blocks of every token in every layer, (layers, N); kept for the next iteration."""
         key = tuple((c.network, len(c.tokens)) for c in chunks)
         found = self._columns.get(key)
         if found is None:
@@ -246,7 +246,7 @@ class Runner:
             found = (
                 table([[layer.intermediate_size for layer in w.spec.layers] for w in networks]),
                 table([[layer.num_groups for layer in w.spec.layers] for w in networks]),
-                table([list(w.unit_offsets) for w in networks]),
+                table([list(w.block_offsets) for w in networks]),
             )
             self._columns[key] = found
         return found

@@ -31,7 +31,7 @@ class Scheduler:
         """Start empty.
 
         Args:
-            pool: units of the KV cache.
+            pool: blocks of the KV cache.
             page_size: tokens of a page.
             max_num_seqs: requests that run at once.
             max_num_batched_tokens: tokens of an iteration; at least `max_num_seqs`.
@@ -90,7 +90,7 @@ class Scheduler:
     def reserve(self, request: Request, num_tokens: int) -> bool:
         """Get pages for so many tokens in all; False if there is no room (what was got is kept)."""
         while len(request.pages) < self._pages_for(num_tokens):
-            page = self.pool.allocate(request.network.num_units)
+            page = self.pool.allocate(request.network.num_blocks)
             if page is None:
                 return False
             request.add_page(page)

@@ -1,4 +1,4 @@
-"""What finetuning in windows keeps between its units of work.
+"""What finetuning in chunks keeps between its units of work.
 
 Shapes: T tokens of all examples that are run, D hidden size, K KV heads, H query heads, d head size.
 """
@@ -32,7 +32,7 @@ class Saved:
     """Logarithms of these heads' sums of exponentials, (T, H)."""
     stream: Tensor | None = None
     """Rows between two layers, (T, D). Forward: outputs of a layer that the one above does not keep as its input.
-    Backward: the gradient of one layer's output, whose rows become the input's one window after the other."""
+    Backward: the gradient of one layer's output, whose rows become the input's one chunk after the other."""
     key_value_gradients: tuple[Tensor, Tensor] | None = None
     """Gradients of one layer's keys and values, (T, K, d), as far as later tokens have added theirs."""
 
@@ -69,7 +69,7 @@ class Saved:
 
 
 def put_rows(where: dict[Any, Tensor], key: Any, rows: Tensor, start: int, total: int) -> None:
-    """Write a window's rows into a tensor of `total` rows, which the first makes; all rows are kept as they are."""
+    """Write a chunk's rows into a tensor of `total` rows, which the first makes; all rows are kept as they are."""
     if len(rows) == total:
         where[key] = rows
         return

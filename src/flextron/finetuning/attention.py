@@ -1,13 +1,12 @@
-"""Attention of training windows, which may begin within a sequence and go on over several, and its gradients.
+"""Attention of training chunks, which may begin within a sequence and go on over several, and its gradients.
 
-Shapes: N tokens of the window, h tokens before it, M = h + N, H query heads, K KV heads, d head size.
+Shapes: N tokens of the chunk, h tokens before it, M = h + N, H query heads, K KV heads, d head size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,11 +16,11 @@ from flextron.kernels import training as kernels
 from flextron.model.attention import sdpa, window_mask
 from flextron.model.config import DecoderConfig
 
-__all__ = ["WindowAttention", "valued"]
+__all__ = ["ChunkAttention", "valued"]
 
 
-class WindowAttention:
-    """Attention of a window that may begin within a sequence and go on over several; for one layer and one use."""
+class ChunkAttention:
+    """Attention of a chunk that may begin within a sequence and go on over several; for one layer and one use."""
 
     def __init__(
         self,
@@ -34,16 +33,16 @@ class WindowAttention:
 
         Args:
             config: the decoder's.
-            past_kv: keys and values, (h, K, d), of the tokens before the window that its first sequence sees.
-            cached_kv: keys and values of the window itself, where they are computed again; gradients flow past them.
+            past_kv: keys and values, (h, K, d), of the tokens before the chunk that its first sequence sees.
+            cached_kv: keys and values of the chunk itself, where they are computed again; gradients flow past them.
             cached_out: what the heads gave, where that is cached, too; see `cached_out`.
         """
         self._window, self._past_kv, self._cached_kv = config.sliding_window, past_kv, cached_kv
         self.new: tuple[Tensor, Tensor] | None = None
-        """Keys and values of the window, (N, K, d), once the layer has run; None if its attention is skipped."""
+        """Keys and values of the chunk, (N, K, d), once the layer has run; None if its attention is skipped."""
         self.cached_out = cached_out
-        """What the heads gave, (N, H, d), and the their log-sum-exps, (N, H), once the layer has
-        run; None on other devices than a CPU."""
+        """What the heads gave, (N, H, d), and their log-sum-exps, (N, H), once the layer has run; None on devices other
+        than a CPU."""
 
     def __call__(
         self, layer: int, segment: int, q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor, lengths: Sequence[int]
@@ -75,8 +74,53 @@ class WindowAttention:
         return sdpa(q, k, v, mask=mask)[0].transpose(0, 1)
 
 
-def _backend(q_NHd: Tensor) -> ModuleType:
-    """The compiled kernels where they take such queries, else PyTorch's operators; both have the same functions."""
+class Backend(Protocol):
+    """Attention of a chunk and its gradients; two modules implement it."""
+
+    def attend(
+        self, q_NHd: Tensor, k_MKd: Tensor, v_MKd: Tensor, lengths: Sequence[int], window: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """Causal attention of the last tokens of some sequences.
+
+        Args:
+            q_NHd: queries of the chunk.
+            k_MKd: keys of the chunk, and before them those that its first sequence has from before.
+            v_MKd: values.
+            lengths: tokens of each sequence in the chunk.
+            window: keys that a query sees, itself included; None for all.
+
+        Returns:
+            What the heads give, (N, H, d), and the logarithm of each one's sum of exponentials, (N, H), at least
+            float32.
+        """
+
+    def attend_backward(
+        self,
+        q_NHd: Tensor,
+        k_MKd: Tensor,
+        v_MKd: Tensor,
+        lengths: Sequence[int],
+        window: int | None,
+        cached_out: tuple[Tensor, Tensor],
+        g_NHd: Tensor,
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of queries, keys and values.
+
+        Args:
+            q_NHd: as for `attend`, like the next four.
+            k_MKd: see there.
+            v_MKd: see there.
+            lengths: see there.
+            window: see there.
+            cached_out: what `attend` gave.
+            g_NHd: gradient of the heads' outputs.
+            needs: which of the three are wanted; others are None.
+        """
+
+
+def _backend(q_NHd: Tensor) -> Backend:
+    """The compiled kernels where they take such queries, else PyTorch's operators."""
     return kernels if kernels.takes_heads(q_NHd) else attention_torch
 
 

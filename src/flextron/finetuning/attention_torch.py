@@ -1,10 +1,10 @@
-"""Attention of training windows in PyTorch, forward and backward, in a way that suits a CPU.
+"""Attention of training chunks in PyTorch, forward and backward, in a way that suits a CPU.
 
 PyTorch's fused kernel reaches a quarter of a CPU's arithmetic, its backward pass less, and repeats KV heads. Here the
 query heads of a KV head are rows of one product; tokens go block by block, so that what later keys would add is not
 computed. Where there is a compiler, `kernels.training` does the same in half the time.
 
-Shapes: N tokens of the window, M keys, H query heads, K KV heads, r query heads of a KV head, n tokens of a block, j of
+Shapes: N tokens of the chunk, M keys, H query heads, K KV heads, r query heads of a KV head, n tokens of a block, j of
 its keys, d head size.
 """
 
@@ -24,7 +24,7 @@ _BLOCK = 64
 
 
 def sequences(lengths: Sequence[int], num_keys: int) -> Iterator[tuple[slice, slice]]:
-    """Rows of the window and keys of each sequence; keys from before the window are the first one's."""
+    """Rows of the chunk and keys of each sequence; keys from before the chunk are the first one's."""
     num_past, start = num_keys - sum(lengths), 0
     for k, n in enumerate(lengths):
         yield slice(start, start + n), slice(num_past + start if k else 0, num_past + start + n)
@@ -34,18 +34,7 @@ def sequences(lengths: Sequence[int], num_keys: int) -> Iterator[tuple[slice, sl
 def attend(
     q_NHd: Tensor, k_MKd: Tensor, v_MKd: Tensor, lengths: Sequence[int], window: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention of the last tokens of some sequences.
-
-    Args:
-        q_NHd: queries of the window.
-        k_MKd: keys of the window, and before them those that its first sequence has from before.
-        v_MKd: values.
-        lengths: tokens of each sequence in the window.
-        window: keys that a query sees, itself included; all by default.
-
-    Returns:
-        What the heads give, (N, H, d), and the logarithm of each one's sum of exponentials, (N, H), at least float32.
-    """
+    """See `flextron.finetuning.attention.Backend`."""
     num_kv = k_MKd.shape[1]
     out_NHd = torch.empty_like(q_NHd)
     lse_NH = q_NHd.new_empty(q_NHd.shape[:2], dtype=_precise(q_NHd))
@@ -70,18 +59,7 @@ def attend_backward(
     g_NHd: Tensor,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of queries, keys and values.
-
-    Args:
-        q_NHd: as for `attend`, like the next four.
-        k_MKd: see there.
-        v_MKd: see there.
-        lengths: see there.
-        window: see there.
-        cached_out: what `attend` gave.
-        g_NHd: gradient of the heads' outputs.
-        needs: which of the three are wanted; others are None.
-    """
+    """See `flextron.finetuning.attention.Backend`."""
     out_NHd, lse_NH = cached_out
     num_kv, scale = k_MKd.shape[1], q_NHd.shape[-1] ** -0.5
     through_NH1 = (g_NHd * out_NHd).sum(-1, keepdim=True)
@@ -111,11 +89,11 @@ def attend_backward(
 
 class _Block(NamedTuple):
     rows: slice
-    """Rows of the window."""
+    """Rows of the chunk."""
     seen: slice
     """Keys that any of them sees."""
     is_cut: bool
-    """Whether the window of the model hides some of these from some of them."""
+    """Whether the model's sliding window hides some of these from some of them."""
 
 
 def _blocks(lengths: Sequence[int], num_keys: int, window: int | None) -> Iterator[_Block]:

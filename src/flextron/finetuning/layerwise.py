@@ -1,16 +1,16 @@
 """Token-level finetuning: exact gradients of an adapter in units of work as small as one asks for (FlexLLM, section 6).
 
-A unit is one layer for a window of tokens. Forward goes layer by layer, and within a layer from the first tokens to the
-last, whose windows append to keys and values of their own. The head follows. Backward goes layer by layer from the
-last, and within a layer from the last tokens to the first: what later windows send to earlier keys and values is summed
-up, and enters the key and value projections once all later windows have added theirs. Between units only the layers'
-inputs, keys and values are kept; a unit computes the rest of its layer and window again. The cuts need not be the same
+A unit is one layer for a chunk of tokens. Forward goes layer by layer, and within a layer from the first tokens to the
+last, whose chunks append to keys and values of their own. The head follows. Backward goes layer by layer from the
+last, and within a layer from the last tokens to the first: what later chunks send to earlier keys and values is summed
+up, and enters the key and value projections once all later chunks have added theirs. Between units only the layers'
+inputs, keys and values are kept; a unit computes the rest of its layer and chunk again. The cuts need not be the same
 forward and backward.
 
-The paper's windows go through all layers at once, which makes a small unit read every weight for few tokens. One layer
+The paper's chunks go through all layers at once, which makes a small unit read every weight for few tokens. One layer
 for many tokens takes the same time at the speed of a large batch.
 
-Shapes: T tokens of all examples that are run, N tokens of a window, D hidden size, K KV heads, d head size.
+Shapes: T tokens of all examples that are run, N tokens of a chunk, D hidden size, K KV heads, d head size.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from flextron.errors import FlextronError
 from flextron.finetuning.activations import Saved, put_rows
-from flextron.finetuning.attention import WindowAttention
+from flextron.finetuning.attention import ChunkAttention
 from flextron.finetuning.example import Example
 from flextron.finetuning.packing import Packed
 from flextron.finetuning.recompute import KEEPABLE, PrunedBatch, RecordedBatch, unread_linears
@@ -41,11 +41,11 @@ class Stage(str, Enum):
     """Kinds of units, in their order."""
 
     FORWARD = "forward"
-    """A layer for a window of tokens."""
+    """A layer for a chunk of tokens."""
     HEAD = "head"
-    """The head and the loss, both ways, for a window of the tokens that have a weight."""
+    """The head and the loss, both ways, for a chunk of the tokens that have a weight."""
     BACKWARD = "backward"
-    """A layer's gradients for a window of tokens."""
+    """A layer's gradients for a chunk of tokens."""
 
 
 class Finetuning:
@@ -175,7 +175,7 @@ class Finetuning:
             where = saved.inputs.get(i, saved.stream)
             assert where is not None
             x_ND = where[start:stop]
-        attention = WindowAttention(self._decoder.config, saved.past_kv(i, self._packed.seen(start), x_ND))
+        attention = ChunkAttention(self._decoder.config, saved.past_kv(i, self._packed.seen(start), x_ND))
         x_ND = self._decoder.layers[i](x_ND, batch, i, self._packed.rope(start, stop), attention)
         self._keep_rows(i, start, attention, kept)
         self._pass_up(x_ND, start)
@@ -189,8 +189,8 @@ class Finetuning:
                 self.stage = Stage.HEAD
         return stop - start
 
-    def _keep_rows(self, i: int, start: int, attention: WindowAttention, kept: dict[tuple[int, str], Tensor]) -> None:
-        """Keep what a window of a layer made for later windows and for the way back."""
+    def _keep_rows(self, i: int, start: int, attention: ChunkAttention, kept: dict[tuple[int, str], Tensor]) -> None:
+        """Keep what a chunk of a layer made for later chunks and for the way back."""
         saved = self.saved
         made: list[tuple[dict[Any, Tensor], Any, Tensor]] = []
         if attention.new is not None:
@@ -203,7 +203,7 @@ class Finetuning:
             put_rows(where, key, rows, start, self.num_tokens)
 
     def _pass_up(self, x_ND: Tensor, start: int) -> None:
-        """Put a window of a layer's outputs where the next layer, or the head, finds them."""
+        """Put a chunk of a layer's outputs where the next layer, or the head, finds them."""
         saved = self.saved
         above = self._pending[-2] if len(self._pending) > 1 else None
         if above in self._trained:
@@ -274,32 +274,32 @@ class Finetuning:
         return [p._version for p in self._parameters]
 
     def _batch(self, start: int, stop: int) -> Batch:
-        window, packed = slice(start, stop), self._packed
+        chunk, packed = slice(start, stop), self._packed
         segment = Segment(self.spec, packed.lengths(start, stop), adapter=self._adapter)
-        return Batch(packed.tokens_T[window], packed.positions_T[window], (segment,))
+        return Batch(packed.tokens_T[chunk], packed.positions_T[chunk], (segment,))
 
     def _differentiate(self, i: int, start: int, stop: int) -> None:
-        """Compute a layer again for a window, and carry the gradients from its outputs to its inputs."""
-        saved, window = self.saved, slice(start, stop)
+        """Compute a layer again for a chunk, and carry the gradients from its outputs to its inputs."""
+        saved, chunk = self.saved, slice(start, stop)
         assert saved.stream is not None
         targets = self._adapter.targets_in(i, self.spec.layers[i])
         is_lowest = i == self._trained[0]
-        x_ND = saved.inputs[i][window].detach().requires_grad_(not is_lowest)
+        x_ND = saved.inputs[i][chunk].detach().requires_grad_(not is_lowest)
         past_kv, cached_kv = saved.past_kv(i, self._packed.seen(start), x_ND), None
         if i in saved.keys:
             # in the lowest layer, earlier keys and values matter only if something in their projections is trained
             matters = len(past_kv[0]) > 0 and (not is_lowest or not targets.isdisjoint("kv"))
             past_kv = past_kv[0].detach().requires_grad_(matters), past_kv[1].detach().requires_grad_(matters)
-            cached_kv = saved.keys[i][window], saved.values[i][window]
+            cached_kv = saved.keys[i][chunk], saved.values[i][chunk]
             if saved.key_value_gradients is None:
                 saved.key_value_gradients = _accumulator(saved.keys[i]), _accumulator(saved.values[i])
-        cached_out = (saved.heads[i][window], saved.lse[i][window]) if i in saved.heads else None
-        attention = WindowAttention(self._decoder.config, past_kv, cached_kv, cached_out)
+        cached_out = (saved.heads[i][chunk], saved.lse[i][chunk]) if i in saved.heads else None
+        attention = ChunkAttention(self._decoder.config, past_kv, cached_kv, cached_out)
         y_ND = self._run_again(i, x_ND, start, stop, attention)
 
-        ends = [(y_ND, saved.stream[window])]
+        ends = [(y_ND, saved.stream[chunk])]
         sums = saved.key_value_gradients or ()
-        ends += [(t, s[window].to(t.dtype)) for t, s in zip(attention.new or (), sums, strict=True)]
+        ends += [(t, s[chunk].to(t.dtype)) for t, s in zip(attention.new or (), sums, strict=True)]
         ends = [(t, g) for t, g in ends if t.requires_grad]
         sources = [t for t in (x_ND, *past_kv) if t.requires_grad]
         parameters: list[Tensor] = [p for t in sorted(targets) for p in self._adapter.at(i)[t].parameters()]
@@ -307,7 +307,7 @@ class Finetuning:
             torch.autograd.grad([t for t, _ in ends], sources + parameters, [g for _, g in ends], allow_unused=True)
         )
         if x_ND.requires_grad:
-            saved.stream[window] = gradients.pop(0)
+            saved.stream[chunk] = gradients.pop(0)
         if past_kv[0].requires_grad:
             for total in sums:
                 total[self._packed.seen(start)] += gradients.pop(0)
@@ -316,7 +316,7 @@ class Finetuning:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
     @torch.enable_grad()
-    def _run_again(self, i: int, x_ND: Tensor, start: int, stop: int, attention: WindowAttention) -> Tensor:
+    def _run_again(self, i: int, x_ND: Tensor, start: int, stop: int, attention: ChunkAttention) -> Tensor:
         """A layer's graph; the value is meaningless where `recompute` leaves products out."""
         batch = self._batch(start, stop)
         known = {t: rows[start:stop] for (layer, t), rows in self.saved.products.items() if layer == i}

@@ -8,7 +8,6 @@ it is due, the validation examples go forward after that, as a part of the step.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from flextron.checkpoints.peft import write_adapter
 from flextron.errors import FlextronError
-from flextron.finetuning.example import Example
-from flextron.finetuning.hyperparameters import TARGET_MODULES, Hyperparameters
+from flextron.finetuning.hyperparameters import TARGET_MODULES
 from flextron.finetuning.packs import Pass
 from flextron.finetuning.recompute import KEEPABLE, num_keepable
-from flextron.finetuning.trainer import StepMetrics, not_finite
+from flextron.finetuning.trainer import StepMetrics, TrainingTask, not_finite
 from flextron.model.adapter import Adapter, linear_shapes
 from flextron.model.bypass import Lora
 from flextron.model.decoder import Decoder
@@ -64,16 +62,9 @@ class LoraTrainers:
         self.spec = spec or decoder.config.full_spec
         self.pack_tokens, self.saved_gb = pack_tokens, saved_gb
 
-    def __call__(
-        self,
-        hyperparameters: Hyperparameters,
-        examples: Sequence[Example],
-        seed: int,
-        resume: Path | None,
-        validation: Sequence[Example] = (),
-    ) -> LoraTrainer:
+    def __call__(self, task: TrainingTask) -> LoraTrainer:
         """See `MakeTrainer`."""
-        return LoraTrainer(self, hyperparameters, examples, seed, resume, validation)
+        return LoraTrainer(self, task)
 
     def kept(self, num_tokens: int) -> frozenset[str]:
         """What is kept of a pack of so many tokens, instead of computed again."""
@@ -84,29 +75,20 @@ class LoraTrainers:
 class LoraTrainer:
     """One job; see `flextron.finetuning.trainer.Trainer`. `run` takes a step unit by unit."""
 
-    def __init__(
-        self,
-        made_by: LoraTrainers,
-        hyperparameters: Hyperparameters,
-        examples: Sequence[Example],
-        seed: int,
-        resume: Path | None,
-        validation: Sequence[Example],
-    ) -> None:
+    def __init__(self, made_by: LoraTrainers, task: TrainingTask) -> None:
         """Begin, or go on where a state ends.
 
         Raises:
             FlextronError: the model has none of the linears, or the state is of another job.
         """
-        self._made_by, self._chosen, self._seed = made_by, hyperparameters, seed
-        self._examples, self._validation = examples, validation
-        config = made_by.decoder.config
+        self._made_by, self._task, self._chosen = made_by, task, task.hyperparameters
+        hyperparameters, config = task.hyperparameters, made_by.decoder.config
         named = {name.removesuffix("_proj") for name in hyperparameters.target_modules}
         present = linear_shapes(config, config.full_spec.layers[0]).keys()
         if hyperparameters.target_modules == TARGET_MODULES:
             named &= present
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.manual_seed(task.seed)
             self.adapter = Adapter.lora(
                 config, rank=hyperparameters.rank, alpha=hyperparameters.alpha, targets=sorted(named)
             ).to(made_by.decoder.device)
@@ -119,8 +101,8 @@ class LoraTrainer:
         """The pass over the step's examples or, after its update, over those of the validation."""
         self._taken: StepMetrics | None = None
         """What a step whose update was made has measured, while its validation goes on."""
-        if resume is not None:
-            self._load(resume)
+        if task.resume is not None:
+            self._load(task.resume)
         self._begin()
 
     @property
@@ -135,7 +117,7 @@ class LoraTrainer:
 
     @property
     def _steps_of_epoch(self) -> int:
-        return -(-len(self._examples) // self._chosen.batch_size)
+        return -(-len(self._task.examples) // self._chosen.batch_size)
 
     @property
     def unit(self) -> str:
@@ -170,7 +152,7 @@ class LoraTrainer:
             self._taken = None
         else:
             metrics = self._update()
-            if self._validation and self._is_due(self._num_updates):
+            if self._task.validation and self._is_due(self._num_updates):
                 self._taken = metrics
         self._begin()
         return None if self._taken is not None else metrics
@@ -224,17 +206,22 @@ class LoraTrainer:
         made_by = self._made_by
         if self._taken is not None:
             self._pass = Pass(
-                made_by.decoder, self.adapter, self._validation, made_by.pack_tokens, spec=made_by.spec, backward=False
+                made_by.decoder,
+                self.adapter,
+                self._task.validation,
+                made_by.pack_tokens,
+                spec=made_by.spec,
+                backward=False,
             )
             return
         self._pass = None
         if self._num_updates == self.num_steps:
             return
         epoch, index = divmod(self._num_updates, self._steps_of_epoch)
-        generator = torch.Generator().manual_seed(self._seed + epoch)
-        order = torch.randperm(len(self._examples), generator=generator).tolist()
+        generator = torch.Generator().manual_seed(self._task.seed + epoch)
+        order = torch.randperm(len(self._task.examples), generator=generator).tolist()
         size = self._chosen.batch_size
-        batch = [self._examples[i] for i in order[index * size : (index + 1) * size]]
+        batch = [self._task.examples[i] for i in order[index * size : (index + 1) * size]]
         self._pass = Pass(
             made_by.decoder, self.adapter, batch, made_by.pack_tokens, spec=made_by.spec, kept=made_by.kept
         )

@@ -1,4 +1,4 @@
-"""Examples side by side in one row of tokens, of which any window can be run.
+"""Examples side by side in one row of tokens, of which any chunk can be run.
 
 Shapes: T tokens of all examples that are run.
 """
@@ -70,16 +70,16 @@ class Packed:
         return len(self.tokens_T)
 
     def lengths(self, start: int, stop: int) -> tuple[int, ...]:
-        """Tokens of each example in a window."""
+        """Tokens of each example in a chunk."""
         cuts = [start, *(s for s in self._starts if start < s < stop), stop]
         return tuple(b - a for a, b in pairwise(cuts))
 
     def rope(self, start: int, stop: int) -> tuple[Tensor, Tensor] | None:
-        """Rotations of a window's tokens; see `layers.rotary_tables`."""
+        """Rotations of a chunk's tokens; see `layers.rotary_tables`."""
         return None if self._rope is None else (self._rope[0][start:stop], self._rope[1][start:stop])
 
     def seen(self, start: int) -> slice:
-        """The tokens before a window that its first token sees."""
+        """The tokens before a chunk that its first token sees."""
         first = self._starts[bisect_right(self._starts, start) - 1]
         return slice(first if self._window is None else max(first, start + 1 - self._window), start)
 

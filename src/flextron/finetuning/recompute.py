@@ -1,10 +1,10 @@
-"""One layer for one window of tokens, computed again for its gradients: only what some gradient needs.
+"""One layer for one chunk of tokens, computed again for its gradients: only what some gradient needs.
 
 Frozen linears need but dY · W. So the products whose values nothing reads (the down projection; the values, and the
 keys where no norm follows, which the cache holds already) are not computed a second time: what stands in for them knows
 only the way back.
 
-Shapes: N tokens of the window, r rank.
+Shapes: N tokens of the chunk, r rank.
 """
 
 from __future__ import annotations
@@ -94,14 +94,14 @@ class RecordedBatch(Batch):
             self.kept[layer, target] = product
 
 
-class _WindowBypasses(Bypasses):
+class _ChunkBypasses(Bypasses):
     """Bypasses with kernels for what is between the linears."""
 
     def gated(self, activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
         return silu_gate(gate, up) if activation is F.silu and takes(gate) else super().gated(activation, gate, up)
 
 
-class _RecordedBypasses(_WindowBypasses):
+class _RecordedBypasses(_ChunkBypasses):
     """Keeps results."""
 
     def __init__(self, placed: Any, layer: int, keep: frozenset[str], kept: dict[tuple[int, str], Tensor]) -> None:
@@ -123,7 +123,7 @@ class _RecordedBypasses(_WindowBypasses):
         return y_ND
 
 
-class _PrunedBypasses(_WindowBypasses):
+class _PrunedBypasses(_ChunkBypasses):
     """Leaves out products that neither their readers nor their bypasses need."""
 
     def __init__(self, placed: Any, unread: frozenset[str], known: Mapping[str, Tensor]) -> None:

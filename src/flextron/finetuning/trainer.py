@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -12,7 +12,7 @@ from flextron.errors import FlextronError
 from flextron.finetuning.example import Example
 from flextron.finetuning.hyperparameters import Hyperparameters
 
-__all__ = ["MakeTrainer", "StepMetrics", "Trainer", "not_finite"]
+__all__ = ["MakeTrainer", "StepMetrics", "Trainer", "TrainingTask", "not_finite"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,26 +95,23 @@ class Trainer(Protocol):
         """Write the adapter into an empty directory, as it is served."""
 
 
-class MakeTrainer(Protocol):
-    """Makes a trainer; called by the thread that will take its steps."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingTask:
+    """What a trainer is made for."""
 
-    def __call__(
-        self,
-        hyperparameters: Hyperparameters,
-        examples: Sequence[Example],
-        seed: int,
-        resume: Path | None,
-        validation: Sequence[Example] = (),
-    ) -> Trainer:
-        """Make a trainer that starts at the first step, or goes on where a state ends.
+    hyperparameters: Hyperparameters
+    examples: Sequence[Example]
+    """At least one, in the file's order."""
+    validation: Sequence[Example] = ()
+    """Scored at the end of each epoch, at each checkpoint and at the end."""
+    seed: int
+    """Seed of all that is random."""
+    resume: Path | None = None
+    """A directory that `Trainer.save_state` wrote for the same task, where training goes on; None to begin."""
 
-        Args:
-            hyperparameters: hyperparameters of the job.
-            examples: at least one, in the file's order.
-            seed: seed of all that is random.
-            resume: a directory that `Trainer.save_state` wrote for the same arguments; None to begin.
-            validation: scored at the end of each epoch, at each checkpoint and at the end.
 
-        Raises:
-            FlextronError: these hyperparameters do not go with the model; the job fails with this message.
-        """
+MakeTrainer = Callable[[TrainingTask], Trainer]
+"""Makes a trainer; called by the thread that will take its steps.
+
+It raises `FlextronError` where the hyperparameters do not go with the model; the job fails with this message.
+"""

@@ -16,12 +16,12 @@ from flextron.model.config import DecoderConfig
 from flextron.model.decoder import Decoder
 from flextron.spec import SubnetSpec
 
-__all__ = ["Steps", "unit_offsets"]
+__all__ = ["Steps", "block_offsets"]
 
 _PAGE = 16
 
 
-def unit_offsets(config: DecoderConfig, spec: SubnetSpec) -> tuple[int, ...]:
+def block_offsets(config: DecoderConfig, spec: SubnetSpec) -> tuple[int, ...]:
     """KV heads of the layers before each layer of a sub-network, and of all; one more than there are layers."""
     heads = (config.kv_rows(layer.num_groups) // config.head_dim for layer in spec.layers)
     return tuple(accumulate(heads, initial=0))
@@ -53,7 +53,7 @@ class _NativeSteps:
     def __init__(self, decoder: Decoder, spec: SubnetSpec, num_sequences: int, capacity: int) -> None:
         config = decoder.config
         self._step = NativeStep(decoder, _PAGE)
-        *offsets, row = unit_offsets(config, spec)
+        *offsets, row = block_offsets(config, spec)
         shape = (num_sequences, -(-capacity // _PAGE), row)
         self._tables = torch.arange(math.prod(shape), dtype=torch.int32).view(shape)
         # zeros: a latency probe attends to tokens that were never written

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from flextron.errors import FlextronError
 from flextron.generation.decoding import Steps
 from flextron.generation.processors import check_named_tokens, processed
+from flextron.generation.prompts import check_prompt
 from flextron.generation.sampling import SamplingParams, sample
 from flextron.model.batch import TokenChoice
 from flextron.model.decoder import Decoder
@@ -35,26 +35,15 @@ def stream(
         router: chooses the MLP width of each token, of prompts and answers; by default all have the spec's.
 
     Raises:
-        FlextronError: a prompt is empty, prompt and answer exceed the model's positions, or the router is of another
-            model.
+        FlextronError: the model cannot continue a prompt (`check_prompt`), or the router is of another model.
     """
     if not prompts:
         return
     if router is not None:
         router.check(decoder.config, spec)
+    for prompt in prompts:
+        check_prompt(decoder.config, prompt, params.max_tokens)
     longest = max(len(p) for p in prompts) + params.max_tokens
-    if any(len(p) == 0 for p in prompts):
-        raise FlextronError("a prompt is empty; give at least one token")
-    if not all(0 <= token < decoder.config.vocab_size for p in prompts for token in p):
-        raise FlextronError(
-            f"a prompt holds tokens outside the model's vocabulary of {decoder.config.vocab_size}; "
-            "its tokenizer is another model's"
-        )
-    if longest > decoder.config.max_position_embeddings:
-        raise FlextronError(
-            f"prompt and answer come to {longest} tokens; the model has {decoder.config.max_position_embeddings} "
-            "positions: shorten the prompt or lower max_tokens"
-        )
     check_named_tokens(params, decoder.config.vocab_size)
     device = decoder.device
     generator = None if params.seed is None else torch.Generator(device).manual_seed(params.seed)

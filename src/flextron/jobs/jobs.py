@@ -18,7 +18,7 @@ from flextron.jobs.attempts import Attempts
 from flextron.jobs.database import Store
 from flextron.jobs.directory import StateDirectory
 from flextron.jobs.loader import Preparer
-from flextron.jobs.records import ALIVE, Checkpoint, Job, Status
+from flextron.jobs.records import ALIVE, Job, JobCheckpoint, Status
 from flextron.jobs.repository import JobRepository
 from flextron.jobs.scheduler import JobScheduler
 from flextron.jobs.uploads import Uploads
@@ -27,9 +27,9 @@ __all__ = ["Jobs", "JobsSettings", "OnAdapter", "OnDeleted"]
 
 _log = logging.getLogger("flextron.server")
 
-OnAdapter = Callable[[Checkpoint, Path], None]
+OnAdapter = Callable[[JobCheckpoint, Path], None]
 """Told of each adapter and its directory, which holds all of it and never changes."""
-OnDeleted = Callable[[Checkpoint], None]
+OnDeleted = Callable[[JobCheckpoint], None]
 """Told of an adapter that is going to vanish."""
 
 
@@ -86,14 +86,14 @@ class Jobs:
         self.model, self.context = model, context
         self._on_adapter, self._on_deleted = on_adapter, on_deleted
         self.settings = settings or JobsSettings()
-        self._directory = StateDirectory(path)
+        self.directory = StateDirectory(path)
         try:
-            self._store = Store(self._directory.database)
+            self._store = Store(self.directory.database)
         except BaseException:
-            self._directory.close()
+            self.directory.close()
             raise
         try:
-            self.uploads, self.repository = Uploads(self._directory, self._store), JobRepository(self._store)
+            self.uploads, self.repository = Uploads(self.directory, self._store), JobRepository(self._store)
             if others := self.repository.models() - {model}:
                 raise FlextronError(
                     f"the state directory {path} is of the model {min(others)!r}; serve it under this name, "
@@ -106,20 +106,20 @@ class Jobs:
                 )
         except BaseException:
             self._store.close()
-            self._directory.close()
+            self.directory.close()
             raise
         news, self._naming = threading.Event(), threading.Lock()
         unfinished = [job_id for job_id, _ in self.repository.with_status(*ALIVE, Status.PAUSED)]
-        attempts = Attempts(self._directory.attempts, unfinished)
-        self._preparer = Preparer(
+        attempts = Attempts(self.directory.attempts, unfinished)
+        self.preparer = Preparer(
             self.repository, self.uploads, attempts, tokenizer, context, news.set, vocab_size=vocab_size
         )
         self.scheduler = JobScheduler(
-            self._directory,
+            self.directory,
             self.repository,
             attempts,
             self.uploads,
-            self._preparer,
+            self.preparer,
             make_trainer,
             news,
             max_training=self.settings.max_training,
@@ -127,13 +127,13 @@ class Jobs:
             on_adapter=self._announce_new,
         )
         """Schedules the jobs for the thread that trains."""
-        self._directory.remove_states(but=unfinished)
+        self.directory.remove_states(but=unfinished)
         for gone in self.repository.all_checkpoints(deleted=True):
-            self._directory.remove_adapter(gone.job_id, gone.step)
+            self.directory.remove_adapter(gone.job_id, gone.step)
         for checkpoint in self.repository.all_checkpoints():
             self._announce(checkpoint)
         for job_id, _ in self.repository.with_status(*ALIVE):
-            self._preparer.submit(job_id)
+            self.preparer.submit(job_id)
 
     def create(
         self,
@@ -162,7 +162,7 @@ class Jobs:
             seed=secrets.randbelow(2**31) if seed is None else seed,
             metadata=metadata or {},
         )
-        self._preparer.submit(job.id)
+        self.preparer.submit(job.id)
         return job
 
     def cancel(self, job_id: str) -> Job:
@@ -175,7 +175,7 @@ class Jobs:
         before = (*ALIVE, Status.PAUSED)
         job = self._change(job_id, before, Status.CANCELLED, "the job was cancelled", "cancelled")
         if not self.scheduler.is_training(job.id):
-            self._directory.remove_state(job.id)
+            self.directory.remove_state(job.id)
         return job
 
     def pause(self, job_id: str) -> Job:
@@ -185,7 +185,7 @@ class Jobs:
     def resume(self, job_id: str) -> Job:
         """Let a paused job go on; errors as for `cancel`."""
         job = self._change(job_id, (Status.PAUSED,), Status.QUEUED, "the job goes on", "resumed")
-        self._preparer.submit(job.id)
+        self.preparer.submit(job.id)
         return job
 
     def wait_prepared(self, job_id: str, seconds: float = 60.0) -> None:
@@ -194,7 +194,7 @@ class Jobs:
         Raises:
             FlextronError: it takes longer.
         """
-        if not self._preparer.wait(job_id, seconds):
+        if not self.preparer.wait(job_id, seconds):
             raise FlextronError(f"the files of the job {job_id} were not read within {seconds:g} seconds; wait longer")
 
     def delete_adapter(self, name: str) -> None:
@@ -206,7 +206,7 @@ class Jobs:
         with self._naming:
             checkpoint = self.repository.delete_checkpoint(name)
             self._on_deleted(checkpoint)
-        self._directory.remove_adapter(checkpoint.job_id, checkpoint.step)
+        self.directory.remove_adapter(checkpoint.job_id, checkpoint.step)
 
     def _change(self, job_id: str, before: Sequence[Status], to: Status, message: str, done: str) -> Job:
         job = self.repository.get(job_id)
@@ -218,10 +218,10 @@ class Jobs:
 
     def close(self) -> None:
         """Save what is in training and give the directory back; the training thread must have ended."""
-        self._preparer.close()
+        self.preparer.close()
         self.scheduler.save()
         self._store.close()
-        self._directory.close()
+        self.directory.close()
 
     def _announce_new(self, job_id: str, step: int) -> None:
         with self._naming:
@@ -229,8 +229,8 @@ class Jobs:
             if made is not None:
                 self._announce(made)
 
-    def _announce(self, checkpoint: Checkpoint) -> None:
+    def _announce(self, checkpoint: JobCheckpoint) -> None:
         try:
-            self._on_adapter(checkpoint, self._directory.adapter(checkpoint.job_id, checkpoint.step))
+            self._on_adapter(checkpoint, self.directory.adapter(checkpoint.job_id, checkpoint.step))
         except Exception:
             _log.exception("the adapter %s cannot be served", checkpoint.name)

@@ -11,7 +11,7 @@ from typing import Any
 
 from flextron.finetuning.hyperparameters import Hyperparameters
 
-__all__ = ["ALIVE", "ENDED", "Checkpoint", "File", "Job", "JobError", "JobEvent", "Status", "new_id"]
+__all__ = ["ALIVE", "ENDED", "File", "Job", "JobCheckpoint", "JobError", "JobEvent", "Status", "new_id"]
 
 _LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz23456789"
 
@@ -124,7 +124,7 @@ class JobEvent:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Checkpoint:
+class JobCheckpoint:
     """An adapter, finished or not, that can be served."""
 
     id: str
@@ -138,6 +138,6 @@ class Checkpoint:
     valid_accuracy: float | None = None
 
     @classmethod
-    def of(cls, row: sqlite3.Row) -> Checkpoint:
+    def of(cls, row: sqlite3.Row) -> JobCheckpoint:
         """Read from its row."""
         return cls(**{key: row[key] for key in cls.__slots__})

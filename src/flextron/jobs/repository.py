@@ -14,7 +14,7 @@ from flextron.errors import FlextronError
 from flextron.finetuning.hyperparameters import Hyperparameters
 from flextron.finetuning.trainer import StepMetrics
 from flextron.jobs.database import Store, UnknownIdError
-from flextron.jobs.records import ALIVE, ENDED, Checkpoint, File, Job, JobError, JobEvent, Status, new_id
+from flextron.jobs.records import ALIVE, ENDED, File, Job, JobCheckpoint, JobError, JobEvent, Status, new_id
 from flextron.jobs.uploads import FINE_TUNE, insert_file
 
 __all__ = ["JobRepository"]
@@ -93,28 +93,28 @@ class JobRepository:
         rows, has_more = self._store.page("events", where=where, after=after, limit=limit)
         return [JobEvent.of(row) for row in rows], has_more
 
-    def checkpoints(self, job_id: str, *, after: str | None, limit: int) -> tuple[list[Checkpoint], bool]:
+    def checkpoints(self, job_id: str, *, after: str | None, limit: int) -> tuple[list[JobCheckpoint], bool]:
         """A page of adapters that were not deleted, newest first."""
         where = {"job_id": self.get(job_id).id, "is_deleted": 0}
         rows, has_more = self._store.page("checkpoints", where=where, after=after, limit=limit)
-        return [Checkpoint.of(row) for row in rows], has_more
+        return [JobCheckpoint.of(row) for row in rows], has_more
 
     def had_checkpoint(self, job_id: str, step: int) -> bool:
         """Whether there is an adapter after a step, or was one until it was deleted."""
         return bool(self._store.rows("SELECT 1 FROM checkpoints WHERE job_id = ? AND step = ?", job_id, step))
 
-    def checkpoint(self, job_id: str, step: int) -> Checkpoint | None:
+    def checkpoint(self, job_id: str, step: int) -> JobCheckpoint | None:
         """The adapter after a step; None if it was deleted."""
         query = "SELECT * FROM checkpoints WHERE job_id = ? AND step = ? AND is_deleted = 0"
         rows = self._store.rows(query, job_id, step)
-        return Checkpoint.of(rows[0]) if rows else None
+        return JobCheckpoint.of(rows[0]) if rows else None
 
-    def all_checkpoints(self, *, deleted: bool = False) -> list[Checkpoint]:
+    def all_checkpoints(self, *, deleted: bool = False) -> list[JobCheckpoint]:
         """Checkpoints of all jobs, oldest first; either those that are there or those that were deleted."""
         rows = self._store.rows("SELECT * FROM checkpoints WHERE is_deleted = ? ORDER BY seq", deleted)
-        return [Checkpoint.of(row) for row in rows]
+        return [JobCheckpoint.of(row) for row in rows]
 
-    def delete_checkpoint(self, name: str) -> Checkpoint:
+    def delete_checkpoint(self, name: str) -> JobCheckpoint:
         """Enter that an adapter is deleted; the suffix of a job whose finished one it was is free again.
 
         Raises:
@@ -128,7 +128,7 @@ class JobRepository:
             database.execute("UPDATE checkpoints SET is_deleted = 1 WHERE seq = ?", (row["seq"],))
             database.execute("UPDATE jobs SET is_deleted = 1 WHERE fine_tuned_model = ?", (name,))
             _tell(database, row["job_id"], f"deleted adapter: {name}")
-        return Checkpoint.of(row)
+        return JobCheckpoint.of(row)
 
     def is_of(self, fingerprint: str) -> bool:
         """Whether all this is of a model with these weights; the first that asks decides."""

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 
 from flextron.files import durable_directory
-from flextron.finetuning.trainer import MakeTrainer, StepMetrics
+from flextron.finetuning.trainer import MakeTrainer, StepMetrics, TrainingTask
 from flextron.jobs.directory import StateDirectory
 from flextron.jobs.loader import Prepared
 from flextron.jobs.records import Job
@@ -45,9 +45,14 @@ class RunningJob:
         self.job, self._directory, self._repository, self._uploads = job, directory, repository, uploads
         state = directory.state(job.id)
         (directory.jobs / job.id).mkdir(exist_ok=True)
-        resume = state if state.exists() else None
-        examples, validation = prepared.examples, prepared.validation
-        self.trainer = make_trainer(job.hyperparameters, examples, job.seed, resume, validation)
+        task = TrainingTask(
+            hyperparameters=job.hyperparameters,
+            examples=prepared.examples,
+            validation=prepared.validation,
+            seed=job.seed,
+            resume=state if state.exists() else None,
+        )
+        self.trainer = make_trainer(task)
         self.has_stepped = False
         """Whether a step since the start has been taken, or given up."""
         self._saved_at = self._begun_at = time.monotonic()

@@ -1,1 +1,1 @@
-"""Compiled kernels for the CPU: one decoder iteration, adapters, training windows; weights in eight and four bits."""
+"""Compiled kernels for the CPU: one decoder iteration, adapters, chunks in training; weights in eight and four bits."""

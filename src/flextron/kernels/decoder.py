@@ -176,7 +176,7 @@ class NativeStep:
         mlp_widths_LN: Tensor,
         num_groups_LN: Tensor,
         block_tables: Sequence[Tensor],
-        unit_offsets_LN: Tensor,
+        block_offsets_LN: Tensor,
         cache: Tensor,
         rows: Sequence[int],
         adapters: Sequence[NativeAdapter | None] | None = None,
@@ -189,9 +189,9 @@ class NativeStep:
             positions_N: int64.
             mlp_widths_LN: neurons of each token in each layer, int32; 0 skips.
             num_groups_LN: attention groups, int32; 0 skips.
-            block_tables: block table of each token's sequence, (pages, units of a page), int32; tokens may share one.
-            unit_offsets_LN: first unit of each layer in a row of that table, int32.
-            cache: (units, 2, page size, head size), float32.
+            block_tables: block table of each token's sequence, (pages, blocks of a page), int32; tokens may share one.
+            block_offsets_LN: first block of each layer in a row of that table, int32.
+            cache: (blocks, 2, page size, head size), float32.
             rows: tokens after which logits are wanted.
             adapters: of each token, at least as wide as the token's sub-network, or None; none by default.
             num_full: of how many rows, the leading ones, all logits are wanted; all by default. Of the others only the
@@ -214,7 +214,7 @@ class NativeStep:
             num_groups=_address(num_groups_LN),
             block_tables=_address(addresses),
             table_rows=_address(lengths),
-            unit_offsets=_address(unit_offsets_LN),
+            block_offsets=_address(block_offsets_LN),
             cos=_address(cos),
             sin=_address(sin),
             adapters=_address(owned),

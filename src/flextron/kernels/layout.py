@@ -105,7 +105,7 @@ class Tokens(ctypes.Structure):
     _fields_ = (
         ("num_tokens", _Number),
         *((name, _Pointer) for name in ("ids", "positions", "mlp_widths", "num_groups", "block_tables", "table_rows")),
-        *((name, _Pointer) for name in ("unit_offsets", "cos", "sin", "adapters")),
+        *((name, _Pointer) for name in ("block_offsets", "cos", "sin", "adapters")),
         ("max_rank", _Number),
         ("cache", _Pointer),
         ("num_logits", _Number),

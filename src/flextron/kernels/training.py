@@ -1,6 +1,6 @@
-"""The compiled kernels of `csrc/training.cpp`: attention of training windows and the gate of gated MLPs, float32, CPU.
+"""The compiled kernels of `csrc/training.cpp`: attention of training chunks and the gate of gated MLPs, float32, CPU.
 
-Shapes: N tokens of the window, M keys, H query heads, K KV heads, d head size.
+Shapes: N tokens of the chunk, M keys, H query heads, K KV heads, d head size.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def takes_heads(q_NHd: Tensor) -> bool:
 def attend(
     q_NHd: Tensor, k_MKd: Tensor, v_MKd: Tensor, lengths: Sequence[int], window: int | None
 ) -> tuple[Tensor, Tensor]:
-    """The same as `attention_torch.attend`."""
+    """See `flextron.finetuning.attention.Backend`."""
     q, k, v = (_rows(t) for t in (q_NHd, k_MKd, v_MKd))
     out_NHd, lse_NH = q.new_empty(q.shape), q.new_empty(q.shape[:2])
     task = _task(q, k, v, lengths, window, out_NHd, lse_NH)
@@ -51,7 +51,7 @@ def attend_backward(
     g_NHd: Tensor,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The same as `attention_torch.attend_backward`."""
+    """See `flextron.finetuning.attention.Backend`."""
     q, k, v, g = (_rows(t) for t in (q_NHd, k_MKd, v_MKd, g_NHd))
     out_NHd, lse_NH = (t.contiguous() for t in cached_out)
     task = _task(q, k, v, lengths, window, out_NHd, lse_NH)

@@ -1,7 +1,7 @@
 """The attention core behind one small interface, with a backend for whole sequences and one with a KV cache.
 
 A backend gets queries, keys and values of one segment's new tokens, already rotated, and returns the heads' outputs.
-The paged and the windowed backends of serving and finetuning implement the same protocol.
+The paged and the chunked backends of serving and finetuning implement the same protocol.
 
 Shapes: N new tokens of the segment, H query heads, K KV heads, d head size, B sequences, T tokens of a sequence.
 """

@@ -1,4 +1,4 @@
-"""Perplexity over fixed windows of tokens. It is per token, and no `word_perplexity` of lm-eval."""
+"""Perplexity over fixed sequences of tokens. It is per token, and no `word_perplexity` of lm-eval."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Perplexity:
     loss: float
     """Mean negative log-likelihood in nats a token."""
     num_tokens: int
-    """Tokens that were predicted: all but the first of each window."""
+    """Tokens that were predicted: all but the first of each sequence."""
 
     @property
     def perplexity(self) -> float:
@@ -30,6 +30,6 @@ class Perplexity:
 
 
 def evaluate_perplexity(decoder: Decoder, tokens_BT: Tensor, spec: SubnetSpec) -> Perplexity:
-    """Evaluate a sub-network on B windows of T tokens."""
+    """Evaluate a sub-network on B sequences of T tokens."""
     batch_size, length = tokens_BT.shape
     return Perplexity(loss=mean_loss(decoder, tokens_BT, spec), num_tokens=batch_size * (length - 1))

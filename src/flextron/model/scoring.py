@@ -1,4 +1,4 @@
-"""How well a sub-network predicts text: its mean loss over fixed windows, and how likely it finds continuations."""
+"""How well a sub-network predicts text: its mean loss over fixed sequences, and how likely it finds continuations."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _CHUNK_SEQUENCES = 4
 
 @torch.no_grad()
 def mean_loss(decoder: Decoder, tokens_BT: Tensor, spec: SubnetSpec, router: TokenChoice | None = None) -> float:
-    """Mean negative log-likelihood, in nats, of every token but the first of each window.
+    """Mean negative log-likelihood, in nats, of every token but the first of each sequence.
 
     Args:
         decoder: holds the sub-network.
-        tokens_BT: B windows of T token ids.
+        tokens_BT: B sequences of T token ids.
         spec: the sub-network.
         router: chooses the MLP width of each token; by default all have the spec's.
 
     Raises:
-        FlextronError: the windows exceed the model's positions, or the router is of another model.
+        FlextronError: the sequences exceed the model's positions, or the router is of another model.
     """
     decoder.config.check_length(tokens_BT.shape[1])
     if router is not None:

@@ -2,11 +2,10 @@
 
 The weights are cut as Megatron-LM cuts them (arXiv 1909.08053): q, k, v, gate and up along their outputs, o and down
 along their inputs, hence always along the nested dimension. Each half of a layer reads the same input on all ranks and
-ends with a sum over them (one all-reduce forward); the gradient by its input is summed likewise (one backward). Unit j
-of the nested dimension (a neuron, or an attention group with all its rows) goes to rank j mod W. So a rank's own units
-are in nested order again, the leading w units of the model are the leading w / W of every rank, and a shard is nothing
-but a decoder with narrower widths: batches, caches and windowed finetuning run on it, with specs of
-`TensorParallel.spec`.
+ends with a sum over them (one all-reduce forward); the gradient by its input is summed likewise (one backward). Along
+the nested dimension, neuron or attention group j goes to rank j mod W with all its rows. So a rank's own ones are in
+nested order again, the leading w of the model are the leading w / W of every rank, and a shard is nothing but a decoder
+with narrower widths: batches, caches and chunked finetuning run on it, with specs of `TensorParallel.spec`.
 
 Bypasses follow their linears (FlexLLM's dependent parallelization, arXiv 2402.18789). What lies along the nested
 dimension is cut as the weight is; the rest is whole on every rank. LoRA adds s · (x A) Bᵀ:
@@ -24,7 +23,7 @@ adds no collective to a forward or backward pass, nor a byte to one.
 
 What remains are the gradients of parameters that every rank holds whole: each rank has a term. They are no work per
 token: `sum_gradients` sums them all in one flat all-reduce an optimizer step. Cutting these parameters along the LoRA
-rank instead would need no such sum, but a collective for x A in every linear, pass and window.
+rank instead would need no such sum, but a collective for x A in every linear, pass and chunk.
 
 With a single KV head (multi-query), k and v and their bypasses are whole on every rank: query heads are cut.
 
@@ -98,14 +97,14 @@ class TensorParallel:
         Raises:
             FlextronError: the ranks cannot share the decoder's widths equally.
         """
-        units = _units(decoder.config)
+        rows_each = _rows_each(decoder.config)
         with torch.device("meta"):
             out = _Shard(decoder.config, self.spec(decoder.widths), self)
         held, state = out.state_dict(), {}
         for name, tensor in decoder.state_dict().items():
             target, kind = name.split(".")[-2:]
-            if target in units and not (target in _OUT_OF_NESTED and kind == "bias"):
-                tensor = self._own(tensor, units[target])
+            if target in rows_each and not (target in _OUT_OF_NESTED and kind == "bias"):
+                tensor = self._own(tensor, rows_each[target])
             if name in held:
                 state[name] = tensor
         out.load_state_dict(state, assign=True)
@@ -150,36 +149,36 @@ class TensorParallel:
         dist.all_reduce(total, group=self._group)
         return total
 
-    def _own(self, whole: Tensor, unit: int) -> Tensor:
-        """This rank's units of the first dimension, of `unit` rows each."""
-        units: Tensor = whole.unflatten(0, (-1, self.size, unit))
-        return units[:, self.rank].flatten(0, 1).contiguous()
+    def _own(self, whole: Tensor, rows_each: int) -> Tensor:
+        """This rank's neurons or groups of the first dimension, of `rows_each` rows each."""
+        by_rank: Tensor = whole.unflatten(0, (-1, self.size, rows_each))
+        return by_rank[:, self.rank].flatten(0, 1).contiguous()
 
-    def _joined(self, own: Tensor, unit: int) -> Tensor:
+    def _joined(self, own: Tensor, rows_each: int) -> Tensor:
         """The inverse of `_own`."""
         parts = [torch.empty_like(own) for _ in range(self.size)]
         dist.all_gather(parts, own.contiguous(), group=self._group)
-        return torch.stack([p.unflatten(0, (-1, unit)) for p in parts], 1).flatten(0, 2)
+        return torch.stack([p.unflatten(0, (-1, rows_each)) for p in parts], 1).flatten(0, 2)
 
     def _mapped(self, adapter: Adapter, widths: SubnetSpec, change: Callable[[Tensor, int], Tensor]) -> Adapter:
         """A copy whose cut parameters are changed."""
-        units = _units(adapter.config)
+        rows_each = _rows_each(adapter.config)
 
         def make(layer: int, target: str, shape: Shape) -> Bypass | None:
             if target not in adapter.at(layer):
                 return None
             out = copy.deepcopy(adapter.at(layer)[target])
-            if (name := _cut_parameter(target, out)) is not None and target in units:
-                setattr(out, name, nn.Parameter(change(getattr(out, name).detach(), units[target])))
+            if (name := _cut_parameter(target, out)) is not None and target in rows_each:
+                setattr(out, name, nn.Parameter(change(getattr(out, name).detach(), rows_each[target])))
             return out
 
         return Adapter(adapter.config, widths, make)
 
 
-def _units(config: DecoderConfig) -> dict[str, int]:
-    """Rows of a linear's nested dimension that stay together, by target; linears that are whole are left out."""
-    units = {"q": config.query_rows_per_group, "o": config.query_rows_per_group, "gate": 1, "up": 1, "down": 1}
-    return units if config.is_multi_query else units | {"k": config.head_dim, "v": config.head_dim}
+def _rows_each(config: DecoderConfig) -> dict[str, int]:
+    """Rows of one neuron or group in a linear's nested dimension, by target; linears that are whole are left out."""
+    rows = {"q": config.query_rows_per_group, "o": config.query_rows_per_group, "gate": 1, "up": 1, "down": 1}
+    return rows if config.is_multi_query else rows | {"k": config.head_dim, "v": config.head_dim}
 
 
 def _cut_parameter(target: str, bypass: Bypass) -> str | None:
@@ -194,10 +193,10 @@ def _cut_parameter(target: str, bypass: Bypass) -> str | None:
 
 def _whole_parameters(adapter: Adapter) -> Iterator[nn.Parameter]:
     """Those that every rank holds whole, in the same order on all."""
-    units = _units(adapter.config)
+    nested = _rows_each(adapter.config).keys()
     for i in adapter.adapted_layers:
         for target, bypass in adapter.at(i).items():
-            cut = _cut_parameter(target, bypass) if target in units else None
+            cut = _cut_parameter(target, bypass) if target in nested else None
             yield from (p for name, p in bypass.named_parameters() if name != cut)
 
 

@@ -75,7 +75,7 @@ def compare_frontiers(
         decoder: the full model.
         space: its sub-networks.
         table: latencies on this device.
-        validation_BT: windows on which losses are measured.
+        validation_BT: sequences on which losses are measured.
         targets: latency fractions.
         router: None leaves its kind out.
         seed: seed of the random sub-networks.

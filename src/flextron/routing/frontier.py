@@ -10,29 +10,22 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from flextron.errors import FlextronError
 from flextron.files import checked
+from flextron.routing.point import Count, KnownPoint, KnownPointFile
 from flextron.spec import SubnetSpec, Target
 
 __all__ = ["Frontier", "FrontierPoint"]
 
 
-_Count = Annotated[int, Field(ge=0, le=2**63)]
 _Measure = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 _Name = Annotated[str, Field(max_length=10_000)]
 
 
-class _PointFile(BaseModel):
+class _PointFile(KnownPointFile):
     """The JSON form of a point."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
-    spec: dict[str, Any]
-    kind: _Name
-    params: _Count
-    mem_bytes: _Count
-    kv_bytes_per_token: _Count = 0
+    kv_bytes_per_token: Count = 0
     latency_ms: _Measure
     latency: _Measure
-    loss: _Measure
 
 
 class _FrontierFile(BaseModel):
@@ -46,34 +39,19 @@ class _FrontierFile(BaseModel):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FrontierPoint:
-    """One measured sub-network."""
+class FrontierPoint(KnownPoint):
+    """One sub-network whose loss and latency are known."""
 
-    spec: SubnetSpec
-    kind: str
-    """How it was found: `uniform`, `guided`, `evolved`, `router`, `mix'n'match` or `random`."""
-    params: int
-    """Parameters, embeddings included."""
-    mem_bytes: int
-    """Bytes of its weights as they were measured."""
-    kv_bytes_per_token: int = 0
-    """Bytes of keys and values that a token of context takes."""
     latency_ms: float
     """Milliseconds of a decode step, from the latency table."""
     latency: float
     """The same as a fraction of the full network's."""
-    loss: float
-    """Mean loss on the validation text, in nats."""
 
     def measure(self, target: Target) -> float:
         """What a limit on latency or size limits, in the target's unit."""
         if target.axis == "memory_gb":
             return (self.mem_bytes + target.context * self.kv_bytes_per_token) / 1e9
         return float(getattr(self, target.axis))
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON form."""
-        return {name: getattr(self, name) for name in self.__slots__ if name != "spec"} | {"spec": self.spec.to_dict()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> FrontierPoint:

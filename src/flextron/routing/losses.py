@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -11,25 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from flextron.files import checked
 from flextron.routing.frontier import Frontier, FrontierPoint
 from flextron.routing.latency import LatencyTable
+from flextron.routing.point import KnownPoint, KnownPointFile
 from flextron.spec import SubnetSpec
 
-__all__ = ["KnownLosses", "KnownPoint"]
-
-
-_Count = Annotated[int, Field(ge=0, le=2**63)]
-
-
-class _PointFile(BaseModel):
-    """The JSON form of a point."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
-    spec: dict[str, Any]
-    kind: str
-    params: _Count
-    mem_bytes: _Count
-    kv_bytes_per_token: _Count
-    loss: Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
+__all__ = ["KnownLosses"]
 
 
 class _LossesFile(BaseModel):
@@ -38,32 +23,7 @@ class _LossesFile(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     text: str
-    points: Annotated[list[_PointFile], Field(min_length=1)]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class KnownPoint:
-    """One sub-network whose loss was measured."""
-
-    spec: SubnetSpec
-    kind: str
-    """See `FrontierPoint`."""
-    params: int
-    """Parameters, embeddings included."""
-    mem_bytes: int
-    """Bytes of its weights as they were measured."""
-    kv_bytes_per_token: int
-    """Bytes of keys and values that a token of context takes."""
-    loss: float
-    """Mean loss on the validation text, in nats."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON form."""
-        return {name: getattr(self, name) for name in self.__slots__ if name != "spec"} | {"spec": self.spec.to_dict()}
-
-    def with_loss(self, loss: float) -> KnownPoint:
-        """The same sub-network with another loss."""
-        return replace(self, loss=loss)
+    points: Annotated[list[KnownPointFile], Field(min_length=1)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,16 +37,14 @@ class KnownLosses:
     @classmethod
     def of(cls, frontier: Frontier) -> KnownLosses:
         """A frontier's, without its device."""
-        points = tuple(KnownPoint(**{name: getattr(p, name) for name in KnownPoint.__slots__}) for p in frontier.points)
-        return cls(text=frontier.text, points=points)
+        return cls(text=frontier.text, points=tuple(KnownPoint(**p.known()) for p in frontier.points))
 
     def priced(self, table: LatencyTable) -> Frontier:
         """The frontier on a device."""
         points = []
         for point in self.points:
-            known = {name: getattr(point, name) for name in point.__slots__}
             ms, latency = table.predict_ms(point.spec), table.predict(point.spec)
-            points.append(FrontierPoint(**known, latency_ms=ms, latency=latency))
+            points.append(FrontierPoint(**point.known(), latency_ms=ms, latency=latency))
         return Frontier.of(table.device, self.text, points)
 
     def to_dict(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 Costs are those of decode steps by the latency table: of single sequences that is the mean time of a token. Where
 sequences share a step, so does its weight traffic, and the table's batch size says for how many that holds.
 
-Shapes: N tokens, B windows of T tokens.
+Shapes: N tokens, B sequences of T tokens.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class _Recorder:
 def routed_cost(
     decoder: Decoder, tokens_BT: Tensor, spec: SubnetSpec, router: TokenChoice, table: LatencyTable
 ) -> RoutedCost:
-    """Average decode time on windows of tokens, without their loss; arguments as for `score_routed`."""
+    """Average decode time on sequences of tokens, without their loss; arguments as for `score_routed`."""
     router.check(decoder.config, spec)
     recorder = _Recorder(router)
     for chunk in tokens_BT.to(decoder.device).split(_CHUNK_SEQUENCES):
@@ -114,13 +114,13 @@ def score_routed(
 
     Args:
         decoder: the full model.
-        tokens_BT: windows of tokens.
+        tokens_BT: sequences of tokens.
         spec: sub-network around which tokens are routed.
         router: chooses the tokens' widths, from `TokenRouter.at`.
         table: costs, which may be another device's than the router's.
 
     Raises:
-        FlextronError: the windows exceed the model's positions, or the router is of another model.
+        FlextronError: the sequences exceed the model's positions, or the router is of another model.
     """
     recorder = _Recorder(router)
     loss = mean_loss(decoder, tokens_BT, spec, recorder)
@@ -141,7 +141,7 @@ def calibrate(
     Args:
         router: its `prices` are replaced.
         decoder: the full model.
-        tokens_BT: windows of real text; some thousand tokens.
+        tokens_BT: sequences of real text; some thousand tokens.
         static_specs: by target, the sub-network around which tokens are routed, whose cost they meet on average.
         table: costs.
 

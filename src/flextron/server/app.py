@@ -1,4 +1,4 @@
-"""The web application: which path does what."""
+"""The web application: what each path does."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from flextron.api import ElasticModel
 from flextron.engine import EngineSettings
-from flextron.errors import FlextronError
+from flextron.errors import FlextronError, PromptError
 from flextron.files import NoSpaceError
 from flextron.jobs.database import UnknownIdError
 from flextron.jobs.jobs import Jobs
@@ -32,6 +32,7 @@ from flextron.server.files import add_files
 from flextron.server.finetuning import FineTuningBody, add_finetuning
 from flextron.server.http import RequestMiddleware, answer_error, read_body
 from flextron.server.openapi import describe, error_responses
+from flextron.server.sampling import RequestBody
 from flextron.server.tokenizing import DetokenizeBody, TokenizeBody, add_information, detokenize, tokenize
 from flextron.serving.adapters import AdapterNames
 from flextron.serving.errors import ApiError, bad_request, not_found
@@ -56,9 +57,9 @@ def create_app(
         model: an elastic model, which must not change while it is served.
         settings: limits of the server.
         engine: sizes of the engine.
-        jobs: finetuning, if it is offered; its trainers take steps in units (`Trainer`), between the engine's
-            iterations. The caller closes it when the application has ended.
-        adapters: that requests may name; `jobs` should tell it of what it makes.
+        jobs: finetuning, if it is offered. Its trainers (`Trainer`) take steps in units between engine iterations.
+            The caller closes it when the application has ended.
+        adapters: the adapters that requests may name; `jobs` should tell it of those that it makes.
 
     Raises:
         FlextronError: the model has no tokenizer, or its name does not fit.
@@ -171,7 +172,7 @@ def _add_endpoint(
     app: FastAPI,
     service: Service,
     path: str,
-    kind: type[BaseModel],
+    kind: type[RequestBody],
     answer: Callable[[Request, Service, Any], Awaitable[Response]],
 ) -> None:
     """A path that takes a JSON body; FastAPI's own reading would answer in its own shape."""
@@ -180,7 +181,11 @@ def _add_endpoint(
     body = {"requestBody": {"required": True, "content": {"application/json": schema}}}
 
     async def endpoint(request: Request) -> Response:
-        return await answer(request, service, await read_body(request, kind, max_bytes, seconds))
+        asked = await read_body(request, kind, max_bytes, seconds)
+        try:
+            return await answer(request, service, asked)
+        except PromptError as error:
+            raise bad_request(str(error), asked.prompt_key) from error
 
     app.post(
         path,
@@ -193,7 +198,7 @@ def _add_endpoint(
 
 
 def _add_health(app: FastAPI, service: Service) -> None:
-    """What operators read; never asks for a key."""
+    """`/health` and `/metrics`, which never ask for a key."""
 
     @app.get("/health", responses=error_responses(503))
     async def health() -> JSONResponse:
@@ -212,7 +217,7 @@ def _from_api(request: Request, error: Exception) -> Response:
 
 
 def _from_input(request: Request, error: Exception) -> Response:
-    """What the model, the engine or a check below says about input."""
+    """Answer an error that the model, the engine or a check below raised."""
     return answer_error(bad_request(str(error)))
 
 

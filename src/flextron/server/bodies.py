@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from flextron.server.keys import check_keys
 from flextron.server.messages import check_messages
-from flextron.server.sampling import SamplingBody, StrictBody
+from flextron.server.sampling import RequestBody, SamplingBody, StrictBody
 from flextron.server.structured.grammars import GrammarBody
 from flextron.server.structured.tools import ToolBody, ToolCallBody, ToolChoice
 from flextron.serving.targets import TargetBody
@@ -29,7 +29,7 @@ class StreamOptions(StrictBody):
     """vLLM's key for the usage in every chunk; only false is accepted."""
 
 
-class GenerationBody(SamplingBody, GrammarBody):
+class GenerationBody(SamplingBody, GrammarBody, RequestBody):
     """What completions and chat have in common."""
 
     model: str
@@ -86,6 +86,7 @@ class CompletionBody(GenerationBody):
     """Body of `/v1/completions`."""
 
     endpoint = "completions"
+    prompt_key = "prompt"
 
     prompt: str | list[str] | list[int] | list[list[int]]
     max_tokens: Annotated[int, Field(ge=0)] | None = None
@@ -153,6 +154,7 @@ class ChatBody(GenerationBody):
     """Body of `/v1/chat/completions`."""
 
     endpoint = "chat"
+    prompt_key = "messages"
 
     messages: Annotated[list[Message], Field(min_length=1), BeforeValidator(check_messages)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None

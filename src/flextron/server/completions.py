@@ -35,7 +35,6 @@ async def completions(request: Request, service: Service, body: CompletionBody) 
         min(_DEFAULT_TOKENS, service.room(len(p), choice)) if body.max_tokens is None else body.max_tokens
         for p in prompts
     ]
-    service.check_tokens(prompts)
     return await respond(request, service, body, choice, prompts, most, _CompletionForm(service, body, prompts))
 
 
@@ -48,9 +47,6 @@ class _CompletionForm:
         """Take the prompts, with which answers may begin."""
         self._names, self._tokenizer, self._body, self._prompts = service.names, service.tokenizer, body, prompts
         self._has_logprobs = body.logprobs is not None
-        self._echoed: list[str] = []
-        if body.echo:
-            self._echoed = [p if isinstance(p, str) else str(service.tokenizer.decode(p)) for p in body.prompts]
 
     def report(self, pieces: Sequence[Delta]) -> dict[str, Any]:
         """Nothing stands beside the choices."""
@@ -62,7 +58,7 @@ class _CompletionForm:
 
     def opening(self, index: int) -> dict[str, Any] | None:
         """The prompt, if it is echoed; with its log-probabilities it waits for them."""
-        if self._echoed and not self._has_logprobs:
+        if self._body.echo and not self._has_logprobs:
             return self._choice(index, Delta(), is_first=True)
         return None
 
@@ -70,9 +66,17 @@ class _CompletionForm:
         """One entry."""
         return [self._choice(index, piece, is_first=piece.prompt_logprobs is not None)]
 
+    def _echo(self, number: int) -> str:
+        """What the answers to a prompt begin with."""
+        if not self._body.echo:
+            return ""
+        prompt = self._body.prompts[number]
+        # only now, as the engine has found all ids in the vocabulary
+        return prompt if isinstance(prompt, str) else str(self._tokenizer.decode(prompt))
+
     def _choice(self, index: int, piece: Delta, *, is_first: bool) -> dict[str, Any]:
         number = index // self._body.num_choices
-        echo = self._echoed[number] if self._echoed and is_first else ""
+        echo = self._echo(number) if is_first else ""
         choice: dict[str, Any] = {
             "index": index,
             "text": echo + piece.text,
@@ -90,8 +94,9 @@ class _CompletionForm:
     def _logprobs(self, number: int, piece: Delta, *, is_first: bool) -> dict[str, Any]:
         tokens, found, offsets = piece.token_ids, [*piece.logprobs], piece.offsets
         before: list[None] = []
-        if self._echoed:
-            offsets = [len(self._echoed[number]) + offset for offset in offsets]
+        if self._body.echo:
+            length = len(self._echo(number))
+            offsets = [length + offset for offset in offsets]
             if is_first:
                 prompt, before = self._prompts[number], [None]
                 tokens, found = [*prompt, *tokens], [*(piece.prompt_logprobs or []), *found]

@@ -1,4 +1,4 @@
-"""A client's connection: it must not wait for the client forever, whatever the client does.
+"""A client's connection, which never waits forever, whatever the client does.
 
 uvicorn closes connections that are idle between two requests, but waits without end for a request that comes byte by
 byte, and for a client that does not read its answer. Bodies have a limit of their own, in `http`.
@@ -20,7 +20,7 @@ __all__ = ["Connection"]
 
 
 class Connection(H11Protocol):
-    """HTTP/1.1 with limits on the client's time; refuses in OpenAI's shape what is no HTTP."""
+    """HTTP/1.1 with limits on the client's time. It refuses what is no HTTP in OpenAI's shape."""
 
     def __init__(self, *, client_seconds: float, **options: Any) -> None:
         """Take uvicorn's options.

@@ -32,9 +32,9 @@ from flextron.serving.settings import ServerSettings
 __all__ = ["add_files"]
 
 _FORM_BYTES = 65_536
-"""Room for all of a form but the file."""
+"""The most bytes of a form apart from the file."""
 _BYTES_PER_TIME = 10e6
-"""For each started portion of this size the client gets as much time as for a request."""
+"""For each portion of this many bytes the client gets as much time as for a request."""
 _PIECE = 1 << 20
 _MOST_LISTED = 10_000
 _FORM = {
@@ -107,7 +107,7 @@ async def _receive(request: Request, spool: Any, settings: ServerSettings) -> No
 
 
 def _keep(uploads: Uploads, spool: Any, boundary: bytes, max_bytes: int) -> File:
-    """Make a file of a form."""
+    """Keep the file that a form holds."""
     if spool.tell() == 0:
         raise bad_request("the body is empty; send a file")
     spool.flush()

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse
 
 from flextron.finetuning.hyperparameters import Hyperparameters
 from flextron.jobs.jobs import Jobs
-from flextron.jobs.records import Checkpoint, Job, JobEvent
+from flextron.jobs.records import Job, JobCheckpoint, JobEvent
 from flextron.server.http import read_body
 from flextron.server.keys import unknown_key, unsupported
 from flextron.server.openapi import error_responses
@@ -188,7 +188,7 @@ def _event(event: JobEvent) -> dict[str, Any]:
     return {"object": "fine_tuning.job.event", **asdict(event)}
 
 
-def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+def _checkpoint(checkpoint: JobCheckpoint) -> dict[str, Any]:
     return {
         "id": checkpoint.id,
         "object": "fine_tuning.job.checkpoint",

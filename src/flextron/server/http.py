@@ -1,4 +1,4 @@
-"""Around every request: its id, the access log, who may enter, unexpected errors; and reading a body safely."""
+"""What surrounds every request: its id, the access log, authorization, unexpected errors, and reading its body."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _GOOD_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _OPEN = frozenset({"/health", "/metrics", "/openapi.json", "/ping", "/version"})
 """Paths that need no key."""
 _PATIENCE = 8
-"""Multiples of the allowed size that are read and dropped, so that the client gets to read the answer."""
+"""How many times the allowed size is read and dropped, so that the client gets to read the answer."""
 
 B = TypeVar("B", bound=BaseModel)
 

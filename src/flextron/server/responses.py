@@ -1,4 +1,4 @@
-"""What both endpoints do with a request: queue it, follow it, word its answer, and let go of it in any case."""
+"""What both endpoints do with a request: they queue it, follow it, word its answer, and always free it."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ __all__ = ["Form", "prompt_report", "respond"]
 
 _log = logging.getLogger("flextron.server")
 _CLIENT_LEFT = 499
-"""Status that nginx logs for it; nobody reads the answer."""
+"""The status that nginx logs for it. Nobody reads the answer."""
 
 
 class Form(Protocol):
-    """How an endpoint words answers: each method gives an entry of `choices`."""
+    """How an endpoint words answers. Each method returns entries of `choices`."""
 
     prefix: str
     """Prefix of ids."""
@@ -116,7 +116,8 @@ async def respond(
         asked: a grammar that answers follow; by default the one that the body names.
 
     Raises:
-        ApiError: the engine does not take the request, or broke it off before anything was sent.
+        PromptError: the engine cannot take a prompt.
+        ApiError: the server does not take the request, or broke it off before anything was sent.
     """
     asked = asked or body.grammar_asked()
     constraint = None
@@ -237,7 +238,7 @@ def _event(data: dict[str, Any]) -> str:
 
 
 class _EventStream(StreamingResponse):
-    """Lets go of the session in any case, even if the client leaves before the first event."""
+    """A stream that always closes its session, even if the client leaves before the first event."""
 
     def __init__(self, session: Session, events: AsyncIterator[str]) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})

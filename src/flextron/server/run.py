@@ -96,7 +96,7 @@ class DrainingServer(uvicorn.Server):
 
 
 def _log_to_stderr() -> None:
-    """Requests and failures, a line each."""
+    """Log a line for each request and each failure."""
     log = logging.getLogger("flextron.server")
     if not log.handlers:
         handler = logging.StreamHandler(sys.stderr)

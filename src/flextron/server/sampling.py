@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from flextron.checkpoints.generation_config import GenerationDefaults
 from flextron.generation.sampling import SamplingParams
 
-__all__ = ["SamplingBody", "StrictBody"]
+__all__ = ["RequestBody", "SamplingBody", "StrictBody"]
 
 _LEAST_TEMPERATURE = 1e-5
 """Below it scores divided by the temperature lose their meaning in float32, and the choice is the likeliest anyway."""
@@ -53,6 +53,13 @@ def _check_bias(bias: Any) -> Any:
 _Stop = Annotated[str, Field(min_length=1, max_length=_MOST_STOP_LETTERS)]
 _Token = Annotated[int, Field(ge=0, lt=2**31)]
 _Penalty = Annotated[float, Field(ge=-2, le=2)]
+
+
+class RequestBody(StrictBody):
+    """A body that holds what the model reads."""
+
+    prompt_key: ClassVar[str]
+    """The key that the prompt comes from."""
 
 
 class SamplingBody(StrictBody):

@@ -1,4 +1,4 @@
-"""What a server is given beside the model: adapters by name, and finetuning in a state directory."""
+"""What a server gets beside the model: adapters by name, and finetuning in a state directory."""
 
 from __future__ import annotations
 

@@ -14,14 +14,17 @@ from flextron.server.bodies import Message
 from flextron.server.chat import rendered
 from flextron.server.messages import check_messages
 from flextron.server.openapi import error_responses
-from flextron.server.sampling import StrictBody
+from flextron.server.sampling import RequestBody
+from flextron.serving.errors import bad_request
 from flextron.serving.service import Service
 
 __all__ = ["DetokenizeBody", "TokenizeBody", "add_information", "detokenize", "tokenize"]
 
 
-class TokenizeBody(StrictBody):
+class TokenizeBody(RequestBody):
     """Body of `/tokenize`: a text, or a conversation."""
+
+    prompt_key = "prompt"
 
     model: str | None = None
     prompt: str | None = None
@@ -38,8 +41,10 @@ class TokenizeBody(StrictBody):
         return self
 
 
-class DetokenizeBody(StrictBody):
+class DetokenizeBody(RequestBody):
     """Body of `/detokenize`."""
+
+    prompt_key = "tokens"
 
     model: str | None = None
     tokens: list[int]
@@ -74,7 +79,8 @@ async def detokenize(request: Request, service: Service, body: DetokenizeBody) -
         ApiError: the model is unknown, or does not have a token.
     """
     _check_model(service, body.model)
-    service.check_tokens([body.tokens])
+    if not all(0 <= token < len(service.tokenizer) for token in body.tokens):
+        raise bad_request(f"there are tokens outside the vocabulary of {len(service.tokenizer)}", "tokens")
     return JSONResponse({"prompt": str(service.tokenizer.decode(body.tokens))})
 
 

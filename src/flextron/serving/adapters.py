@@ -18,7 +18,7 @@ from pathlib import Path
 
 from flextron.checkpoints.peft import read_adapter
 from flextron.errors import FlextronError
-from flextron.jobs.records import Checkpoint
+from flextron.jobs.records import JobCheckpoint
 from flextron.model.adapter import Adapter
 from flextron.model.decoder import Decoder
 from flextron.serving.errors import ApiError, not_found
@@ -27,7 +27,7 @@ __all__ = ["AdapterNames", "LoadedAdapters", "NamedAdapter", "adapter_reader", "
 
 _log = logging.getLogger("flextron.server")
 _FINETUNED = "ft:"
-"""Begins the names of those that jobs made."""
+"""The names of adapters that jobs made begin with it."""
 
 ReadAdapter = Callable[[Path], Adapter]
 
@@ -39,7 +39,7 @@ def is_word(name: str) -> bool:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class NamedAdapter:
-    """An adapter on the disk."""
+    """An adapter on the disk and its name."""
 
     name: str
     directory: Path
@@ -57,12 +57,12 @@ class AdapterNames:
         self._named: dict[str, NamedAdapter] = {}
 
     def add(self, name: str, directory: Path, read: ReadAdapter) -> None:
-        """Add one that the operator gives.
+        """Add an adapter that the operator gives.
 
         Args:
             name: its name.
             directory: where it lies.
-            read: to see whether it can be read.
+            read: reads it once, to see that it can be read.
 
         Raises:
             FlextronError: the name does not fit or is taken, or there is no adapter for this model.
@@ -77,18 +77,18 @@ class AdapterNames:
                 raise FlextronError(f"two adapters are called {name!r}; give each a name of its own")
             self._named[name] = NamedAdapter(name, directory, int(time.time()))
 
-    def add_checkpoint(self, checkpoint: Checkpoint, directory: Path) -> None:
-        """Add one that a job made; `on_adapter` of `Jobs`."""
+    def add_checkpoint(self, checkpoint: JobCheckpoint, directory: Path) -> None:
+        """Add an adapter that a job made. It is called as `on_adapter` of `Jobs`."""
         with self._lock:
             self._named[checkpoint.name] = NamedAdapter(checkpoint.name, directory, checkpoint.created_at)
 
-    def remove_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """No new request finds it; `on_deleted` of `Jobs`."""
+    def remove_checkpoint(self, checkpoint: JobCheckpoint) -> None:
+        """Hide an adapter from new requests. It is called as `on_deleted` of `Jobs`."""
         with self._lock:
             self._named.pop(checkpoint.name, None)
 
     def get(self, name: str) -> NamedAdapter | None:
-        """The adapter of a name; None if there is none."""
+        """The adapter with this name, or None."""
         with self._lock:
             return self._named.get(name)
 
@@ -100,14 +100,14 @@ class AdapterNames:
 
 @dataclass(eq=False, slots=True)
 class _Held:
-    """One in memory, or on its way there."""
+    """An adapter that is in memory or being read."""
 
     loading: asyncio.Future[Adapter]
     num_users: int = 0
 
 
 class LoadedAdapters:
-    """Adapters in memory; belongs to the event loop."""
+    """The adapters in memory. Its methods belong to the event loop."""
 
     def __init__(
         self, names: AdapterNames, read: ReadAdapter, most: int, on_drop: Callable[[Adapter], None] = lambda _: None
@@ -115,10 +115,10 @@ class LoadedAdapters:
         """Nothing is in memory yet.
 
         Args:
-            names: those that there are.
-            read: reads one; called in a thread of its own.
-            most: in memory at once.
-            on_drop: told of each that was in use once and is let go of.
+            names: the adapters that exist.
+            read: reads an adapter; it is called in a thread of its own.
+            most: how many may be in memory at once.
+            on_drop: called with each adapter that leaves the memory.
         """
         self._names, self._read, self._most, self._on_drop = names, read, most, on_drop
         self._held: OrderedDict[NamedAdapter, _Held] = OrderedDict()
@@ -130,7 +130,7 @@ class LoadedAdapters:
         return [named.name for named in self._held]
 
     async def acquire(self, named: NamedAdapter) -> Adapter:
-        """An adapter, which stays in memory until it is released.
+        """Get an adapter. It stays in memory until it is released.
 
         Raises:
             ApiError: it was deleted or cannot be read, or all that fit into memory are in use.
@@ -160,19 +160,19 @@ class LoadedAdapters:
             raise
 
     def release(self, named: NamedAdapter) -> None:
-        """One user less."""
+        """End one use of an adapter."""
         held = self._held[named]
         held.num_users -= 1
         if not held.num_users and not self._is_there(named):
             self._drop(named)
 
     def tidy(self) -> None:
-        """Let go of deleted ones that nobody uses."""
+        """Drop deleted adapters that nobody uses."""
         for named in [n for n, held in self._held.items() if not held.num_users and not self._is_there(n)]:
             self._drop(named)
 
     def close(self) -> None:
-        """Read no more."""
+        """Stop reading adapters."""
         self._reader.shutdown(cancel_futures=True)
 
     def _is_there(self, named: NamedAdapter) -> bool:
@@ -193,7 +193,7 @@ class LoadedAdapters:
 
 
 def adapter_reader(decoder: Decoder) -> ReadAdapter:
-    """Reads adapters for a decoder, to where its weights are."""
+    """A function that reads adapters for a decoder onto the device of its weights."""
 
     def read(directory: Path) -> Adapter:
         adapter = read_adapter(directory, decoder.config, decoder.widths)

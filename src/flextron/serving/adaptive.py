@@ -3,15 +3,15 @@
 The policy holds one number, the *cap*: a latency target out of the frontier's. A request that allows it runs within the
 cap, but never below the least target that it names; it keeps its sub-network to the end. Others run as they ask.
 
-Twice a second, what clients saw is set against the objectives:
+Twice a second the policy compares what clients saw with the objectives:
 
 - TPOT: the mean time between two tokens of an answer.
 - TTFT: the largest of the mean of those that came, the age of the oldest request without a token, and the wait that a
   new request has to expect: the length of the queue over the rate at which requests leave it.
 
 The worse of the two, as a fraction of its objective, is the *load*. Above 1 the cap goes down to the next rung, and
-then rests, because running requests keep their widths. It goes up to the next rung after some windows in a row in each
-of which the load, scaled by the ratio of the two rungs' latencies, would have stayed well below 1. The two rules leave
+then rests, because running requests keep their widths. It goes up to the next rung after several intervals in each of
+which the load, scaled by the ratio of the two rungs' latencies, would have stayed well below 1. The two rules leave
 a gap between them, so that a steady load does not make the cap swing. More load never gives a wider cap.
 """
 
@@ -22,18 +22,18 @@ from dataclasses import dataclass
 
 from flextron.errors import FlextronError
 
-__all__ = ["WINDOW_SECONDS", "Adaptive", "Cap", "Objective"]
+__all__ = ["INTERVAL_SECONDS", "Adaptive", "Cap", "Objective"]
 
-WINDOW_SECONDS = 0.5
-"""Between two looks at the load."""
+INTERVAL_SECONDS = 0.5
+"""Seconds between two looks at the load."""
 _REST = 2
-"""Windows from one rung down to the next."""
+"""Intervals from one rung down to the next."""
 _CALM = 6
-"""Windows in a row with room to spare before a rung up."""
+"""Calm intervals in a row before the cap goes a rung up."""
 _MARGIN = 0.9
-"""Load to be expected on the wider rung at most."""
+"""The most load that may be expected on the wider rung."""
 _NEW = 0.3
-"""Weight of a window in the rate at which the queue moves."""
+"""Weight of an interval in the rate at which the queue moves."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +41,7 @@ class Objective:
     """What clients should see."""
 
     tpot_ms: float | None = None
-    """Between two tokens of an answer."""
+    """Time between two tokens of an answer."""
     ttft_ms: float | None = None
     """Time from a request's arrival to its first token."""
 
@@ -75,7 +75,7 @@ class Cap:
         return self._rungs[self._at]
 
     def update(self, load: float) -> None:
-        """Go a rung down, up, or stay, after a window of this load."""
+        """Go a rung down or up, or stay, after an interval with this load."""
         self._rest = max(0, self._rest - 1)
         if load > 1:
             self._calm = 0
@@ -106,23 +106,23 @@ class Adaptive:
         return self._cap.value
 
     def token(self, seconds: float, *, is_first: bool) -> None:
-        """A token came, so long after the one before it, or after its request's arrival."""
+        """Record a token: the time since the one before it, or for the first one since the request's arrival."""
         (self._first if is_first else self._next).add(seconds)
 
-    def end_window(
+    def end_interval(
         self, seconds: float, *, num_running: int, num_waiting: int, oldest: float, training: float = 0.0
     ) -> None:
-        """Set the cap for the next window.
+        """Set the cap for the next interval.
 
         Args:
-            seconds: the window's length.
+            seconds: the interval's length.
             num_running: requests that the engine works on.
             num_waiting: requests in its queue.
             oldest: seconds since the oldest request without a token arrived; 0 if there is none.
-            training: seconds of the window that went to training. It takes what the objectives leave, so without it
+            training: seconds of the interval that went to training. It takes what the objectives leave, so without it
                 times would be shorter by that share; no request gets narrower for it.
         """
-        # an iteration may take longer than a window: then the last one counts
+        # an iteration may take longer than an interval: then the last one counts
         if self._next.count or not num_running:
             self._tpot = self._next.value
         # only while there is a queue do first tokens come as fast as they can
@@ -138,7 +138,7 @@ class Adaptive:
 
 @dataclass(slots=True)
 class _Mean:
-    """Mean of times in seconds; 0 if there are none."""
+    """The mean of some times in seconds; 0 if there are none."""
 
     total: float = 0.0
     count: int = 0

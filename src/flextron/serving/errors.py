@@ -1,6 +1,7 @@
 """Refusals in OpenAI's shape.
 
-Its client repeats what was answered with 408, 409, 429 or 5xx, so only what may succeed later gets one of these.
+OpenAI's client repeats requests that were answered with 408, 409, 429 or 5xx. So only requests that may succeed later
+get one of these.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ __all__ = ["ApiError", "bad_request", "engine_died", "invalid_body", "not_found"
 
 
 class ApiError(Exception):
-    """An answer other than success."""
+    """A request is refused, or has failed."""
 
     def __init__(
         self,
@@ -86,4 +87,4 @@ def invalid_body(error: ValidationError) -> ApiError:
 
 
 _CODES = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}
-"""OpenAI's, by pydantic's kinds of errors."""
+"""OpenAI's codes by pydantic's kinds of errors."""

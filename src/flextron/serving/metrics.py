@@ -1,4 +1,4 @@
-"""What Prometheus reads, under vLLM's names, so that dashboards made for it work; and what sub-networks did."""
+"""Metrics for Prometheus. They have vLLM's names, so that its dashboards work; those of sub-networks have their own."""
 
 from __future__ import annotations
 
@@ -80,20 +80,20 @@ class Metrics:
         gauge.labels(model_name).set_function(cap)
 
     def started(self, target: str, num_prompt_tokens: int, *, was_narrowed: bool) -> None:
-        """A job was accepted."""
+        """Count an accepted request."""
         self._narrowed.inc(was_narrowed)
         self._prompt_tokens.inc(num_prompt_tokens)
         self._requests.labels(self._name, target).inc()
 
     def token(self, target: str, seconds: float, *, is_first: bool) -> None:
-        """A token came, so long after the one before it, or after the request's arrival."""
+        """Count a token: the time since the one before it, or for the first one since the request's arrival."""
         for histogram in [self._first] if is_first else [self._next, self._between]:
             histogram.observe(seconds)
         self._answer_tokens.inc()
         self._tokens.labels(self._name, target).inc()
 
     def ended(self, reason: str, seconds: float) -> None:
-        """A job ended, so long after its arrival."""
+        """Count a request that ended, and the time since its arrival."""
         self._ends.labels(self._name, reason).inc()
         self._whole.observe(seconds)
 
@@ -107,7 +107,7 @@ class Metrics:
         self._most.observe(max_tokens)
 
     def text(self) -> bytes:
-        """Prometheus's text format."""
+        """All series in Prometheus's text format."""
         return generate_latest(self.registry)
 
 

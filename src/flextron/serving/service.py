@@ -10,15 +10,14 @@ from typing import Any
 
 from flextron.api import ElasticModel
 from flextron.engine import CoServing, CoServingScheduler, EngineCore, EngineSettings
-from flextron.engine.runner import make_network
-from flextron.errors import FlextronError
+from flextron.errors import FlextronError, PromptError
 from flextron.generation.constraints import Constraint, Grammars, Kind
 from flextron.generation.encoding import bad_words_ids, encode
 from flextron.generation.templates import ChatTemplate
 from flextron.jobs.driver import TrainingDriver
 from flextron.jobs.jobs import Jobs
 from flextron.serving.adapters import AdapterNames, LoadedAdapters, NamedAdapter, adapter_reader
-from flextron.serving.adaptive import WINDOW_SECONDS, Adaptive, Objective
+from flextron.serving.adaptive import INTERVAL_SECONDS, Adaptive, Objective
 from flextron.serving.errors import ApiError, bad_request, shutting_down
 from flextron.serving.metrics import Metrics
 from flextron.serving.session import Session
@@ -30,9 +29,9 @@ from flextron.serving.worker import GenerationRequest, Worker
 __all__ = ["Service"]
 
 _MOST_CHARS = 1_000_000
-"""Most characters of a prompt, for models with a short context."""
+"""The most characters of a prompt, for models with a short context."""
 _MOST_TEMPLATES = 8
-"""Conversations that are written at once."""
+"""How many chat templates run at once."""
 
 
 class Service:
@@ -81,7 +80,7 @@ class Service:
         self._most_requests = engine.max_num_seqs + settings.max_queue
         self.is_draining = False
         self._sessions: set[Session] = set()
-        self._is_idle = asyncio.Event()
+        self._has_no_session = asyncio.Event()
         self._adapting: asyncio.Task[None] | None = None
         # one thread: a tokenizer's settings are not safe to use from several
         self._encoder = ThreadPoolExecutor(1, "flextron-tokenizer")
@@ -95,8 +94,8 @@ class Service:
         self._templates = ThreadPoolExecutor(_MOST_TEMPLATES, "flextron-templates")
 
     def start(self) -> None:
-        """Start the engine's thread, and training; to be called in the event loop."""
-        self._is_idle.set()
+        """Start the engine's thread and training. Call it in the event loop."""
+        self._has_no_session.set()
         self.worker.begin(asyncio.get_running_loop())
         if self.tokenizer.chat_template:
             self._templates.submit(ChatTemplate.warm_up)
@@ -106,7 +105,7 @@ class Service:
             self._adapting = asyncio.create_task(self._adapt(self.adaptive))
 
     async def stop(self) -> None:
-        """End the engine's thread, and training."""
+        """End the engine's thread and training."""
         if self._adapting is not None:
             self._adapting.cancel()
         self.worker.shut_down()
@@ -124,8 +123,13 @@ class Service:
         return self.worker.is_alive() and not self.is_draining
 
     @property
+    def is_idle(self) -> bool:
+        """Whether no request is being answered."""
+        return not self._sessions
+
+    @property
     def cap(self) -> float:
-        """The widest latency target of requests that allow a narrower one; 1: all run as they ask."""
+        """The widest latency target of requests that allow a narrower one. At 1 all run as they ask."""
         return 1.0 if self.adaptive is None else self.adaptive.cap
 
     def _num_trained(self) -> int:
@@ -140,14 +144,14 @@ class Service:
         return self.catalog.choose(model_id, body, self.cap)
 
     async def _adapt(self, adaptive: Adaptive) -> None:
-        """Tell the policy what clients see, window by window."""
+        """Tell the policy what clients see, interval by interval."""
         loop = asyncio.get_running_loop()
         begun, trained = loop.time(), 0.0
         while True:
-            await asyncio.sleep(WINDOW_SECONDS)
+            await asyncio.sleep(INTERVAL_SECONDS)
             now, load = loop.time(), self.worker.load
             training = 0.0 if self._coserving is None else self._coserving.seconds
-            adaptive.end_window(
+            adaptive.end_interval(
                 now - begun,
                 num_running=load.num_running,
                 num_waiting=load.num_waiting,
@@ -157,30 +161,30 @@ class Service:
             begun, trained = now, training
 
     async def drain(self) -> None:
-        """Take nothing new; wait for what runs, as long as the settings say, then break it off."""
+        """Take no new requests. Wait for those that run, as long as the settings say, and then break them off."""
         self.is_draining = True
         try:
-            await asyncio.wait_for(self._is_idle.wait(), self.settings.drain_seconds)
+            await asyncio.wait_for(self._has_no_session.wait(), self.settings.drain_seconds)
         except (TimeoutError, asyncio.TimeoutError):
             for session in self._sessions:
                 session.fail(shutting_down())
 
     async def encode(self, text: str | Callable[[], str], *, add_special_tokens: bool) -> list[int]:
-        """Token ids of a text, or of what a function makes of its own accord (a chat template).
+        """Token ids of a text, or of the text that a function returns (such as a chat template).
 
         Args:
             text: the text or the function.
             add_special_tokens: whether it begins as the tokenizer begins a text; chat templates write that themselves.
 
         Raises:
-            ApiError: the text cannot fit into the model, whatever its tokens are.
+            PromptError: the text cannot fit into the model, whatever its tokens are.
         """
         loop = asyncio.get_running_loop()
         written = text if isinstance(text, str) else await loop.run_in_executor(self._templates, text)
 
         def run() -> list[int]:
             if len(written) > self.most_chars:
-                raise bad_request(
+                raise PromptError(
                     f"the prompt has {len(written)} characters, more than the model has positions for; shorten it"
                 )
             return encode(self.tokenizer, written, add_special_tokens=add_special_tokens)
@@ -217,16 +221,12 @@ class Service:
             raise bad_request(str(error), param) from error
 
     def room(self, num_prompt: int, choice: Choice) -> int:
-        """Tokens that an answer can have at most; at least 1, so that the engine says what does not fit."""
-        config, settings = self.core.decoder.config, self.core.settings
-        # not `core.network`: the engine is the worker's
-        num_units = make_network(config, choice.spec, choice.router, "").num_units
-        held = self.core.pool.num_units // max(1, num_units) * settings.page_size
-        limit = self.settings.max_tokens_limit or config.max_position_embeddings
-        return max(1, min(config.max_position_embeddings - num_prompt, held - num_prompt, limit))
+        """The most tokens of an answer; at least 1, so that the engine says what does not fit."""
+        capacity = self.core.capacity(choice.spec)
+        return max(1, min(capacity - num_prompt, self.settings.max_tokens_limit or capacity))
 
     def check(self, num_requests: int, max_tokens: int | None) -> None:
-        """Refuse what is more than the operator allows, at any time.
+        """Refuse a request that is larger than the operator allows.
 
         Raises:
             ApiError: it is.
@@ -237,21 +237,12 @@ class Service:
         if limit is not None and max_tokens is not None and max_tokens > limit:
             raise bad_request(f"max_tokens is {max_tokens}; this server allows at most {limit}", "max_tokens")
 
-    def check_tokens(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Refuse token ids that the model does not have.
-
-        Raises:
-            ApiError: there are some.
-        """
-        size = self.core.decoder.config.vocab_size
-        if not all(0 <= token < size for prompt in prompts for token in prompt):
-            raise bad_request(f"the prompt holds tokens outside the model's vocabulary of {size}", "prompt")
-
     async def open(self, requests: Sequence[GenerationRequest], choice: Choice) -> Session:
         """Queue requests, all or none of them.
 
         Raises:
-            ApiError: the server is full, stops, or cannot run one of them; or the adapter cannot be had.
+            ApiError: the server is full, or stops, the adapter cannot be had, or it does not go with the sub-network.
+            PromptError: the engine cannot take one of the prompts.
         """
         if self.is_draining:
             raise shutting_down()
@@ -262,25 +253,20 @@ class Service:
             requests, choice, worker=self.worker, metrics=self.metrics, adaptive=self.adaptive, on_close=self._forget
         )
         self._sessions.add(session)
-        self._is_idle.clear()
+        self._has_no_session.clear()
         try:
             if choice.adapter is not None:
-                await self._load_adapter(session, requests, choice, choice.adapter)
+                await self._load_adapter(session, requests, choice.adapter)
             await session.accepted()
         except BaseException:
             session.close()
             raise
         return session
 
-    async def _load_adapter(
-        self, session: Session, requests: Sequence[GenerationRequest], choice: Choice, named: NamedAdapter
-    ) -> None:
+    async def _load_adapter(self, session: Session, requests: Sequence[GenerationRequest], named: NamedAdapter) -> None:
         """Give requests their adapter, which is held until the session is closed."""
         adapter = await self.adapters.acquire(named)
         session.adapter = named
-        if choice.router is not None and adapter.has_mlp:
-            message = f"{named.name!r} adapts MLPs, beside which the token router cannot run; leave router out"
-            raise bad_request(message, "flextron")
         for request in requests:
             request.adapter = adapter
 
@@ -289,4 +275,4 @@ class Service:
             self.adapters.release(session.adapter)
         self._sessions.discard(session)
         if not self._sessions:
-            self._is_idle.set()
+            self._has_no_session.set()

@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from flextron.engine.output import Delta
-from flextron.errors import FlextronError
+from flextron.errors import FlextronError, PromptError
 from flextron.serving.adapters import NamedAdapter
 from flextron.serving.adaptive import Adaptive
 from flextron.serving.errors import ApiError, bad_request, engine_died
@@ -36,7 +36,7 @@ class Session:
         self._requests, self._worker, self._on_close = requests, worker, on_close
         self._metrics, self._adaptive = metrics, adaptive
         self.adapter: NamedAdapter | None = None
-        """What is held in memory for the requests."""
+        """The adapter that is held in memory for the requests."""
         self._events: asyncio.Queue[tuple[int, RequestEvent | ApiError]] = asyncio.Queue()
         self._arrived = time.monotonic()
         self._last: dict[int, float] = {}
@@ -50,7 +50,7 @@ class Session:
 
     @property
     def num_open(self) -> int:
-        """Jobs that have not ended."""
+        """Requests that have not ended."""
         return len(self._open)
 
     @property
@@ -65,10 +65,11 @@ class Session:
         return time.monotonic() - self._arrived if waits else 0.0
 
     async def accepted(self) -> None:
-        """Queue the requests; returns when the engine has taken them.
+        """Queue the requests, and return when the engine has taken them.
 
         Raises:
-            ApiError: it has not.
+            PromptError: it cannot take one of the prompts.
+            ApiError: the sub-network and the adapter do not go together, the engine died, or the server stops.
         """
         self._worker.submit(self._requests)
         for _ in self._requests:
@@ -90,11 +91,11 @@ class Session:
                 yield index, event
 
     def fail(self, error: ApiError) -> None:
-        """Break off."""
+        """Break the requests off with an error."""
         self._events.put_nowait((0, error))
 
     def close(self) -> None:
-        """Free what the requests hold; nothing happens the second time."""
+        """Free what the requests hold. A second call does nothing."""
         if self._has_closed:
             return
         self._has_closed = True
@@ -130,9 +131,9 @@ class Session:
 
 
 def _raise_if_bad(event: RequestEvent | ApiError) -> None:
-    if isinstance(event, ApiError):
+    if isinstance(event, ApiError | PromptError):
         raise event
     if isinstance(event, FlextronError):
-        raise bad_request(str(event))
+        raise bad_request(str(event), "flextron")
     if event is Sign.DIED:
         raise engine_died()

@@ -1,4 +1,4 @@
-"""What the operator decides."""
+"""The settings of a server."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["ServerSettings"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServerSettings:
-    """What the server allows."""
+    """Limits and objectives of a server."""
 
     name: str = "flextron"
     """Name of the model."""
@@ -22,7 +22,7 @@ class ServerSettings:
     allowed_origins: tuple[str, ...] = ()
     """Origins of web pages that may use the server, such as `https://app.example`; `*` for any."""
     max_queue: int = 128
-    """Answers that may wait beside those that run."""
+    """How many answers may wait while others run."""
     max_body_mb: float = 8.0
     """Largest body of a request, in 10^6 bytes."""
     max_file_mb: float = 100.0
@@ -38,11 +38,11 @@ class ServerSettings:
     template_seconds: float = 5.0
     """Time limit of a chat template for one conversation."""
     slo_tpot_ms: float | None = None
-    """Time between two tokens of an answer that `adaptive` holds."""
+    """TPOT objective: milliseconds between two tokens of an answer. Under load, requests are narrowed to meet it."""
     slo_ttft_ms: float | None = None
-    """Time to an answer's first token that `adaptive` holds."""
+    """TTFT objective: milliseconds to an answer's first token. Under load, requests are narrowed to meet it."""
     min_latency_target: float | None = None
-    """How narrow requests may become for that, as a fraction of the full model's latency, where they do not say."""
+    """How narrow requests may become under load, as a fraction of the full model's latency, unless they say it."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""

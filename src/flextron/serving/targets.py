@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -26,7 +26,7 @@ _MOST_LISTED = 8
 
 
 class TargetBody(BaseModel):
-    """What is asked of the sub-network, under the key `flextron`: the fields of `flextron.Target`, and two more."""
+    """The key `flextron` of a body: the fields of `flextron.Target`, and two more."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
 
@@ -52,9 +52,9 @@ class Choice:
     spec: SubnetSpec
     router: PricedRouter | None
     asked: Target | None
-    """What the client named; None for the full sub-network."""
+    """The target that the client named; None for the full sub-network."""
     target: Target | None
-    """What it got: the same, or a narrower one while the server is busy."""
+    """The target that the request got: the same, or a narrower one while the server is busy."""
     params: int
 
     @property
@@ -97,7 +97,7 @@ class Catalog:
         Args:
             model: what is served.
             name: its name.
-            min_latency_target: how narrow requests may become that say nothing of it; None: not at all.
+            min_latency_target: how narrow requests may become that do not say it themselves; None for not at all.
             adapters: names of adapters, which may change at any time; None for no adapter.
 
         Raises:
@@ -110,16 +110,16 @@ class Catalog:
         if self._adapters.get(name) is not None:
             raise FlextronError(f"the model and an adapter are both called {name!r}; give each a name of its own")
         self.rungs = (1.0, *(f for f in self._fractions() if f < 1))
-        """Latency targets that can be reached here, falling; few."""
+        """A few latency targets that can be reached here, falling."""
         # one object a target, because the engine tells routers apart by identity
-        self._routed: dict[float, tuple[SubnetSpec, PricedRouter]] = {}
+        self._routed: dict[float | None, tuple[SubnetSpec, PricedRouter]] = {}
 
     def choose(self, model_id: str, body: TargetBody | None = None, cap: float = 1.0) -> Choice:
         """What a request runs in.
 
         Args:
             model_id: the model's name as the client gave it.
-            body: what it asks beside.
+            body: the key `flextron`.
             cap: the widest latency target for requests that allow a narrower one.
 
         Raises:
@@ -164,12 +164,12 @@ class Catalog:
 
     def _sub_network(self, target: Target | None, is_routed: bool) -> tuple[SubnetSpec, PricedRouter | None]:
         if is_routed:
-            if target is None or target.latency is None:
-                raise FlextronError("a token router answers latency targets only; give latency")
+            if target is None:
+                raise FlextronError("a token router needs a latency target; give latency")
             if target.latency not in self._routed:
                 self._routed[target.latency] = self._model.routed(target)
             return self._routed[target.latency]
-        return (self._model.space.full if target is None else self._model.select(**asdict(target))), None
+        return (self._model.space.full if target is None else self._model.best(target).spec), None
 
     def _parts(self, model_id: str) -> tuple[NamedAdapter | None, float | None]:
         """The adapter, and the latency fraction that a model's name ends with."""
@@ -182,11 +182,11 @@ class Catalog:
         return adapter, float(fraction) if at else None
 
     def adapters(self) -> list[NamedAdapter]:
-        """All that there are now."""
+        """All adapters that exist now."""
         return self._adapters.all()
 
     def ids(self) -> list[str]:
-        """The name, and some with suffixes that can be reached here."""
+        """The model's name, alone and with some targets that can be reached here."""
         return [self.name, *(f"{self.name}@{fraction:g}" for fraction in self._fractions())]
 
     def _fractions(self) -> list[float]:

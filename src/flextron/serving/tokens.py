@@ -12,11 +12,11 @@ __all__ = ["TokenNames"]
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _AT_ONCE = 4096
-"""Tokens that are decoded at once."""
+"""How many tokens are decoded at once."""
 
 
 def _byte_of_sign() -> dict[str, int]:
-    """Byte-level tokenizers write every byte as one visible character; which byte a character stands for."""
+    """The byte that each character stands for: byte-level tokenizers write every byte as a visible character."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in visible]
     return {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(others)}
@@ -46,7 +46,7 @@ class TokenNames:
         return self._texts.get(token, "")
 
     def raw(self, token: int) -> bytes:
-        """Its bytes; none beyond the vocabulary."""
+        """The token's bytes; none beyond the vocabulary."""
         return self._raw.get(token, b"")
 
     def key(self, token: int) -> str:
@@ -83,7 +83,7 @@ def _raw(text: str, piece: str, signs: dict[str, int]) -> bytes:
 
 
 def _names(raws: Mapping[int, bytes]) -> dict[int, str]:
-    """A name for each token; the first has the choice."""
+    """A name for each token; earlier tokens choose first."""
     names: dict[int, str] = {}
     taken = {""}
     for token, raw in raws.items():

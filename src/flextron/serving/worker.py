@@ -1,4 +1,4 @@
-"""The engine in a thread of its own: commands come in through a queue, what a step did goes out to the event loop."""
+"""The engine in a thread of its own. Commands come through a queue, and results go to the event loop."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _log = logging.getLogger("flextron.server")
 
 
 class Sign(Enum):
-    """What happens to a request beside deltas."""
+    """What a request hears of, apart from deltas."""
 
     ACCEPTED = "accepted"
     DIED = "died"
-    """The engine can do nothing any more."""
+    """The engine has stopped because of an error."""
 
 
 RequestEvent = Delta | Sign | FlextronError
@@ -63,7 +63,7 @@ class GenerationRequest:
     listener: Callable[[GenerationRequest, RequestEvent], None] = _nobody
     """Called in the event loop."""
     engine_request: Request | None = field(default=None, repr=False)
-    """The engine's form; the worker's own."""
+    """The engine's form of it, for the worker alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -225,7 +225,7 @@ class Worker(threading.Thread):
         self.load = Load(
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
-            kv_cache_usage=pool.num_used / pool.num_units if pool.num_units else 0.0,
+            kv_cache_usage=pool.num_used / pool.num_blocks if pool.num_blocks else 0.0,
             num_preemptions=scheduler.num_preemptions,
             num_prompt_tokens=self._num_prompt_tokens,
             num_cached_tokens=scheduler.num_cached_tokens,

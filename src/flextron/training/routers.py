@@ -1,42 +1,37 @@
-"""Training the static router: by surrogate and latency table first, then jointly with the model (Flextron, 3.3).
+"""Training the static router of a frozen model, by surrogate and latency table (Flextron, 3.3).
 
-First stage: the router proposes sub-networks, the frozen model measures their loss on fixed calibration windows, and
+The router proposes sub-networks, the frozen model measures their loss on fixed calibration sequences, and
 the surrogate learns to predict it. Whenever it predicted the newest measurements well, the router steps downhill on
 the surrogate's output and the table's latency, which costs no pass through the model. Proposals are drawn with Gumbel
 noise; the steps are taken on the probabilities themselves, whose sharpness rises. Then the surrogate is dropped.
 
-Second stage (`joint_finetune`): each step runs sub-networks that the router draws for random targets. The model learns
-by distillation as in elastic training; the router by straight-through gates on what each half layer adds.
+The second stage is `training/router_joint.py`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from flextron.files import checked, read_json, write_json
 from flextron.model.decoder import Decoder
-from flextron.model.scoring import mean_loss
 from flextron.progress import OnStep
 from flextron.routing.allocate import Allocator
 from flextron.routing.latency import LatencyTable
-from flextron.routing.routers import Choices, StaticRouter, latency_ms, straight_through
+from flextron.routing.routers import Choices, StaticRouter, latency_ms
 from flextron.routing.sensitivity import Sensitivity, measure_sensitivity
 from flextron.routing.surrogate import Surrogate, spearman
 from flextron.spec import SearchSpace, SubnetSpec
+from flextron.training.loss_meter import LossMeter
+from flextron.training.router_joint import latency_loss
 from flextron.training.router_recipe import RouterRecipe
 from flextron.training.sampling import random_subnet
-from flextron.training.trainer import RoutedDraw
 
-__all__ = ["JointRouting", "RouterRecipe", "RouterResult", "latency_loss", "train_static_router"]
+__all__ = ["RouterRecipe", "RouterResult", "train_static_router"]
 
 _HELD_OUT = 32
 """Random sub-networks on which the surrogate is judged at the end."""
@@ -56,57 +51,6 @@ class RouterResult:
     router_rounds: int
     """Rounds in which the surrogate was good enough for the router to step."""
     history: list[dict[str, float]] = field(default_factory=list)
-
-
-def latency_loss(milliseconds_B: Tensor, wanted_B: Tensor, dead_zone: float) -> Tensor:
-    """Mean relative deviation beyond the dead zone; a scalar."""
-    return ((milliseconds_B / wanted_B - 1).abs() - dead_zone).clamp_min(0).mean()
-
-
-class _Measured(BaseModel):
-    """Losses on disk."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
-    identity: str
-    losses: dict[str, Annotated[float, Field(allow_inf_nan=False)]]
-
-
-class _Meter:
-    """Measures losses once each; kept on disk, a killed run repeats its steps without measuring again.
-
-    What was measured on another text or of other weights is dropped.
-    """
-
-    def __init__(self, decoder: Decoder, tokens_BT: Tensor, path: Path | None) -> None:
-        self._decoder, self._tokens_BT, self._path = decoder, tokens_BT, path
-        self._known: dict[str, float] = {}
-        if path is not None:
-            self._identity = _identity(decoder, tokens_BT)
-            if path.exists():
-                kept = checked(_Measured, read_json(path), str(path), "remove it to measure again")
-                self._known = kept.losses if kept.identity == self._identity else {}
-
-    def __call__(self, specs: list[SubnetSpec]) -> Tensor:
-        new = [s for s in dict.fromkeys(specs) if _key(s) not in self._known]
-        for spec in new:
-            self._known[_key(spec)] = mean_loss(self._decoder, self._tokens_BT, spec)
-        if new and self._path is not None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self._path, {"identity": self._identity, "losses": self._known})
-        return torch.tensor([self._known[_key(s)] for s in specs], dtype=torch.float64)
-
-
-def _identity(decoder: Decoder, tokens_BT: Tensor) -> str:
-    """A digest of weights and text."""
-    digest = hashlib.sha256(tokens_BT.cpu().numpy().tobytes())
-    for parameter in decoder.parameters():
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
-
-
-def _key(spec: SubnetSpec) -> str:
-    return " ".join(f"{layer.intermediate_size}/{layer.num_groups}" for layer in spec.layers)
 
 
 @dataclass
@@ -208,7 +152,7 @@ def train_static_router(
         decoder: the full model, not changed.
         space: its sub-networks.
         table: costs on this device, or parameters (`LatencyTable.of_parameters`) for a router of no device.
-        calibration_BT: windows on which losses are measured; the first ones also give the sensitivities.
+        calibration_BT: sequences on which losses are measured; the first ones also give the sensitivities.
         recipe: settings.
         run_directory: where measured losses are kept; without one, a killed run is lost.
         on_round: called after every round with rounds done, rounds in all, and figures.
@@ -223,7 +167,7 @@ def train_static_router(
     stage = _Stage(router, surrogate, table, recipe, generator, random.Random(recipe.seed), lowest)
     if recipe.warm_steps:
         stage.warm_start(sensitivity)
-    meter = _Meter(decoder, calibration_BT, None if run_directory is None else run_directory / "losses.json")
+    meter = LossMeter(decoder, calibration_BT, None if run_directory is None else run_directory / "losses.json")
     full = float(meter([space.full])[0])
     rounds = -(-recipe.num_measured // recipe.per_round)
     seen: list[SubnetSpec] = []
@@ -254,62 +198,10 @@ def train_static_router(
         router=router.eval().requires_grad_(False),
         spearman=spearman(predicted, actual),
         error=float((predicted - Surrogate.target(actual)).abs().mean()),
-        num_measured=len(set(map(_key, seen))),
+        num_measured=len(set(seen)),
         router_rounds=router_rounds,
         history=history,
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class JointRouting:
-    """Draws sub-networks for random targets with a router that trains along: the second stage, for `train`."""
-
-    router: StaticRouter
-    table: LatencyTable
-    recipe: RouterRecipe
-    targets: tuple[float, ...] = ()
-    """Targets to draw from evenly, instead of any within reach."""
-    full_probability: float = 0.2
-    """Chance of a drawn sub-network to be the full one, so that it does not decay."""
-
-    def draw(self, step: int, micro_step: int, count: int) -> RoutedDraw:
-        """The sub-networks of one micro batch, with gates of value 1 that carry gradients to the router."""
-        rng = random.Random(f"joint/{self.recipe.seed}/{step}/{micro_step}")
-        generator = torch.Generator().manual_seed(rng.getrandbits(62))
-        asked = self._targets(count, rng)
-        targets = torch.tensor(asked, device=self.router.mlp.out_bias.device)
-        # the sharpness that the first stage ended with; at its last temperature no gradient would be left
-        logits = self.router(targets)
-        noisy = logits.noisy(self.recipe.scale[1], logits.gumbel(generator))
-        soft = noisy.relaxed(1.0, 1.0, None)
-        specs = self.router.within(noisy, asked, self.table)
-        choices = straight_through(soft, self.router.one_hot(specs))
-        gates: list[Tensor | None] = list(_gates(choices))
-        for j in range(count):
-            if asked[j] == 1 or rng.random() < self.full_probability:
-                specs[j], gates[j] = self.router.space.full, None
-        wanted = targets * self.table.predict_ms(self.router.space.full)
-        loss = latency_loss(latency_ms(soft, self.table), wanted, self.recipe.dead_zone)
-        return RoutedDraw(specs=specs, gates=gates, loss=self.recipe.latency_weight * loss)
-
-    def _targets(self, count: int, rng: random.Random) -> list[float]:
-        """Listed ones in turn, or stratified over the range."""
-        if self.targets:
-            return [
-                self.targets[i % len(self.targets)] for i in rng.sample(range(max(count, len(self.targets))), count)
-            ]
-        lowest = max(self.recipe.min_target, self.table.predict(self.router.space.smallest))
-        return [lowest + (1 - lowest) * (count - 1 - j + rng.random()) / count for j in range(count)]
-
-
-def _gates(choices: Choices) -> Tensor:
-    """Straight-through probabilities of what was chosen, attention and MLP of each layer, (B, L, 2)."""
-    kept_BL = choices.keep_BL2[..., 0]
-    attention_BL, mlp_BL = (
-        part.gather(-1, part.detach().argmax(-1, keepdim=True)).squeeze(-1)
-        for part in (choices.attention_BLG, choices.mlp_BLW)
-    )
-    return torch.stack((attention_BL * kept_BL, mlp_BL * kept_BL), -1)
 
 
 def _relax(recipe: RouterRecipe, logits: Choices, progress: float, generator: torch.Generator) -> Choices:

@@ -49,7 +49,7 @@ class SampledRouter:
             seed: seed of the noise, together with the layer; recomputation in a backward pass must find the same.
         """
         self._router, self._target, self._price = router, target, price
-        self._tau, self._logit_scale, self._seed = tau, logit_scale, seed
+        self.tau, self.logit_scale, self.seed = tau, logit_scale, seed
         self.spent: dict[int, Tensor] = {}
         """Mean cost of the choices by layer, as a fraction of the full decode step; it carries gradients."""
 
@@ -57,9 +57,9 @@ class SampledRouter:
         """See `TokenChoice`; no gradient flows to the hidden states."""
         router = self._router
         scores_NC = router.logits(layer, x_ND.detach(), self._target) - self._price * router.costs_C
-        generator = torch.Generator().manual_seed(random.Random(f"{self._seed}/{layer}").getrandbits(63))
+        generator = torch.Generator().manual_seed(random.Random(f"{self.seed}/{layer}").getrandbits(63))
         noise_NC = gumbel_like(scores_NC, generator)
-        soft_NC = torch.softmax((self._logit_scale * scores_NC + noise_NC) / self._tau, -1)
+        soft_NC = torch.softmax((self.logit_scale * scores_NC + noise_NC) / self.tau, -1)
         chosen_N = soft_NC.argmax(-1)
         hard_NC = F.one_hot(chosen_N, soft_NC.shape[-1]) + (soft_NC - soft_NC.detach())
         self.spent[layer] = (hard_NC * router.costs_C).sum(-1).mean()

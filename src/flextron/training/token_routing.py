@@ -66,7 +66,7 @@ def routed_kl(
     Args:
         decoder: the model.
         teacher: the frozen original.
-        tokens_BT: windows of tokens.
+        tokens_BT: sequences of tokens.
         spec: the static sub-network.
         router: routes tokens around it, at its calibrated price; None runs the static one.
         target: target of the router.

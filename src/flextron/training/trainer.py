@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +20,6 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
-from flextron.elastic.adapter import norm_parameters
 from flextron.errors import FlextronError
 from flextron.interrupts import Interrupted, held_interrupts
 from flextron.model.adapter import Adapter
@@ -30,6 +30,7 @@ from flextron.routing.sensitivity import Sensitivity, measure_sensitivity
 from flextron.spec import SearchSpace, SubnetSpec
 from flextron.training.blocks import TokenBlocks
 from flextron.training.objective import Objective, TeacherStates
+from flextron.training.optimizer import choose_trained, learning_rate, make_optimizer
 from flextron.training.recipe import TrainRecipe
 from flextron.training.sampling import SubnetSampler
 from flextron.training.state import RunDirectory
@@ -77,39 +78,6 @@ class RoutedDraw:
     """Added to the model's."""
 
 
-def learning_rate(recipe: TrainRecipe, step: int, num_steps: int) -> float:
-    """Linear warm-up, then a cosine down to `min_lr_ratio`."""
-    warmup = max(1, round(recipe.warmup_fraction * num_steps))
-    if step < warmup:
-        return recipe.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(1, num_steps - warmup)
-    floor = recipe.min_lr_ratio
-    return recipe.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-def _choose_trained(decoder: Decoder, adapter: Adapter | None, recipe: TrainRecipe) -> list[nn.Parameter]:
-    """What trains: all but embeddings and head, or beside an adapter the norms alone."""
-    if adapter is not None:
-        decoder.requires_grad_(False)
-        trained = [*adapter.parameters(), *norm_parameters(decoder).values()]
-        for p in trained:
-            p.requires_grad_()
-        return trained
-    frozen = () if recipe.train_embeddings else ("embedding.", "positions.", "head.")
-    for name, p in decoder.named_parameters():
-        p.requires_grad_(not name.startswith(frozen) if frozen else True)
-    return [p for p in decoder.parameters() if p.requires_grad]
-
-
-def _optimizer(trained: Sequence[nn.Parameter], recipe: TrainRecipe) -> torch.optim.AdamW:
-    """AdamW over what trains: matrices with decay, vectors without."""
-    groups = [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=True)
-
-
 class TrainingRun:
     """The state and the steps of one run."""
 
@@ -149,39 +117,39 @@ class TrainingRun:
         self.decoder = decoder.to(device)
         self.routing = routing
         self.adapter = None if adapter is None else adapter.to(device)
-        parts: dict[str, nn.Module] = {"decoder": decoder} | ({} if adapter is None else {"adapter": adapter})
-        optimizer = _optimizer(_choose_trained(decoder, adapter, recipe), recipe)
-        if routing is not None:
-            parts["router"] = routing.router.to(device).requires_grad_()
-            optimizer.add_param_group(
-                {
-                    "params": list(routing.router.parameters()),
-                    "weight_decay": 0.0,
-                    "lr_scale": recipe.router_lr / recipe.lr,
-                }
-            )
+        router = None if routing is None else routing.router.to(device).requires_grad_()
+        optimizer = make_optimizer(choose_trained(decoder, adapter, recipe), recipe, router)
+        named: dict[str, nn.Module | None] = {"decoder": decoder, "adapter": adapter, "router": router}
+        parts = {name: module for name, module in named.items() if module is not None}
         self.trained: nn.Module = nn.ModuleDict(parts) if len(parts) > 1 else decoder
         self.objective, self.optimizer = self.accelerator.prepare(Objective(decoder, recipe, adapter), optimizer)
         sample = blocks.batch(0, math.ceil(_SAMPLE_TOKENS / blocks.context))
         self.teacher = None
         if teacher is not None and recipe.needs_teacher:
             self.teacher = TeacherStates(teacher.to(device), sample)
+        # without its adapter the student is no model
+        measured = decoder if adapter is None or teacher is None else teacher
 
         def measure() -> Sensitivity:
-            # without its adapter the student is no model
-            measured = decoder if adapter is None or teacher is None else teacher
             return measure_sensitivity(measured, sample, space, seed=recipe.seed)
 
-        sensitivity = None
-        if recipe.sampling == "guided" and recipe.full_probability < 1 and not specs and routing is None:
-            sensitivity = measure() if directory is None else directory.sensitivity(measure)
-        self.sampler = SubnetSampler(
-            config=decoder.config,
+        self.sampler = self._sampler(
+            space, tuple(specs), measure if directory is None else partial(directory.sensitivity, measure)
+        )
+
+    def _sampler(
+        self, space: SearchSpace, specs: tuple[SubnetSpec, ...], sensitivity: Callable[[], Sensitivity]
+    ) -> SubnetSampler:
+        """What draws the sub-networks; sensitivities are asked for only where they guide it."""
+        recipe = self.recipe
+        is_guided = recipe.sampling == "guided" and recipe.full_probability < 1 and not specs and self.routing is None
+        return SubnetSampler(
+            config=self.decoder.config,
             space=space,
-            sensitivity=sensitivity,
+            sensitivity=sensitivity() if is_guided else None,
             recipe=recipe,
             num_steps=self.num_steps,
-            specs=tuple(specs),
+            specs=specs,
         )
 
     def _rows(self, step: int, micro_step: int, num_tokens: int) -> Tensor:

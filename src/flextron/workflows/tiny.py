@@ -15,7 +15,7 @@ import torch
 
 from flextron.api import ElasticModel, evaluation_text, load
 from flextron.api.packaged import TINY, tiny_model
-from flextron.api.texts import windows
+from flextron.api.texts import sequences
 from flextron.errors import FlextronError
 from flextron.files import write_json
 from flextron.model.scoring import mean_loss
@@ -81,7 +81,7 @@ def run_tiny(settings: TinySettings, progress: Progress) -> list[dict[str, Any]]
             context=settings.context,
             on_step=training,
         )
-    test_BT = windows(topics[2::4], model.tokenizer, num_tokens=settings.num_tokens, context=settings.context)
+    test_BT = sequences(topics[2::4], model.tokenizer, num_tokens=settings.num_tokens, context=settings.context)
     rows = [_row(model, target, test_BT) for target in reached]
     model.save(settings.output / "elastic", overwrite=True)
     facts = {"asked": _ASKED, "rows": rows, "prompt": _PROMPT, "text": "pydoc topics"}

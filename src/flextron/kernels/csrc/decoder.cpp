@@ -94,9 +94,9 @@ struct Step {
         }
     }
 
-    void project(long l, Target target, const Order& order, long unit, const Linear& linear, float* out, long ldo,
+    void project(long l, Target target, const Order& order, long rows_each, const Linear& linear, float* out, long ldo,
                  int id, int nt) const {
-        share_rows(order, unit, id, nt, [&](long a, long e, long n) {
+        share_rows(order, rows_each, id, nt, [&](long a, long e, long n) {
             products(linear, a, e - a, xn.data(), n, out + a, ldo);
             finish(linear, a, e - a, n, out + a, ldo);
             bypasses.add(l, target, order, a, e - a, out + a, ldo, n);
@@ -113,9 +113,9 @@ struct Step {
         }
     }
 
-    float* unit(long layer, long token, long page, long kv_head) const {
+    float* block(long layer, long token, long page, long kv_head) const {
         const int32_t* row = b.block_tables[token] + page * b.table_rows[token];
-        return b.cache + (long)row[b.unit_offsets[layer * N + token] + kv_head] * 2 * s.page_size * d;
+        return b.cache + (long)row[b.block_offsets[layer * N + token] + kv_head] * 2 * s.page_size * d;
     }
 
     // Normalises and rotates the heads of every token, and writes keys and values to their pages.
@@ -134,7 +134,7 @@ struct Step {
                 float* head = &k[i * kv_max + r];
                 if (w.k_norm.weight) normalize(head, w.k_norm, false, s.norm_eps, d, head);
                 if (s.rotated) rotate(head, token);
-                float* keys = unit(l, token, position / s.page_size, r / d) + position % s.page_size * d;
+                float* keys = block(l, token, position / s.page_size, r / d) + position % s.page_size * d;
                 std::memcpy(keys, head, d * sizeof(float));
                 std::memcpy(keys + s.page_size * d, &v[i * kv_max + r], d * sizeof(float));
             }
@@ -152,9 +152,9 @@ struct Step {
         float* out = &heads[i * q_max + kv_head * per_kv * d];
         if ((long)scores.size() < per_kv * ld) scores.resize(per_kv * ld);
         for (long p = start; p <= last; p += P) {
-            ask_for_page(p + P <= last ? unit(l, token, p / P + 1, kv_head) : unit(l, token, start / P, kv_head) + P * d,
+            ask_for_page(p + P <= last ? block(l, token, p / P + 1, kv_head) : block(l, token, start / P, kv_head) + P * d,
                          P * d);
-            dot_rows(unit(l, token, p / P, kv_head), d, P, own_q, d, per_kv, d, &scores[p - start], ld);
+            dot_rows(block(l, token, p / P, kv_head), d, P, own_q, d, per_kv, d, &scores[p - start], ld);
         }
         const float scale = 1.0f / std::sqrt((float)d);
         for (long h = 0; h < per_kv; h++) {
@@ -169,8 +169,8 @@ struct Step {
         }
         std::fill(out, out + per_kv * d, 0.0f);
         for (long p = start; p <= last; p += P) {
-            if (p + P <= last) ask_for_page(unit(l, token, p / P + 1, kv_head) + P * d, P * d);
-            add_rows(unit(l, token, p / P, kv_head) + P * d, d, std::min(P, last + 1 - p), &scores[p - start], ld, out,
+            if (p + P <= last) ask_for_page(block(l, token, p / P + 1, kv_head) + P * d, P * d);
+            add_rows(block(l, token, p / P, kv_head) + P * d, d, std::min(P, last + 1 - p), &scores[p - start], ld, out,
                      d, per_kv, d);
         }
     }

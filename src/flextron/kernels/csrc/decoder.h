@@ -59,7 +59,7 @@ struct Bypass {
     float scale;
 };
 
-// Tokens of one iteration. Widths are (layers, N); a layer's units of a page are its KV heads.
+// Tokens of one iteration. Widths are (layers, N); a layer has a block of the cache for each KV head of a page.
 struct Tokens {
     int64_t num_tokens;
     const int64_t* ids;                 // (N,)
@@ -68,12 +68,12 @@ struct Tokens {
     const int32_t* num_groups;          // attention groups, 0 skips
     const int32_t* const* block_tables; // (N,): block table of each token's sequence, (pages, row)
     const int64_t* table_rows;          // (N,): entries of a page in that table
-    const int32_t* unit_offsets;        // (layers, N): first entry of a layer
+    const int32_t* block_offsets;       // (layers, N): first entry of a layer
     const float* cos;                   // (N, rotated)
     const float* sin;                   // signed
     const Bypass* const* adapters;      // (N,): (layers, targets) of each token's adapter, or null; null if none has one
     int64_t max_rank;                   // of all adapters
-    float* cache;                       // (units, 2, P, d)
+    float* cache;                       // (blocks, 2, P, d)
     int64_t num_logits;
     const int64_t* rows;                // (num_logits,): tokens after which logits are wanted
     int64_t num_full;                   // rows, the leading ones, of which all logits are wanted; else the largest one
@@ -133,10 +133,10 @@ struct Order {
     long size() const { return tokens.size(); }
     long widest() const { return widths.empty() ? 0 : widths[0]; }
     // The tokens that use row `row`, and the first row that fewer of them use.
-    long users(long row, long unit, long* until) const {
+    long users(long row, long rows_each, long* until) const {
         long n = size();
-        while (n > 0 && widths[n - 1] * unit <= row) n--;
-        *until = n ? widths[n - 1] * unit : row;
+        while (n > 0 && widths[n - 1] * rows_each <= row) n--;
+        *until = n ? widths[n - 1] * rows_each : row;
         return n;
     }
 };
@@ -144,13 +144,13 @@ struct Order {
 // Calls f(start, stop, users) on this thread's share of rows [0, widest), chunk by chunk. Rows of one number of users
 // are cut into one stretch a thread, which memory reads best.
 template <class F>
-inline void share_rows(const Order& order, long unit, int thread, int threads, F f) {
-    const long end = order.widest() * unit;
+inline void share_rows(const Order& order, long rows_each, int thread, int threads, F f) {
+    const long end = order.widest() * rows_each;
     for (long row = 0; row < end;) {
         long until;
-        const long n = order.users(row, unit, &until), units = (until - row + 11) / 12;
-        const long a = row + std::min(until - row, units * thread / threads * 12);
-        const long e = row + std::min(until - row, units * (thread + 1) / threads * 12);
+        const long n = order.users(row, rows_each, &until), pieces = (until - row + 11) / 12;
+        const long a = row + std::min(until - row, pieces * thread / threads * 12);
+        const long e = row + std::min(until - row, pieces * (thread + 1) / threads * 12);
         for (long chunk = a; chunk < e; chunk += kChunk) f(chunk, std::min(chunk + kChunk, e), n);
         row = until;
     }

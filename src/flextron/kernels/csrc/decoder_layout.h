@@ -28,7 +28,7 @@ inline std::string decoder_layout() {
              FIELD(Shape, activation), FIELD(Shape, weights), FIELD(Shape, norm_eps)});
     text += describe_struct("Tokens", sizeof(Tokens),
             {FIELD(Tokens, num_tokens), FIELD(Tokens, ids), FIELD(Tokens, positions), FIELD(Tokens, mlp_widths),
-             FIELD(Tokens, num_groups), FIELD(Tokens, block_tables), FIELD(Tokens, table_rows), FIELD(Tokens, unit_offsets),
+             FIELD(Tokens, num_groups), FIELD(Tokens, block_tables), FIELD(Tokens, table_rows), FIELD(Tokens, block_offsets),
              FIELD(Tokens, cos), FIELD(Tokens, sin), FIELD(Tokens, adapters), FIELD(Tokens, max_rank),
              FIELD(Tokens, cache), FIELD(Tokens, num_logits), FIELD(Tokens, rows), FIELD(Tokens, num_full),
              FIELD(Tokens, logits)});

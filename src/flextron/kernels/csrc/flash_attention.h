@@ -1,4 +1,4 @@
-// Attention of training windows in float32, forward and backward.
+// Attention of training chunks in float32, forward and backward.
 //
 // It goes block by block (FlashAttention-2, arXiv 2307.08691). A block's rows are the query heads of one KV head
 // for some tokens, so that keys are read once for all of them. Every product is a sum of outer products in registers:
@@ -7,7 +7,7 @@
 // Results do not depend on which thread does what: a block of rows has one thread, and gradients of keys and values are
 // added up in an order that the shape and the number of threads determine.
 //
-// Shapes: N tokens of the window, M keys, H query heads, K KV heads, r = H / K, d head size, m rows of a block.
+// Shapes: N tokens of the chunk, M keys, H query heads, K KV heads, r = H / K, d head size, m rows of a block.
 
 #pragma once
 
@@ -27,8 +27,8 @@ struct Attention {
     int64_t num_heads, num_kv_heads, head_dim;
     int64_t window;          // keys that a query sees, itself included; 0 is all
     int64_t num_sequences;
-    const int64_t* lengths;  // tokens of each sequence in the window, (num_sequences,)
-    int64_t num_past;        // keys before those of the window; of the first sequence
+    const int64_t* lengths;  // tokens of each sequence in the chunk, (num_sequences,)
+    int64_t num_past;        // keys before those of the chunk; of the first sequence
     const float *q, *k, *v;  // (N, H, d), (num_past + N, K, d) twice
     int64_t q_stride, k_stride, v_stride;
     float* out;              // (N, H, d)
@@ -53,7 +53,7 @@ struct Span {
 };
 
 struct Sequence {
-    long first_row, num_rows;  // in the window
+    long first_row, num_rows;  // in the chunk
     long first_key, num_keys;  // among all keys
     long packed;               // first key among those that are padded to whole panels
     long before() const { return num_keys - num_rows; }
@@ -85,7 +85,7 @@ class FlashAttention {
         {
             const Block block(*this);
 #pragma omp for schedule(dynamic, 4)
-            for (long i = 0; i < num_chunks(); i++) {
+            for (long i = 0; i < num_panels(); i++) {
                 pack_panels(i, a_.k, a_.k_stride, keys);
                 pack_rows(i, a_.v, a_.v_stride, values);
             }
@@ -109,7 +109,7 @@ class FlashAttention {
         {
             const Block block(*this);
 #pragma omp for schedule(dynamic, 4)
-            for (long i = 0; i < num_chunks(); i++) {
+            for (long i = 0; i < num_panels(); i++) {
                 pack_panels(i, a_.k, a_.k_stride, keys);
                 if (g.q) pack_rows(i, a_.k, a_.k_stride, key_rows);
                 if (scores) pack_panels(i, a_.v, a_.v_stride, values);
@@ -125,7 +125,7 @@ class FlashAttention {
                                   dk[i], dv[i], block);
             }
 #pragma omp for schedule(dynamic, 4)
-            for (long i = 0; i < num_chunks(); i++) {
+            for (long i = 0; i < num_panels(); i++) {
                 if (g.k) add_up(i, parts, dk, g.k);
                 if (g.v) add_up(i, parts, dv, g.v);
             }
@@ -181,18 +181,18 @@ class FlashAttention {
     }
 
     // Keys are packed, and their gradients added up, panel by panel.
-    long num_chunks() const { return num_packed_ / kPanel * a_.num_kv_heads; }
+    long num_panels() const { return num_packed_ / kPanel * a_.num_kv_heads; }
 
-    struct Chunk {
+    struct Panel {
         const Sequence& sequence;
         long index, kv_head, key, num_keys;
     };
 
-    Chunk chunk(long i) const {
-        const long panel = i / a_.num_kv_heads * kPanel;
+    Panel panel(long i) const {
+        const long first = i / a_.num_kv_heads * kPanel;
         size_t s = sequences_.size() - 1;
-        while (sequences_[s].packed > panel) s--;
-        const long key = panel - sequences_[s].packed;
+        while (sequences_[s].packed > first) s--;
+        const long key = first - sequences_[s].packed;
         return {sequences_[s], (long)s, i % a_.num_kv_heads, key, std::min(kPanel, sequences_[s].num_keys - key)};
     }
 
@@ -203,7 +203,7 @@ class FlashAttention {
 
     // (panels, d, kPanel)
     void pack_panels(long i, const float* from, long stride, const Room& where) const {
-        const Chunk c = chunk(i);
+        const Panel c = panel(i);
         float* out = packed(where, c.sequence, c.kv_head, c.key);
         if (c.num_keys < kPanel) std::fill(out, out + kPanel * d_, 0.0f);
         const float* own = from + (c.sequence.first_key + c.key) * stride + c.kv_head * d_;
@@ -213,7 +213,7 @@ class FlashAttention {
 
     // (keys, d)
     void pack_rows(long i, const float* from, long stride, const Room& where) const {
-        const Chunk c = chunk(i);
+        const Panel c = panel(i);
         float* out = packed(where, c.sequence, c.kv_head, c.key);
         const float* own = from + (c.sequence.first_key + c.key) * stride + c.kv_head * d_;
         for (long j = 0; j < c.num_keys; j++) std::memcpy(out + j * d_, own + j * stride, d_ * sizeof(float));
@@ -221,7 +221,7 @@ class FlashAttention {
 
     // The gradient of a panel of keys, in the order of the spans' tokens.
     void add_up(long i, const std::vector<Span>& parts, const std::vector<Room>& sums, float* out) const {
-        const Chunk c = chunk(i);
+        const Panel c = panel(i);
         const long stride = a_.num_kv_heads * d_;
         float* own = out + (c.sequence.first_key + c.key) * stride + c.kv_head * d_;
         for (long j = 0; j < c.num_keys; j++) std::fill(own + j * stride, own + j * stride + d_, 0.0f);

@@ -1,4 +1,4 @@
-// Training windows on a CPU in float32: attention, forward and backward, and the gate of gated MLPs.
+// Training chunks on a CPU in float32: attention, forward and backward, and the gate of gated MLPs.
 
 #include <cstdint>
 #include <cstring>
@@ -56,7 +56,7 @@ const char* flextron_layout() {
     return text.c_str();
 }
 
-// Causal attention of a window's tokens; fills `out` and `lse`.
+// Causal attention of a chunk's tokens; fills `out` and `lse`.
 void flextron_attend(const Attention* attention) { FlashAttention(*attention).forward(); }
 
 // Its gradients, from what `flextron_attend` gave.

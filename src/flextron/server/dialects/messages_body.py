@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from flextron.server.bodies import ChatBody
 from flextron.server.keys import check_keys
-from flextron.server.sampling import StrictBody
+from flextron.server.sampling import RequestBody, StrictBody
 from flextron.serving.errors import invalid_body
 
 __all__ = ["MessagesBody"]
@@ -74,8 +74,10 @@ class ToolChoiceIn(StrictBody):
     disable_parallel_tool_use: bool | None = None
 
 
-class MessagesBody(StrictBody):
+class MessagesBody(RequestBody):
     """Body of `/v1/messages`."""
+
+    prompt_key = "messages"
 
     model: str
     messages: Annotated[list[MessageIn], Field(min_length=1)]

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from flextron.server.bodies import ChatBody
 from flextron.server.keys import check_keys
-from flextron.server.sampling import StrictBody
+from flextron.server.sampling import RequestBody, StrictBody
 from flextron.serving.errors import ApiError, invalid_body
 
 __all__ = ["ResponsesBody"]
@@ -105,8 +105,10 @@ class NamedTool(StrictBody):
     name: str
 
 
-class ResponsesBody(StrictBody):
+class ResponsesBody(RequestBody):
     """Body of `/v1/responses`."""
+
+    prompt_key = "input"
 
     model: str
     input: Annotated[str | list[Annotated[Item, Field(discriminator="type")]], BeforeValidator(_check_items)]
