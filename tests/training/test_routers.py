@@ -18,7 +18,6 @@ from flextron.model.decoder import Decoder
 from flextron.model.scoring import mean_loss
 from flextron.routing.routers import StaticRouter
 from flextron.spec import SubnetSpec
-from flextron.training import routers as module
 from flextron.training.blocks import TokenBlocks
 from flextron.training.router_joint import JointRouting, latency_loss
 from flextron.training.router_recipe import RouterRecipe
@@ -112,7 +111,7 @@ def test_a_killed_run_goes_on_without_measuring_again(tmp_path: Path, monkeypatc
         measured.append(args)
         return mean_loss(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(module, "mean_loss", counted)
+    monkeypatch.setattr("flextron.training.loss_meter.mean_loss", counted)
     resumed = train_static_router(DECODER, SPACE, TABLE, CALIBRATION, recipe, run_directory=tmp_path)
     again = len(measured)
     train_static_router(DECODER, SPACE, TABLE, CALIBRATION, recipe)

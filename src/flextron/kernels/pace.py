@@ -36,7 +36,7 @@ class _Choice:
     """What is known of one number of threads."""
 
     seconds: float | None = None
-    """Seconds of a unit of work, lately."""
+    """Seconds of a unit of work lately."""
     pause: float = _SOONEST
     next_trial: float = 0.0
 
