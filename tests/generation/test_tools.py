@@ -87,3 +87,15 @@ def test_the_grammar_has_these_answers_and_no_others(layout: Any, must_call: boo
     assert not follows(written([get], layout)[:-3])
     if layout is HERMES and not must_call:
         assert follows("I look it up.\n" + written([get], layout))
+
+
+def test_a_grammar_that_cannot_go_on_ends_its_answer_alone() -> None:
+    model = trained_model()
+    assert model.tokenizer is not None
+    grammars = Grammars(model.tokenizer, model.decoder.config.vocab_size, model.generation_defaults.ends)
+    state = grammars.constraint("choice", ["yes"])
+    other = state.copy()
+    assert state.accept(model.tokenizer.encode("n", add_special_tokens=False)[0])  # type: ignore[union-attr]
+    assert state.has_failed
+    assert not other.has_failed
+    assert state.masks()[0].sum() <= 1

@@ -287,7 +287,8 @@ class EngineCore:
                 break
             request.tokens.append(token)
             if request.constraint is not None and request.constraint.accept(token):
-                request.finish_reason = FinishReason.STOP
+                # one that has failed cuts its own answer short, and nobody else's
+                request.finish_reason = FinishReason.LENGTH if request.constraint.has_failed else FinishReason.STOP
             elif len(request.tokens) - request.num_prompt == request.params.max_tokens:
                 request.finish_reason = FinishReason.LENGTH
             outputs.append(StepOutput(request, token, logprobs, request.finish_reason))

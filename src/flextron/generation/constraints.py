@@ -58,15 +58,14 @@ class Constraint:
         return masks
 
     def accept(self, token: int) -> bool:
-        """Go on by a token of the answer; whether the grammar is at its end.
-
-        Raises:
-            FlextronError: the grammar has become too large.
-        """
+        """Go on by a token of the answer; whether nothing more can come, because of the grammar's end or a failure."""
         self._matcher.consume_token(token)
-        if self._matcher.is_error():
-            raise FlextronError(f"the grammar cannot go on: {_short(self._matcher.get_error())}")
         return bool(self._matcher.is_stopped())
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the grammar cannot go on, as its state has become too large."""
+        return bool(self._matcher.is_error())
 
     def _mask(self) -> Tensor:
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
