@@ -4,12 +4,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 DOCS_READY := .venv/.docs-ready
+OLDEST := .venv/oldest
 
 # One thread a worker: the tests' models are so small that more threads only wait for each other.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/pytest -q -n 2
 RUNNABLE_HERE := not gpu and not browser and not peer
 
-.PHONY: demo test test-isa test-isa-all test-slow test-all check fix bench bench-core bench-routing bench-serving bench-coserving bench-quality docs clean
+.PHONY: demo test test-isa test-isa-all test-oldest test-slow test-all check fix bench bench-core bench-routing bench-serving bench-coserving bench-quality docs clean
 
 demo: $(READY)  ## Convert a small model, train it, print its latency table; MODEL= and DATA= choose others.
 	$(BIN)/flextron demo $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)")
@@ -25,6 +26,13 @@ test-isa-all: $(READY)  ## Under every combination.
 
 test-slow: $(READY)  ## Only what the default suite leaves out for its length.
 	$(PYTEST) -m "slow and $(RUNNABLE_HERE)"
+
+test-oldest: $(READY)  ## What is exported loads in the oldest transformers that is supported.
+	test -x $(OLDEST)/bin/python || $(BIN)/python -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -q --no-deps "transformers==4.57.*" "huggingface_hub<1.0" "tokenizers<0.23"
+	# all else, torch above all, is that of the first environment
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > $$($(OLDEST)/bin/python -c "import site; print(site.getsitepackages()[0])")/rest.pth
+	FLEXTRON_OLDEST_PYTHON=$(OLDEST)/bin/python $(PYTEST) -m peer tests/test_oldest_transformers.py
 
 test-all: $(READY)  ## Both.
 	$(PYTEST) -m "$(RUNNABLE_HERE)"

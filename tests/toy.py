@@ -65,7 +65,7 @@ def toy_recipe(*, steps: int = 6, **changes: Any) -> TrainRecipe:
 def segment_logits(decoder: Decoder, tokens_BT: Tensor, spec: SubnetSpec) -> Tensor:
     """Logits of one sub-network over the whole vocabulary at once, (B, T, vocabulary), with gradients."""
     hidden: Tensor = decoder(Batch.padded(tokens_BT, spec))
-    logits_ND = hidden @ decoder.head_weight.t()
+    logits_ND = decoder.logits(hidden)
     return logits_ND.view(*tokens_BT.shape, -1)
 
 

@@ -64,7 +64,11 @@ def gradients() -> Figure:
 def _random_model(num_groups: int, targets: Sequence[str] | None) -> tuple[Decoder, Adapter]:
     torch.manual_seed(num_groups)
     shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "head_dim": 8}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": num_groups, "qk_norm": num_groups == 4}
+    heads = {
+        "num_attention_heads": 4,
+        "num_key_value_heads": num_groups,
+        "qk_norm": "head" if num_groups == 4 else None,
+    }
     config = replace(tiny_decoder().config, **shape, **heads)  # type: ignore[arg-type]
     decoder = Decoder(config).double().requires_grad_(False)
     adapter = Adapter.lora(config, rank=4, alpha=8, targets=targets).double()

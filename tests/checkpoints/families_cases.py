@@ -16,16 +16,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
+    Phi3Config,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
+    StableLmConfig,
 )
+from transformers.masking_utils import eager_mask
 
 from flextron.checkpoints.huggingface import load_decoder, open_pretrained
 from flextron.model.batch import Batch
@@ -48,6 +58,17 @@ LLAMA3: dict[str, Any] = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+# 16 positions originally, so that some dimensions are kept, some divided, some in between
+YARN: dict[str, Any] = {
+    **{"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16},
+    **{"beta_fast": 4.0, "beta_slow": 0.5},
+}
+LONGROPE: dict[str, Any] = {
+    **{"rope_type": "longrope", "rope_theta": 100.0, "partial_rotary_factor": 0.75},
+    **{"short_factor": [1.0, 1.1, 1.3], "long_factor": [1.0, 2.0, 4.0]},
+}
+GEMMA: dict[str, Any] = {"head_dim": 16, "query_pre_attn_scalar": 24, "pad_token_id": 0, "sliding_window": 5}
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 CASES: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**SIZES, **HEADS),
@@ -75,6 +96,57 @@ CASES: dict[str, PretrainedConfig] = {
         rope_parameters=ROPE_NEOX | {"partial_rotary_factor": 0.5},
         use_parallel_residual=False,
     ),
+    "gpt2-rescaled": GPT2Config(**GPT2, n_layer=3, scale_attn_by_inverse_layer_idx=True),
+    "llama-yarn": LlamaConfig(**SIZES, **HEADS, rope_parameters=YARN),
+    "qwen2-mixed": Qwen2Config(**SIZES, **HEADS, use_sliding_window=True, sliding_window=4, max_window_layers=1),
+    "gemma2": Gemma2Config(
+        **SIZES,
+        **HEADS,
+        **GEMMA,
+        attn_logit_softcapping=3.0,
+        final_logit_softcapping=4.0,
+        attention_bias=True,
+        tie_word_embeddings=False,
+    ),
+    "gemma3": Gemma3TextConfig(
+        **SIZES,
+        **HEADS,
+        **GEMMA,
+        layer_types=[SLIDING, FULL, SLIDING],
+        rope_parameters={
+            FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0},
+            SLIDING: {"rope_type": "default", "rope_theta": 100.0},
+        },
+    ),
+    "smollm3": SmolLM3Config(
+        **SIZES,
+        **HEADS,
+        no_rope_layers=[1, 0, 1],
+        use_sliding_window=True,
+        sliding_window=6,
+        layer_types=[FULL, SLIDING, FULL],
+        pad_token_id=0,
+    ),
+    "phi3": Phi3Config(**SIZES, **HEADS, sliding_window=7, pad_token_id=0),
+    "phi3-longrope": Phi3Config(
+        **SIZES | HEADS | {"max_position_embeddings": 256},
+        original_max_position_embeddings=64,
+        rope_parameters=LONGROPE,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+    ),
+    "granite": GraniteConfig(
+        **SIZES,
+        **HEADS,
+        embedding_multiplier=6.0,
+        logits_scaling=3.0,
+        residual_multiplier=0.3,
+        attention_multiplier=0.2,
+        attention_bias=True,
+    ),
+    "olmo2": Olmo2Config(**SIZES, **HEADS, attention_bias=True, pad_token_id=0),
+    "olmo2-mqa": Olmo2Config(**SIZES | HEADS | {"num_key_value_heads": 1}, pad_token_id=0),
+    "stablelm": StableLmConfig(**SIZES, **HEADS, use_qkv_bias=True, partial_rotary_factor=0.25),
 }
 
 
@@ -91,9 +163,37 @@ def random_from(config: PretrainedConfig, seed: int = 3) -> PreTrainedModel:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(0, 0.2)
-            if parameter.dim() == 1 and name.endswith("weight"):
+            # norms of Gemma add the 1 themselves
+            if parameter.dim() == 1 and name.endswith("weight") and not config.model_type.startswith("gemma"):
                 parameter.add_(1)
     return model
+
+
+class _ExactGemmaNorm(nn.Module):
+    """Gemma's norm in the weights' precision."""
+
+    def __init__(self, weight: nn.Parameter, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = weight, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt() * (1 + self.weight)
+
+
+def _exact_attention(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **options: Any
+) -> tuple[Tensor, None]:
+    """Attention with whole scores in the weights' precision."""
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    scores = q @ k.transpose(2, 3) * scaling
+    if (cap := options.get("softcap")) is not None:
+        scores = torch.tanh(scores / cap) * cap
+    assert mask is not None
+    return (torch.softmax(scores + mask, -1) @ v).transpose(1, 2), None
+
+
+AttentionInterface.register("exact", _exact_attention)
+AttentionMaskInterface.register("exact", eager_mask)
 
 
 def in_float64(model: PreTrainedModel) -> PreTrainedModel:
@@ -101,11 +201,15 @@ def in_float64(model: PreTrainedModel) -> PreTrainedModel:
     model = model.double()
     for parent in list(model.modules()):
         for name, norm in list(parent.named_children()):
-            if type(norm).__name__.endswith("RMSNorm"):
+            if type(norm).__name__.startswith("Gemma") and type(norm).__name__.endswith("RMSNorm"):
+                setattr(parent, name, _ExactGemmaNorm(norm.weight, norm.eps))
+            elif type(norm).__name__.endswith("RMSNorm"):
                 exact = nn.RMSNorm(norm.weight.shape, eps=norm.variance_epsilon, dtype=torch.float64)
                 exact.weight = norm.weight
                 setattr(parent, name, exact)
-    model.set_attn_implementation("sdpa")
+        if hasattr(parent, "scalar_embed_scale"):
+            parent.embed_scale = torch.tensor(parent.scalar_embed_scale, dtype=torch.float64)
+    model.set_attn_implementation("exact")
     return model
 
 

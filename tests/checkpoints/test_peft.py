@@ -23,6 +23,7 @@ from tests.checkpoints.families_cases import (
     hf_config_of,
     hf_logits,
     in_float64,
+    our_logits,
     random_model,
     random_tokens,
     relative_error,
@@ -34,7 +35,7 @@ from tests.model.adapter_cases import random_ia3, random_lora, randomize, target
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 TOKENS = random_tokens(2, 12)
-FUSED = ("gpt2", "neox", "neox-sequential")
+FUSED = ("gpt2", "gpt2-rescaled", "neox", "neox-sequential")
 
 
 def adapted_logits(decoder: Any, adapter: Any, spec: SubnetSpec | None = None) -> torch.Tensor:
@@ -96,7 +97,7 @@ def test_what_peft_wrote_is_read(case: str, rslora: bool, tmp_path: Path) -> Non
         rank_pattern={rf"{last}\..*": 2},
         alpha_pattern={rf"{last}\..*": 3},
         task_type="CAUSAL_LM",
-        fan_in_fan_out=case == "gpt2",
+        fan_in_fan_out=case.startswith("gpt2"),
     )
     theirs = randomized(get_peft_model(model, config, autocast_adapter_dtype=False))
     theirs.save_pretrained(tmp_path)
@@ -168,7 +169,7 @@ def test_bad_directories_are_refused(tmp_path: Path) -> None:
     write_adapter(adapter, good)
     with pytest.raises(FlextronError, match="exists already"):
         write_adapter(adapter, good)
-    with pytest.raises(FlextronError, match="use_dora"):
+    with pytest.raises(FlextronError, match=r"use_dora.*rescales each weight.*merge_and_unload"):
         read_adapter(_edited(good, use_dora=True), config)
     with pytest.raises(FlextronError, match="LORA, IA3"):
         read_adapter(_edited(good, use_dora=False, peft_type="VERA"), config)
@@ -187,3 +188,24 @@ def test_bad_directories_are_refused(tmp_path: Path) -> None:
     weights.write_bytes(b"short")
     with pytest.raises(FlextronError, match="missing or damaged"):
         read_adapter(good, config)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"target_modules": ["q_proj"], "use_dora": True}, "use_dora"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "changes the embeddings or the head .*embed_tokens"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "changes the embeddings or the head .*lm_head"),
+    ],
+)
+def test_what_has_no_bypass_is_refused_with_the_way_out(options: dict[str, Any], said: str, tmp_path: Path) -> None:
+    theirs = randomized(get_peft_model(random_model("llama"), LoraConfig(task_type="CAUSAL_LM", **options)))
+    theirs.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    config = decoder_of(random_model("llama")).config
+    with pytest.raises(FlextronError, match=f"{said}.*merge_and_unload"):
+        read_adapter(tmp_path / "adapter", config)
+    # the way out is one
+    merged = theirs.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    assert relative_error(our_logits(decoder_of(merged), TOKENS), hf_logits(merged, TOKENS)) <= 1e-5

@@ -41,9 +41,10 @@ def test_merging_does_what_the_adapter_beside_the_base_does(case: str) -> None:
     beside = Batch.dealt(random_tokens(2, 6), [base.widths], adapter=adapter.lora)
     untouched = base(batch)
     right = merged(student, adapter.lora).double()(batch)
-    torch.testing.assert_close(student.double()(beside), right, rtol=1e-6, atol=1e-6)
+    # norms of a student are float32
+    torch.testing.assert_close(student.double()(beside), right, rtol=5e-6, atol=5e-6)
     adapter.add_to(base)
-    torch.testing.assert_close(base(batch), right, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(base(batch), right, rtol=5e-6, atol=5e-6)
     adapter.add_to(base, -1)
     torch.testing.assert_close(base(batch), untouched, rtol=1e-12, atol=1e-12)
 

@@ -74,7 +74,9 @@ def serve(core: EngineCore, asked: list[Asked], rng: random.Random, *, aborts: f
 
 
 @pytest.mark.parametrize("native", PATHS)
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "llama-mqa", "neox"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt2", "mistral", "llama-mqa", "neox", "gemma2", "gemma3", "smollm3", "granite", "olmo2"]
+)
 def test_answers_are_those_of_plain_generation(name: str, native: bool) -> None:
     decoder, rng = random_decoder(name), random.Random(1)
     asked = random_requests(rng, decoder.config.vocab_size, ragged_specs(decoder.config, 3), 14)

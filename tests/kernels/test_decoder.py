@@ -19,6 +19,7 @@ from flextron.model.adapter import Adapter
 from flextron.model.batch import Batch
 from flextron.model.config import DecoderConfig
 from flextron.model.decoder import Decoder
+from flextron.model.losses import capped
 from flextron.spec import LayerSpec, SubnetSpec
 from tests.checkpoints.families_cases import CASES, HEADS, SIZES
 from tests.model.adapter_cases import random_ia3, random_lora
@@ -151,7 +152,8 @@ def assert_iterations_agree(
     sequences = [torch.randint(decoder.config.vocab_size, (n,)) for n in LENGTHS]
     # a tied head is rounded, the embedding that is looked up is not
     head = decoder.head_weight if native.weights == "float32" else rounded(decoder.head_weight, "int8")
-    wanted: Tensor = (reference(Batch.ragged(sequences, specs, adapters=adapters)) @ head.t()).detach()
+    hidden_ND = reference(Batch.ragged(sequences, specs, adapters=adapters)).detach()
+    wanted = capped(hidden_ND @ head.t(), decoder.config.logits_cap)
     natives = [None if a is None else NativeAdapter(a) for a in adapters]
     pages = Pages(decoder, specs)
     got: list[list[tuple[int, Tensor]]] = [[] for _ in LENGTHS]

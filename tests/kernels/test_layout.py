@@ -50,8 +50,8 @@ def test_the_sources_have_pythons_layout(name: Source) -> None:
         (
             "decoder",
             "decoder.h",
-            "    float norm_eps;",
-            "    double norm_eps;\n    float more;",
+            "    float norm_eps, embedding_scale,",
+            "    double norm_eps;\n    float embedding_scale,",
             "struct Shape",
         ),
         ("decoder", "decoder.h", "    int64_t rank;", "    int32_t rank;", "struct Bypass"),

@@ -7,7 +7,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flextron.model.losses import CHUNK_TOKENS, cross_entropy, forward_kl, head_metric, token_losses
+from flextron.model.losses import (
+    CHUNK_TOKENS,
+    capped,
+    cross_entropy,
+    forward_kl,
+    head_metric,
+    scored,
+    summed_cross_entropy,
+    token_losses,
+    token_scores,
+)
 
 SIZE, VOCAB = 12, 37
 COUNTS = [1, 5, CHUNK_TOKENS, 2 * CHUNK_TOKENS + 3]
@@ -147,3 +157,36 @@ def test_head_metric_is_the_curvature_at_the_mean_prediction() -> None:
 
     hessian = torch.autograd.functional.hessian(divergence, torch.zeros(SIZE, dtype=torch.float64))
     assert_close(head_metric(h, w), hessian)
+
+
+def softened(h: Tensor, w: Tensor, cap: float) -> Tensor:
+    """Logits as Gemma 2 has them."""
+    return torch.tanh(h @ w.t() / cap) * cap
+
+
+@pytest.mark.parametrize("cap", [0.5, 3.0])
+def test_losses_of_capped_logits_equal_autograd(cap: float) -> None:
+    n = CHUNK_TOKENS + 7
+    h, w, other_h = random(n, SIZE, seed=0).requires_grad_(), head(1).requires_grad_(), random(n, SIZE, seed=2)
+    weights = random(n, seed=3).abs()
+    h64, w64, other64 = doubles(h, w, other_h)
+    logits = softened(h64, w64, cap)
+    teacher = F.log_softmax(softened(other64, w64, cap).detach() / 2, -1)
+    each = F.cross_entropy(logits, targets(n), reduction="none")
+    divergence = (teacher.exp() * (teacher - F.log_softmax(logits / 2, -1))).sum(-1).mean() * 4
+    for ours, reference in (
+        (cross_entropy(h, w, targets(n), cap), each.mean()),
+        (forward_kl(h, w, other_h, w, 2.0, cap), divergence),
+    ):
+        assert_close(ours, reference)
+        expected = torch.autograd.grad(reference, (h64, w64), retain_graph=True)
+        for mine, theirs in zip(torch.autograd.grad(ours, (h, w)), expected, strict=True):
+            assert_close(mine, theirs)
+    summed = summed_cross_entropy(h.detach(), w.detach(), targets(n), weights, cap)
+    total = (each * weights.double()).sum()
+    assert_close(summed.total, total)
+    assert_close(summed.gradient_ND, torch.autograd.grad(total, h64)[0])
+    assert_close(scored(h.detach(), w.detach(), targets(n), weights, cap)[0], total)
+    assert_close(token_losses(h, w, targets(n), cap), each)
+    assert_close(-token_scores(h, w, targets(n), cap)[0], each)
+    assert_close(capped(h.detach() @ w.detach().t(), cap), logits)

@@ -60,6 +60,19 @@ def zero_beyond(module: nn.Module, width: int) -> None:
         bias.zero_()
 
 
+class _NormOfLeading(nn.Module):
+    """The RMS norm of the leading numbers alone, for families that normalise all heads as one vector."""
+
+    def __init__(self, norm: Any, size: int) -> None:
+        super().__init__()
+        self.weight, self.eps, self.size = norm.weight, norm.variance_epsilon, size
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = x[..., : self.size]
+        own = own * torch.rsqrt(own.square().mean(-1, keepdim=True) + self.eps) * self.weight[: self.size]
+        return nn.functional.pad(own, (0, x.shape[-1] - self.size))
+
+
 @torch.no_grad()
 def masked(model: PreTrainedModel, config: DecoderConfig, spec: SubnetSpec) -> PreTrainedModel:
     """A copy whose neurons and heads beyond the prefix add nothing."""
@@ -68,6 +81,12 @@ def masked(model: PreTrainedModel, config: DecoderConfig, spec: SubnetSpec) -> P
     for (attention, mlp), layer in zip(output_projections(out), spec.layers, strict=True):
         zero_beyond(attention, layer.num_groups * heads_per_group * config.head_dim)
         zero_beyond(mlp, layer.intermediate_size)
+    if config.qk_norm == "width":
+        base: Any = out.base_model
+        for attention, layer in zip((block.self_attn for block in base.layers), spec.layers, strict=True):
+            rows = layer.num_groups * heads_per_group * config.head_dim
+            attention.q_norm = _NormOfLeading(attention.q_norm, rows)
+            attention.k_norm = _NormOfLeading(attention.k_norm, config.kv_rows(layer.num_groups))
     return out
 
 
@@ -96,6 +115,18 @@ UNIFORM = [
     ("gpt2", 8, None, (1,)),
     ("neox", 16, None, (0,)),
     ("neox-sequential", 24, None, (2,)),
+    ("gpt2-rescaled", 16, None, (2,)),
+    ("llama-yarn", 16, 1, (0,)),
+    ("qwen2-mixed", 16, 1, (0,)),
+    ("gemma2", 24, 1, (0,)),
+    ("gemma3", 16, 1, (1,)),
+    ("smollm3", 24, 1, (0,)),
+    ("phi3", 16, 1, (2,)),
+    ("phi3-longrope", 16, None, (1,)),
+    ("granite", 24, 1, (1,)),
+    ("olmo2", 16, 1, (0,)),
+    ("olmo2-mqa", 16, 2, ()),
+    ("stablelm", 24, None, (1,)),
 ]
 
 
@@ -143,11 +174,11 @@ def test_skipped_halves_and_layers_agree(case: str) -> None:
     check_equal(case, SubnetSpec.of([0, 0, 0], [0, 0, 0]))
 
 
-@pytest.mark.parametrize("case", ["llama", "llama-mqa", "qwen3", "gpt2", "neox"])
+@pytest.mark.parametrize("case", ["llama", "llama-mqa", "qwen3", "gpt2", "neox", "gemma2", "olmo2"])
 @given(data=st.data())
 @settings(max_examples=8)
 def test_any_widths_agree(case: str, data: st.DataObject) -> None:
-    groups = 2 if case in ("llama", "qwen3") else 4
+    groups = 4 if case in ("llama-mqa", "gpt2", "neox") else 2
     sizes = data.draw(st.lists(st.integers(0, 40), min_size=3, max_size=3))
     check_equal(case, SubnetSpec.of(sizes, data.draw(st.lists(st.integers(0, groups), min_size=3, max_size=3))))
 

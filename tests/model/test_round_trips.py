@@ -21,7 +21,7 @@ from tests.checkpoints.families_cases import (
     stock,
 )
 
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gpt2", "neox"]
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gpt2", "neox", "gemma2", "gemma3", "phi3", "olmo2", "stablelm"]
 _BYTES = {"1GB": None, "20KB": 20_000}
 HEADS = {"gpt2": "lm_head.weight", "neox": "embed_out.weight"}
 EMBEDDINGS = {"gpt2": "transformer.wte.weight", "neox": "gpt_neox.embed_in.weight"}

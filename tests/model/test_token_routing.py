@@ -17,8 +17,9 @@ from flextron.model.attention import CachedAttention, CausalAttention
 from flextron.model.batch import Batch, Segment
 from flextron.model.config import DecoderConfig
 from flextron.model.decoder import Decoder
-from flextron.model.layers import ACTIVATIONS, Layer, rotary_tables
+from flextron.model.layers import ACTIVATIONS, Layer
 from flextron.model.nested import Layout
+from flextron.model.rope import rotary_tables
 from flextron.model.scoring import mean_loss
 from flextron.model.token_layout import TokenLayout
 from flextron.spec import SubnetSpec
@@ -83,11 +84,11 @@ def dense(decoder: Decoder, tokens_T: Tensor, spec: SubnetSpec, router: BySign) 
     """Final hidden states of one sequence, each token's MLP run by itself."""
     batch = Batch.padded(tokens_T[None], spec)
     x = decoder.embed(batch)
-    rope = rotary_tables(decoder.config, batch.positions_N, x.dtype)
+    ropes = rotary_tables(decoder.config, batch.positions_N, x.dtype)
     for i, layer in enumerate(decoder.layers):
         assert isinstance(layer, Layer)
         before = x
-        x = x + layer.attend(x, batch, [spec.layers[i].num_groups], i, rope, CausalAttention(decoder.config))
+        x = x + layer.attend(x, batch, [spec.layers[i].num_groups], i, ropes[i], CausalAttention(decoder.config))
         if spec.layers[i].intermediate_size:
             normed = layer.mlp_norm(before if layer.parallel else x)
             widths, gates = router(i, normed)

@@ -109,9 +109,19 @@ def compare_in_mixed_batches(device: torch.device, case: str) -> None:
             assert_same(gathered_gradients(ranks, share), gradients(adapter))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("olmo2")])
 def test_shards_return_what_the_whole_decoder_does_and_so_do_their_gradients(ranks: Ranks, case: str) -> None:
     ranks.run(compare_in_mixed_batches, case)
+
+
+def refuse_a_norm_of_all_heads(device: torch.device) -> None:
+    """Its sum is over what the ranks share."""
+    with pytest.raises(FlextronError, match="normalises the queries of all heads as one"):
+        TensorParallel().decoder(whole_decoder("olmo2", device))
+
+
+def test_a_norm_of_all_heads_is_refused(ranks: Ranks) -> None:
+    ranks.run(refuse_a_norm_of_all_heads)
 
 
 def compare_each_linear(device: torch.device, case: str) -> None:

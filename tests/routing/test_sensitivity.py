@@ -10,7 +10,9 @@ from torch.nn import functional as F
 from flextron.model.attention import CausalAttention
 from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
-from flextron.model.layers import Layer, rotary_tables
+from flextron.model.layers import Layer
+from flextron.model.losses import capped
+from flextron.model.rope import rotary_tables
 from flextron.routing.sensitivity import Sensitivity, measure_sensitivity
 from flextron.spec import SearchSpace, SubnetSpec
 from tests.checkpoints.families_cases import random_tokens
@@ -35,7 +37,7 @@ def layer_of(decoder: Decoder, i: int) -> Layer:
 def half_layers(decoder: Decoder, i: int, x_ND: Tensor, groups: int, width: int) -> tuple[Tensor, Tensor]:
     """The residual stream after the attention and after the MLP of layer `i`, each at one width."""
     batch = Batch.padded(TOKENS, decoder.widths)
-    rope = rotary_tables(decoder.config, batch.positions_N, decoder.dtype)
+    rope = rotary_tables(decoder.config, batch.positions_N, decoder.dtype)[i]
     core = CausalAttention(decoder.config)
     layer = layer_of(decoder, i)
     middle = x_ND + layer.attend(x_ND, batch, [groups], i, rope, core) if groups else x_ND
@@ -52,7 +54,8 @@ def surprise(decoder: Decoder, i: int, half: int, x_ND: Tensor, targets: Tensor,
         x_ND = x_ND + layer_of(decoder, i).feed_forward(mlp_input, batch, [full])
     for k in range(i + 1, len(decoder.layers)):
         x_ND = half_layers(decoder, k, x_ND, groups, full)[1]
-    return F.cross_entropy(decoder.final_norm(x_ND) @ decoder.head_weight.t(), targets, reduction="sum")
+    logits = capped(decoder.final_norm(x_ND) @ decoder.head_weight.t(), decoder.config.logits_cap)
+    return F.cross_entropy(logits, targets, reduction="sum")
 
 
 def expected_cost(decoder: Decoder, i: int, half: int, width: int, targets: Tensor) -> float:

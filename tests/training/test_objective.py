@@ -76,6 +76,17 @@ def test_the_divergence_and_its_gradient_are_those_of_all_logits(
     assert_same(losses["loss"], reference, student)
 
 
+@pytest.mark.parametrize("case", ["gemma2", "gemma3", "smollm3", "phi3", "granite", "olmo2", "stablelm"])
+def test_losses_of_other_families_are_those_of_all_logits(case: str) -> None:
+    student, teacher = toy_decoder(4, case).requires_grad_(True), toy_decoder(3, case)
+    losses = evaluate(student, teacher, hidden_weight=0.0, lm_weight=1.0)
+    target = F.log_softmax(segment_logits(teacher, TOKENS, SPACE.full).flatten(0, 1), -1)
+    logits = reference_logits(student)
+    kl = (target.exp() * (target - F.log_softmax(logits.flatten(0, 1), -1))).sum(-1).mean()
+    lm = F.cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
+    assert_same(losses["loss"], kl + lm, student)
+
+
 def test_the_next_token_loss_never_crosses_sequences(student: Decoder, teacher: Decoder) -> None:
     losses = evaluate(student, teacher, kl_weight=0.0, hidden_weight=0.0, lm_weight=1.0)
     assert losses.keys() == {"lm", "loss"}

@@ -22,6 +22,8 @@ from flextron.elastic.adapter import ElasticAdapter
 from flextron.elastic.adapter_file import Bits, write_adapter
 from flextron.elastic.checkpoint import write_tensors
 from flextron.errors import FlextronError
+from flextron.export import Exported, Format, export, format_for, holds, write_slices
+from flextron.export.card import adapter_card
 from flextron.files import new_file, write_json
 from flextron.generation.sampling import SamplingParams
 from flextron.progress import OnProgress, OnStep
@@ -117,6 +119,12 @@ class ElasticModel(MeasuredModel):
             origin.permutation,
             base=origin.source,
             bits=bits,
+            card=adapter_card(
+                self.info,
+                base=origin.source,
+                rank=self.adapter.rank,
+                losses=[(p.spec, p.params, p.loss) for p in losses.points] if losses is not None else [],
+            ),
             extra=extra,
             tensors={ROUTERS_FILE: tensors} if (tensors := self._router_tensors()) else {},
             overwrite=overwrite,
@@ -310,3 +318,57 @@ class ElasticModel(MeasuredModel):
     def extract(self, spec: SubnetSpec) -> DenseModel:
         """A sub-network as a model of its own."""
         return DenseModel(extract(self.decoder, spec), self.tokenizer, self.hf_config, self.generation_config)
+
+    def export(
+        self,
+        path: str | Path,
+        *,
+        spec: SubnetSpec | None = None,
+        format: str | None = None,
+        precision: str | None = None,
+        pad: bool = False,
+        overwrite: bool = False,
+        **target: Any,
+    ) -> Exported:
+        """Write a sub-network for another program.
+
+        Args:
+            path: file or directory to write.
+            spec: the sub-network; by default the full one, or the best one for the target that the format can hold.
+            format: `hf` (a Hugging Face directory), `gguf` (llama.cpp) or `nemotron-nas` (vLLM); by default what the
+                path's suffix says, else `hf`.
+            precision: type of the numbers: `float32`, `bfloat16`, `float16`, and for GGUF also `q8_0` and `q4_0`; by
+                default float32 for `hf`, bfloat16 for `nemotron-nas`, float16 for `gguf`.
+            pad: where the format cannot hold the sub-network, widen its layers with zeros until it can.
+            overwrite: replace what is there.
+            target: a limit, as for `Target`.
+
+        Raises:
+            FlextronError: both a spec and a target are given, nothing is within the target, or the format cannot hold
+                the sub-network; names the nearest that it can hold.
+        """
+        if spec is not None and target:
+            raise FlextronError(f"give a sub-network or a target, not both: spec and {', '.join(target)}")
+        kind = format_for(Path(path), format)
+        if spec is None:
+            spec = self._exportable(kind, Target(**target), pad=pad) if target else self.space.full
+        return export(self, Path(path), spec, format=kind, precision=precision, pad=pad, overwrite=overwrite)
+
+    def _exportable(self, kind: Format, target: Target, *, pad: bool) -> SubnetSpec:
+        """The best sub-network within a target that a format can hold."""
+        config = self.decoder.config
+        allowed = None if pad else (lambda spec: holds(kind, config, spec))
+        return self._profiled(target).select(target, allowed=allowed).spec
+
+    def export_slices(self, path: str | Path, *, overwrite: bool = False) -> int:
+        """Write the measured sub-networks as a table of slices, in the form of Gemma 3n's; returns their number.
+
+        Args:
+            path: the CSV file.
+            overwrite: replace it if it exists.
+
+        Raises:
+            FlextronError: nothing was measured, or no measured sub-network is a slice: MLP widths and skipped layers
+                alone.
+        """
+        return write_slices(Path(path), self.frontier, self.space.full, overwrite=overwrite)

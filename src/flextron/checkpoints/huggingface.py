@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,25 @@ from flextron.checkpoints.gguf.checkpoint import open_gguf
 from flextron.checkpoints.origin import checked_origin
 from flextron.checkpoints.pretrained import Pretrained
 from flextron.checkpoints.shards import check_files, find_shards
+from flextron.checkpoints.text_part import text_part_of
+from flextron.checkpoints.tokenizer_files import write_tokenizer
 from flextron.errors import FlextronError
 from flextron.files import read_json, write_json
-from flextron.model.config import DecoderConfig
+from flextron.model.config import DecoderConfig, Rope
 from flextron.model.decoder import Decoder
 from flextron.spec import SubnetSpec
 
-__all__ = ["check_stock", "find_directory", "load_decoder", "open_pretrained", "stock_tensors", "write_checkpoint"]
+__all__ = [
+    "check_stock",
+    "find_directory",
+    "load_decoder",
+    "open_pretrained",
+    "stock_config",
+    "stock_maps",
+    "stock_tensors",
+    "write_checkpoint",
+    "write_files",
+]
 
 _BUFFERS = re.compile(r"rotary_emb\.inv_freq|attn\.(masked_)?bias$|attention\.(masked_)?bias$")
 _LEAST_SHARD_BYTES = 64 * 1024**2
@@ -56,14 +68,16 @@ def open_pretrained(source: str | Path) -> Pretrained:
             "merge it into its base model first, or remove the file"
         )
     hf_config = read_json(path / "config.json")
+    part = text_part_of(hf_config)
+    hf_config = hf_config if part is None else part.hf_config
     config_from_hf(hf_config)
     shards = find_shards(path)
     return Pretrained(
         name=str(source),
         hf_config=hf_config,
-        tensors=shards.stream,
+        tensors=shards.stream if part is None else part.stream(shards.stream),
         tokenizer=_tokenizer(path, hf_config),
-        names=shards.names,
+        names=shards.names if part is None else part.names(shards.names),
         directory=path,
         generation_config=read_generation_config(path),
     )
@@ -126,7 +140,7 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
         raise FlextronError(f"the tokenizer in {path} has no number as model_max_length; restore tokenizer_config.json")
 
 
-def _layer_maps(config: DecoderConfig, parameters: Mapping[str, Any]) -> Iterator[tuple[str, TensorMap]]:
+def _layer_maps(config: DecoderConfig, parameters: Container[str]) -> Iterator[tuple[str, TensorMap]]:
     """(Checkpoint name, map) of every tensor that the decoder needs, layer templates filled in.
 
     Layer by layer, which spreads the tensors that must be laid out anew for writing evenly over the files.
@@ -214,7 +228,10 @@ def _read_weights(decoder: Decoder, tensors: Iterator[tuple[str, Tensor]], dtype
                 "weights do not belong together"
             )
         _check_tensor(name, tensor, _joined_shape(wanted[key], [parameters[p].shape for p in wanted[key].ours]))
-        for target, part in zip(wanted[key].ours, wanted[key].split(tensor, decoder.config.head_dim), strict=True):
+        sizes = [parameters[p].shape[0] for p in wanted[key].ours]
+        for target, part in zip(
+            wanted[key].ours, wanted[key].split(tensor, sizes, decoder.config.head_dim), strict=True
+        ):
             copied = torch.empty(part.shape, dtype=dtype).copy_(part)
             if not torch.equal(weights.setdefault(target, copied), copied):
                 raise FlextronError(f"the checkpoint holds {key} under two names, with two values; remove one of them")
@@ -261,9 +278,27 @@ def write_checkpoint(
     Raises:
         FlextronError: the decoder's layers differ in width, or its family has no config for them.
     """
-    directory.joinpath("config.json").write_text(
-        json.dumps(stock_config(decoder, hf_config), indent=2) + "\n", encoding="utf-8"
+    write_files(
+        decoder,
+        directory,
+        stock_config(decoder, hf_config),
+        tokenizer=tokenizer,
+        generation_config=generation_config,
+        shard_bytes=shard_bytes,
     )
+
+
+def write_files(
+    decoder: Decoder,
+    directory: Path,
+    config: Mapping[str, Any],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None,
+    generation_config: Mapping[str, Any] | None = None,
+    shard_bytes: int | None = None,
+) -> None:
+    """The same with a `config.json` of one's own, for any widths."""
+    directory.joinpath("config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if shard_bytes is None:
         shard_bytes = max(_LEAST_SHARD_BYTES, sum(p.nbytes for p in decoder.parameters()) // 8)
     shards: list[dict[str, str]] = []
@@ -286,7 +321,7 @@ def write_checkpoint(
     flush()
     _name_shards(directory, shards, total)
     if tokenizer is not None:
-        tokenizer.save_pretrained(directory)
+        write_tokenizer(tokenizer, directory)
     if generation_config is not None:
         write_json(directory / GENERATION_CONFIG, generation_config)
 
@@ -307,12 +342,18 @@ def _name_shards(directory: Path, shards: list[dict[str, str]], total: int) -> N
 
 def stock_tensors(decoder: Decoder, values: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Values of the decoder's parameters (weights, or gradients) under their checkpoint's names and in its layout."""
+    for name, m in stock_maps(decoder, values):
+        yield name, m.join([values[p] for p in m.ours], decoder.config.head_dim)
+
+
+def stock_maps(decoder: Decoder, names: Container[str]) -> Iterator[tuple[str, TensorMap]]:
+    """(Checkpoint name, map) of the tensors whose parameters are among `names`; skipped layers do not count."""
     number = {old: new for new, old in enumerate(decoder.widths.kept_layers)}
-    for name, m in _layer_maps(decoder.config, values):
+    for name, m in _layer_maps(decoder.config, names):
         layer = re.match(r"layers\.(\d+)\.", m.ours[0])
         if layer:
             name = re.sub(r"(?<=\.)\d+(?=\.)", str(number[int(layer[1])]), name, count=1)
-        yield name, m.join([values[p] for p in m.ours], decoder.config.head_dim)
+        yield name, m
 
 
 def stock_config(decoder: Decoder, hf_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -329,6 +370,8 @@ def stock_config(decoder: Decoder, hf_config: Mapping[str, Any]) -> dict[str, An
         "tie_word_embeddings": config.tie_word_embeddings,
     }
     out.pop("torch_dtype", None)
+    if isinstance(out.get("rope_parameters"), Mapping) and config.rope is not None:
+        out |= _rope_before_5(config, config.rope, out["rope_parameters"])
     if widths == config.full_spec:
         return out
     check_stock(config, widths)
@@ -341,11 +384,36 @@ def stock_config(decoder: Decoder, hf_config: Mapping[str, Any]) -> dict[str, An
         out["head_dim"] = config.head_dim
         out["num_attention_heads"] = _num_heads(config, layer.num_groups)
         out["num_key_value_heads"] = config.kv_rows(layer.num_groups) // config.head_dim
-    for key in ("layer_types", "mlp_layer_types"):
-        # transformers counts their entries in every family
-        if isinstance(out.get(key), list) and len(out[key]) == config.num_hidden_layers:
-            out[key] = [out[key][i] for i in widths.kept_layers]
-    return out
+    return out | _layer_lists(config, widths, hf_config)
+
+
+def _layer_lists(config: DecoderConfig, widths: SubnetSpec, hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Lists with an entry a layer, of the layers that are left.
+
+    A pattern (every sixth layer has no window) would fall on others, so what it stands for is written out. transformers
+    counts the entries in every family, whether or not they say anything there.
+    """
+    given = {key: hf_config.get(key) for key in ("layer_types", "mlp_layer_types", "no_rope_layers")}
+    if config.layer_windows is not None or config.layer_ropes is not None:
+        parsed = parsed_config(hf_config)
+        given |= {key: getattr(parsed, key, None) for key in FAMILIES[config.family].keys & given.keys()}
+    return {
+        key: [value[i] for i in widths.kept_layers]
+        for key, value in given.items()
+        if isinstance(value, list) and len(value) >= config.num_hidden_layers
+    }
+
+
+def _rope_before_5(config: DecoderConfig, rope: Rope, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of `rope_parameters` under the names that `transformers` 4 reads; none if they differ by layer."""
+    if any(isinstance(value, Mapping) for value in given.values()):
+        return {}
+    scaling = {key: value for key, value in given.items() if key not in ("rope_theta", "partial_rotary_factor")}
+    older = {"rope_scaling": None if rope.scaling is None else scaling}
+    if config.family == "gpt_neox":
+        return older | {"rotary_emb_base": rope.theta, "rotary_pct": rope.fraction}
+    partial = {} if rope.fraction == 1 else {"partial_rotary_factor": rope.fraction}
+    return older | {"rope_theta": rope.theta} | partial
 
 
 def _num_heads(config: DecoderConfig, num_groups: int) -> int:
@@ -363,7 +431,18 @@ def check_stock(config: DecoderConfig, widths: SubnetSpec) -> None:
             "only a sub-network with equal widths in all its layers is a stock checkpoint; "
             "choose one with select(..., uniform=True)"
         )
+    if config.scale_by_layer and widths.kept_layers != tuple(range(len(widths.kept_layers))):
+        raise FlextronError(
+            f"a stock {config.family} checkpoint rescales scores by the layer's number, which skipping a layer before "
+            "others changes; skip none, or the last ones alone"
+        )
     groups = widths.layers[widths.kept_layers[0]].num_groups
+    rope = config.rope
+    if groups != config.num_groups and rope is not None and rope.scaling and rope.scaling["rope_type"] == "longrope":
+        raise FlextronError(
+            f"transformers refuses a {config.family} with longrope whose heads do not make up the hidden size; "
+            f"keep all {config.num_groups} groups and narrow the MLP or skip layers instead"
+        )
     if FAMILIES[config.family].heads_divide_hidden and config.hidden_size % _num_heads(config, groups):
         raise FlextronError(
             f"transformers refuses a {config.family} with {_num_heads(config, groups)} heads, which do not divide the "

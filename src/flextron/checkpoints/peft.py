@@ -46,6 +46,13 @@ _HARMLESS = {
 }
 """Settings that are read here, or that do not change what a trained adapter computes. Others must be unset."""
 
+_MERGE = "merge it into a copy of its base model with peft's merge_and_unload, and convert that"
+_WHY_NOT = {
+    "use_dora": ": it rescales each weight by its norm, which narrower sub-networks have otherwise",
+    "modules_to_save": ": it replaces whole modules, which all requests share",
+}
+"""Reasons, for settings that many adapters have."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Module:
@@ -212,12 +219,22 @@ def read_adapter(directory: Path, config: DecoderConfig, widths: SubnetSpec | No
         parts = (_split_lora if len(own) == 2 else _split_ia3)(own, wanted, module, config, settings)
         found |= {(module.layer, t): b for t, b in zip(module.targets, parts, strict=True)}
     if tensors:
+        _refuse_outer(min(tensors), config)
         raise FlextronError(f"the adapter holds {min(tensors)}, which a {config.family} model has no bypass for")
     if widths == config.full_spec:
         order = order_for(directory, config, settings.get("base_model_name_or_path"), metadata.get(MARK))
         if order is not None:
             reordered(found, order, config)
     return Adapter(config, widths, lambda i, target, _: found.get((i, target)))
+
+
+def _refuse_outer(name: str, config: DecoderConfig) -> None:
+    """Say what is wrong with a tensor beside the embeddings or the head."""
+    outer = [m.hf.removesuffix(".weight") for m in FAMILIES[config.family].tensors if "{i}" not in m.hf]
+    if any(f".{module}." in name for module in outer):
+        raise FlextronError(
+            f"the adapter changes the embeddings or the head ({name}), which all requests share; {_MERGE}"
+        )
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
@@ -234,7 +251,10 @@ def _check_settings(settings: Any, directory: Path) -> Mapping[str, Any]:
         raise FlextronError(f"{directory} holds no adapter of a method that is supported: {', '.join(_METHODS)}")
     for key, value in settings.items():
         if key not in _HARMLESS and value not in (None, False, "none", [], {}):
-            raise FlextronError(f"the adapter in {directory} was made with {key}, which is not supported")
+            why = _WHY_NOT.get(key, "")
+            raise FlextronError(
+                f"the adapter in {directory} was made with {key}, which is not supported{why}; {_MERGE}"
+            )
     check_initialisation(settings, directory)
     return settings
 
@@ -266,7 +286,7 @@ def _split_lora(
     alpha = float(next(matching, settings.get("lora_alpha", 8)))
     scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
     parts: list[Bypass] = []
-    for shape, rows in zip(shapes, module.rows.split(b, config.head_dim), strict=True):
+    for shape, rows in zip(shapes, module.rows.split(b, [s.outputs for s in shapes], config.head_dim), strict=True):
         lora = Lora(shape, rank, scale)
         lora.a, lora.b = (torch.nn.Parameter(t.clone().contiguous()) for t in (a.t(), rows))
         parts.append(lora)
@@ -278,7 +298,8 @@ def _split_ia3(
 ) -> list[Bypass]:
     on_input = own[0].shape[0] == 1
     factors = own[0].flatten()
-    rows = [factors] * len(shapes) if on_input else module.rows.split(factors, config.head_dim)
+    sizes = [s.outputs for s in shapes]
+    rows = [factors] * len(shapes) if on_input else module.rows.split(factors, sizes, config.head_dim)
     parts: list[Bypass] = []
     for shape, part in zip(shapes, rows, strict=True):
         ia3 = Ia3(shape, on_input=on_input)

@@ -71,6 +71,8 @@ class Permutation:
                 moved = [parameters[f"{name}.weight"]]
                 if moves.outputs is not None and f"{name}.bias" in parameters:
                     moved.append(parameters[f"{name}.bias"])
+                if f"{name}_norm.weight" in parameters and decoder.config.qk_norm == "width":
+                    moved.append(parameters[f"{name}_norm.weight"])
                 for parameter in moved:
                     parameter.copy_(parameter[order.to(parameter.device)])
 

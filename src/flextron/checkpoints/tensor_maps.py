@@ -8,7 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["GPT2_MAPS", "LLAMA_MAPS", "LLAMA_QK_NORM", "NEOX_MAPS", "TensorMap"]
+__all__ = [
+    "GEMMA_MAPS",
+    "GPT2_MAPS",
+    "LLAMA_MAPS",
+    "LLAMA_QK_NORM",
+    "NEOX_MAPS",
+    "OLMO2_MAPS",
+    "PHI3_MAPS",
+    "STABLELM_MAPS",
+    "TensorMap",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +41,13 @@ class TensorMap:
         """Whether the checkpoint's matrix is the transpose of ours."""
         return self.transposed != self.contracts
 
-    def split(self, tensor: Tensor, head_dim: int) -> tuple[Tensor, ...]:
-        """Split the checkpoint's tensor into one (rows, ...) tensor for each of `ours`."""
+    def split(self, tensor: Tensor, sizes: Sequence[int], head_dim: int) -> tuple[Tensor, ...]:
+        """Split the checkpoint's tensor into one (rows, ...) tensor for each of `ours`, of so many rows."""
         rows = tensor.t() if self.is_turned and tensor.dim() == 2 else tensor
         if len(self.ours) == 1:
             return (rows,)
         if not self.per_head:
-            return rows.chunk(len(self.ours))
+            return torch.split(rows, list(sizes))
         by_head = rows.unflatten(0, (-1, len(self.ours), head_dim))
         return tuple(by_head[:, j].flatten(0, 1) for j in range(len(self.ours)))
 
@@ -64,14 +74,20 @@ def _with_biases(maps: Sequence[TensorMap], bases: Sequence[str]) -> tuple[Tenso
 
 
 _L = "layers.{i}."
-_LLAMA_LAYER = (
+_LLAMA_LINEARS = (
     *(TensorMap(f"model.{_L}self_attn.{x}_proj.weight", (f"{_L}attention.{x}.weight",)) for x in "qkv"),
     TensorMap(f"model.{_L}self_attn.o_proj.weight", (f"{_L}attention.o.weight",), contracts=True),
     *(TensorMap(f"model.{_L}mlp.{x}_proj.weight", (f"{_L}mlp.{x}.weight",)) for x in ("gate", "up")),
     TensorMap(f"model.{_L}mlp.down_proj.weight", (f"{_L}mlp.down.weight",), contracts=True),
-    TensorMap(f"model.{_L}input_layernorm.weight", (f"{_L}attention_norm.weight",)),
-    TensorMap(f"model.{_L}post_attention_layernorm.weight", (f"{_L}mlp_norm.weight",)),
 )
+
+
+def _norms(**names: str) -> tuple[TensorMap, ...]:
+    """A layer's norms: names here, and in the checkpoint."""
+    return tuple(TensorMap(f"model.{_L}{hf}.weight", (f"{_L}{ours}.weight",)) for ours, hf in names.items())
+
+
+_LLAMA_NORMS = _norms(attention_norm="input_layernorm", mlp_norm="post_attention_layernorm")
 LLAMA_QK_NORM = tuple(
     TensorMap(f"model.{_L}self_attn.{x}_norm.weight", (f"{_L}attention.{x}_norm.weight",)) for x in "qk"
 )
@@ -80,10 +96,28 @@ _LLAMA_OUTER = (
     TensorMap("model.norm.weight", ("final_norm.weight",)),
     TensorMap("lm_head.weight", ("head.weight",)),
 )
-LLAMA_MAPS = _LLAMA_OUTER + _with_biases(
-    _LLAMA_LAYER, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_LLAMA_BIASES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_LLAMA_BIASED = _with_biases(_LLAMA_LINEARS, _LLAMA_BIASES)
+_POST_NORMS = {"attention_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"}
+LLAMA_MAPS = _LLAMA_OUTER + _LLAMA_BIASED + _LLAMA_NORMS
+OLMO2_MAPS = _LLAMA_OUTER + _LLAMA_BIASED + LLAMA_QK_NORM + _norms(**_POST_NORMS)
+GEMMA_MAPS = (
+    *(_LLAMA_OUTER + _LLAMA_BIASED),
+    *_norms(attention_norm="input_layernorm", mlp_norm="pre_feedforward_layernorm", **_POST_NORMS),
+)
+STABLELM_MAPS = (
+    *_with_biases(_LLAMA_OUTER, ("norm",)),
+    *_LLAMA_BIASED,
+    *_with_biases(_LLAMA_NORMS, ("input_layernorm", "post_attention_layernorm")),
 )
 _QKV = tuple(f"{_L}attention.{x}.weight" for x in "qkv")
+PHI3_MAPS = (
+    *_LLAMA_OUTER,
+    TensorMap(f"model.{_L}self_attn.qkv_proj.weight", _QKV),
+    TensorMap(f"model.{_L}mlp.gate_up_proj.weight", tuple(f"{_L}mlp.{x}.weight" for x in ("gate", "up"))),
+    *(m for m in _LLAMA_LINEARS if m.contracts),
+    *_LLAMA_NORMS,
+)
 GPT2_MAPS = (
     TensorMap("transformer.wte.weight", ("embedding.weight",)),
     TensorMap("transformer.wpe.weight", ("positions.weight",)),

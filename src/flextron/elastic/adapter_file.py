@@ -26,7 +26,7 @@ from flextron.model.decoder import Decoder
 __all__ = ["Bits", "StoredAdapter", "is_adapter", "read_adapter", "write_adapter"]
 
 _FACTS, _TENSORS = "elastic_adapter.json", "elastic_adapter.safetensors"
-_INFO, FORMAT_VERSION = "elastic.json", 1
+_INFO, _CARD, FORMAT_VERSION = "elastic.json", "README.md", 1
 _LORA, _NORMS, _ORDER, _SKETCH = "lora.", "norms.", "order.", "base_sketch"
 _SCALES = ".scales"
 _REMEDY = "make the elastic adapter again with train --lora"
@@ -95,6 +95,7 @@ def write_adapter(
     bits: Bits = 16,
     extra: Mapping[str, Any] | None = None,
     tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
+    card: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write an adapter directory, in one move.
@@ -108,6 +109,7 @@ def write_adapter(
         bits: bits per number of the updates.
         extra: further JSON documents by file name.
         tensors: further safetensors files by name (routers).
+        card: the model card, if there is one.
         overwrite: replace an existing directory.
 
     Raises:
@@ -125,6 +127,8 @@ def write_adapter(
         write_json(temporary / _INFO, info.to_dict())
         write_json(temporary / _FACTS, facts)
         write_tensors(temporary / _TENSORS, {name: t.contiguous() for name, t in stored.items()})
+        if card is not None:
+            (temporary / _CARD).write_text(card, encoding="utf-8")
         for name, data in (extra or {}).items():
             write_json(temporary / name, data)
         for name, weights in (tensors or {}).items():

@@ -19,7 +19,8 @@ from torch import Tensor
 from flextron.model.attention import CausalAttention
 from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
-from flextron.model.layers import Contraction, Layer, SelfAttention, rotary_tables
+from flextron.model.layers import Contraction, Layer, SelfAttention
+from flextron.model.rope import rotary_tables
 
 __all__ = ["Importance", "Method", "rank"]
 
@@ -168,14 +169,14 @@ def _rank_layer(
     group_score = _GroupScore(layer.attention, config.num_groups, method)
     cosine = 0.0
     for batch, x in zip(chunks, hidden, strict=True):
-        rope = rotary_tables(config, batch.positions_N, x.dtype)
+        rope = rotary_tables(config, batch.positions_N, x.dtype)[i]
         (heads,) = layer.attention.heads(layer.attention_norm(x), batch, [config.num_groups], i, rope, core)
         group_score.add(heads, config.head_dim)
-        after = x + layer.attention.project([heads], batch, [config.num_groups])
+        after = x + layer.joining(layer.attention.project([heads], batch, [config.num_groups]), "attention")
         layout = batch.layout([config.intermediate_size])
         (h,) = layer.mlp.neurons(layer.mlp_norm(x if config.parallel_residual else after), layout.blocks)
         mlp_score.add(h)
-        y = after + layer.mlp.project(len(x), (h,), layout)
+        y = after + layer.joining(layer.mlp.project(len(x), (h,), layout), "mlp")
         cosine += float(torch.cosine_similarity(x.float(), y.float(), dim=-1).sum())
         x.copy_(y)
     return mlp_score.take_order(layer.mlp.down), group_score.order(), 1 - cosine / sum(len(x) for x in hidden)

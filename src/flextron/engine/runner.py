@@ -60,7 +60,7 @@ class PagedAttention:
 
     def __init__(self, config: DecoderConfig, cache: Tensor, segments: Sequence[Sequence[Chunk]]) -> None:
         """Take the chunks of each segment of the batch that will run."""
-        self._window, self._cache, self._segments = config.sliding_window, cache, segments
+        self._config, self._cache, self._segments = config, cache, segments
         self._page_size = cache.shape[2]
 
     def __call__(
@@ -83,8 +83,8 @@ class PagedAttention:
         self._cache[own, 0, within], self._cache[own, 1, within] = k_NKd, v_NKd
         # (pages, KV heads, 2, page, d) to (2, KV heads, tokens, d)
         kv = self._cache[blocks].permute(2, 1, 0, 3, 4).flatten(2, 3)[:, None, :, :end]
-        mask = window_mask(positions, torch.arange(end, device=device), self._window)
-        out = sdpa(q_NHd.transpose(0, 1)[None], kv[0], kv[1], mask=mask)
+        mask = window_mask(positions, torch.arange(end, device=device), self._config.window_of(layer))
+        out = sdpa(q_NHd.transpose(0, 1)[None], kv[0], kv[1], mask=mask, cap=self._config.attention_cap)
         return out[0].transpose(0, 1)
 
 

@@ -25,6 +25,7 @@ class ChunkAttention:
     def __init__(
         self,
         config: DecoderConfig,
+        layer: int,
         past_kv: tuple[Tensor, Tensor],
         cached_kv: tuple[Tensor, Tensor] | None = None,
         cached_out: tuple[Tensor, Tensor] | None = None,
@@ -33,11 +34,13 @@ class ChunkAttention:
 
         Args:
             config: the decoder's.
+            layer: the layer, whose window counts.
             past_kv: keys and values, (h, K, d), of the tokens before the chunk that its first sequence sees.
             cached_kv: keys and values of the chunk itself, where they are computed again; gradients flow past them.
             cached_out: what the heads gave, where that is cached, too; see `cached_out`.
         """
-        self._window, self._past_kv, self._cached_kv = config.sliding_window, past_kv, cached_kv
+        self._window, self._cap = config.window_of(layer), config.attention_cap
+        self._past_kv, self._cached_kv = past_kv, cached_kv
         self.new: tuple[Tensor, Tensor] | None = None
         """Keys and values of the chunk, (N, K, d), once the layer has run; None if its attention is skipped."""
         self.cached_out = cached_out
@@ -54,7 +57,9 @@ class ChunkAttention:
         if len(self._past_kv[0]):
             k_MKd, v_MKd = torch.cat((self._past_kv[0], k_NKd)), torch.cat((self._past_kv[1], v_NKd))
         if q_NHd.device.type == "cpu":
-            out, lse = _Attend.apply(q_NHd, k_MKd, v_MKd, lengths, self._window, self.cached_out)  # type: ignore[no-untyped-call]
+            out, lse = _Attend.apply(  # type: ignore[no-untyped-call]
+                q_NHd, k_MKd, v_MKd, lengths, self._window, self.cached_out, self._cap
+            )
             self.cached_out = out.detach(), lse
             return out  # type: ignore[no-any-return]
         parts = [
@@ -68,17 +73,23 @@ class ChunkAttention:
         num_new, length = len(q_NHd), len(k_LKd)
         q, k, v = (t.transpose(0, 1)[None] for t in (q_NHd, k_LKd, v_LKd))
         if num_new == length and (self._window is None or length <= self._window):
-            return sdpa(q, k, v, causal=True)[0].transpose(0, 1)
+            return sdpa(q, k, v, causal=True, cap=self._cap)[0].transpose(0, 1)
         positions = torch.arange(length, device=k.device)
         mask = window_mask(positions[length - num_new :], positions, self._window)
-        return sdpa(q, k, v, mask=mask)[0].transpose(0, 1)
+        return sdpa(q, k, v, mask=mask, cap=self._cap)[0].transpose(0, 1)
 
 
 class Backend(Protocol):
     """Attention of a chunk and its gradients; two modules implement it."""
 
     def attend(
-        self, q_NHd: Tensor, k_MKd: Tensor, v_MKd: Tensor, lengths: Sequence[int], window: int | None
+        self,
+        q_NHd: Tensor,
+        k_MKd: Tensor,
+        v_MKd: Tensor,
+        lengths: Sequence[int],
+        window: int | None,
+        cap: float | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Causal attention of the last tokens of some sequences.
 
@@ -88,6 +99,7 @@ class Backend(Protocol):
             v_MKd: values.
             lengths: tokens of each sequence in the chunk.
             window: keys that a query sees, itself included; None for all.
+            cap: scores s count as cap · tanh(s / cap); None leaves them alone. The compiled kernels have none.
 
         Returns:
             What the heads give, (N, H, d), and the logarithm of each one's sum of exponentials, (N, H), at least
@@ -104,6 +116,7 @@ class Backend(Protocol):
         cached_out: tuple[Tensor, Tensor],
         g_NHd: Tensor,
         needs: Sequence[bool],
+        cap: float | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of queries, keys and values.
 
@@ -116,12 +129,13 @@ class Backend(Protocol):
             cached_out: what `attend` gave.
             g_NHd: gradient of the heads' outputs.
             needs: which of the three are wanted; others are None.
+            cap: as for `attend`.
         """
 
 
-def _backend(q_NHd: Tensor) -> Backend:
-    """The compiled kernels where they take such queries, else PyTorch's operators."""
-    return kernels if kernels.takes_heads(q_NHd) else attention_torch
+def _backend(q_NHd: Tensor, cap: float | None) -> Backend:
+    """The compiled kernels where they take such attention, else PyTorch's operators."""
+    return kernels if cap is None and kernels.takes_heads(q_NHd) else attention_torch
 
 
 class _Attend(torch.autograd.Function):
@@ -136,11 +150,12 @@ class _Attend(torch.autograd.Function):
         lengths: Sequence[int],
         window: int | None,
         cached_out: tuple[Tensor, Tensor] | None,
+        cap: float | None,
     ) -> tuple[Tensor, Tensor]:
         if cached_out is None:
-            cached_out = _backend(q_NHd).attend(q_NHd, k_MKd, v_MKd, lengths, window)
+            cached_out = _backend(q_NHd, cap).attend(q_NHd, k_MKd, v_MKd, lengths, window, cap)
         out_NHd, lse_NH = cached_out[0].view_as(cached_out[0]), cached_out[1].view_as(cached_out[1])
-        ctx.lengths, ctx.window = lengths, window
+        ctx.lengths, ctx.window, ctx.cap = lengths, window, cap
         ctx.save_for_backward(q_NHd, k_MKd, v_MKd, out_NHd, lse_NH)
         ctx.mark_non_differentiable(lse_NH)
         return out_NHd, lse_NH
@@ -148,9 +163,9 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         q, k, v, *cached_out = ctx.saved_tensors
-        differentiate, needs = _backend(q).attend_backward, ctx.needs_input_grad[:3]
-        gradients = differentiate(q, k, v, ctx.lengths, ctx.window, tuple(cached_out), grads[0], needs)
-        return *gradients, None, None, None
+        differentiate, needs = _backend(q, ctx.cap).attend_backward, ctx.needs_input_grad[:3]
+        gradients = differentiate(q, k, v, ctx.lengths, ctx.window, tuple(cached_out), grads[0], needs, ctx.cap)
+        return *gradients, None, None, None, None
 
 
 class _Known(torch.autograd.Function):

@@ -32,7 +32,12 @@ def sequences(lengths: Sequence[int], num_keys: int) -> Iterator[tuple[slice, sl
 
 
 def attend(
-    q_NHd: Tensor, k_MKd: Tensor, v_MKd: Tensor, lengths: Sequence[int], window: int | None
+    q_NHd: Tensor,
+    k_MKd: Tensor,
+    v_MKd: Tensor,
+    lengths: Sequence[int],
+    window: int | None,
+    cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `flextron.finetuning.attention.Backend`."""
     num_kv = k_MKd.shape[1]
@@ -41,7 +46,7 @@ def attend(
     q, out, lse = (_rows(t, num_kv) for t in (q_NHd, out_NHd, lse_NH[..., None]))
     k, v = k_MKd.transpose(0, 1), v_MKd.transpose(0, 1)
     for block in _blocks(lengths, len(k_MKd), window):
-        scores = _scores(q, k, block, window)
+        scores, _ = _scores(q, k, block, window, cap)
         sums = scores.logsumexp(-1, keepdim=True)
         share = scores.sub_(sums).exp_().to(v.dtype)
         out[:, :, block.rows] = torch.bmm(share, v[:, block.seen]).unflatten(1, (q.shape[1], -1))
@@ -58,6 +63,7 @@ def attend_backward(
     cached_out: tuple[Tensor, Tensor],
     g_NHd: Tensor,
     needs: Sequence[bool],
+    cap: float | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """See `flextron.finetuning.attention.Backend`."""
     out_NHd, lse_NH = cached_out
@@ -68,13 +74,16 @@ def attend_backward(
     need_q, need_k, need_v = needs
     dq_NHd, dk, dv = torch.empty_like(q_NHd), torch.zeros_like(k), torch.zeros_like(v)
     for block in _blocks(lengths, len(k_MKd), window):
-        share = _scores(q, k, block, window).sub_(_own(lse, block)).exp_().to(v.dtype)
+        scores, slope = _scores(q, k, block, window, cap)
+        share = scores.sub_(_own(lse, block)).exp_().to(v.dtype)
         own_g = _own(g, block)
         if need_v:
             dv[:, block.seen] += torch.bmm(share.transpose(1, 2), own_g)
         if not (need_q or need_k):
             continue
         ds = torch.bmm(own_g, v[:, block.seen].transpose(1, 2)).sub_(_own(through, block)).mul_(share)
+        if slope is not None:
+            ds = ds.mul_(slope.to(ds.dtype))
         if need_q:
             own = torch.bmm(ds, k[:, block.seen]).mul_(scale)
             _rows(dq_NHd, num_kv)[:, :, block.rows] = own.unflatten(1, (q.shape[1], -1))
@@ -106,15 +115,22 @@ def _blocks(lengths: Sequence[int], num_keys: int, window: int | None) -> Iterat
             yield _Block(slice(a, e), slice(first, before + e), is_cut)
 
 
-def _scores(q: Tensor, k: Tensor, block: _Block, window: int | None) -> Tensor:
-    """Scores of a block's rows, (K, r n, j), at least float32; of the keys only the last n can come after a query."""
+def _scores(q: Tensor, k: Tensor, block: _Block, window: int | None, cap: float | None) -> tuple[Tensor, Tensor | None]:
+    """Scores of a block's rows, (K, r n, j), at least float32, and the slope of their cap, if there is one.
+
+    Of the keys only the last n can come after a query.
+    """
     n, j = block.rows.stop - block.rows.start, block.seen.stop - block.seen.start
     scores = torch.bmm(_own(q, block) * q.shape[-1] ** -0.5, k[:, block.seen].transpose(1, 2)).to(_precise(q))
+    slope = None
+    if cap is not None:
+        share = scores.div_(cap).tanh_()
+        scores, slope = share * cap, 1 - share.square()
     first = 0 if block.is_cut else j - n
     query, key = torch.arange(j - n, j), torch.arange(first, j)
     hidden = ~window_mask(query, key, window if block.is_cut else None)
     scores.unflatten(1, (q.shape[1], n))[..., first:].masked_fill_(hidden, -torch.inf)
-    return scores
+    return scores, slope
 
 
 def _precise(x: Tensor) -> torch.dtype:

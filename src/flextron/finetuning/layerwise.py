@@ -175,8 +175,8 @@ class Finetuning:
             where = saved.inputs.get(i, saved.stream)
             assert where is not None
             x_ND = where[start:stop]
-        attention = ChunkAttention(self._decoder.config, saved.past_kv(i, self._packed.seen(start), x_ND))
-        x_ND = self._decoder.layers[i](x_ND, batch, i, self._packed.rope(start, stop), attention)
+        attention = ChunkAttention(self._decoder.config, i, saved.past_kv(i, self._packed.seen(i, start), x_ND))
+        x_ND = self._decoder.layers[i](x_ND, batch, i, self._packed.rope(i, start, stop), attention)
         self._keep_rows(i, start, attention, kept)
         self._pass_up(x_ND, start)
         self._num_done = stop
@@ -224,8 +224,8 @@ class Finetuning:
         with torch.enable_grad():
             x = stream_TD[rows].requires_grad_()
             hidden = self._decoder.final_norm(x)
-        head, packed = self._decoder.head_weight.detach(), self._packed
-        loss = summed_cross_entropy(hidden.detach(), head, packed.targets_T[rows], packed.weights_T[rows])
+        head, cap, packed = self._decoder.head_weight.detach(), self._decoder.config.logits_cap, self._packed
+        loss = summed_cross_entropy(hidden.detach(), head, packed.targets_T[rows], packed.weights_T[rows], cap)
         self._loss += loss.total
         self.num_right += loss.num_right
         (stream_TD[rows],) = torch.autograd.grad(hidden, x, loss.gradient_ND)
@@ -241,7 +241,8 @@ class Finetuning:
         assert self.saved.stream is not None
         rows, packed = self._rows[self._num_done : self._num_done + num_tokens], self._packed
         hidden = self._decoder.final_norm(self.saved.stream[rows])
-        total, right = scored(hidden, self._decoder.head_weight, packed.targets_T[rows], packed.weights_T[rows])
+        head, cap = self._decoder.head_weight, self._decoder.config.logits_cap
+        total, right = scored(hidden, head, packed.targets_T[rows], packed.weights_T[rows], cap)
         self._loss += total
         self.num_right += right
         self._num_done += len(rows)
@@ -285,7 +286,7 @@ class Finetuning:
         targets = self._adapter.targets_in(i, self.spec.layers[i])
         is_lowest = i == self._trained[0]
         x_ND = saved.inputs[i][chunk].detach().requires_grad_(not is_lowest)
-        past_kv, cached_kv = saved.past_kv(i, self._packed.seen(start), x_ND), None
+        past_kv, cached_kv = saved.past_kv(i, self._packed.seen(i, start), x_ND), None
         if i in saved.keys:
             # in the lowest layer, earlier keys and values matter only if something in their projections is trained
             matters = len(past_kv[0]) > 0 and (not is_lowest or not targets.isdisjoint("kv"))
@@ -294,7 +295,7 @@ class Finetuning:
             if saved.key_value_gradients is None:
                 saved.key_value_gradients = _accumulator(saved.keys[i]), _accumulator(saved.values[i])
         cached_out = (saved.heads[i][chunk], saved.lse[i][chunk]) if i in saved.heads else None
-        attention = ChunkAttention(self._decoder.config, past_kv, cached_kv, cached_out)
+        attention = ChunkAttention(self._decoder.config, i, past_kv, cached_kv, cached_out)
         y_ND = self._run_again(i, x_ND, start, stop, attention)
 
         ends = [(y_ND, saved.stream[chunk])]
@@ -310,7 +311,7 @@ class Finetuning:
             saved.stream[chunk] = gradients.pop(0)
         if past_kv[0].requires_grad:
             for total in sums:
-                total[self._packed.seen(start)] += gradients.pop(0)
+                total[self._packed.seen(i, start)] += gradients.pop(0)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
@@ -322,7 +323,7 @@ class Finetuning:
         known = {t: rows[start:stop] for (layer, t), rows in self.saved.products.items() if layer == i}
         unread = unread_linears(self._decoder.config, self.spec.layers[i]) | known.keys()
         pruned = PrunedBatch(batch.tokens_N, batch.positions_N, batch.segments, unread, known)
-        y_ND: Tensor = self._decoder.layers[i](x_ND, pruned, i, self._packed.rope(start, stop), attention)
+        y_ND: Tensor = self._decoder.layers[i](x_ND, pruned, i, self._packed.rope(i, start, stop), attention)
         return y_ND
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from flextron.errors import FlextronError
 from flextron.finetuning.example import Example
 from flextron.model.config import DecoderConfig
-from flextron.model.layers import rotary_tables
+from flextron.model.rope import Tables, rotary_tables
 
 __all__ = ["Packed"]
 
@@ -52,7 +52,7 @@ class Packed:
         total = sum(float(w.sum()) for w in weights) if total_weight is None else total_weight
         if not total > 0:
             raise FlextronError("no token of the examples has a weight; nothing could be learned from them")
-        self._window = config.sliding_window
+        self._config = config
         lengths = [len(t) - 1 for t in tokens]
         self._starts = tuple(accumulate(lengths, initial=0))
         self.tokens_T = torch.cat([t[:-1] for t in tokens]).to(device)
@@ -63,7 +63,7 @@ class Packed:
         """What each prediction counts, float64."""
         self.positions_T = torch.cat([torch.arange(n) for n in lengths]).to(device)
         """Position of each token in its example, int64."""
-        self._rope = rotary_tables(config, self.positions_T, dtype)
+        self._ropes = rotary_tables(config, self.positions_T, dtype)
 
     def __len__(self) -> int:
         """T."""
@@ -74,14 +74,16 @@ class Packed:
         cuts = [start, *(s for s in self._starts if start < s < stop), stop]
         return tuple(b - a for a, b in pairwise(cuts))
 
-    def rope(self, start: int, stop: int) -> tuple[Tensor, Tensor] | None:
-        """Rotations of a chunk's tokens; see `layers.rotary_tables`."""
-        return None if self._rope is None else (self._rope[0][start:stop], self._rope[1][start:stop])
+    def rope(self, layer: int, start: int, stop: int) -> Tables | None:
+        """Rotations of a chunk's tokens in a layer; see `rope.rotary_tables`."""
+        tables = self._ropes[layer]
+        return None if tables is None else (tables[0][start:stop], tables[1][start:stop])
 
-    def seen(self, start: int) -> slice:
-        """The tokens before a chunk that its first token sees."""
+    def seen(self, layer: int, start: int) -> slice:
+        """The tokens before a chunk that its first token sees in a layer."""
+        window = self._config.window_of(layer)
         first = self._starts[bisect_right(self._starts, start) - 1]
-        return slice(first if self._window is None else max(first, start + 1 - self._window), start)
+        return slice(first if window is None else max(first, start + 1 - window), start)
 
 
 def _tensor(numbers: Sequence[float] | Tensor, dtype: torch.dtype) -> Tensor:

@@ -46,12 +46,17 @@ def num_keepable(config: DecoderConfig, spec: SubnetSpec) -> int:
 
 
 def unread_linears(config: DecoderConfig, widths: LayerSpec) -> frozenset[str]:
-    """The linears of a layer whose products a backward pass can do without, given the cached keys and values."""
-    unread = {"down", "v"}
+    """The linears of a layer whose products a backward pass can do without, given the cached keys and values.
+
+    A norm reads its input on the way back: of keys, or of what a half of the layer gives.
+    """
+    unread = {"v"}
     if not config.qk_norm:
         unread.add("k")
-    if config.parallel_residual or not widths.intermediate_size:
-        unread.add("o")
+    if not config.post_norm:
+        unread.add("down")
+        if config.parallel_residual or not widths.intermediate_size:
+            unread.add("o")
     return frozenset(unread)
 
 

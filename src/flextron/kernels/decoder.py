@@ -39,7 +39,8 @@ from flextron.kernels.quantization import (
     row_errors,
 )
 from flextron.model.decoder import Decoder
-from flextron.model.layers import rotary_tables
+from flextron.model.layers import LayerNorm, RMSNorm
+from flextron.model.rope import Tables, rotary_tables
 
 __all__ = ["NativeStep", "Weights", "why_not_native"]
 
@@ -66,6 +67,11 @@ def why_not_native(decoder: Decoder) -> str | None:
 
 def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> Tensor:
+    """An array of pointers, null for None."""
+    return torch.tensor([_address(t) or 0 for t in tensors], dtype=torch.int64)
 
 
 class NativeStep:
@@ -112,7 +118,6 @@ class NativeStep:
             vocab_size=config.vocab_size,
             num_layers=config.num_hidden_layers,
             rotated=0 if config.rope is None else int(config.head_dim * config.rope.fraction),
-            window=config.sliding_window or 0,
             page_size=page_size,
             query_rows_per_group=config.query_rows_per_group,
             is_multi_query=config.is_multi_query,
@@ -120,19 +125,27 @@ class NativeStep:
             is_layer_norm=config.norm == "layer",
             activation=ACTIVATIONS.index("gelu_tanh" if config.activation in _TANH else config.activation),
             weights=WEIGHTS.index(weights),
+            qk_norm_is_whole=config.qk_norm == "width",
             norm_eps=config.norm_eps,
+            embedding_scale=config.embedding_scale,
+            residual_scale=config.residual_scale,
+            attention_cap=config.attention_cap or 0.0,
+            logits_cap=config.logits_cap or 0.0,
         )
         self._layers = (LayerWeights * config.num_hidden_layers)()
-        self._cos_sin = (torch.empty(0, 0), torch.empty(0, 0))
+        self._tables: tuple[Tables | None, ...] = ()
+        self._num_positions = 0
+        """Positions that the tables hold."""
         self._pace = ThreadPace(torch.get_num_threads()) if adapts_threads else None
-        self._quantized: list[Tensor] = []
+        self._made: list[Tensor] = []
         """Kept alive for the pointers."""
-        for layer, native in zip(decoder.layers, self._layers, strict=True):
+        for i, (layer, native) in enumerate(zip(decoder.layers, self._layers, strict=True)):
+            native.window, native.query_scale = config.window_of(i) or 0, config.query_scale(i)
             for name, module in _parts(layer):
-                bias = _address(getattr(module, "bias", None))
-                if name.endswith("norm"):
-                    setattr(native, name, Norm(_address(module.weight), bias))
+                if isinstance(module, RMSNorm | LayerNorm):
+                    setattr(native, name, self._norm(module))
                 else:
+                    bias = _address(module.bias)
                     linear = self._linear(module.weight, bias, weights, sums_rows=name in ("o", "down"))
                     setattr(native, name, linear)
         norm: Any = decoder.final_norm
@@ -140,16 +153,24 @@ class NativeStep:
         self._ends = Ends(
             embedding=_address(decoder.embedding.weight),
             positions=None if positions is None else _address(positions.weight),
-            final_norm=Norm(_address(norm.weight), _address(getattr(norm, "bias", None))),
+            final_norm=self._norm(norm),
             head=self._linear(decoder.head_weight, None, "float32" if weights == "float32" else "int8"),
         )
         self.screens_head = screens_head and weights == "float32"
         """Whether the likeliest token can be found without reading the whole head."""
         if self.screens_head:
             self._ends.screen = self._linear(decoder.head_weight, None, "int8")
-            errors = row_errors(decoder.head_weight, *self._quantized[-2:])
+            errors = row_errors(decoder.head_weight, *self._made[-2:])
             self._ends.errors = _address(errors)
-            self._quantized.append(errors)
+            self._made.append(errors)
+
+    @torch.no_grad()
+    def _norm(self, norm: RMSNorm | LayerNorm) -> Norm:
+        """With a copy of the gains where they are not the weights themselves."""
+        gains = norm.gains
+        if gains is not norm.weight:
+            self._made.append(gains)
+        return Norm(_address(gains), _address(getattr(norm, "bias", None)))
 
     def _linear(self, weight: Tensor, bias: int | None, weights: Weights, *, sums_rows: bool = False) -> Linear:
         """With a quantized copy, but for float32; `sums_rows` where rows are inputs, not outputs."""
@@ -166,7 +187,7 @@ class NativeStep:
             numbers = pack_groups(numbers)
             scales = pad(scales.flatten(), (1, LANES))  # the kernels read vectors around them
             linear = Linear(_address(numbers), bias, group_scales=_address(scales[1:]), column_scales=_address(columns))
-        self._quantized += [numbers, scales, *([] if columns is None else [columns])]
+        self._made += [numbers, scales, *([] if columns is None else [columns])]
         return linear
 
     def __call__(
@@ -205,7 +226,8 @@ class NativeStep:
         wanted = torch.tensor(rows, dtype=torch.int64)
         owned = None if adapters is None else torch.tensor([0 if a is None else a.address for a in adapters])
         logits_RV = torch.empty(len(rows), self._shape.vocab_size)
-        cos, sin = self._rotations(positions_N)
+        rotations = self._rotations(positions_N)
+        cos, sin = (_addresses(tables) for tables in zip(*rotations, strict=True))
         tokens = Tokens(
             num_tokens=len(tokens_N),
             ids=_address(tokens_N),
@@ -242,25 +264,29 @@ class NativeStep:
         rows = mlp_widths_LN.amax(1).sum() + mlp_widths_LN.sum() / _PRODUCTS_A_READ
         self._pace.learn(float(rows), seconds)
 
-    def _rotations(self, positions_N: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Cosines and sines of the positions, (N, rotated) each, out of tables that grow with the longest sequence."""
+    def _rotations(self, positions_N: Tensor) -> list[tuple[Tensor | None, Tensor | None]]:
+        """Cosines and sines of the positions in each layer, out of tables that grow with the longest sequence.
+
+        Returns:
+            Of each layer (N, 1, rotated) each, or None where it rotates nothing; layers share what is the same.
+        """
         config = self._decoder.config
-        if config.rope is None:
-            return None, None
         last = int(positions_N.max())
-        if last >= len(self._cos_sin[0]):
-            known = torch.arange(max(last + 1, min(max(256, 2 * last), config.max_position_embeddings)))
-            rope = rotary_tables(config, known, torch.float32)
-            assert rope is not None
-            self._cos_sin = (rope[0].squeeze(1), rope[1].squeeze(1))
-        cos, sin = self._cos_sin
-        return cos[positions_N], sin[positions_N]
+        if last >= self._num_positions:
+            self._num_positions = max(last + 1, min(max(256, 2 * last), config.max_position_embeddings))
+            self._tables = rotary_tables(config, torch.arange(self._num_positions), torch.float32)
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        for tables in self._tables:
+            if tables is not None and id(tables) not in found:
+                found[id(tables)] = tables[0][positions_N], tables[1][positions_N]
+        return [(None, None) if tables is None else found[id(tables)] for tables in self._tables]
 
 
 def _parts(layer: nn.Module) -> list[tuple[str, Any]]:
     """Weights of a layer by the kernels' names; absent ones are left out."""
     attention, mlp = getattr(layer, "attention", None), getattr(layer, "mlp", None)
-    parts = [(name, getattr(layer, name, None)) for name in ("attention_norm", "mlp_norm")]
+    norms = ("attention_norm", "mlp_norm", "attention_post_norm", "mlp_post_norm")
+    parts = [(name, getattr(layer, name, None)) for name in norms]
     parts += [(name, getattr(attention, name, None)) for name in ("q", "k", "v", "o", "q_norm", "k_norm")]
     parts += [(name, getattr(mlp, name, None)) for name in ("gate", "up", "down")]
-    return [(name, module) for name, module in parts if module is not None]
+    return [(name, module) for name, module in parts if module is not None and not isinstance(module, nn.Identity)]

@@ -60,10 +60,12 @@ class LayerWeights(ctypes.Structure):
     """`LayerWeights` in `csrc/decoder.h`."""
 
     _fields_ = (
-        *((name, Norm) for name in ("attention_norm", "mlp_norm")),
+        *((name, Norm) for name in ("attention_norm", "mlp_norm", "attention_post_norm", "mlp_post_norm")),
         *((name, Linear) for name in ("q", "k", "v", "o")),
         *((name, Norm) for name in ("q_norm", "k_norm")),
         *((name, Linear) for name in ("gate", "up", "down")),
+        ("window", _Number),
+        ("query_scale", ctypes.c_float),
     )
 
 
@@ -82,10 +84,11 @@ class Shape(ctypes.Structure):
     """`Shape` in `csrc/decoder.h`."""
 
     _fields_ = (
-        *((name, _Number) for name in ("hidden_size", "head_dim", "vocab_size", "num_layers", "rotated", "window")),
-        *((name, _Number) for name in ("page_size", "query_rows_per_group", "is_multi_query")),
-        *((name, _Number) for name in ("parallel_residual", "is_layer_norm", "activation", "weights")),
-        ("norm_eps", ctypes.c_float),
+        *((name, _Number) for name in ("hidden_size", "head_dim", "vocab_size", "num_layers", "rotated", "page_size")),
+        *((name, _Number) for name in ("query_rows_per_group", "is_multi_query", "parallel_residual")),
+        *((name, _Number) for name in ("is_layer_norm", "activation", "weights", "qk_norm_is_whole")),
+        *((name, ctypes.c_float) for name in ("norm_eps", "embedding_scale", "residual_scale")),
+        *((name, ctypes.c_float) for name in ("attention_cap", "logits_cap")),
     )
 
 

@@ -31,9 +31,10 @@ def takes_heads(q_NHd: Tensor) -> bool:
 
 
 def attend(
-    q_NHd: Tensor, k_MKd: Tensor, v_MKd: Tensor, lengths: Sequence[int], window: int | None
+    q_NHd: Tensor, k_MKd: Tensor, v_MKd: Tensor, lengths: Sequence[int], window: int | None, cap: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """See `flextron.finetuning.attention.Backend`."""
+    assert cap is None, "there are no kernels for capped scores"
     q, k, v = (_rows(t) for t in (q_NHd, k_MKd, v_MKd))
     out_NHd, lse_NH = q.new_empty(q.shape), q.new_empty(q.shape[:2])
     task = _task(q, k, v, lengths, window, out_NHd, lse_NH)
@@ -50,8 +51,10 @@ def attend_backward(
     cached_out: tuple[Tensor, Tensor],
     g_NHd: Tensor,
     needs: Sequence[bool],
+    cap: float | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """See `flextron.finetuning.attention.Backend`."""
+    assert cap is None, "there are no kernels for capped scores"
     q, k, v, g = (_rows(t) for t in (q_NHd, k_MKd, v_MKd, g_NHd))
     out_NHd, lse_NH = (t.contiguous() for t in cached_out)
     task = _task(q, k, v, lengths, window, out_NHd, lse_NH)

@@ -31,12 +31,24 @@ class Attention(Protocol):
         """Causal attention of a segment's new tokens over all that their sequences hold; (N, H, d)."""
 
 
-def sdpa(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, *, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-    """Scaled dot-product attention with grouped KV heads.
+def sdpa(
+    q_BHTd: Tensor,
+    k_BKTd: Tensor,
+    v_BKTd: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    cap: float | None = None,
+) -> Tensor:
+    """Scaled dot-product attention with grouped KV heads; with a cap, scores s count as cap · tanh(s / cap).
 
     On a CPU, repeating the KV heads is faster than PyTorch's own grouped mode, which leaves the flash kernel. The flash
     kernel's backward pass in bfloat16 takes twice as long as whole score matrices do.
     """
+    if cap is not None:
+        length = q_BHTd.shape[2]
+        whole = q_BHTd.new_ones((length, length), dtype=torch.bool).tril() if causal else mask
+        return _capped_scores(q_BHTd, k_BKTd, v_BKTd, whole, cap)
     if causal and q_BHTd.dtype == torch.bfloat16 and q_BHTd.device.type == "cpu" and q_BHTd.requires_grad:
         return _whole_scores(q_BHTd, k_BKTd, v_BKTd)
     repeats = q_BHTd.shape[1] // k_BKTd.shape[1]
@@ -54,13 +66,28 @@ def _whole_scores(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor) -> Tensor:
     return torch.bmm(torch.softmax(scores, -1), v).view_as(q_BHTd)
 
 
-def _attend_last(q_BHd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor) -> Tensor:
+def _capped_scores(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, mask: Tensor | None, cap: float) -> Tensor:
+    """Attention by plain products, for PyTorch's kernels have no cap; `mask` is (queries, keys)."""
+    num_queries, num_kv_heads = q_BHTd.shape[2], k_BKTd.shape[1]
+    q_BKnd = q_BHTd.unflatten(1, (num_kv_heads, -1)).flatten(2, 3)
+    scores = cap * ((q_BKnd @ k_BKTd.transpose(2, 3)) * (q_BHTd.shape[-1] ** -0.5 / cap)).tanh()
+    if mask is not None:
+        by_query = scores.unflatten(2, (-1, num_queries))
+        scores = by_query.masked_fill(~mask, -torch.inf).flatten(2, 3)
+    share = torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v_BKTd.dtype)
+    out: Tensor = (share @ v_BKTd).unflatten(2, (-1, num_queries))
+    return out.flatten(1, 2)
+
+
+def _attend_last(q_BHd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, cap: float | None) -> Tensor:
     """One new token a sequence, which sees all that its sequence holds; (B, H, d).
 
     The query heads of a group stand in for positions, so that no KV head is repeated.
     """
     num_sequences, num_kv_heads, _, head_dim = k_BKTd.shape
     q_BKrd = q_BHd.reshape(num_sequences, num_kv_heads, -1, head_dim)
+    if cap is not None:
+        return _capped_scores(q_BKrd, k_BKTd, v_BKTd, None, cap).flatten(1, 2)
     return F.scaled_dot_product_attention(q_BKrd, k_BKTd, v_BKTd).flatten(1, 2)
 
 
@@ -74,26 +101,26 @@ class CausalAttention:
     """Whole sequences from position 0, without a cache: training and scoring."""
 
     def __init__(self, config: DecoderConfig) -> None:
-        """Take the sliding window from the config."""
-        self._window = config.sliding_window
+        """Take windows and cap from the config."""
+        self._config = config
 
     def __call__(
         self, layer: int, segment: int, q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor, lengths: Sequence[int]
     ) -> Tensor:
         """See `Attention`; sequences of equal length run as one padded batch."""
         if len(set(lengths)) == 1:
-            return self._equal(q_NHd, k_NKd, v_NKd, len(lengths))
+            return self._equal(layer, q_NHd, k_NKd, v_NKd, len(lengths))
         parts = zip(*(t.split(list(lengths)) for t in (q_NHd, k_NKd, v_NKd)), strict=True)
-        return torch.cat([self._equal(q, k, v, 1) for q, k, v in parts])
+        return torch.cat([self._equal(layer, q, k, v, 1) for q, k, v in parts])
 
-    def _equal(self, q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor, num_sequences: int) -> Tensor:
+    def _equal(self, layer: int, q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor, num_sequences: int) -> Tensor:
         q, k, v = (t.unflatten(0, (num_sequences, -1)).transpose(1, 2) for t in (q_NHd, k_NKd, v_NKd))
-        length = q.shape[2]
-        if self._window is not None and length > self._window:
+        length, window, cap = q.shape[2], self._config.window_of(layer), self._config.attention_cap
+        if window is not None and length > window:
             positions = torch.arange(length, device=q.device)
-            out = sdpa(q, k, v, mask=window_mask(positions, positions, self._window))
+            out = sdpa(q, k, v, mask=window_mask(positions, positions, window), cap=cap)
         else:
-            out = sdpa(q, k, v, causal=True)
+            out = sdpa(q, k, v, causal=True, cap=cap)
         return out.transpose(1, 2).flatten(0, 1)
 
 
@@ -121,7 +148,7 @@ class CachedAttention:
             dtype: type of keys and values.
             device: their device.
         """
-        self._window, self._capacity, self._device = config.sliding_window, capacity, device
+        self._config, self._capacity, self._device = config, capacity, device
         self._lengths = [torch.zeros(n, dtype=torch.long, device=device) for _, n in segments]
         self._uniform_length: list[int | None] = [0 for _ in segments]
         self._store: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
@@ -184,17 +211,18 @@ class CachedAttention:
         end = held + q_NHd.shape[0] // num_sequences
         if end > self._capacity:
             raise FlextronError(f"the KV cache holds {self._capacity} tokens a sequence; {end} were needed")
-        first = 0 if self._window is None else max(0, held + 1 - self._window)
+        window, cap = self._config.window_of(layer), self._config.attention_cap
+        first = 0 if window is None else max(0, held + 1 - window)
         if end == held + 1:
             keys[:, :, held], values[:, :, held] = k_NKd, v_NKd
-            return _attend_last(q_NHd, keys[:, :, first:end], values[:, :, first:end])
+            return _attend_last(q_NHd, keys[:, :, first:end], values[:, :, first:end], cap)
         q, k, v = (t.unflatten(0, (num_sequences, -1)).transpose(1, 2) for t in (q_NHd, k_NKd, v_NKd))
         keys[:, :, held:end], values[:, :, held:end] = k, v
-        if held == 0 and (self._window is None or end <= self._window):
-            out = sdpa(q, k, v, causal=True)
+        if held == 0 and (window is None or end <= window):
+            out = sdpa(q, k, v, causal=True, cap=cap)
         else:
             query = torch.arange(held, end, device=q.device)
             key = torch.arange(first, end, device=q.device)
-            mask = window_mask(query, key, self._window)
-            out = sdpa(q, keys[:, :, first:end], values[:, :, first:end], mask=mask)
+            mask = window_mask(query, key, window)
+            out = sdpa(q, keys[:, :, first:end], values[:, :, first:end], mask=mask, cap=cap)
         return out.transpose(1, 2).flatten(0, 1)

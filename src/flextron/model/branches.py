@@ -102,9 +102,9 @@ class BranchedAttention:
     """The `Attention` of a forest's parts, run as one segment."""
 
     def __init__(self, config: DecoderConfig, forest: Forest) -> None:
-        """Take the sliding window from the config."""
-        self._window, self._stems = config.sliding_window, forest.stems
-        self._masks: dict[tuple[int, int], Tensor] = {}
+        """Take windows and cap from the config."""
+        self._config, self._stems = config, forest.stems
+        self._masks: dict[tuple[int, int, int | None], Tensor] = {}
 
     def __call__(
         self, layer: int, segment: int, q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor, lengths: Sequence[int]
@@ -116,21 +116,22 @@ class BranchedAttention:
             k, v = keys[i], values[i]
             if stem is not None:
                 k, v = torch.cat([keys[stem], k]), torch.cat([values[stem], v])
-            out.append(self._attend(queries[i], k, v))
+            out.append(self._attend(layer, queries[i], k, v))
         return torch.cat(out)
 
-    def _attend(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> Tensor:
+    def _attend(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> Tensor:
         """Queries are those of the last positions."""
         q, k, v = (t.transpose(0, 1)[None] for t in (q_THd, k_TKd, v_TKd))
-        num_new, end = len(q_THd), len(k_TKd)
-        if num_new == end and (self._window is None or end <= self._window):
-            out = sdpa(q, k, v, causal=True)
+        num_new, end, window = len(q_THd), len(k_TKd), self._config.window_of(layer)
+        if num_new == end and (window is None or end <= window):
+            out = sdpa(q, k, v, causal=True, cap=self._config.attention_cap)
         else:
-            out = sdpa(q, k, v, mask=self._mask(num_new, end, q.device))
+            out = sdpa(q, k, v, mask=self._mask(num_new, end, window, q.device), cap=self._config.attention_cap)
         return out[0].transpose(0, 1)
 
-    def _mask(self, num_new: int, end: int, device: torch.device) -> Tensor:
-        if (num_new, end) not in self._masks:
+    def _mask(self, num_new: int, end: int, window: int | None, device: torch.device) -> Tensor:
+        key = num_new, end, window
+        if key not in self._masks:
             positions = torch.arange(end, device=device)
-            self._masks[num_new, end] = window_mask(positions[end - num_new :], positions, self._window)
-        return self._masks[num_new, end]
+            self._masks[key] = window_mask(positions[end - num_new :], positions, window)
+        return self._masks[key]

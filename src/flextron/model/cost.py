@@ -12,14 +12,15 @@ def layer_parameters(config: DecoderConfig, layer: LayerSpec) -> int:
     """Parameters of one layer of the given widths, norms included."""
     size, norm = config.hidden_size, config.hidden_size * (2 if config.norm == "layer" else 1)
     total = 0
+    norms = norm * (config.pre_norm + config.post_norm)
     if layer.num_groups:
         rows, kv_rows = layer.num_groups * config.query_rows_per_group, config.kv_rows(layer.num_groups)
-        total += norm + 2 * size * (rows + kv_rows)
+        total += norms + 2 * size * (rows + kv_rows)
         total += config.qkv_bias * (rows + 2 * kv_rows) + config.output_bias * size
-        total += config.qk_norm * 2 * config.head_dim
+        total += {None: 0, "head": 2 * config.head_dim, "width": rows + kv_rows}[config.qk_norm]
     if layer.intermediate_size:
         projections = 3 if config.gated else 2
-        total += norm + projections * size * layer.intermediate_size
+        total += norms + projections * size * layer.intermediate_size
         total += config.mlp_bias * ((projections - 1) * layer.intermediate_size + size)
     return total
 

@@ -13,7 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from flextron.model.attention import Attention, CausalAttention
 from flextron.model.batch import Batch
 from flextron.model.config import DecoderConfig
-from flextron.model.layers import Layer, make_norm, rotary_tables
+from flextron.model.layers import Layer, make_norm
+from flextron.model.losses import capped
+from flextron.model.rope import rotary_tables
 from flextron.spec import SubnetSpec
 
 __all__ = ["Decoder"]
@@ -39,7 +41,7 @@ class Decoder(nn.Module):
         if config.rope is None:
             self.positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, widths) for widths in self.widths.layers)
-        self.final_norm = make_norm(config, config.hidden_size)
+        self.final_norm = make_norm(config, config.logits_scale)
         if not config.tie_word_embeddings:
             self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -61,6 +63,9 @@ class Decoder(nn.Module):
     def embed(self, batch: Batch) -> Tensor:
         """What enters the first layer, (N, hidden size)."""
         x_ND: Tensor = self.embedding(batch.tokens_N)
+        if self.config.embedding_scale != 1:
+            # rounded as the weights are, which is what Gemma was trained with
+            x_ND = x_ND * torch.tensor(self.config.embedding_scale, dtype=x_ND.dtype)
         return x_ND if self.config.rope is not None else x_ND + self.positions(batch.positions_N)
 
     def forward(self, batch: Batch, attention: Attention | None = None) -> Tensor:
@@ -75,14 +80,15 @@ class Decoder(nn.Module):
         """
         attention = attention or CausalAttention(self.config)
         x_ND = self.embed(batch)
-        rope = rotary_tables(self.config, batch.positions_N, x_ND.dtype)
+        ropes = rotary_tables(self.config, batch.positions_N, x_ND.dtype)
         for i, layer in enumerate(self.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x_ND = checkpoint(layer, x_ND, batch, i, rope, attention, use_reentrant=False)
+                x_ND = checkpoint(layer, x_ND, batch, i, ropes[i], attention, use_reentrant=False)
             else:
-                x_ND = layer(x_ND, batch, i, rope, attention)
-        return self.final_norm(x_ND)  # type: ignore[no-any-return]
+                x_ND = layer(x_ND, batch, i, ropes[i], attention)
+        out: Tensor = self.final_norm(x_ND)
+        return out
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Scores over the vocabulary, (N, vocabulary), of final hidden states."""
-        return F.linear(hidden_ND, self.head_weight)
+        return capped(F.linear(hidden_ND, self.head_weight), self.config.logits_cap)

@@ -1,13 +1,14 @@
-"""The decoder's building blocks: norms, rotation, nested MLP and nested attention.
+"""The decoder's building blocks: norms, nested MLP and nested attention.
 
-Shapes: N tokens, D hidden size, F MLP neurons, H query heads, K KV heads, d head size, R rotated part of d.
+Shapes: N tokens, D hidden size, F MLP neurons, H query heads, K KV heads, d head size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from itertools import accumulate
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +18,13 @@ from flextron.errors import UnsupportedModelError
 from flextron.model.attention import Attention
 from flextron.model.batch import Batch
 from flextron.model.bypass import NO_BYPASSES, Bypasses
-from flextron.model.config import DecoderConfig, Rope
+from flextron.model.config import DecoderConfig
 from flextron.model.nested import Block, Contraction, Layout
+from flextron.model.rope import Tables, rotate
 from flextron.model.token_layout import TokenLayout
 from flextron.spec import LayerSpec
 
-__all__ = ["ACTIVATIONS", "Contraction", "Layer", "make_norm", "rotary_tables"]
+__all__ = ["ACTIVATIONS", "Contraction", "Layer", "LayerNorm", "RMSNorm", "make_norm"]
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -35,59 +37,47 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 
 class RMSNorm(nn.RMSNorm):
-    """PyTorch's norm, except that its gains may train in float32 beside activations of fewer digits."""
+    """PyTorch's norm, except that its gains may train in float32 beside activations of fewer digits.
+
+    Inputs may be narrower than it (heads of a sub-network, normalised as one vector); they get the leading gains.
+    """
+
+    def __init__(self, size: int, eps: float, offset: float = 0.0, scale: float = 1.0) -> None:
+        """Allocate gains, which count as (gain + offset) · scale."""
+        super().__init__(size, eps=eps)
+        self._offset, self._scale = offset, scale
+
+    @property
+    def gains(self) -> Tensor:
+        """What the normalised numbers are multiplied by."""
+        gains = self.weight + self._offset if self._offset else self.weight
+        return gains * self._scale if self._scale != 1 else gains
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension."""
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        size = x.shape[-1]
+        return F.rms_norm(x, (size,), self.gains[:size].to(x.dtype), self.eps)
 
 
 class LayerNorm(nn.LayerNorm):
     """PyTorch's norm, except that its gains and biases may train in float32 beside activations of fewer digits."""
+
+    @property
+    def gains(self) -> Tensor:
+        """What the normalised numbers are multiplied by."""
+        return self.weight
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension."""
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
-def make_norm(config: DecoderConfig, size: int) -> nn.Module:
-    """The family's normalisation over the last dimension."""
-    return RMSNorm(size, eps=config.norm_eps) if config.norm == "rms" else LayerNorm(size, eps=config.norm_eps)
-
-
-@lru_cache(maxsize=16)
-def _inverse_frequencies(rope: Rope, rotated: int) -> Tensor:
-    """Frequencies of the rotated pairs; float32, (R/2,). `llama3` scaling as Meta published it with Llama 3.1."""
-    inverse = 1.0 / rope.theta ** (torch.arange(0, rotated, 2, dtype=torch.float32, device="cpu") / rotated)
-    if rope.scaling is None:
-        return inverse
-    factor = float(rope.scaling["factor"])
-    if rope.scaling.get("rope_type", rope.scaling.get("type")) == "linear":
-        return inverse / factor
-    low, high = float(rope.scaling["low_freq_factor"]), float(rope.scaling["high_freq_factor"])
-    turns = float(rope.scaling["original_max_position_embeddings"]) * inverse / (2 * torch.pi)
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return inverse * (keep + (1 - keep) / factor)
-
-
-def rotary_tables(config: DecoderConfig, positions_N: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-    """Cosines and signed sines, each (N, 1, R); None where positions are learned."""
-    if config.rope is None:
-        return None
-    rotated = int(config.head_dim * config.rope.fraction)
-    inverse = _inverse_frequencies(config.rope, rotated).to(positions_N.device)
-    angles = positions_N.float()[:, None, None] * inverse
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
-
-
-def _rotate(x_NHd: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the leading R of each head, in Hugging Face's half-split layout."""
-    cos, sin = tables
-    rotated = cos.shape[-1]
-    if rotated < x_NHd.shape[-1]:
-        return torch.cat((_rotate(x_NHd[..., :rotated], tables), x_NHd[..., rotated:]), dim=-1)
-    return torch.addcmul(x_NHd * cos, x_NHd.roll(rotated // 2, -1), sin)
+def make_norm(config: DecoderConfig, scale: float = 1.0) -> RMSNorm | LayerNorm:
+    """The family's normalisation of the residual stream, multiplied by `scale`."""
+    if config.norm == "rms":
+        return RMSNorm(config.hidden_size, config.norm_eps, config.norm_offset, scale)
+    assert scale == 1, "no family scales what a LayerNorm gives"
+    return LayerNorm(config.hidden_size, eps=config.norm_eps)
 
 
 class MLP(nn.Module):
@@ -147,8 +137,9 @@ class SelfAttention(nn.Module):
         self.v = nn.Linear(config.hidden_size, kv_rows, bias=config.qkv_bias)
         self.o = Contraction(rows, config.hidden_size, bias=config.output_bias)
         if config.qk_norm:
-            self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
-            self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
+            is_whole = config.qk_norm == "width"
+            self.q_norm = RMSNorm(rows if is_whole else config.head_dim, config.norm_eps, config.norm_offset)
+            self.k_norm = RMSNorm(kv_rows if is_whole else config.head_dim, config.norm_eps, config.norm_offset)
 
     def _kv_blocks(self, blocks: tuple[Block, ...]) -> tuple[Block, ...]:
         """Blocks of KV rows; with a single KV head it is whole in the first block and absent from the others."""
@@ -162,7 +153,7 @@ class SelfAttention(nn.Module):
         batch: Batch,
         widths: Sequence[int],
         layer: int,
-        rope: tuple[Tensor, Tensor] | None,
+        rope: Tables | None,
         attention: Attention,
     ) -> list[Tensor]:
         """Outputs of all heads, (tokens, rows), one entry a segment in the batch's order; empty rows at width 0."""
@@ -199,17 +190,21 @@ class SelfAttention(nn.Module):
         batch: Batch,
         layer: int,
         segment: int,
-        tables: tuple[Tensor, Tensor] | None,
+        tables: Tables | None,
         attention: Attention,
     ) -> Tensor:
         """Outputs of one segment's heads, from their projections; (tokens, rows)."""
         shape = (q_NR.shape[0], -1, self._config.head_dim)
+        if self._config.qk_norm == "width":
+            q_NR, k_NR = self.q_norm(q_NR), self.k_norm(k_NR)
         q_NHd, k_NKd = q_NR.view(shape), k_NR.view(shape)
-        if self._config.qk_norm:
+        if self._config.qk_norm == "head":
             q_NHd, k_NKd = self.q_norm(q_NHd), self.k_norm(k_NKd)
+        if (scale := self._config.query_scale(layer)) != 1:
+            q_NHd = q_NHd * scale
         if tables is not None:
             num_heads = (q_NHd.shape[1], k_NKd.shape[1])
-            q_NHd, k_NKd = _rotate(torch.cat((q_NHd, k_NKd), 1), tables).split(num_heads, 1)
+            q_NHd, k_NKd = rotate(torch.cat((q_NHd, k_NKd), 1), tables).split(num_heads, 1)
         lengths = batch.segments[segment].lengths
         mixed = attention(layer, segment, q_NHd, k_NKd, v_NR.view(shape), lengths)
         return mixed.flatten(1)
@@ -231,7 +226,7 @@ class SelfAttention(nn.Module):
         batch: Batch,
         widths: Sequence[int],
         layer: int,
-        rope: tuple[Tensor, Tensor] | None,
+        rope: Tables | None,
         attention: Attention,
     ) -> Tensor:
         """Run with `widths` groups, one number a segment; (N, D)."""
@@ -260,12 +255,15 @@ class Layer(nn.Module):
         """Allocate the given widths."""
         super().__init__()
         self.parallel = config.parallel_residual
+        self._scale = config.residual_scale
         if widths.num_groups:
-            self.attention_norm = make_norm(config, config.hidden_size)
+            self.attention_norm = make_norm(config) if config.pre_norm else nn.Identity()
             self.attention = SelfAttention(config, widths.num_groups)
+            self.attention_post_norm = make_norm(config) if config.post_norm else nn.Identity()
         if widths.intermediate_size:
-            self.mlp_norm = make_norm(config, config.hidden_size)
+            self.mlp_norm = make_norm(config) if config.pre_norm else nn.Identity()
             self.mlp = MLP(config, widths.intermediate_size)
+            self.mlp_post_norm = make_norm(config) if config.post_norm else nn.Identity()
 
     def read(self, x_ND: Tensor) -> Tensor:
         """The input of a half; ranks that share a layer read it together."""
@@ -275,33 +273,38 @@ class Layer(nn.Module):
         """The output of a half, of its last linear `target`; ranks that share a layer add their terms up."""
         return y_ND
 
+    def joining(self, y_ND: Tensor, half: Literal["attention", "mlp"]) -> Tensor:
+        """What the residual stream gets of a half's output; (N, D)."""
+        y_ND = (self.attention_post_norm if half == "attention" else self.mlp_post_norm)(y_ND)
+        return y_ND if self._scale == 1 else y_ND * self._scale
+
     def attend(
         self,
         x_ND: Tensor,
         batch: Batch,
         num_groups: Sequence[int],
         layer: int,
-        rope: tuple[Tensor, Tensor] | None,
+        rope: Tables | None,
         attention: Attention,
     ) -> Tensor:
         """What the attention adds to `x_ND`, with `num_groups` groups a segment; (N, D)."""
         x_ND = self.read(self.attention_norm(x_ND))
-        return self.complete(self.attention(x_ND, batch, num_groups, layer, rope, attention), batch, layer, "o")
+        y_ND = self.complete(self.attention(x_ND, batch, num_groups, layer, rope, attention), batch, layer, "o")
+        return self.joining(y_ND, "attention")
 
     def feed_forward(self, x_ND: Tensor, batch: Batch, widths: Sequence[int], layer: int | None = None) -> Tensor:
         """What the MLP adds, from its input, with `widths` neurons a segment; (N, D)."""
-        return self.complete(self.mlp(self.read(self.mlp_norm(x_ND)), batch, widths, layer), batch, layer, "down")
+        y_ND = self.complete(self.mlp(self.read(self.mlp_norm(x_ND)), batch, widths, layer), batch, layer, "down")
+        return self.joining(y_ND, "mlp")
 
     def routed_feed_forward(self, x_ND: Tensor, batch: Batch, widths: Sequence[int], layer: int) -> Tensor:
         """What the MLP adds if tokens of routed segments choose their own widths; (N, D)."""
         x_ND = self.mlp_norm(x_ND)
         widths_N, gates_N = batch.token_widths(layer, x_ND, widths)
-        y_ND: Tensor = self.mlp.routed(x_ND, widths_N)
+        y_ND = self.joining(self.mlp.routed(x_ND, widths_N), "mlp")
         return y_ND if gates_N is None else y_ND * gates_N[:, None]
 
-    def forward(
-        self, x_ND: Tensor, batch: Batch, layer: int, rope: tuple[Tensor, Tensor] | None, attention: Attention
-    ) -> Tensor:
+    def forward(self, x_ND: Tensor, batch: Batch, layer: int, rope: Tables | None, attention: Attention) -> Tensor:
         """Run each segment in its own widths; (N, D)."""
         groups = [s.spec.layers[layer].num_groups for s in batch.segments]
         neurons = [s.spec.layers[layer].intermediate_size for s in batch.segments]

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 __all__ = [
     "SummedLoss",
+    "capped",
     "cross_entropy",
     "forward_kl",
     "head_metric",
@@ -30,6 +31,16 @@ __all__ = [
 CHUNK_TOKENS = 256
 
 
+def capped(x: Tensor, cap: float | None) -> Tensor:
+    """Cap · tanh(x / cap), which x is for small numbers (Gemma 2); x itself without a cap."""
+    return x if cap is None else (x / cap).tanh_().mul_(cap) if not x.requires_grad else (x / cap).tanh() * cap
+
+
+def _slope(capped_x: Tensor, cap: float) -> Tensor:
+    """The derivative of `capped`, from what it gave."""
+    return 1 - (capped_x / cap).square_()
+
+
 def _chunks(num_tokens: int) -> Iterator[slice]:
     return (slice(a, min(a + CHUNK_TOKENS, num_tokens)) for a in range(0, num_tokens, CHUNK_TOKENS))
 
@@ -38,15 +49,18 @@ class _Vocabulary(torch.autograd.Function):
     """Shared frame: per chunk, a loss and the gradient of its logits; then what both losses do with that gradient."""
 
     @staticmethod
-    def forward(ctx: Any, h_ND: Tensor, w_VD: Tensor, chunk_loss: Any) -> Tensor:
-        need_h, need_w, _ = ctx.needs_input_grad
+    def forward(ctx: Any, h_ND: Tensor, w_VD: Tensor, chunk_loss: Any, cap: float | None) -> Tensor:
+        need_h, need_w, *_ = ctx.needs_input_grad
         dh = torch.empty_like(h_ND) if need_h else None
         dw = torch.zeros_like(w_VD) if need_w else None
         total = torch.zeros((), dtype=torch.float64, device=h_ND.device)
         for rows in _chunks(len(h_ND)):
-            loss, g_NV = chunk_loss(rows, (h_ND[rows] @ w_VD.t()).float())
+            logits_NV = capped((h_ND[rows] @ w_VD.t()).float(), cap)
+            # taken first: losses compute in place
+            slope_NV = None if cap is None else _slope(logits_NV, cap)
+            loss, g_NV = chunk_loss(rows, logits_NV)
             total += loss
-            g_NV = g_NV.div_(len(h_ND)).to(h_ND.dtype)
+            g_NV = (g_NV if slope_NV is None else g_NV.mul_(slope_NV)).div_(len(h_ND)).to(h_ND.dtype)
             if dh is not None:
                 torch.mm(g_NV, w_VD, out=dh[rows])
             if dw is not None:
@@ -59,7 +73,7 @@ class _Vocabulary(torch.autograd.Function):
         dh, dw = ctx.saved_tensors
         (scale,) = grads
         # the caller may hold the saved tensors for a second backward: scale copies, not them
-        return dh if dh is None else dh * scale, dw if dw is None else dw * scale, None
+        return dh if dh is None else dh * scale, dw if dw is None else dw * scale, None, None
 
 
 def _matched(h_ND: Tensor, w_VD: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,7 +82,12 @@ def _matched(h_ND: Tensor, w_VD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def forward_kl(
-    h_ND: Tensor, w_VD: Tensor, teacher_h_ND: Tensor, teacher_w_VD: Tensor, temperature: float = 1.0
+    h_ND: Tensor,
+    w_VD: Tensor,
+    teacher_h_ND: Tensor,
+    teacher_w_VD: Tensor,
+    temperature: float = 1.0,
+    cap: float | None = None,
 ) -> Tensor:
     """Mean over tokens of KL(teacher ‖ student), times temperature squared.
 
@@ -78,6 +97,7 @@ def forward_kl(
         teacher_h_ND: the teacher's final hidden states; no gradient flows to them.
         teacher_w_VD: the teacher's head; no gradient flows to it.
         temperature: divides both logits.
+        cap: cap of both logits, before the temperature; see `capped`.
 
     Returns:
         A scalar, float32, in nats.
@@ -85,22 +105,23 @@ def forward_kl(
     teacher_h, teacher_w = _matched(teacher_h_ND.detach(), teacher_w_VD.detach())
 
     def chunk_loss(rows: slice, student_NV: Tensor) -> tuple[Tensor, Tensor]:
-        teacher_NV = torch.log_softmax((teacher_h[rows] @ teacher_w.t()).float().div_(temperature), -1)
+        teacher_NV = torch.log_softmax(capped((teacher_h[rows] @ teacher_w.t()).float(), cap).div_(temperature), -1)
         student_NV = torch.log_softmax(student_NV.div_(temperature), -1)
         p_teacher = teacher_NV.exp()
         loss = torch.dot(p_teacher.flatten(), teacher_NV.sub_(student_NV).flatten()) * temperature**2
         return loss, student_NV.exp_().sub_(p_teacher).mul_(temperature)
 
-    return _Vocabulary.apply(*_matched(h_ND, w_VD), chunk_loss)  # type: ignore[no-untyped-call,no-any-return]
+    return _Vocabulary.apply(*_matched(h_ND, w_VD), chunk_loss, cap)  # type: ignore[no-untyped-call,no-any-return]
 
 
-def cross_entropy(h_ND: Tensor, w_VD: Tensor, targets_N: Tensor) -> Tensor:
+def cross_entropy(h_ND: Tensor, w_VD: Tensor, targets_N: Tensor, cap: float | None = None) -> Tensor:
     """Mean negative log-likelihood of the targets.
 
     Args:
         h_ND: final hidden states.
         w_VD: the head.
         targets_N: token ids, int64.
+        cap: cap of the logits; see `capped`.
 
     Returns:
         A scalar, float32, in nats.
@@ -113,7 +134,7 @@ def cross_entropy(h_ND: Tensor, w_VD: Tensor, targets_N: Tensor) -> Tensor:
         g = log_p.exp_()
         return loss, g.scatter_add_(1, target, torch.full_like(target, -1, dtype=g.dtype))
 
-    return _Vocabulary.apply(*_matched(h_ND, w_VD), chunk_loss)  # type: ignore[no-untyped-call,no-any-return]
+    return _Vocabulary.apply(*_matched(h_ND, w_VD), chunk_loss, cap)  # type: ignore[no-untyped-call,no-any-return]
 
 
 class SummedLoss(NamedTuple):
@@ -128,7 +149,9 @@ class SummedLoss(NamedTuple):
 
 
 @torch.no_grad()
-def summed_cross_entropy(h_ND: Tensor, w_VD: Tensor, targets_N: Tensor, weights_N: Tensor) -> SummedLoss:
+def summed_cross_entropy(
+    h_ND: Tensor, w_VD: Tensor, targets_N: Tensor, weights_N: Tensor, cap: float | None = None
+) -> SummedLoss:
     """Weighted cross-entropy and its gradient; the softmax in float32 at least.
 
     The gradient is (p - onehot) W: the product with the probabilities, and a row of W for each target, so that nothing
@@ -139,6 +162,7 @@ def summed_cross_entropy(h_ND: Tensor, w_VD: Tensor, targets_N: Tensor, weights_
         w_VD: the head.
         targets_N: token ids, int64.
         weights_N: what each token counts.
+        cap: cap of the logits; see `capped`.
     """
     dtype = torch.promote_types(h_ND.dtype, torch.float32)
     total = torch.zeros((), dtype=torch.float64, device=h_ND.device)
@@ -146,7 +170,7 @@ def summed_cross_entropy(h_ND: Tensor, w_VD: Tensor, targets_N: Tensor, weights_
     right = torch.zeros((), dtype=torch.long, device=h_ND.device)
     for rows in _chunks(len(h_ND)):
         target, weight = targets_N[rows], weights_N[rows].to(dtype)
-        logits_NV = (h_ND[rows] @ w_VD.t()).to(dtype)
+        logits_NV = capped((h_ND[rows] @ w_VD.t()).to(dtype), cap)
         most, likeliest = logits_NV.max(-1)
         own = logits_NV.gather(1, target[:, None])[:, 0]
         p_NV = torch.softmax(logits_NV, -1)
@@ -154,39 +178,47 @@ def summed_cross_entropy(h_ND: Tensor, w_VD: Tensor, targets_N: Tensor, weights_
         log_sum = most - p_NV.gather(1, likeliest[:, None])[:, 0].log()
         total += ((log_sum - own) * weight).sum()
         right += (likeliest == target).sum()
+        own_slope = None
+        if cap is not None:
+            p_NV, own_slope = p_NV.mul_(_slope(logits_NV, cap)), _slope(own, cap)[:, None].to(h_ND.dtype)
         torch.mm(p_NV.to(h_ND.dtype), w_VD, out=gradient_ND[rows])
-        gradient_ND[rows] = (gradient_ND[rows] - w_VD[target]) * weight[:, None].to(h_ND.dtype)
+        own_ND = w_VD[target] if own_slope is None else w_VD[target] * own_slope
+        gradient_ND[rows] = (gradient_ND[rows] - own_ND) * weight[:, None].to(h_ND.dtype)
     return SummedLoss(total, gradient_ND, int(right))
 
 
 @torch.no_grad()
-def scored(h_ND: Tensor, w_VD: Tensor, targets_N: Tensor, weights_N: Tensor) -> tuple[Tensor, int]:
+def scored(
+    h_ND: Tensor, w_VD: Tensor, targets_N: Tensor, weights_N: Tensor, cap: float | None = None
+) -> tuple[Tensor, int]:
     """What `summed_cross_entropy` gives but for the gradient: the sum, float64, and how many tokens are right."""
     dtype = torch.promote_types(h_ND.dtype, torch.float32)
     total = torch.zeros((), dtype=torch.float64, device=h_ND.device)
     right = torch.zeros((), dtype=torch.long, device=h_ND.device)
     for rows in _chunks(len(h_ND)):
-        logits_NV, target = (h_ND[rows] @ w_VD.t()).to(dtype), targets_N[rows]
+        logits_NV, target = capped((h_ND[rows] @ w_VD.t()).to(dtype), cap), targets_N[rows]
         total += (F.cross_entropy(logits_NV, target, reduction="none") * weights_N[rows].to(dtype)).sum()
         right += (logits_NV.argmax(-1) == target).sum()
     return total, int(right)
 
 
 @torch.no_grad()
-def token_losses(h_ND: Tensor, w_VD: Tensor, targets_N: Tensor) -> Tensor:
+def token_losses(h_ND: Tensor, w_VD: Tensor, targets_N: Tensor, cap: float | None = None) -> Tensor:
     """Negative log-likelihood of each target, (N,), float32, in nats; for evaluation."""
     h, w = _matched(h_ND, w_VD)
-    return torch.cat([F.cross_entropy((h[r] @ w.t()).float(), targets_N[r], reduction="none") for r in _chunks(len(h))])
+    logits = ((capped((h[r] @ w.t()).float(), cap), targets_N[r]) for r in _chunks(len(h)))
+    return torch.cat([F.cross_entropy(logits_NV, target, reduction="none") for logits_NV, target in logits])
 
 
 @torch.no_grad()
-def token_scores(h_ND: Tensor, w_VD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+def token_scores(h_ND: Tensor, w_VD: Tensor, targets_N: Tensor, cap: float | None = None) -> tuple[Tensor, Tensor]:
     """What an evaluation asks of each target.
 
     Args:
         h_ND: final hidden states.
         w_VD: the head.
         targets_N: token ids, int64.
+        cap: cap of the logits; see `capped`.
 
     Returns:
         Log-likelihoods, (N,), float32, in nats.
@@ -195,28 +227,31 @@ def token_scores(h_ND: Tensor, w_VD: Tensor, targets_N: Tensor) -> tuple[Tensor,
     h, w = _matched(h_ND, w_VD)
     log_p, is_likeliest = [], []
     for rows in _chunks(len(h)):
-        logits_NV, target = (h[rows] @ w.t()).float(), targets_N[rows]
+        logits_NV, target = capped((h[rows] @ w.t()).float(), cap), targets_N[rows]
         log_p.append(-F.cross_entropy(logits_NV, target, reduction="none"))
         is_likeliest.append(logits_NV.argmax(-1) == target)
     return torch.cat(log_p), torch.cat(is_likeliest)
 
 
 @torch.no_grad()
-def head_metric(h_ND: Tensor, w_VD: Tensor) -> Tensor:
+def head_metric(h_ND: Tensor, w_VD: Tensor, cap: float | None = None) -> Tensor:
     """How much a change of the final hidden state changes the prediction: a (D, D) quadratic form.
 
     For a small change e of a hidden state that predicts p, KL ≈ ½ eᵀ G e with G = Wᵀ (diag(p) - p pᵀ) W. Here p is the
     mean prediction of sample tokens (which bounds the mean of their G from above), so that one matrix serves all; a
-    distance over the whole vocabulary costs D² a token, not D · V.
+    distance over the whole vocabulary costs D² a token, not D · V. A cap of the logits enters p alone; without its
+    slope G is bounded from above once more.
 
     Args:
         h_ND: final hidden states of sample tokens.
         w_VD: the head.
+        cap: cap of the logits; see `capped`.
 
     Returns:
         (D, D), float32.
     """
-    p = sum(torch.softmax((h_ND[r] @ w_VD.t()).float(), -1).sum(0) for r in _chunks(len(h_ND))) / len(h_ND)
+    logits = (capped((h_ND[rows] @ w_VD.t()).float(), cap) for rows in _chunks(len(h_ND)))
+    p = sum(torch.softmax(logits_NV, -1).sum(0) for logits_NV in logits) / len(h_ND)
     assert isinstance(p, Tensor)
     w = w_VD.float()
     mean = p @ w

@@ -194,7 +194,7 @@ def contract_blocks(
 def autocast(*tensors: Any) -> tuple[Any, ...]:
     """Cast as autocast would (None passes): own functions and products in place are not on its list."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):  # shapes alone have no precision to lower
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(None if t is None else t.to(dtype) for t in tensors)

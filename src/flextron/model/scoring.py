@@ -39,7 +39,11 @@ def mean_loss(decoder: Decoder, tokens_BT: Tensor, spec: SubnetSpec, router: Tok
     losses = []
     for chunk in tokens_BT.to(decoder.device).split(_CHUNK_SEQUENCES):
         h_BTD = decoder(Batch.padded(chunk, spec, router)).unflatten(0, tuple(chunk.shape))
-        losses.append(token_losses(h_BTD[:, :-1].flatten(0, 1), decoder.head_weight, chunk[:, 1:].flatten()))
+        losses.append(
+            token_losses(
+                h_BTD[:, :-1].flatten(0, 1), decoder.head_weight, chunk[:, 1:].flatten(), decoder.config.logits_cap
+            )
+        )
     return float(torch.cat(losses).double().mean())
 
 
@@ -124,7 +128,9 @@ def _score_batch(
     rows = [row for sequence, tokens in asked for row in forest.last_rows(sequence, len(tokens))]
     targets = torch.tensor([token for _, tokens in asked for token in tokens], device=device)
     lengths = [len(tokens) for _, tokens in asked]
-    log_p, is_likeliest = token_scores(h_ND[torch.tensor(rows, device=device)], decoder.head_weight, targets)
+    log_p, is_likeliest = token_scores(
+        h_ND[torch.tensor(rows, device=device)], decoder.head_weight, targets, decoder.config.logits_cap
+    )
     return [
         Score(float(own.double().sum()), bool(greedy.all()))
         for own, greedy in zip(log_p.split(lengths), is_likeliest.split(lengths), strict=True)

@@ -95,8 +95,13 @@ class TensorParallel:
             decoder: the whole; parameters that are not cut are shared with it, not copied.
 
         Raises:
-            FlextronError: the ranks cannot share the decoder's widths equally.
+            FlextronError: the ranks cannot share the decoder's widths equally, or a norm of all its heads.
         """
+        if decoder.config.qk_norm == "width" and self.size > 1:
+            raise FlextronError(
+                f"{decoder.config.family} normalises the queries of all heads as one, which ranks that share them "
+                "cannot; use one rank"
+            )
         rows_each = _rows_each(decoder.config)
         with torch.device("meta"):
             out = _Shard(decoder.config, self.spec(decoder.widths), self)

@@ -7,7 +7,7 @@ network cares). The e of every choice is computed exactly, one half layer at a t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
@@ -19,8 +19,9 @@ from flextron.files import checked
 from flextron.model.attention import CausalAttention
 from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
-from flextron.model.layers import Layer, rotary_tables
+from flextron.model.layers import Layer
 from flextron.model.losses import cross_entropy
+from flextron.model.rope import Tables, rotary_tables
 from flextron.spec import SearchSpace, SubnetSpec
 from flextron.spec.subnet import MAX_LAYERS
 
@@ -98,7 +99,7 @@ def fisher_gradients(
     targets_RN = _own_targets(decoder, h_ND, generator, num_draws)
     draws = []
     for r, targets_N in enumerate(targets_RN):
-        loss = cross_entropy(h_ND, decoder.head_weight.detach(), targets_N) * len(h_ND)
+        loss = cross_entropy(h_ND, decoder.head_weight.detach(), targets_N, decoder.config.logits_cap) * len(h_ND)
         draws.append(torch.autograd.grad(loss, stream, retain_graph=r + 1 < num_draws))
     return draws
 
@@ -123,19 +124,19 @@ def measure_sensitivity(decoder: Decoder, tokens_BT: Tensor, space: SearchSpace,
         seed: seed of the drawn targets.
     """
     batch = Batch.padded(tokens_BT.to(decoder.device), decoder.widths)
-    rope = rotary_tables(decoder.config, batch.positions_N, decoder.dtype)
+    ropes = rotary_tables(decoder.config, batch.positions_N, decoder.dtype)
     core = CausalAttention(decoder.config)
     with torch.enable_grad():
         x = decoder.embed(batch).detach().requires_grad_()
         stream = [x]  # the residual stream before and after each half layer
         for i, layer in enumerate(decoder.layers):
             assert isinstance(layer, Layer)
-            after = x + layer.attend(x, batch, [space.num_groups[-1]], i, rope, core)
+            after = x + layer.attend(x, batch, [space.num_groups[-1]], i, ropes[i], core)
             x = after + layer.feed_forward(x if layer.parallel else after, batch, [space.intermediate_sizes[-1]])
             stream += [after, x]
         h = decoder.final_norm(x)
         (gradients,) = fisher_gradients(decoder, h, stream[1:], torch.Generator().manual_seed(seed))
-    return _sweep(decoder, batch, space, [s.detach() for s in stream], gradients, rope, core)
+    return _sweep(decoder, batch, space, [s.detach() for s in stream], gradients, ropes, core)
 
 
 @torch.no_grad()
@@ -145,7 +146,7 @@ def _sweep(
     space: SearchSpace,
     stream: list[Tensor],
     gradients: tuple[Tensor, ...],
-    rope: tuple[Tensor, Tensor] | None,
+    ropes: Sequence[Tables | None],
     core: CausalAttention,
 ) -> Sensitivity:
     mlp, attention = [], []
@@ -159,7 +160,7 @@ def _sweep(
         g_middle, g_after = gradients[2 * i : 2 * i + 2]
         costs = {space.num_groups[-1]: 0.0, 0: cost(before - middle, g_middle)}
         for g in space.num_groups[:-1]:
-            costs[g] = cost(before + layer.attend(before, batch, [g], i, rope, core) - middle, g_middle)
+            costs[g] = cost(before + layer.attend(before, batch, [g], i, ropes[i], core) - middle, g_middle)
         attention.append(costs)
         costs = {space.intermediate_sizes[-1]: 0.0, 0: cost(middle - after, g_after)}
         for w in space.intermediate_sizes[:-1]:

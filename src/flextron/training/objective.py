@@ -27,7 +27,8 @@ class TeacherStates:
         """
         self._decoder = decoder.eval().requires_grad_(False)
         self.head_weight = decoder.head_weight
-        self.metric_DD = head_metric(self.hidden(sample_BT.to(decoder.device)), decoder.head_weight)
+        hidden_ND = self.hidden(sample_BT.to(decoder.device))
+        self.metric_DD = head_metric(hidden_ND, decoder.head_weight, decoder.config.logits_cap)
 
     @torch.no_grad()
     def hidden(self, tokens_BT: Tensor) -> Tensor:
@@ -42,7 +43,7 @@ class Objective(nn.Module):
         """Wrap the student, whose parameters are the module's, and those of the adapter that its batches carry."""
         super().__init__()
         self.student, self.adapter = student, adapter
-        self._recipe = recipe
+        self._recipe, self._cap = recipe, student.config.logits_cap
 
     def forward(
         self, batch: Batch, teacher: TeacherStates | None, teacher_h_ND: Tensor | None, rows: Tensor
@@ -69,7 +70,9 @@ class Objective(nn.Module):
             # the last token of a sequence has no next one in the batch
             inner = rows[batch.positions_N[rows] < batch.positions_N.max()]
             if len(inner):
-                losses["lm"] = cross_entropy(h_ND[inner], self.student.head_weight, batch.tokens_N[inner + 1])
+                losses["lm"] = cross_entropy(
+                    h_ND[inner], self.student.head_weight, batch.tokens_N[inner + 1], self._cap
+                )
         weights = {"kl": recipe.kl_weight, "hidden": recipe.hidden_weight, "lm": recipe.lm_weight}
         losses["loss"] = sum((weights[name] * value for name, value in losses.items()), h_ND.new_zeros(()))
         return losses
@@ -80,7 +83,12 @@ class Objective(nn.Module):
         losses: dict[str, Tensor] = {}
         if recipe.kl_weight:
             losses["kl"] = forward_kl(
-                h_ND[rows], self.student.head_weight, teacher_h_ND[rows], teacher.head_weight, recipe.temperature
+                h_ND[rows],
+                self.student.head_weight,
+                teacher_h_ND[rows],
+                teacher.head_weight,
+                recipe.temperature,
+                self._cap,
             )
         if recipe.hidden_weight:
             error = h_ND.float() - teacher_h_ND.float()

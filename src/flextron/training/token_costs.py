@@ -16,7 +16,8 @@ from torch import Tensor
 from flextron.model.attention import CausalAttention
 from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
-from flextron.model.layers import Layer, rotary_tables
+from flextron.model.layers import Layer
+from flextron.model.rope import rotary_tables
 from flextron.routing.sensitivity import fisher_gradients
 from flextron.spec import SearchSpace, SubnetSpec
 
@@ -44,7 +45,7 @@ class _Half:
 
 def _pass(decoder: Decoder, batch: Batch, spec: SubnetSpec) -> tuple[dict[int, _Half], Tensor]:
     """The static sub-network's MLPs by layer, and its final hidden states."""
-    rope = rotary_tables(decoder.config, batch.positions_N, decoder.dtype)
+    ropes = rotary_tables(decoder.config, batch.positions_N, decoder.dtype)
     core = CausalAttention(decoder.config)
     x_ND = decoder.embed(batch).detach().requires_grad_()
     halves = {}
@@ -53,7 +54,7 @@ def _pass(decoder: Decoder, batch: Batch, spec: SubnetSpec) -> tuple[dict[int, _
         widths = spec.layers[i]
         read_ND = x_ND
         if widths.num_groups:
-            x_ND = x_ND + layer.attend(x_ND, batch, [widths.num_groups], i, rope, core)
+            x_ND = x_ND + layer.attend(x_ND, batch, [widths.num_groups], i, ropes[i], core)
         if widths.intermediate_size:
             read_ND = read_ND if layer.parallel else x_ND
             x_ND = x_ND + layer.feed_forward(read_ND, batch, [widths.intermediate_size])

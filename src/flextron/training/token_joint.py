@@ -105,7 +105,13 @@ class JointStage:
         with torch.no_grad():
             teacher_h_ND = self.teacher(Batch.padded(tokens_BT, self.teacher.widths))
         h_ND = self.decoder(Batch.dealt(tokens_BT, specs, routers=list(routers.values())))
-        kl = forward_kl(h_ND, self.decoder.head_weight, teacher_h_ND, self.teacher.head_weight)
+        kl = forward_kl(
+            h_ND,
+            self.decoder.head_weight,
+            teacher_h_ND,
+            self.teacher.head_weight,
+            cap=self.decoder.config.logits_cap,
+        )
         ratios = torch.stack([self._cost_ratio(r, s) for r, s in zip(routers.values(), specs, strict=True)])
         latency = F.relu((ratios - 1).abs() - self.recipe.dead_zone).mean()
         loss = kl + self.recipe.latency_weight * latency

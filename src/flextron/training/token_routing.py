@@ -75,7 +75,9 @@ def routed_kl(
     total = 0.0
     for chunk in tokens_BT.to(decoder.device).split(_CHUNK_SEQUENCES):
         h_ND, teacher_h_ND = decoder(Batch.padded(chunk, spec, choice)), teacher(Batch.padded(chunk, teacher.widths))
-        total += float(forward_kl(h_ND, decoder.head_weight, teacher_h_ND, teacher.head_weight)) * len(chunk)
+        total += float(
+            forward_kl(h_ND, decoder.head_weight, teacher_h_ND, teacher.head_weight, cap=decoder.config.logits_cap)
+        ) * len(chunk)
     return total / len(tokens_BT)
 
 

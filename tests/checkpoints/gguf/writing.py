@@ -25,6 +25,8 @@ INNER = {
     "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+    "self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up",
+    "pre_feedforward_layernorm": "ffn_norm", "post_feedforward_layernorm": "post_ffw_norm",
     "ln_1": "attn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output",
     "ln_2": "ffn_norm", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down",
     "attention.query_key_value": "attn_qkv", "attention.dense": "attn_output",
@@ -32,11 +34,13 @@ INNER = {
 }  # fmt: skip
 
 
-def gguf_name(hf_name: str) -> str:
+def gguf_name(hf_name: str, *, post_norm: bool = False) -> str:
     module, kind = hf_name.rsplit(".", 1)
     if module in OUTER:
         return f"{OUTER[module]}.{kind}"
     _, layer, rest = module.split(".", 1)[1].split(".", 2)
+    if post_norm and rest == "post_attention_layernorm":
+        return f"blk.{layer}.post_attention_norm.{kind}"
     return f"blk.{layer}.{INNER[rest]}.{kind}"
 
 
@@ -44,7 +48,7 @@ def forward_order(name: str, config: PretrainedConfig) -> list[int] | None:
     """Which row of Hugging Face's tensor each row of the file's is; None where they are the same."""
     heads = config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    if config.model_type in ("llama", "mistral") and (".q_proj." in name or ".k_proj." in name):
+    if config.model_type in ("llama", "mistral", "granite", "smollm3") and (".q_proj." in name or ".k_proj." in name):
         n = heads if ".q_proj." in name else config.num_key_value_heads
         return [h * dim + half * dim // 2 + j for h in range(n) for j in range(dim // 2) for half in (0, 1)]
     if ".query_key_value." in name:
@@ -59,7 +63,10 @@ def to_gguf(tensors: Mapping[str, torch.Tensor], config: PretrainedConfig) -> Ar
         rows = tensor if order is None else tensor[order]
         if config.model_type == "gpt2" and ".c_" in name and tensor.dim() == 2:
             rows = rows.T
-        out[gguf_name(name)] = rows.contiguous().numpy()
+        if config.model_type.startswith("gemma") and name.endswith("norm.weight"):
+            rows = rows + 1
+        post_norm = config.model_type in ("gemma2", "gemma3_text", "olmo2")
+        out[gguf_name(name, post_norm=post_norm)] = rows.contiguous().numpy()
     if "llama3" in str(getattr(config, "rope_parameters", "")):
         base = config.rope_parameters["rope_theta"] ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
         scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
@@ -79,6 +86,9 @@ def fields_of(config: PretrainedConfig) -> dict[str, Any]:
     if config.model_type == "gpt2":
         return fields | {"attention.layer_norm_epsilon": config.layer_norm_epsilon}
     rope = config.rope_parameters
+    if config.model_type == "gemma3_text":
+        fields["rope.freq_base_swa"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
     fields["rope.freq_base"] = rope["rope_theta"]
     if rope["rope_type"] == "linear":
         fields |= {"rope.scaling.type": "linear", "rope.scaling.factor": rope["factor"]}
@@ -88,9 +98,34 @@ def fields_of(config: PretrainedConfig) -> dict[str, Any]:
         head_dim = config.hidden_size // config.num_attention_heads
         return fields | {"rope.dimension_count": int(head_dim * rope["partial_rotary_factor"])}
     fields["attention.head_count_kv"] = config.num_key_value_heads
+    fields |= _own_fields(config, rope)
+    if config.model_type == "stablelm":
+        return fields | {"attention.layer_norm_epsilon": config.layer_norm_eps}
     fields["attention.layer_norm_rms_epsilon"] = config.rms_norm_eps
     if head_dim := getattr(config, "head_dim", None):
         fields["attention.key_length"] = head_dim
+    return fields
+
+
+def _own_fields(config: PretrainedConfig, rope: dict[str, Any]) -> dict[str, Any]:
+    """What only some architectures have."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if config.model_type in ("phi3", "stablelm"):
+        fields = {"rope.dimension_count": int(head_dim * rope["partial_rotary_factor"])}
+        return fields | ({"attention.sliding_window": config.sliding_window} if config.model_type == "phi3" else {})
+    if config.model_type == "granite":
+        return {
+            "attention.scale": config.attention_multiplier,
+            "embedding_scale": config.embedding_multiplier,
+            "residual_scale": config.residual_multiplier,
+            "logit_scale": config.logits_scaling,
+        }
+    if config.model_type not in ("gemma2", "gemma3_text"):
+        return {}
+    fields = {"attention.sliding_window": config.sliding_window, "attention.value_length": config.head_dim}
+    if config.model_type == "gemma2":
+        fields["attn_logit_softcapping"] = config.attn_logit_softcapping
+        fields["final_logit_softcapping"] = config.final_logit_softcapping
     return fields
 
 

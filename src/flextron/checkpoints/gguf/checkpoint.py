@@ -5,6 +5,8 @@ so that nothing else in the package knows where a checkpoint came from. Names co
 the family's tensor list. What the converter rearranges:
 
 - Llama: the rows of each query and key head, for a rotation of neighbouring instead of opposite dimensions;
+- Granite, SmolLM3: the same;
+- Gemma: norms, whose gains are stored with the 1 that the model adds;
 - GPT-2: linear layers, from Conv1D's (in, out) to (out, in);
 - GPT-NeoX: fused QKV, from one head after the other to all queries, all keys, all values;
 - Llama 3: its rope scaling, from four numbers to one factor per frequency.
@@ -17,7 +19,7 @@ Sizes are compared with the tensors before anything is built, so that no number 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,8 +42,14 @@ from flextron.errors import FlextronError, UnsupportedModelError
 
 __all__ = ["open_gguf"]
 
-_MODEL_TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gpt2": "gpt2", "gptneox": "gpt_neox"}
+_MODEL_TYPES = {
+    **{"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gpt2": "gpt2", "gptneox": "gpt_neox"},
+    **{"gemma2": "gemma2", "gemma3": "gemma3_text", "smollm3": "smollm3", "phi3": "phi3", "granite": "granite"},
+    **{"olmo2": "olmo2", "stablelm": "stablelm"},
+}
 """GGUF's architecture names and the Hugging Face model types that they stand for."""
+_INTERLEAVED = ("llama", "granite", "smollm3")
+"""Architectures whose queries and keys are rotated by neighbouring dimensions."""
 _ROPE_FREQS = "rope_freqs.weight"
 _EMBEDDING = "token_embd.weight"
 
@@ -62,7 +70,7 @@ class _File:
 
     def has_biases(self, part: str) -> bool:
         """Whether any linear layer of the attention ("attn") or the MLP ("ffn") has one."""
-        return any(f".{part}_" in name and name.endswith(".bias") for name in self.tensors)
+        return any(f".{part}_" in name and name.endswith(".bias") and "norm" not in name for name in self.tensors)
 
 
 def open_gguf(path: Path) -> Pretrained:
@@ -81,17 +89,19 @@ def open_gguf(path: Path) -> Pretrained:
     tokenizer = tokenizer_from_metadata(file.metadata.values, max_length=file.sizes.context)
     if tokenizer is None:
         special = special_ids(file.metadata.values, vocab_size)
-        bos, eos = special.get("bos_token"), special.get("eos_token")
+        bos, eos, pad = (special.get(f"{name}_token") for name in ("bos", "eos", "pad"))
     else:
-        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
         if len(tokenizer) > vocab_size:
             raise FlextronError(
                 f"{path} has {len(tokenizer)} tokens and an embedding of only {vocab_size}; convert it again"
             )
     ends = end_ids(file.metadata.values, vocab_size, eos)
+    # all of them, for families differ in what they take where one is missing
+    ids = {"bos_token_id": bos, "eos_token_id": ends[0] if len(ends) == 1 else ends or None, "pad_token_id": pad}
     return Pretrained(
         name=str(path),
-        hf_config=_hf_config(file) | {"bos_token_id": bos, "eos_token_id": ends[0] if len(ends) == 1 else ends or None},
+        hf_config=_hf_config(file) | ids,
         tensors=partial(_stream, file, _targets(file)),
         tokenizer=tokenizer,
     )
@@ -127,7 +137,7 @@ def _variant(metadata: Metadata, tensor: str) -> UnsupportedModelError:
 
 def _check_tensors(file: _File) -> None:
     """Compare the tensors with those of a plain model."""
-    path, known = file.metadata.path, file.slots.keys() | ({_ROPE_FREQS} if file.arch == "llama" else set())
+    path, known = file.metadata.path, file.slots.keys() | ({_ROPE_FREQS} if file.arch in _INTERLEAVED else set())
     if unknown := sorted(file.tensors.keys() - known):
         raise _variant(file.metadata, unknown[0])
     for name, slot in file.slots.items():
@@ -145,11 +155,13 @@ def _check_settings(file: _File) -> None:
     """Refuse settings that no config of the family expresses."""
     metadata, sizes = file.metadata, file.sizes
     usual = sizes.head_dim**-0.5
-    if metadata.get("attention.scale") and not math.isclose(metadata.positive("attention.scale"), usual, rel_tol=1e-5):
+    has_scale = metadata.get("attention.scale") and file.arch != "granite"
+    if has_scale and not math.isclose(metadata.positive("attention.scale"), usual, rel_tol=1e-5):
         raise UnsupportedModelError(f"{metadata.path} scales attention scores in its own way; only the usual is read")
     if not metadata.flag("attention.causal", True):
         raise UnsupportedModelError(f"{metadata.path} holds an encoder, whose attention is not causal")
-    if metadata.get("attention.sliding_window") and metadata.count("attention.sliding_window") < sizes.context:
+    has_window = metadata.get("attention.sliding_window") and file.arch not in ("gemma2", "gemma3", "phi3")
+    if has_window and metadata.count("attention.sliding_window") < sizes.context:
         raise UnsupportedModelError(
             f"{metadata.path} has a sliding window, which is not read from GGUF; use the Hugging Face checkpoint"
         )
@@ -194,10 +206,14 @@ def _stream(file: _File, targets: Mapping[str, tuple[str, TensorMap]]) -> Iterat
 
 def _as_hugging_face(file: _File, name: str, rows: Tensor, tensor_map: TensorMap) -> Tensor:
     """Undo what the converter rearranged."""
-    if file.arch == "llama" and ".attn_q." in name:
+    if file.arch in _INTERLEAVED and ".attn_q." in name:
         rows = _opposite_pairs(rows, file.sizes.num_heads)
-    elif file.arch == "llama" and ".attn_k." in name:
+    elif file.arch in _INTERLEAVED and ".attn_k." in name:
         rows = _opposite_pairs(rows, file.sizes.num_kv_heads)
+    elif file.arch.startswith("gemma") and name.endswith("norm.weight"):
+        rows = rows - 1
+    elif len(tensor_map.ours) > 1 and file.arch == "phi3":
+        return rows  # as Hugging Face fuses them
     parts = rows.chunk(len(tensor_map.ours))
     return tensor_map.join([p.t() for p in parts] if tensor_map.contracts else parts, file.sizes.head_dim)
 
@@ -211,7 +227,7 @@ def _opposite_pairs(rows: Tensor, num_heads: int) -> Tensor:
 def _hf_config(file: _File) -> dict[str, Any]:
     """The equivalent of `config.json`."""
     model_type = _MODEL_TYPES[file.arch]
-    own = {"gpt2": _gpt2_keys, "gpt_neox": _neox_keys}.get(model_type, _llama_keys)
+    own = _KEYS.get(file.arch, _llama_keys)
     return {
         "architectures": [FAMILIES[model_type].architecture],
         "model_type": model_type,
@@ -278,3 +294,86 @@ def _llama_keys(file: _File) -> dict[str, Any]:
     if file.arch == "llama":
         keys["mlp_bias"] = file.has_biases("ffn")
     return keys
+
+
+def _gemma_keys(file: _File) -> dict[str, Any]:
+    """Gemma 2 and 3: what llama.cpp knows of the architecture without a key is written out."""
+    metadata, sizes = file.metadata, file.sizes
+    is_second = file.arch == "gemma2"
+    # the largest of each generation alone scales queries by another size than the head's
+    is_largest = sizes.num_layers == (46 if is_second else 62)
+    period = metadata.count("attention.sliding_window_pattern", 2 if is_second else 6)
+    window = metadata.count("attention.sliding_window", 4096 if is_second else None)
+    keys = _llama_keys(file) | {
+        "query_pre_attn_scalar": sizes.hidden_size // sizes.num_heads if is_largest else sizes.head_dim,
+        "sliding_window": window,
+        "layer_types": [
+            "sliding_attention" if i % period < period - 1 else "full_attention" for i in range(sizes.num_layers)
+        ],
+        "final_logit_softcapping": _cap(metadata, "final_logit_softcapping", 30.0 if is_second else None),
+    }
+    if is_second:
+        return keys | {"attn_logit_softcapping": _cap(metadata, "attn_logit_softcapping", 50.0)}
+    return keys | {"rope_local_base_freq": metadata.positive("rope.freq_base_swa", 10000.0)}
+
+
+def _cap(metadata: Metadata, name: str, default: float | None) -> float | None:
+    """A cap of scores or logits; 0 means none."""
+    if not metadata.has(name):
+        return default
+    return metadata.positive(name) if metadata.get(name) else None
+
+
+def _granite_keys(file: _File) -> dict[str, Any]:
+    def factor(name: str, default: float) -> float:
+        """A factor, where 0 means the default as in llama.cpp."""
+        return file.metadata.positive(name) if file.metadata.get(name) else default
+
+    return _llama_keys(file) | {
+        "mlp_bias": file.has_biases("ffn"),
+        "embedding_multiplier": factor("embedding_scale", 1.0),
+        "residual_multiplier": factor("residual_scale", 1.0),
+        "attention_multiplier": factor("attention.scale", file.sizes.head_dim**-0.5),
+        "logits_scaling": factor("logit_scale", 1.0),
+    }
+
+
+def _smollm3_keys(file: _File) -> dict[str, Any]:
+    rotates = [int((i + 1) % 4 != 0) for i in range(file.sizes.num_layers)]  # llama.cpp knows no other pattern
+    return _llama_keys(file) | {"mlp_bias": file.has_biases("ffn"), "no_rope_layers": rotates}
+
+
+def _stablelm_keys(file: _File) -> dict[str, Any]:
+    keys, rotated = _rotary_keys(file, may_be_partial=True)
+    return keys | {
+        "num_key_value_heads": file.sizes.num_kv_heads,
+        "layer_norm_eps": file.metadata.positive("attention.layer_norm_epsilon"),
+        "rope_theta": file.metadata.positive("rope.freq_base", 10000.0),
+        "partial_rotary_factor": _fraction(rotated, file.sizes.head_dim),
+        "use_qkv_bias": file.has_biases("attn"),
+    }
+
+
+def _phi3_keys(file: _File) -> dict[str, Any]:
+    keys, rotated = _rotary_keys(file, may_be_partial=True)
+    window = file.metadata.get("attention.sliding_window")
+    return keys | {
+        "num_key_value_heads": file.sizes.num_kv_heads,
+        "rms_norm_eps": file.metadata.positive("attention.layer_norm_rms_epsilon"),
+        "rope_theta": file.metadata.positive("rope.freq_base", 10000.0),
+        "partial_rotary_factor": _fraction(rotated, file.sizes.head_dim),
+        "sliding_window": file.metadata.count("attention.sliding_window") if window else None,
+    }
+
+
+_KEYS: Mapping[str, Callable[[_File], dict[str, Any]]] = {
+    "gpt2": _gpt2_keys,
+    "gptneox": _neox_keys,
+    "gemma2": _gemma_keys,
+    "gemma3": _gemma_keys,
+    "granite": _granite_keys,
+    "smollm3": _smollm3_keys,
+    "stablelm": _stablelm_keys,
+    "phi3": _phi3_keys,
+}
+"""Keys of `config.json`, of architectures that have others than Llama's."""

@@ -33,6 +33,13 @@ _READ = frozenset(
     }
 )
 """Keys that `gguf.py` reads, or compares with what it can express."""
+_GEMMA = frozenset({"final_logit_softcapping", "attention.sliding_window_pattern", "rope.freq_base_swa"})
+_READ_OF: Mapping[str, frozenset[str]] = {
+    "gemma2": _GEMMA | {"attn_logit_softcapping"},
+    "gemma3": _GEMMA,
+    "granite": frozenset({"embedding_scale", "residual_scale", "logit_scale"}),
+}
+"""Keys that are read in some architectures alone."""
 _SILENT = frozenset(
     {
         # the embedding's rows count; these say what was done to the model, or how an embedding is made of its outputs
@@ -90,7 +97,9 @@ class Metadata:
         """
         for key, value in self.values.items():
             name = key.removeprefix(f"{self.arch}.")
-            if name == key or name in _READ or name in _SILENT or _is_neutral(name, value):
+            if name == key or name in _READ_OF.get(self.arch, ()):
+                continue
+            if name in _READ or name in _SILENT or _is_neutral(name, value):
                 continue
             if name not in _KNOWN:
                 _log.warning("%s has the key %s, which is unknown and not read", self.path, shown(key))

@@ -13,7 +13,7 @@ from tokenizers import Regex, pre_tokenizers
 from flextron.checkpoints.gguf.file import shown
 from flextron.errors import FlextronError
 
-__all__ = ["Rule", "rule_of"]
+__all__ = ["Rule", "rule_name", "rule_of"]
 
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 """GPT-2's split; what is left over between matches are single white spaces."""
@@ -101,3 +101,8 @@ def rule_of(name: object, arch: object) -> Rule:
     raise FlextronError(
         f"the GGUF file's tokenizer {what}; known are {', '.join(_RULES)}: use the Hugging Face checkpoint instead"
     )
+
+
+def rule_name(is_same: Callable[[Rule], bool]) -> str | None:
+    """The first name whose rule passes; None if no rule does."""
+    return next((name for name, rule in _RULES.items() if is_same(rule)), None)

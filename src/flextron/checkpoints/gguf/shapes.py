@@ -15,8 +15,18 @@ __all__ = ["Sizes", "Slot", "read_sizes", "slots"]
 _FUSED = ("gpt2", "gptneox")
 """Architectures with one tensor for queries, keys and values, LayerNorm and an ungated MLP."""
 _ATTENTION, _MLP = ("attn_q", "attn_k", "attn_v", "attn_output"), ("ffn_gate", "ffn_up", "ffn_down")
-_OPTIONAL = {"llama": (*_ATTENTION, *_MLP), "qwen3": _ATTENTION, "gptneox": ("attn_qkv", "attn_output")}
+_OPTIONAL = {
+    **dict.fromkeys(("llama", "granite", "smollm3"), (*_ATTENTION, *_MLP)),
+    **dict.fromkeys(("qwen3", "gemma2", "gemma3", "olmo2"), _ATTENTION),
+    "gptneox": ("attn_qkv", "attn_output"),
+    "stablelm": ("attn_q", "attn_k", "attn_v"),
+}
 """Linear layers that may have a bias; where others of the model have one, one that is not there is 0."""
+_NORMS = {
+    **dict.fromkeys(("gemma2", "gemma3"), ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")),
+    "olmo2": ("post_attention_norm", "post_ffw_norm"),
+}
+"""Norms of a layer, where they are others than those of attention and MLP."""
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 
 
@@ -96,7 +106,7 @@ def slots(arch: str, sizes: Sizes) -> dict[str, Slot]:
         "output_norm.weight": Slot((hidden,)),
         "output.weight": Slot((vocab, hidden), is_optional=True),
     }
-    if arch in _FUSED:
+    if arch in _FUSED or arch == "stablelm":
         found["output_norm.bias"] = Slot((hidden,))
     if arch == "gpt2":
         found["position_embd.weight"] = Slot((sizes.context, hidden))
@@ -124,7 +134,7 @@ def _fused_layer(arch: str, sizes: Sizes) -> Iterator[tuple[str, Slot]]:
 def _plain_layer(arch: str, sizes: Sizes) -> Iterator[tuple[str, Slot]]:
     hidden, inner = sizes.hidden_size, sizes.intermediate_size
     queries, keys = sizes.num_heads * sizes.head_dim, sizes.num_kv_heads * sizes.head_dim
-    shapes = {
+    shapes: dict[str, tuple[int, ...]] = {
         "attn_q": (queries, hidden),
         "attn_k": (keys, hidden),
         "attn_v": (keys, hidden),
@@ -132,13 +142,20 @@ def _plain_layer(arch: str, sizes: Sizes) -> Iterator[tuple[str, Slot]]:
         "ffn_gate": (inner, hidden),
         "ffn_up": (inner, hidden),
         "ffn_down": (hidden, inner),
-        "attn_norm": (hidden,),
-        "ffn_norm": (hidden,),
     }
-    if arch == "qwen3":
+    if arch == "phi3":
+        shapes["attn_qkv"] = (queries + 2 * keys, hidden)
+        shapes["ffn_up"] = (2 * inner, hidden)
+        shapes = {k: v for k, v in shapes.items() if k not in ("attn_q", "attn_k", "attn_v", "ffn_gate")}
+    shapes |= dict.fromkeys(_NORMS.get(arch, ("attn_norm", "ffn_norm")), (hidden,))
+    if arch in ("qwen3", "gemma3"):
         shapes |= {"attn_q_norm": (sizes.head_dim,), "attn_k_norm": (sizes.head_dim,)}
+    if arch == "olmo2":
+        shapes |= {"attn_q_norm": (queries,), "attn_k_norm": (keys,)}
     for name, shape in shapes.items():
         yield f"{name}.weight", Slot(shape)
+        if arch == "stablelm" and name.endswith("norm"):
+            yield f"{name}.bias", Slot(shape)
         if name in _OPTIONAL.get(arch, ()):
             yield f"{name}.bias", Slot(shape[:1], is_optional=True)
         elif arch == "qwen2" and name in ("attn_q", "attn_k", "attn_v"):

@@ -67,7 +67,11 @@ struct Step {
 
     void norms(const Order& order, const Norm& norm, float* out, int id, int nt) {
         for (long i = id; i < order.size(); i += nt) {
-            normalize(&x[order.tokens[i] * D], norm, s.is_layer_norm, s.norm_eps, D, out + i * D);
+            const float* own = &x[order.tokens[i] * D];
+            if (norm.weight)
+                normalize(own, norm, s.is_layer_norm, s.norm_eps, D, out + i * D);
+            else
+                std::memcpy(out + i * D, own, D * sizeof(float));
             if (kIsFourBit)
                 prepare_token(out + i * D, D, prepared.data() + ((out - xn.data()) / D + i) * token_size(D));
         }
@@ -103,9 +107,10 @@ struct Step {
         });
     }
 
-    void rotate(float* head, long token) const {
+    void rotate(long l, float* head, long token) const {
+        if (!b.cos || !b.cos[l]) return;
         const long R = s.rotated, half = R / 2;
-        const float *cos = b.cos + token * R, *sin = b.sin + token * R;
+        const float *cos = b.cos[l] + token * R, *sin = b.sin[l] + token * R;
         for (long i = 0; i < half; i++) {
             const float lo = head[i], hi = head[i + half];
             head[i] = lo * cos[i] + hi * sin[i];
@@ -125,15 +130,22 @@ struct Step {
         for (long i = id; i < order.size(); i += nt) {
             const long token = order.tokens[i], position = b.positions[token];
             const long q_rows = order.widths[i] * s.query_rows_per_group, kv = kv_rows(order.widths[i]);
+            if (w.q_norm.weight && s.qk_norm_is_whole) {
+                normalize(&q[i * q_max], w.q_norm, false, s.norm_eps, q_rows, &q[i * q_max]);
+                normalize(&k[i * kv_max], w.k_norm, false, s.norm_eps, kv, &k[i * kv_max]);
+            }
+            const bool by_head = w.q_norm.weight && !s.qk_norm_is_whole;
             for (long r = 0; r < q_rows; r += d) {
                 float* head = &q[i * q_max + r];
-                if (w.q_norm.weight) normalize(head, w.q_norm, false, s.norm_eps, d, head);
-                if (s.rotated) rotate(head, token);
+                if (by_head) normalize(head, w.q_norm, false, s.norm_eps, d, head);
+                if (w.query_scale != 1.0f)
+                    for (long c = 0; c < d; c++) head[c] *= w.query_scale;
+                rotate(l, head, token);
             }
             for (long r = 0; r < kv; r += d) {
                 float* head = &k[i * kv_max + r];
-                if (w.k_norm.weight) normalize(head, w.k_norm, false, s.norm_eps, d, head);
-                if (s.rotated) rotate(head, token);
+                if (by_head) normalize(head, w.k_norm, false, s.norm_eps, d, head);
+                rotate(l, head, token);
                 float* keys = block(l, token, position / s.page_size, r / d) + position % s.page_size * d;
                 std::memcpy(keys, head, d * sizeof(float));
                 std::memcpy(keys + s.page_size * d, &v[i * kv_max + r], d * sizeof(float));
@@ -146,7 +158,7 @@ struct Step {
         const Order& order = attention[l];
         const long token = order.tokens[i], P = s.page_size, last = b.positions[token];
         const long per_kv = s.is_multi_query ? order.widths[i] : s.query_rows_per_group / d;
-        const long first = s.window > 0 ? std::max(0L, last + 1 - s.window) : 0;
+        const long window = layers[l].window, first = window > 0 ? std::max(0L, last + 1 - window) : 0;
         const long start = first / P * P, ld = (last / P + 1) * P - start;
         float* own_q = &q[i * q_max + kv_head * per_kv * d];
         float* out = &heads[i * q_max + kv_head * per_kv * d];
@@ -156,11 +168,15 @@ struct Step {
                          P * d);
             dot_rows(block(l, token, p / P, kv_head), d, P, own_q, d, per_kv, d, &scores[p - start], ld);
         }
-        const float scale = 1.0f / std::sqrt((float)d);
+        const float usual = 1.0f / std::sqrt((float)d), scale = s.attention_cap ? 1.0f : usual;
         for (long h = 0; h < per_kv; h++) {
             float* row = &scores[h * ld];
             float most = -INFINITY, total = 0;
             const long a = first - start, e = last + 1 - start;
+            if (s.attention_cap) {
+                for (long j = a; j < e; j++) row[j] *= usual;
+                soften(row + a, e - a, s.attention_cap);
+            }
             for (long j = a; j < e; j++) most = std::max(most, row[j]);
             for (long j = a; j < e; j++) row[j] = std::exp((row[j] - most) * scale), total += row[j];
             for (long j = a; j < e; j++) row[j] /= total;
@@ -175,11 +191,15 @@ struct Step {
         }
     }
 
-    // x += what all threads' partial sums say, the bias, and what bypasses make of it.
-    void residual(long l, Target target, const Order& order, const Linear& linear, int id, int nt) {
+    // x += what all threads' partial sums say, the bias, and what bypasses make of it; normalised where the model does.
+    void residual(long l, Target target, const Order& order, const Linear& linear, const Norm& norm, int id, int nt) {
         const float* bias = linear.bias;
+        const bool is_plain = !norm.weight && s.residual_scale == 1.0f;
+        Floats sum(is_plain ? 0 : D);
         for (long i = id; i < order.size(); i += nt) {
-            float* own = &x[order.tokens[i] * D];
+            float* stream = &x[order.tokens[i] * D];
+            float* own = is_plain ? stream : sum.data();
+            if (!is_plain) std::fill(sum.begin(), sum.end(), 0.0f);
             for (int p = 0; p < nt; p++) {
                 float* y = &partial[((long)p * N + i) * D];
                 if (linear.column_scales)
@@ -189,6 +209,9 @@ struct Step {
             if (bias)
                 for (long c = 0; c < D; c++) own[c] += bias[c];
             bypasses.add_whole(l, target, order, i, partial.data(), bias, nt, own);
+            if (is_plain) continue;
+            if (norm.weight) normalize(own, norm, s.is_layer_norm, s.norm_eps, D, own);
+            for (long c = 0; c < D; c++) stream[c] += s.residual_scale * own[c];
         }
     }
 
@@ -228,6 +251,8 @@ struct Step {
     void embed(int id, int nt) {
         for (long t = id; t < N; t += nt) {
             std::memcpy(&x[t * D], ends.embedding + b.ids[t] * D, D * sizeof(float));
+            if (s.embedding_scale != 1.0f)
+                for (long c = 0; c < D; c++) x[t * D + c] *= s.embedding_scale;
             if (ends.positions)
                 for (long c = 0; c < D; c++) x[t * D + c] += ends.positions[b.positions[t] * D + c];
         }
@@ -245,6 +270,14 @@ struct Step {
         const long first = V * id / nt, last = V * (id + 1) / nt;
         if (full) vocabulary<E>(ends.head, first, last, 0, full);
         if (full < n) screen(first, last, full, n, id, nt);
+        if (s.logits_cap) cap_logits(first, last);
+    }
+
+    // Caps the logits of tokens first to last, but for those that screening has ruled out.
+    void cap_logits(long first, long last) {
+        for (long i = 0; i < b.num_logits; i++)
+            for (float *z = b.logits + i * s.vocab_size + first, *end = z + last - first; z < end; z++)
+                if (*z != -INFINITY) soften(z, 1, s.logits_cap);
     }
 
     // Logits of tokens first to last for rows from to to.
@@ -315,7 +348,7 @@ struct Step {
                     contract(w.o, a, e - a, heads.data() + a, q_max, own, n);
                 });
 #pragma omp barrier
-                residual(l, kO, heads_of, w.o, id, nt);
+                residual(l, kO, heads_of, w.o, w.attention_post_norm, id, nt);
 #pragma omp barrier
             } else if (s.parallel_residual && neurons_of.size()) {
                 mlp_input(l, xm, id, nt);
@@ -328,7 +361,7 @@ struct Step {
 #pragma omp barrier
                 feed_forward(l, xm, own, id, nt);
 #pragma omp barrier
-                residual(l, kDown, neurons_of, w.down, id, nt);
+                residual(l, kDown, neurons_of, w.down, w.mlp_post_norm, id, nt);
 #pragma omp barrier
             }
         }

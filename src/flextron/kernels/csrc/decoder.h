@@ -21,15 +21,18 @@ struct Linear {
 };
 
 struct Norm {
-    const float* weight;  // null where the layer has no such norm
+    const float* weight;  // null where the layer has no such norm: what it would read goes on as it is
     const float* bias;
 };
 
 struct LayerWeights {
     Norm attention_norm, mlp_norm;
+    Norm attention_post_norm, mlp_post_norm;  // of what a half adds to the residual stream
     Linear q, k, v, o;
     Norm q_norm, k_norm;
     Linear gate, up, down;
+    int64_t window;     // tokens that each sees, itself included; 0 for all
+    float query_scale;  // factor of the queries
 };
 
 // What lies before the first layer and after the last.
@@ -43,9 +46,11 @@ struct Ends {
 };
 
 struct Shape {
-    int64_t hidden_size, head_dim, vocab_size, num_layers, rotated, window, page_size;
+    int64_t hidden_size, head_dim, vocab_size, num_layers, rotated, page_size;
     int64_t query_rows_per_group, is_multi_query, parallel_residual, is_layer_norm, activation, weights;
-    float norm_eps;
+    int64_t qk_norm_is_whole;  // all heads as one vector, not each by itself
+    float norm_eps, embedding_scale, residual_scale;
+    float attention_cap, logits_cap;  // 0 for none
 };
 
 // What an adapter has beside one linear: LoRA's matrices, IA3's factors, or nothing. All lie along the linear's inputs
@@ -69,8 +74,8 @@ struct Tokens {
     const int32_t* const* block_tables; // (N,): block table of each token's sequence, (pages, row)
     const int64_t* table_rows;          // (N,): entries of a page in that table
     const int32_t* block_offsets;       // (layers, N): first entry of a layer
-    const float* cos;                   // (N, rotated)
-    const float* sin;                   // signed
+    const float* const* cos;            // (layers,): (N, rotated), or null where a layer rotates nothing
+    const float* const* sin;            // signed
     const Bypass* const* adapters;      // (N,): (layers, targets) of each token's adapter, or null; null if none has one
     int64_t max_rank;                   // of all adapters
     float* cache;                       // (blocks, 2, P, d)
@@ -116,6 +121,11 @@ void normalize(const float* x, const Norm& norm, bool centred, float eps, long s
     for (long i = 0; i < size; i++) out[i] = (x[i] - mean) * factor * norm.weight[i];
     if (norm.bias)
         for (long i = 0; i < size; i++) out[i] += norm.bias[i];
+}
+
+// cap tanh(x / cap) of n numbers in place.
+void soften(float* x, long n, float cap) {
+    for (long i = 0; i < n; i++) x[i] = cap * std::tanh(x[i] / cap);
 }
 
 // Tokens ordered by width, widest first, and how many of them use each row.

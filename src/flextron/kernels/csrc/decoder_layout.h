@@ -14,18 +14,21 @@ inline std::string decoder_layout() {
             {FIELD(Linear, weight), FIELD(Linear, bias), FIELD(Linear, scales), FIELD(Linear, group_scales),
              FIELD(Linear, column_scales)});
     text += describe_struct("LayerWeights", sizeof(LayerWeights),
-            {FIELD(LayerWeights, attention_norm), FIELD(LayerWeights, mlp_norm), FIELD(LayerWeights, q),
+            {FIELD(LayerWeights, attention_norm), FIELD(LayerWeights, mlp_norm),
+             FIELD(LayerWeights, attention_post_norm), FIELD(LayerWeights, mlp_post_norm), FIELD(LayerWeights, q),
              FIELD(LayerWeights, k), FIELD(LayerWeights, v), FIELD(LayerWeights, o), FIELD(LayerWeights, q_norm),
              FIELD(LayerWeights, k_norm), FIELD(LayerWeights, gate), FIELD(LayerWeights, up),
-             FIELD(LayerWeights, down)});
+             FIELD(LayerWeights, down), FIELD(LayerWeights, window), FIELD(LayerWeights, query_scale)});
     text += describe_struct("Ends", sizeof(Ends),
             {FIELD(Ends, embedding), FIELD(Ends, positions), FIELD(Ends, final_norm), FIELD(Ends, head),
              FIELD(Ends, screen), FIELD(Ends, errors)});
     text += describe_struct("Shape", sizeof(Shape),
             {FIELD(Shape, hidden_size), FIELD(Shape, head_dim), FIELD(Shape, vocab_size), FIELD(Shape, num_layers),
-             FIELD(Shape, rotated), FIELD(Shape, window), FIELD(Shape, page_size), FIELD(Shape, query_rows_per_group),
+             FIELD(Shape, rotated), FIELD(Shape, page_size), FIELD(Shape, query_rows_per_group),
              FIELD(Shape, is_multi_query), FIELD(Shape, parallel_residual), FIELD(Shape, is_layer_norm),
-             FIELD(Shape, activation), FIELD(Shape, weights), FIELD(Shape, norm_eps)});
+             FIELD(Shape, activation), FIELD(Shape, weights),
+             FIELD(Shape, qk_norm_is_whole), FIELD(Shape, norm_eps), FIELD(Shape, embedding_scale),
+             FIELD(Shape, residual_scale), FIELD(Shape, attention_cap), FIELD(Shape, logits_cap)});
     text += describe_struct("Tokens", sizeof(Tokens),
             {FIELD(Tokens, num_tokens), FIELD(Tokens, ids), FIELD(Tokens, positions), FIELD(Tokens, mlp_widths),
              FIELD(Tokens, num_groups), FIELD(Tokens, block_tables), FIELD(Tokens, table_rows), FIELD(Tokens, block_offsets),
