@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from flextron.checkpoints.huggingface import stock_tensors
-from flextron.generation.generate import SamplingParams, generate
+from flextron.generation.generate import generate
+from flextron.generation.sampling import SamplingParams
 from tests.checkpoints.families_cases import (
     CASES,
     decoder_of,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from benchmarks import smollm2
 from flextron.engine import EngineCore, EngineSettings
-from flextron.generation.generate import SamplingParams
+from flextron.generation.sampling import SamplingParams
 from flextron.kernels.decoder import Weights
 from flextron.model.decoder import Decoder
 from flextron.spec import SubnetSpec

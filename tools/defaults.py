@@ -1,14 +1,15 @@
 """`python -m tools.defaults`: writes the tables of options and defaults in the documentation from the code.
 
 A table stands between a line `<!-- defaults: NAME -->` and a line `<!-- /defaults -->`. NAME is a settings class of
-`SETTINGS`, or `flextron` and a verb of the command line. With `--check` nothing is written, and the exit code is 1 if a
-table is out of date.
+`SETTINGS`, `flextron` and a verb of the command line, or `keys` and an endpoint of the server. With `--check` nothing
+is written, and the exit code is 1 if a table is out of date.
 """
 
 from __future__ import annotations
 
 import ast
 import inspect
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -19,13 +20,19 @@ import typer
 
 from flextron.cli.main import app
 from flextron.finetuning.hyperparameters import Hyperparameters
+from flextron.server.keys import KEYS, Does
 from flextron.training.recipe import TrainRecipe
 from flextron.workflows.elastify import ConvertStage, ProfileStage
 
 __all__ = ["PAGES", "SETTINGS", "fill", "main", "table"]
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("docs/guides/finetuning.md", "docs/guides/recipes.md", "docs/reference/command-line.md")
+PAGES = (
+    "docs/guides/finetuning.md",
+    "docs/guides/recipes.md",
+    "docs/reference/command-line.md",
+    "docs/reference/request-keys.md",
+)
 SETTINGS = {kind.__name__: kind for kind in (ConvertStage, Hyperparameters, ProfileStage, TrainRecipe)}
 _BLOCK = re.compile(r"^(<!-- defaults: ([^\n]+) -->\n)(.*?)^(<!-- /defaults -->)$", re.MULTILINE | re.DOTALL)
 _DEFAULT = re.compile(r" Default: (.*)\.$", re.DOTALL)
@@ -98,13 +105,27 @@ def _verb_table(words: Sequence[str]) -> list[str]:
     return ["| option | default | meaning |", "|---|---|---|", *rows]
 
 
+def _keys_table(endpoint: str) -> list[str]:
+    """What the server does with each key, those that it serves first."""
+    words = {Does.SERVE: "served", Does.IGNORE: "changes no answer", Does.REFUSE: "refused"}
+    rows = []
+    for does, word in words.items():
+        for key in KEYS[endpoint].values():
+            if key.does is does:
+                neutral = ", ".join(f"`{json.dumps(value)}`" for value in key.neutral)
+                rows.append(_row(f"`{key.name}`", key.origin, word + (f", but for {neutral}" if neutral else "")))
+    return ["| key | of | what happens |", "|---|---|---|", *rows]
+
+
 def table(name: str) -> str:
-    """The table of a settings class or of a verb, as Markdown.
+    """The table of a settings class, of a verb or of an endpoint, as Markdown.
 
     Raises:
-        KeyError: there is no such class or verb.
+        KeyError: there is no such class, verb or endpoint.
     """
     first, *words = name.split()
+    if first == "keys":
+        return "\n".join(_keys_table(words[0]))
     lines = _verb_table(words) if first == "flextron" else _settings_table(SETTINGS[first])
     return "\n".join(lines)
 

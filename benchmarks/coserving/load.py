@@ -16,7 +16,7 @@ from flextron.finetuning.example import Example
 from flextron.finetuning.hyperparameters import Hyperparameters
 from flextron.finetuning.lora import UPDATE, LoraTrainer, LoraTrainers
 from flextron.finetuning.trainer import TrainingTask
-from flextron.generation.generate import SamplingParams
+from flextron.generation.sampling import SamplingParams
 from flextron.model.config import DecoderConfig
 from flextron.model.decoder import Decoder
 

@@ -10,7 +10,7 @@ from flextron.spec import LayerSpec, SearchSpace, SubnetSpec, Target
 
 if TYPE_CHECKING:
     from flextron.api import Completion, DenseModel, ElasticModel, Engine, FinetuneResult, convert, finetune, load
-    from flextron.generation.generate import SamplingParams
+    from flextron.generation.sampling import SamplingParams
     from flextron.routing import SearchSettings
     from flextron.training.recipe import TrainRecipe
     from flextron.training.router_recipe import RouterRecipe
@@ -48,7 +48,7 @@ _LAZY = {
     "convert": "flextron.api",
     "finetune": "flextron.api",
     "load": "flextron.api",
-    "SamplingParams": "flextron.generation.generate",
+    "SamplingParams": "flextron.generation.sampling",
     "SearchSettings": "flextron.routing",
     "RouterRecipe": "flextron.training.router_recipe",
     "TokenRouterRecipe": "flextron.training.token_recipe",

@@ -80,6 +80,12 @@ def test_defaults_of_those_who_say_nothing(settings: dict[str, Any], temperature
     assert found == SamplingParams(temperature=temperature, top_p=top_p)
 
 
+def test_the_makers_way_to_draw_is_the_default() -> None:
+    settings = {"temperature": 0.6, "top_k": 20, "min_p": 0.1, "repetition_penalty": 1.1}
+    assert generation_defaults(settings, {}, None).sampling() == SamplingParams(**settings)
+    assert generation_defaults({"top_k": -1}, {}, None).sampling() == SamplingParams()
+
+
 def test_the_length_is_a_limit() -> None:
     assert generation_defaults({"max_new_tokens": 5}, {}, None).sampling().max_tokens == 5
     assert generation_defaults({"max_new_tokens": 5000}, {}, None).sampling() == SamplingParams()
@@ -87,16 +93,18 @@ def test_the_length_is_a_limit() -> None:
 
 def test_what_is_not_applied_is_told() -> None:
     asked = {
-        "top_k": 20,
-        "repetition_penalty": 1.05,
+        "typical_p": 0.9,
+        "no_repeat_ngram_size": 2,
         "temperature": 0.7,
+        "top_k": 20,
         "bad_words_ids": [[1] * 90],
         "pad_token_id": 0,
     }
     said = generation_defaults(asked, {}, None).complaint
     assert said is not None
-    assert "top_k 20, repetition_penalty 1.05, bad_words_ids [[1, 1" in said
+    assert "typical_p 0.9, no_repeat_ngram_size 2, bad_words_ids [[1, 1" in said
     assert "temperature" not in said
+    assert "top_k" not in said
     assert len(said) < 250
 
 

@@ -118,7 +118,16 @@ def test_temperature_sharpens() -> None:
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"max_tokens": 0}, "max_tokens must be at least 1"),
+        ({"max_tokens": -1}, "max_tokens must be at least 0"),
+        ({"min_tokens": 65}, r"min_tokens \(65\) must be at most max_tokens \(64\)"),
+        ({"top_k": -1}, "top_k must be at least 0"),
+        ({"min_p": 1.1}, r"min_p must lie in \[0, 1\]"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be a number above 0"),
+        ({"presence_penalty": float("nan")}, "presence_penalty must be a number"),
+        ({"frequency_penalty": float("inf")}, "frequency_penalty must be a number"),
+        ({"logit_bias": {1: float("inf")}}, "logit_bias must hold numbers"),
+        ({"allowed_token_ids": ()}, "allowed_token_ids is empty"),
+        ({"bad_words_ids": ((1,), ())}, "a sequence of bad_words_ids is empty"),
         ({"temperature": -0.1}, "temperature must be"),
         ({"temperature": float("inf")}, "temperature must be"),
         ({"temperature": float("nan")}, "temperature must be"),

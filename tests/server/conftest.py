@@ -11,7 +11,7 @@ from tests.server.running import Running, running
 from tests.trained import trained_model
 
 TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    "{% for m in messages %}{% if m.role in ('tool', 'function') %}{{ raise_exception('no tools here') }}{% endif %}"
     "{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 )
 

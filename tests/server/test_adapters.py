@@ -111,7 +111,7 @@ def test_what_was_learnt_is_answered(model: ElasticModel, tmp_path: Path) -> Non
         assert [c.step_number for c in checkpoints] == [40, 30, 20, 10]
         assert checkpoints[0].metrics.train_loss < 0.2 < checkpoints[-1].metrics.train_loss  # type: ignore[operator]
         assert (
-            f"flextron:trained_tokens_total {trained.trained_tokens:.1f}\n"
+            f'flextron:trained_tokens_total{{model_name="tiny"}} {trained.trained_tokens:.1f}\n'
             in httpx.get(f"{made.server.url}/metrics").text
         )
         prompts = [record["prompt"] for record in records]

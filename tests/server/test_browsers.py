@@ -145,3 +145,21 @@ def test_head_is_get_without_a_body(server: Running) -> None:
 )
 def test_names_of_this_machine(name: str, is_own: bool) -> None:
     assert is_loopback(name) == is_own
+
+
+def test_pages_of_allowed_origins(model: ElasticModel) -> None:
+    friend, question = "https://app.example", {"access-control-request-method": "POST"}
+    with running(model, allowed_origins=(friend,), api_key=KEY) as made:
+        path = f"{made.url}/v1/completions"
+        asked = httpx.options(path, headers={"origin": friend, **question})
+        assert asked.status_code == 200
+        assert asked.headers["access-control-allow-origin"] == friend
+        assert "access-control-allow-origin" not in httpx.options(path, headers={"origin": EVIL, **question}).headers
+        assert httpx.post(path, headers={"origin": friend}, json=GOOD).status_code == 401
+        headers = {"origin": friend, "authorization": f"Bearer {KEY}"}
+        answer = httpx.post(path, headers=headers, json=GOOD)
+        assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, friend)
+    with running(model, allowed_origins=(friend,)) as made:
+        path = f"{made.url}/v1/completions"
+        assert httpx.post(path, headers={"origin": friend}, json=GOOD).status_code == 200
+        assert_refused(httpx.post(path, headers={"origin": EVIL}, json=GOOD), 403)

@@ -8,18 +8,28 @@ import httpx
 import pytest
 from openai.types import completion_create_params as completion_types
 from openai.types.chat import completion_create_params as chat_types
+from openai.types.responses import response_create_params as response_types
 
 from flextron.server.bodies import ChatBody, CompletionBody
+from flextron.server.dialects.messages_body import MessagesBody
+from flextron.server.dialects.responses_body import ResponsesBody
 from flextron.server.keys import KEYS, Does, Key
 from tests.server.running import Running
 from tests.server.test_refusals import assert_refused
 
 BODIES: dict[str, dict[str, Any]] = {
+    "responses": {"model": "tiny", "input": "a", "max_output_tokens": 1},
+    "messages": {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1},
     "completions": {"model": "tiny", "prompt": "a", "max_tokens": 1},
     "chat": {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1},
 }
-PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
-SERVED = {"completions": CompletionBody, "chat": ChatBody}
+PATHS = {
+    "completions": "/v1/completions",
+    "chat": "/v1/chat/completions",
+    "responses": "/v1/responses",
+    "messages": "/v1/messages",
+}
+SERVED = {"completions": CompletionBody, "chat": ChatBody, "responses": ResponsesBody, "messages": MessagesBody}
 CLIENT = httpx.Client(timeout=30)
 VALUES: list[Any] = [True, False, 0, 1, -1, 0.5, 2, "a", "none", [], ["a"], [1], {}, {"a": 1}]
 VLLM = {
@@ -53,6 +63,8 @@ def test_the_table_has_all_keys_of_openai_and_vllm() -> None:
         assert names <= KEYS[endpoint].keys()
         assert KEYS[endpoint].keys() >= VLLM
     assert KEYS["chat"].keys() >= VLLM_CHAT
+    kinds = response_types.ResponseCreateParamsBase, response_types.ResponseCreateParamsStreaming
+    assert {name for kind in kinds for name in kind.__annotations__} <= KEYS["responses"].keys()
 
 
 @pytest.mark.parametrize("endpoint", KEYS)
@@ -79,7 +91,7 @@ def test_each_key(chat_server: Running, endpoint: str, key: Key) -> None:
             assert_bad(ask(chat_server, endpoint, **{key.name: value}), key.name, "unsupported_parameter")
 
 
-@pytest.mark.parametrize("endpoint", KEYS)
+@pytest.mark.parametrize("endpoint", ["completions", "chat"])
 def test_all_neutral_values_at_once(chat_server: Running, endpoint: str) -> None:
     neutral = {key.name: key.neutral[-1] for key in KEYS[endpoint].values() if key.neutral}
     assert len(neutral) > 40

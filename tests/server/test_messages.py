@@ -11,7 +11,6 @@ from tests.server.running import Running
 from tests.server.test_refusals import assert_refused
 
 USER = {"role": "user", "content": "a"}
-CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 
 def ask(server: Running, *messages: Any) -> httpx.Response:
@@ -25,9 +24,8 @@ def ask(server: Running, *messages: Any) -> httpx.Response:
         ({"role": "user"}, "content", "missing_required_parameter", "give a text"),
         ({"role": "user", "content": None}, "content", "missing_required_parameter", "give a text"),
         ({"role": "user", "content": []}, "content", "missing_required_parameter", "give a text"),
-        ({"role": "assistant", "content": None, "tool_calls": [CALL]}, "tool_calls", "unsupported_parameter", "tool"),
-        ({"role": "assistant", "content": "a", "tool_calls": [CALL]}, "tool_calls", "unsupported_parameter", "tool"),
-        ({"role": "tool", "content": "a", "tool_call_id": "c"}, "tool_call_id", "unsupported_parameter", "tool"),
+        ({"role": "assistant", "content": None}, "content", "missing_required_parameter", "give a text"),
+        ({"role": "assistant", "tool_calls": [{"id": "c"}]}, "tool_calls.0.function", "missing_required_parameter", ""),
         ({"role": "assistant", "content": "a", "function_call": {}}, "function_call", "unsupported_parameter", ""),
         (
             {"role": "assistant", "content": "a", "reasoning_content": "b"},
@@ -68,7 +66,7 @@ def test_what_changes_nothing_is_taken(chat_server: Running) -> None:
     answer = ask(chat_server, *messages)
     assert answer.status_code == 200
     plain = ask(chat_server, USER, {"role": "assistant", "content": "b"}, USER)
-    assert answer.json()["usage"] == plain.json()["usage"]
+    assert answer.json()["usage"]["prompt_tokens"] == plain.json()["usage"]["prompt_tokens"]
     assert ask(chat_server, {"role": "user", "content": ""}).status_code == 200
 
 

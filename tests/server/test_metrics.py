@@ -17,7 +17,7 @@ def samples(server: Running) -> dict[tuple[str, str], float]:
     for family in text_string_to_metric_families(answer.text):
         for sample in family.samples:
             label = sample.labels.get("target") or sample.labels.get("finished_reason") or ""
-            assert sample.labels.get("model_name", "tiny") == "tiny"
+            assert sample.labels["model_name"] == "tiny"
             found[sample.name, label] = sample.value
     return found
 
@@ -40,7 +40,13 @@ def test_everything_is_counted(model: ElasticModel) -> None:
     assert found["vllm:generation_tokens_total", ""] == 6 + 4 + 5 + 3
     assert found["vllm:time_to_first_token_seconds_count", ""] == 4
     assert found["vllm:time_per_output_token_seconds_count", ""] == 5 + 3 + 4 + 2
+    assert found["vllm:inter_token_latency_seconds_count", ""] == 5 + 3 + 4 + 2
     assert found["vllm:e2e_request_latency_seconds_count", ""] == 4
+    parts = [found[f"vllm:request_{part}_time_seconds_sum", ""] for part in ("queue", "prefill", "decode")]
+    assert all(part > 0 for part in parts)
+    assert abs(sum(parts) - found["vllm:e2e_request_latency_seconds_sum", ""]) < 1e-6
+    assert found["vllm:request_prompt_tokens_sum", ""] == 4 * len(prompt)
+    assert found["vllm:request_generation_tokens_sum", ""] == found["vllm:request_params_max_tokens_sum", ""] == 18
     assert found["vllm:request_success_total", "length"] == 4
     assert found["vllm:num_requests_waiting", ""] == found["vllm:kv_cache_usage_perc", ""] == 0
     assert found["vllm:num_preemptions_total", ""] == 0

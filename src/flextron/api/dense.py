@@ -15,7 +15,8 @@ from flextron.checkpoints.huggingface import write_checkpoint
 from flextron.files import new_directory
 from flextron.generation.detokenize import continuation
 from flextron.generation.encoding import encode
-from flextron.generation.generate import SamplingParams, generate
+from flextron.generation.generate import generate
+from flextron.generation.sampling import SamplingParams
 from flextron.model.batch import TokenChoice
 from flextron.model.decoder import Decoder
 from flextron.spec import SubnetSpec

@@ -16,8 +16,8 @@ from flextron.checkpoints.peft import read_adapter
 from flextron.engine import EngineCore, EngineSettings, FinishReason, Logprobs, Network, Request, Speculation
 from flextron.engine.output import Delta, OutputProcessor
 from flextron.errors import FlextronError
-from flextron.generation.encoding import encode
-from flextron.generation.generate import SamplingParams
+from flextron.generation.encoding import bad_words_ids, encode
+from flextron.generation.sampling import SamplingParams
 from flextron.kernels.decoder import Weights
 from flextron.model.adapter import Adapter
 from flextron.routing.token_router import PricedRouter
@@ -49,6 +49,8 @@ class Completion:
     num_prompt_tokens: int
     logprobs: tuple[Logprobs, ...] | None
     """One entry a token, where they were asked for."""
+    prompt_logprobs: tuple[Logprobs, ...] | None = None
+    """One entry for each token of the prompt after the first, where they were asked for."""
 
 
 class Engine:
@@ -90,6 +92,9 @@ class Engine:
         router: Literal["token"] | None = None,
         adapter: Beside | Sequence[Beside] = None,
         stop: str | Sequence[str] = (),
+        includes_stop: bool = False,
+        bad_words: Sequence[str] = (),
+        skip_special_tokens: bool = True,
         add_special_tokens: bool = True,
     ) -> list[Completion]:
         """Continue prompts, all in one batch.
@@ -104,6 +109,9 @@ class Engine:
                 all prompts or one entry each. It is sliced to the sub-network as the weights are. Only with those
                 from directories do equal beginnings of prompts stay in the cache for the next call.
             stop: strings that end a text.
+            includes_stop: whether a text keeps the stop string or stop token that ended it.
+            bad_words: texts that must not come, beside `bad_words_ids` of the params.
+            skip_special_tokens: whether special tokens have no text.
             add_special_tokens: whether texts begin as the tokenizer begins them (with BOS, for some); a chat template
                 has written such tokens already. Token ids are taken as they are.
 
@@ -121,12 +129,15 @@ class Engine:
         adapters = [self._adapter(a) for a in beside]
         networks = [self._network(t, router, a) for t, a in zip(asked, adapters, strict=True)]
         stops = [stop] if isinstance(stop, str) else list(stop)
+        words = bad_words_ids(self._tokenizer, bad_words)
+        options: Any = {"includes_stop": includes_stop, "skip_special_tokens": skip_special_tokens}
         requests: list[Request] = []
         try:
             for ids, p, network in zip(tokens, each_params, networks, strict=True):
                 chosen = p if p.stop_token_ids else replace(p, stop_token_ids=self._defaults.ends)
+                chosen = replace(chosen, bad_words_ids=(*chosen.bad_words_ids, *words)) if words else chosen
                 requests.append(self.core.add(str(len(requests)), ids, chosen, network))
-            processors = {r: OutputProcessor(self._tokenizer, stops, r.tokens) for r in requests}
+            processors = {r: OutputProcessor(self._tokenizer, stops, r.tokens, **options) for r in requests}
             self._run(processors)
         finally:
             for request in requests:
@@ -222,4 +233,5 @@ def _completion(request: Request, answer: Delta) -> Completion:
         spec=request.network.spec,
         num_prompt_tokens=request.num_prompt,
         logprobs=None if request.params.logprobs is None else tuple(answer.logprobs),
+        prompt_logprobs=None if answer.prompt_logprobs is None else tuple(answer.prompt_logprobs),
     )

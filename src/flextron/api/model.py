@@ -25,7 +25,7 @@ from flextron.errors import FlextronError
 from flextron.export import Exported, Format, export, format_for, holds, write_slices
 from flextron.export.card import adapter_card
 from flextron.files import new_file, write_json
-from flextron.generation.generate import SamplingParams
+from flextron.generation.sampling import SamplingParams
 from flextron.progress import OnProgress, OnStep
 from flextron.routing import StaticRouter
 from flextron.routing.losses import KnownLosses

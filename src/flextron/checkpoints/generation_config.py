@@ -17,19 +17,16 @@ from transformers import PreTrainedTokenizerBase
 
 from flextron.errors import FlextronError
 from flextron.files import read_json
-from flextron.generation.generate import SamplingParams
+from flextron.generation.sampling import SamplingParams
 
 __all__ = ["GENERATION_CONFIG", "GenerationDefaults", "generation_defaults", "read_generation_config"]
 
 GENERATION_CONFIG = "generation_config.json"
 _NEUTRAL: dict[str, tuple[float, ...]] = {
-    "top_k": (0, -1),
-    "min_p": (0,),
     "typical_p": (1,),
     "top_h": (),
     "epsilon_cutoff": (0,),
     "eta_cutoff": (0,),
-    "repetition_penalty": (1,),
     "no_repeat_ngram_size": (0,),
     "num_beams": (1,),
     "penalty_alpha": (0,),
@@ -61,6 +58,9 @@ class _File(BaseModel):
     temperature: Annotated[float, Field(ge=0)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     do_sample: bool | None = None
+    top_k: Annotated[StrictInt, Field(ge=-1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
     max_new_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
 
 
@@ -74,6 +74,12 @@ class GenerationDefaults:
     """Temperature; None if the checkpoint names none."""
     top_p: float | None = None
     """Nucleus probability; None if the checkpoint names none."""
+    top_k: int | None = None
+    """Number of likeliest tokens; None if the checkpoint names none."""
+    min_p: float | None = None
+    """Least fraction of the likeliest token's probability; None if the checkpoint names none."""
+    repetition_penalty: float | None = None
+    """Penalty of repeated tokens; None if the checkpoint names none."""
     max_new_tokens: int | None = None
     """Most new tokens; None if the checkpoint names no limit."""
     unsupported: Mapping[str, Any] | None = None
@@ -86,6 +92,9 @@ class GenerationDefaults:
             max_tokens=min(usual.max_tokens, self.max_new_tokens or usual.max_tokens),
             temperature=0.0 if self.top_p == 0 else self.temperature or 0.0,
             top_p=self.top_p or 1.0,
+            top_k=max(0, self.top_k or 0),
+            min_p=self.min_p or 0.0,
+            repetition_penalty=self.repetition_penalty or 1.0,
         )
 
     @property
@@ -140,6 +149,9 @@ def generation_defaults(
         ends=tuple(sorted(ends)),
         temperature=temperature,
         top_p=found.top_p,
+        top_k=found.top_k,
+        min_p=found.min_p,
+        repetition_penalty=found.repetition_penalty,
         max_new_tokens=found.max_new_tokens,
         unsupported=unsupported,
     )

@@ -40,6 +40,12 @@ def serve(
         list[str] | None,
         typer.Option(metavar="NAME", help="Also accept this host name, if the server listens on loopback; repeatable."),
     ] = None,
+    allowed_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ORIGIN", help="Let web pages of this origin use the server (CORS); * is any; repeatable."
+        ),
+    ] = None,
     max_queue: Annotated[int, typer.Option(help="Number of completions that may wait while others run.")] = 128,
     max_body_mb: Annotated[float, typer.Option(help="Largest request body, in megabytes.")] = 8.0,
     max_tokens_limit: Annotated[
@@ -103,6 +109,7 @@ def serve(
         name=name or directory.expanduser().resolve().name,
         api_key=api_key,
         allowed_hosts=tuple(allowed_host or ()) if is_loopback(host) else None,
+        allowed_origins=tuple(allowed_origin or ()),
         max_queue=max_queue,
         max_body_mb=max_body_mb,
         max_tokens_limit=max_tokens_limit,

@@ -20,18 +20,21 @@ from flextron.engine.pages import PagePool
 from flextron.engine.request import Chunk, FinishReason, Network, Request
 from flextron.engine.runner import Runner, block_bytes, make_network
 from flextron.engine.scheduler import Scheduler
+from flextron.engine.scores import Logprobs, answer_logprobs
 from flextron.engine.speculation import Speculation, Speculator, verified
 from flextron.errors import FlextronError, PromptError
+from flextron.generation.constraints import Constraint
 from flextron.generation.decoding import block_offsets
-from flextron.generation.generate import SamplingParams, sample
+from flextron.generation.processors import check_named_tokens
 from flextron.generation.prompts import check_prompt
+from flextron.generation.sampling import SamplingParams, sample
 from flextron.kernels.decoder import Weights
 from flextron.model.adapter import Adapter
 from flextron.model.batch import Segment, TokenChoice
 from flextron.model.decoder import Decoder
 from flextron.spec import SubnetSpec
 
-__all__ = ["EngineCore", "EngineSettings", "Logprobs", "StepOutput"]
+__all__ = ["EngineCore", "EngineSettings", "StepOutput"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,25 +81,18 @@ class EngineSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class Logprobs:
-    """Natural logarithms of the model's probabilities at one position, before temperature and top-p."""
-
-    chosen: float
-    top: tuple[tuple[int, float], ...]
-    """The most likely tokens, as many as were asked for, the likeliest first."""
-
-
-@dataclass(frozen=True, slots=True)
 class StepOutput:
-    """One token that a step made for a request."""
+    """What a step did for a request: a token, or its end."""
 
     request: Request
     token: int | None
-    """The token; None if it was a stop token."""
+    """The token; None if it was a stop token, or none was asked for."""
     logprobs: Logprobs | None
     """Log-probabilities, if the request asked for them."""
     finish_reason: FinishReason | None
     """Why the request ended with this token; None if it goes on."""
+    stop_token: int | None = None
+    """The stop token that ended it."""
 
 
 class EngineCore:
@@ -201,7 +197,14 @@ class EngineCore:
         pages = self.pool.num_blocks // num_blocks if num_blocks else config.max_position_embeddings
         return min(config.max_position_embeddings, pages * self.settings.page_size)
 
-    def add(self, request_id: str, prompt: Sequence[int], params: SamplingParams, network: Network) -> Request:
+    def add(
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        network: Network,
+        constraint: Constraint | None = None,
+    ) -> Request:
         """Queue a request.
 
         Args:
@@ -209,11 +212,13 @@ class EngineCore:
             prompt: token ids.
             params: how tokens are chosen, and when to stop.
             network: a result of `network`.
+            constraint: a grammar at its start, for this request alone; its end ends the answer.
 
         Raises:
             PromptError: the prompt is empty, has unknown tokens, or is too long for the model or the KV cache.
         """
         check_prompt(self.decoder.config, prompt, params.max_tokens)
+        check_named_tokens(params, self.decoder.config.vocab_size)
         total = len(prompt) + params.max_tokens
         if total > self.capacity(network.spec):
             raise PromptError(
@@ -224,6 +229,7 @@ class EngineCore:
         if params.seed is not None:
             generator = torch.Generator(self.decoder.device).manual_seed(params.seed)
         request = Request(request_id, list(prompt), len(prompt), network, params, generator or self._generator)
+        request.constraint = constraint
         self.scheduler.add(request)
         return request
 
@@ -250,14 +256,20 @@ class EngineCore:
         outputs: list[StepOutput] = []
         kept = []
         for (request, num_new), chunk, logits_TV in zip(scheduled, chunks, logits, strict=True):
-            if not chunk.num_logits:
+            if request.scores_prompt:
+                request.score_prompt(chunk.start, logits_TV)
+            if num_new < request.num_new:
                 self.scheduler.advance(request, num_new)
                 continue
             if request in drafts:
-                tokens = verified(drafts[request], logits_TV, request.params, request.generator)
+                scores_TV = request.choice_scores(logits_TV, drafts[request].tokens)
+                tokens = verified(drafts[request], scores_TV, request.params, request.generator)
                 kept.append((len(tokens) - 1, len(drafts[request].tokens)))
+            elif request.params.max_tokens:
+                logits_TV = logits_TV[-1:]
+                tokens = sample(request.choice_scores(logits_TV), request.params, request.generator).tolist()
             else:
-                tokens = sample(logits_TV, request.params, request.generator).tolist()
+                request.finish_reason, tokens = FinishReason.LENGTH, []
             outputs += self._append(request, num_new, tokens, logits_TV)
         if self.speculator is not None and all(s.network is scheduled[0][0].network for s, _ in scheduled):
             self.speculator.learn(scheduled[0][0].network, sum(len(c.tokens) for c in chunks), seconds, kept)
@@ -266,21 +278,25 @@ class EngineCore:
 
     def _append(self, request: Request, num_new: int, tokens: Sequence[int], logits_TV: Tensor) -> list[StepOutput]:
         """Add what follows the scheduled tokens, up to the end of the request."""
-        outputs = []
+        outputs = [] if tokens else [StepOutput(request, None, None, request.finish_reason)]
         for token, logits_V in zip(tokens, logits_TV, strict=False):
-            logprobs = _logprobs(logits_V, token, request.params.logprobs)
+            logprobs = answer_logprobs(logits_V, token, request.params.logprobs)
             if token in request.params.stop_token_ids:
                 request.finish_reason = FinishReason.STOP
-            else:
-                request.tokens.append(token)
-                if len(request.tokens) - request.num_prompt == request.params.max_tokens:
-                    request.finish_reason = FinishReason.LENGTH
-            shown = None if request.finish_reason is FinishReason.STOP else token
-            outputs.append(StepOutput(request, shown, logprobs, request.finish_reason))
+                outputs.append(StepOutput(request, None, logprobs, request.finish_reason, token))
+                break
+            request.tokens.append(token)
+            if request.constraint is not None and request.constraint.accept(token):
+                # one that has failed cuts its own answer short, and nobody else's
+                request.finish_reason = FinishReason.LENGTH if request.constraint.has_failed else FinishReason.STOP
+            elif len(request.tokens) - request.num_prompt == request.params.max_tokens:
+                request.finish_reason = FinishReason.LENGTH
+            outputs.append(StepOutput(request, token, logprobs, request.finish_reason))
             if request.finish_reason is not None:
                 break
         # of the tokens that were added, only the last is not computed yet
-        num_computed_tokens = min(request.num_computed_tokens + num_new + len(outputs) - 1, len(request.tokens))
+        num_added = max(0, len(outputs) - 1)
+        num_computed_tokens = min(request.num_computed_tokens + num_new + num_added, len(request.tokens))
         self.scheduler.advance(request, num_computed_tokens - request.num_computed_tokens)
         if request.finish_reason is not None:
             self.scheduler.remove(request)
@@ -292,13 +308,6 @@ def _chunk(request: Request, num_new: int, drafted: list[int]) -> Chunk:
     start = request.num_computed_tokens
     tokens = request.tokens[start : start + num_new] + drafted
     num_logits = 1 + len(drafted) if num_new == request.num_new else 0
+    if request.scores_prompt:
+        num_logits = len(tokens)
     return Chunk(request, start, tokens, request.network, num_logits)
-
-
-def _logprobs(logits_V: Tensor, token: int, count: int | None) -> Logprobs | None:
-    """Log-probabilities at one position; None if they were not asked for."""
-    if count is None:
-        return None
-    logprobs_V = logits_V.float().log_softmax(-1)
-    top = logprobs_V.topk(min(count, len(logprobs_V)))
-    return Logprobs(float(logprobs_V[token]), tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)))

@@ -25,6 +25,12 @@ class Delta:
     offsets: list[int] = field(default_factory=list)
     """Where each token's text begins in the answer's, in characters."""
     finish_reason: FinishReason | None = None
+    prompt_logprobs: list[Logprobs] | None = None
+    """Log-probabilities of the prompt's tokens after the first, if asked for; the first step brings them."""
+    num_cached_tokens: int = 0
+    """Tokens of the prompt that were in the cache."""
+    started: float | None = None
+    """When the request first ran, by `time.monotonic`."""
 
     def add(self, later: Delta) -> None:
         """Append what later steps added."""
@@ -33,6 +39,9 @@ class Delta:
         self.logprobs += later.logprobs
         self.offsets += later.offsets
         self.finish_reason = later.finish_reason
+        self.prompt_logprobs = later.prompt_logprobs if self.prompt_logprobs is None else self.prompt_logprobs
+        self.started = later.started
+        self.num_cached_tokens = max(self.num_cached_tokens, later.num_cached_tokens)
 
 
 @dataclass(slots=True)
@@ -43,6 +52,9 @@ class OutputProcessor:
     stop: Sequence[str] = ()
     prompt: InitVar[Sequence[int]] = ()
     """Token ids; the answer's text is what it adds to theirs."""
+    includes_stop: bool = False
+    """Whether the text keeps the stop string or the stop token that ended it."""
+    skip_special_tokens: bool = True
     answer: Delta = field(default_factory=Delta)
     """The answer so far, without a stop string."""
     _detokenizer: Detokenizer = field(init=False)
@@ -50,18 +62,26 @@ class OutputProcessor:
 
     def __post_init__(self, prompt: Sequence[int]) -> None:
         """Start with no text."""
-        self._detokenizer = Detokenizer(self.tokenizer, prompt)
-        self._stops = StopStrings(self.stop)
+        self._detokenizer = Detokenizer(self.tokenizer, prompt, skip_special_tokens=self.skip_special_tokens)
+        self._stops = StopStrings(self.stop, includes_stop=self.includes_stop)
 
     def take(self, output: StepOutput) -> Delta:
         """Add what a step did. The answer may be at its end before the engine's request is."""
+        request = output.request
         delta = Delta(finish_reason=output.finish_reason)
+        if not self.answer.token_ids and request.params.prompt_logprobs is not None:
+            delta.prompt_logprobs = request.prompt_logprobs
+        delta.num_cached_tokens, delta.started = request.num_cached_tokens or 0, request.started
         if output.token is not None:
             delta.offsets.append(self._detokenizer.position)
             delta.token_ids.append(output.token)
             if output.logprobs is not None:
                 delta.logprobs.append(output.logprobs)
-            delta.text = self._stops.push(self._detokenizer.push(output.token))
+            text = self._detokenizer.push(output.token)
+            is_early = len(self.answer.token_ids) < request.params.min_tokens
+            delta.text = text if is_early else self._stops.push(text)
+        if output.stop_token is not None and self.includes_stop:
+            delta.text += self._stops.push(self._detokenizer.push(output.stop_token))
         if output.finish_reason is not None:
             delta.text += self._stops.push(self._detokenizer.finish()) + self._stops.finish()
         if self._stops.found:

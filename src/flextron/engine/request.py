@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -10,7 +11,10 @@ import torch
 from torch import Tensor
 
 from flextron.engine.pages import Page
-from flextron.generation.generate import SamplingParams
+from flextron.engine.scores import Logprobs, prompt_logprobs
+from flextron.generation.constraints import Constraint
+from flextron.generation.processors import processed
+from flextron.generation.sampling import SamplingParams
 from flextron.model.adapter import Adapter
 from flextron.model.batch import TokenChoice
 from flextron.spec import SubnetSpec
@@ -60,6 +64,14 @@ class Request:
     """Blocks of the pages, (capacity in pages, blocks of a page)."""
     keys: list[bytes] = field(default_factory=list)
     """Keys of the leading full pages, as far as they were asked for."""
+    constraint: Constraint | None = None
+    """The grammar that the answer follows, if there is one; this request's own."""
+    prompt_logprobs: list[Logprobs] = field(default_factory=list)
+    """Log-probabilities of the prompt's tokens after the first, if asked for, as far as they are computed."""
+    num_cached_tokens: int | None = None
+    """Tokens that were found in the cache when it first ran."""
+    started: float | None = None
+    """When it first ran, by `time.monotonic`."""
     finish_reason: FinishReason | None = None
     arrived: float = field(default_factory=time.monotonic)
 
@@ -72,6 +84,36 @@ class Request:
     def answer(self) -> list[int]:
         """Tokens after the prompt."""
         return self.tokens[self.num_prompt :]
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether log-probabilities of the prompt are still to be computed."""
+        return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt - 1
+
+    def score_prompt(self, start: int, logits_TV: Tensor) -> None:
+        """Take log-probabilities of the prompt's next tokens from the scores after those from `start` on."""
+        done, count = len(self.prompt_logprobs), self.params.prompt_logprobs
+        tokens = self.tokens[done + 1 : min(start + len(logits_TV) + 1, self.num_prompt)]
+        assert count is not None
+        # a request that starts over comes by tokens that it has scored
+        self.prompt_logprobs += prompt_logprobs(logits_TV[done - start :][: len(tokens)], tokens, count)
+
+    def choice_scores(self, logits_TV: Tensor, drafted: Sequence[int] = ()) -> Tensor:
+        """Scores as the choice of the next token sees them.
+
+        Args:
+            logits_TV: the model's scores; the last ones are those after all drafted tokens.
+            drafted: tokens after the request's own.
+        """
+        if not self.params.processes and self.constraint is None:
+            return logits_TV
+        first, prompt, answer = len(drafted) + 1 - len(logits_TV), self.tokens[: self.num_prompt], self.answer
+        masks = [None] * len(logits_TV) if self.constraint is None else self.constraint.masks(drafted, first)
+        rows = [
+            processed(logits_V, self.params, prompt, [*answer, *drafted[: first + i]], mask_V)
+            for i, (logits_V, mask_V) in enumerate(zip(logits_TV, masks, strict=True))
+        ]
+        return torch.stack(rows)
 
     def add_page(self, page: Page) -> None:
         """Append a page to the block table."""
@@ -99,4 +141,4 @@ class Chunk:
     @property
     def needs_all_logits(self) -> bool:
         """Whether more than the largest logit matters."""
-        return not self.request.params.is_plain_greedy
+        return self.request.constraint is not None or not self.request.params.is_plain_greedy

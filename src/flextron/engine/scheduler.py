@@ -6,6 +6,7 @@ it starts over later (what its prefix left in the cache is found again).
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator
 
@@ -117,7 +118,7 @@ class Scheduler:
 
     def _admit(self, request: Request) -> bool:
         """Find what the cache has of a waiting request, and reserve pages for all its tokens; False if it must wait."""
-        if self._prefix_caching:
+        if self._prefix_caching and not request.scores_prompt:
             # the last token is always computed: its output is what comes next
             while (len(request.pages) + 1) * self._page_size < len(request.tokens):
                 if len(request.keys) == len(request.pages):
@@ -132,6 +133,8 @@ class Scheduler:
             return False
         request.num_computed_tokens = found
         del request.keys[found // self._page_size :]
+        if request.num_cached_tokens is None:
+            request.num_cached_tokens, request.started = found, time.monotonic()
         self.num_cached_tokens += found
         return True
 

@@ -24,7 +24,7 @@ from flextron.engine.runner import Runner, nested_network
 from flextron.engine.scheduler import Scheduler
 from flextron.engine.timing import TimeLine
 from flextron.errors import FlextronError
-from flextron.generation.generate import SamplingParams, most_likely, probabilities, sample
+from flextron.generation.sampling import SamplingParams, most_likely, probabilities, sample
 from flextron.kernels.decoder import Weights
 from flextron.model.adapter import Adapter
 from flextron.spec import SubnetSpec
@@ -143,11 +143,12 @@ class Speculator:
         logits_BV = self._runner.run(chunks, self.settings.weights)
         candidate.time.add(len(chunks), perf_counter() - began)
         for (s, d), logits_V in zip(drafts.items(), logits_BV, strict=True):
+            own_BV = s.choice_scores(logits_V[None], d.tokens)
             if s.params.temperature > 0:
-                d.probabilities.append(probabilities(logits_V[None], s.params)[0])
+                d.probabilities.append(probabilities(own_BV, s.params)[0])
                 d.tokens.append(int(torch.multinomial(d.probabilities[-1], 1, generator=s.generator)))
             else:
-                d.tokens.append(int(most_likely(logits_V[None])))
+                d.tokens.append(int(most_likely(own_BV)))
 
     def learn(self, network: Network, num_tokens: int, seconds: float, accepted: Sequence[tuple[int, int]]) -> None:
         """Take in an iteration of a single network: its size and time, and what was accepted of how many drafted."""

@@ -9,7 +9,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from flextron.errors import FlextronError
-from flextron.generation.generate import SamplingParams, stream
+from flextron.generation.generate import stream
+from flextron.generation.sampling import SamplingParams
 from flextron.model.decoder import Decoder
 from flextron.spec import SubnetSpec
 

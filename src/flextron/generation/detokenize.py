@@ -36,7 +36,7 @@ def continuation(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], answ
 
 
 class Detokenizer:
-    """The text of one growing list of tokens; special tokens have none.
+    """The text of one growing list of tokens; special tokens have none by default.
 
     The pieces make up what `tokenizer.decode` of prompt and answer adds to that of the prompt (both without special
     tokens, and without `clean_up_tokenization_spaces`, which would change text that is already out). A character whose
@@ -44,10 +44,12 @@ class Detokenizer:
     run of those is not UTF-8, its decoder breaks the whole run, this one not what is already out.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int] = ()) -> None:
-        """Start behind a prompt."""
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int] = (), *, skip_special_tokens: bool = True
+    ) -> None:
+        """Start behind a prompt; without `skip_special_tokens` special tokens have a text."""
         self._tokenizer = tokenizer
-        self._special = special_ids(tokenizer)
+        self._special = special_ids(tokenizer) if skip_special_tokens else frozenset()
         # what stands before the pending tokens, because decoders treat the beginning of a text in their own way
         self._before: list[int] = []
         self._num_before = 0
@@ -141,15 +143,15 @@ class Detokenizer:
 class StopStrings:
     """Ends a text at the first string that comes to an end in it; holds back what may become one."""
 
-    def __init__(self, stop: Sequence[str] = ()) -> None:
-        """Take the strings.
+    def __init__(self, stop: Sequence[str] = (), *, includes_stop: bool = False) -> None:
+        """Take the strings; with `includes_stop` the text keeps the one that ended it.
 
         Raises:
             FlextronError: one is empty.
         """
         if not all(stop):
             raise FlextronError("a stop string is empty; give at least one character")
-        self._stop = tuple(stop)
+        self._stop, self._includes = tuple(stop), includes_stop
         self._held = ""
         self.found = False
         """Whether one was met; nothing is given out afterwards."""
@@ -165,7 +167,7 @@ class StopStrings:
         if ends:
             # of those that end at the same place the longest counts
             self.found, self._held = True, ""
-            return text[: min(ends)[1]]
+            return text[: min(ends)[0 if self._includes else 1]]
         keep = max(self._begun(text, s) for s in self._stop)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

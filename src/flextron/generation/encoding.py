@@ -6,9 +6,11 @@ Texts that a chat template has written hold such tokens already.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from transformers import PreTrainedTokenizerBase
 
-__all__ = ["beginning", "encode"]
+__all__ = ["bad_words_ids", "beginning", "encode"]
 
 _PROBES = ("a", "0", ".", "\n")
 
@@ -26,3 +28,17 @@ def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         if starts:
             return framed[: starts[0]]
     return []
+
+
+def bad_words_ids(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """Sequences of tokens that spell these words, at the beginning of a text and after a space."""
+    found: list[tuple[int, ...]] = []
+    for word in words:
+        plain, spaced = (
+            tuple(encode(tokenizer, before + word.lstrip(), add_special_tokens=False)) for before in ("", " ")
+        )
+        found.append(plain)
+        # where the space is a token of its own, the plain word follows it
+        if spaced[-len(plain) :] != plain:
+            found.append(spaced)
+    return tuple(dict.fromkeys(ids for ids in found if ids))

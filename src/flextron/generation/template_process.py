@@ -62,8 +62,10 @@ def _rendered(render: Render, asked: dict[str, Any]) -> dict[str, Any]:
     try:
         texts, _ = render(
             conversations=[asked["messages"]],
+            tools=asked["tools"],
             chat_template=asked["template"],
             add_generation_prompt=asked["add_generation_prompt"],
+            continue_final_message=asked["continue_final_message"],
             **asked["variables"],
         )
         text = str(texts[0])

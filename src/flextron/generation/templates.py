@@ -66,12 +66,23 @@ class ChatTemplate:
         except ValueError as error:
             raise TemplateError(str(error)) from error
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
         """The text of a conversation.
 
         Args:
             messages: with values that JSON can hold, none of them None.
             add_generation_prompt: whether an answer is about to begin.
+            continue_final_message: whether the last message stays open, to be continued.
+            tools: functions that may be called, as OpenAI writes them.
+            variables: more that the template may read.
 
         Raises:
             TemplateError: the template raises something, takes too long, or writes too much.
@@ -81,8 +92,10 @@ class ChatTemplate:
         asked = {
             "messages": messages,
             "template": self.template,
-            "variables": self.variables,
+            "variables": {**(variables or {}), **self.variables},
+            "tools": tools,
             "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
             "seconds": self.seconds,
             "max_chars": self.max_chars,
         }

@@ -11,6 +11,7 @@ from typing import Any, cast
 from fastapi import FastAPI
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
@@ -20,13 +21,19 @@ from flextron.errors import FlextronError, PromptError
 from flextron.files import NoSpaceError
 from flextron.jobs.database import UnknownIdError
 from flextron.jobs.jobs import Jobs
-from flextron.server.bodies import ChatBody, CompletionBody, GenerationBody
+from flextron.server.bodies import ChatBody, CompletionBody
 from flextron.server.chat import chat
 from flextron.server.completions import completions
+from flextron.server.dialects.messages import messages
+from flextron.server.dialects.messages_body import MessagesBody
+from flextron.server.dialects.responses import responses
+from flextron.server.dialects.responses_body import ResponsesBody
 from flextron.server.files import add_files
 from flextron.server.finetuning import FineTuningBody, add_finetuning
 from flextron.server.http import RequestMiddleware, answer_error, read_body
 from flextron.server.openapi import describe, error_responses
+from flextron.server.sampling import RequestBody
+from flextron.server.tokenizing import DetokenizeBody, TokenizeBody, add_information, detokenize, tokenize
 from flextron.serving.adapters import AdapterNames
 from flextron.serving.errors import ApiError, bad_request, not_found
 from flextron.serving.service import Service
@@ -77,12 +84,33 @@ def create_app(
         exception_handlers=_HANDLERS,
     )
     app.state.service = service
-    app.add_middleware(RequestMiddleware, api_key=settings.api_key, allowed_hosts=settings.allowed_hosts)
+    if settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=settings.allowed_origins, allow_methods=["*"], allow_headers=["*"]
+        )
+    app.add_middleware(
+        RequestMiddleware,
+        api_key=settings.api_key,
+        allowed_hosts=settings.allowed_hosts,
+        allowed_origins=settings.allowed_origins,
+    )
     _add_models(app, service)
     _add_endpoint(app, service, "/v1/completions", CompletionBody, completions)
     _add_endpoint(app, service, "/v1/chat/completions", ChatBody, chat)
+    _add_endpoint(app, service, "/v1/responses", ResponsesBody, responses)
+    _add_endpoint(app, service, "/v1/messages", MessagesBody, messages)
+    _add_endpoint(app, service, "/tokenize", TokenizeBody, tokenize)
+    _add_endpoint(app, service, "/detokenize", DetokenizeBody, detokenize)
+    add_information(app, service)
     _add_health(app, service)
-    bodies: list[type[BaseModel]] = [CompletionBody, ChatBody]
+    bodies: list[type[BaseModel]] = [
+        CompletionBody,
+        ChatBody,
+        ResponsesBody,
+        MessagesBody,
+        TokenizeBody,
+        DetokenizeBody,
+    ]
     if jobs is not None:
         add_files(app, jobs.uploads, settings)
         add_finetuning(app, jobs, settings)
@@ -144,7 +172,7 @@ def _add_endpoint(
     app: FastAPI,
     service: Service,
     path: str,
-    kind: type[GenerationBody],
+    kind: type[RequestBody],
     answer: Callable[[Request, Service, Any], Awaitable[Response]],
 ) -> None:
     """A path that takes a JSON body; FastAPI's own reading would answer in its own shape."""

@@ -4,28 +4,22 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from flextron.checkpoints.generation_config import GenerationDefaults
-from flextron.generation.generate import SamplingParams
 from flextron.server.keys import check_keys
 from flextron.server.messages import check_messages
+from flextron.server.sampling import RequestBody, SamplingBody, StrictBody
+from flextron.server.structured.grammars import GrammarBody
+from flextron.server.structured.tools import ToolBody, ToolCallBody, ToolChoice
 from flextron.serving.targets import TargetBody
 
 __all__ = ["ChatBody", "CompletionBody", "GenerationBody", "Message"]
 
-_LEAST_TEMPERATURE = 1e-5
-"""Below it scores divided by the temperature lose their meaning in float32, and the choice is the likeliest anyway."""
 
-_MOST_STOPS = 16
-_MOST_STOP_LETTERS = 256
+_MOST_LOGPROBS = 20
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
-
-
-class StreamOptions(_Strict):
+class StreamOptions(StrictBody):
     """Options of a stream."""
 
     include_usage: bool | None = None
@@ -35,46 +29,24 @@ class StreamOptions(_Strict):
     """vLLM's key for the usage in every chunk; only false is accepted."""
 
 
-def _check_stops(stop: Any) -> Any:
-    """Say what is wrong with stop strings, which a union of types cannot."""
-    stops = stop if isinstance(stop, list) else [stop]
-    if len(stops) > _MOST_STOPS:
-        raise ValueError(f"{len(stops)} stop strings are more than {_MOST_STOPS}; give fewer")
-    for text in stops:
-        if text == "":
-            raise ValueError("a stop string is empty; give at least one character")
-        if isinstance(text, str) and len(text) > _MOST_STOP_LETTERS:
-            raise ValueError(f"a stop string has {len(text)} characters, more than {_MOST_STOP_LETTERS}; shorten it")
-    return stop
-
-
-_Stop = Annotated[str, Field(min_length=1, max_length=_MOST_STOP_LETTERS)]
-
-
-class GenerationBody(_Strict):
+class GenerationBody(SamplingBody, GrammarBody, RequestBody):
     """What completions and chat have in common."""
 
     model: str
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
-    stop: Annotated[
-        _Stop | Annotated[list[_Stop], Field(max_length=_MOST_STOPS)] | None, BeforeValidator(_check_stops)
-    ] = None
-    ignore_eos: bool | None = None
-    """vLLM's key: go on where the model would end."""
     add_special_tokens: bool | None = None
     """vLLM's key: whether prompts begin as the tokenizer begins a text. By default texts do, rendered chats do not."""
+    prompt_logprobs: Annotated[int, Field(ge=0, le=_MOST_LOGPROBS)] | None = None
+    """vLLM's key: log-probabilities of the prompt, with so many likeliest tokens each."""
+    return_token_ids: bool | None = None
+    """vLLM's key: whether the token ids stand beside the texts."""
     flextron: TargetBody | None = None
 
     endpoint: ClassVar[str]
     """The endpoint's name in the table of keys."""
-    prompt_key: ClassVar[str]
-    """The key that the prompt comes from."""
 
     @model_validator(mode="before")
     @classmethod
@@ -85,17 +57,14 @@ class GenerationBody(_Strict):
     def _check_stream_options(self) -> GenerationBody:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is for streams; set stream to true or leave it out")
+        if self.prompt_logprobs is not None and self.stream:
+            raise ValueError("prompt_logprobs are not for streams; set stream to false or leave them out")
         return self
 
     @property
     def num_choices(self) -> int:
         """Answers to each prompt."""
         return self.n or 1
-
-    @property
-    def stops(self) -> tuple[str, ...]:
-        """Stop strings."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
     def wants_usage(self) -> bool:
@@ -107,21 +76,10 @@ class GenerationBody(_Strict):
         """Most likely tokens to report at each position; None for no log-probabilities."""
         raise NotImplementedError
 
-    def sampling(self, choice: int, max_tokens: int, defaults: GenerationDefaults) -> SamplingParams:
-        """How the tokens of a choice are drawn; choices of one prompt have seeds of their own."""
-        temperature, top_p = (
-            next(value for value in values if value is not None)
-            for values in ((self.temperature, defaults.temperature, 1.0), (self.top_p, defaults.top_p, 1.0))
-        )
-        is_greedy = temperature < _LEAST_TEMPERATURE or top_p == 0
-        return SamplingParams(
-            max_tokens=max_tokens,
-            temperature=0.0 if is_greedy else temperature,
-            top_p=1.0 if is_greedy else top_p,
-            seed=None if self.seed is None else (self.seed + choice) % 2**63,
-            stop_token_ids=() if self.ignore_eos else defaults.ends,
-            logprobs=self.num_logprobs,
-        )
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """The same for the prompt."""
+        return self.prompt_logprobs
 
 
 class CompletionBody(GenerationBody):
@@ -131,16 +89,16 @@ class CompletionBody(GenerationBody):
     prompt_key = "prompt"
 
     prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    """0 computes the prompts alone."""
     best_of: int | None = None
     echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=_MOST_LOGPROBS)] | None = None
 
     @model_validator(mode="after")
     def _check_combinations(self) -> CompletionBody:
         if self.best_of is not None and self.best_of != self.num_choices:
             raise ValueError("best_of other than n is not supported by this server; leave it out")
-        if self.echo and self.logprobs is not None:
-            raise ValueError("echo with logprobs is not supported by this server; ask for one of them")
         if not self.prompt:
             raise ValueError("prompt is empty; give at least one token")
         return self
@@ -159,26 +117,37 @@ class CompletionBody(GenerationBody):
         """Number of log-probabilities that were asked for."""
         return self.logprobs
 
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """Those of an echoed prompt are reported, too."""
+        asked = (self.prompt_logprobs, self.logprobs if self.echo else None)
+        return max((count for count in asked if count is not None), default=None)
 
-class TextPart(_Strict):
+
+class TextPart(StrictBody):
     """A piece of a message."""
 
     type: Literal["text"]
     text: str
 
 
-class Message(_Strict):
+class Message(StrictBody):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[TextPart]
     name: str | None = None
+    tool_calls: list[ToolCallBody] | None = None
+    tool_call_id: str | None = None
 
     def to_template(self) -> dict[str, Any]:
         """What chat templates expect: a text, and no role that is younger than they are."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": text} | ({} if self.name is None else {"name": self.name})
+        written: dict[str, Any] = {"role": role, "content": text}
+        written |= {"tool_calls": [call.to_template() for call in self.tool_calls]} if self.tool_calls else {}
+        more = {"name": self.name, "tool_call_id": self.tool_call_id}
+        return written | {key: value for key, value in more.items() if value is not None}
 
 
 class ChatBody(GenerationBody):
@@ -189,13 +158,24 @@ class ChatBody(GenerationBody):
 
     messages: Annotated[list[Message], Field(min_length=1), BeforeValidator(check_messages)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    tools: Annotated[list[ToolBody], Field(max_length=128)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    add_generation_prompt: bool | None = None
+    """vLLM's key: whether the conversation ends with the beginning of an answer; true by default."""
+    continue_final_message: bool | None = None
+    """vLLM's key: whether the last message is continued instead."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """vLLM's key: more that the chat template reads."""
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=_MOST_LOGPROBS)] | None = None
 
     @model_validator(mode="after")
     def _check_combinations(self) -> ChatBody:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs; set logprobs to true")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError("continue_final_message and add_generation_prompt exclude each other; give one of them")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens and max_completion_tokens differ; give one of them")
         return self

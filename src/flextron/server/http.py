@@ -25,7 +25,7 @@ __all__ = ["RequestMiddleware", "answer_error", "body_chunks", "check_json", "re
 
 _log = logging.getLogger("flextron.server")
 _GOOD_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_OPEN = frozenset({"/health", "/metrics", "/openapi.json"})
+_OPEN = frozenset({"/health", "/metrics", "/openapi.json", "/ping", "/version"})
 """Paths that need no key."""
 _PATIENCE = 8
 """How many times the allowed size is read and dropped, so that the client gets to read the answer."""
@@ -41,15 +41,23 @@ def answer_error(error: ApiError) -> JSONResponse:
 class RequestMiddleware:
     """ASGI middleware, the outermost one."""
 
-    def __init__(self, app: ASGIApp, api_key: str | None, allowed_hosts: Collection[str] | None = ()) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        api_key: str | None,
+        allowed_hosts: Collection[str] | None = (),
+        allowed_origins: Collection[str] = (),
+    ) -> None:
         """Wrap an app.
 
         Args:
             app: the application that answers.
             api_key: without one everyone may enter, but no web page of another origin.
             allowed_hosts: names beside those of loopback; None for any name.
+            allowed_origins: origins of web pages that may do what the server's own may.
         """
         self._app, self._key = app, None if api_key is None else api_key.encode()
+        self._origins = frozenset(origin.lower().rstrip("/") for origin in allowed_origins)
         self._hosts = None if allowed_hosts is None else frozenset(host.lower() for host in allowed_hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -93,15 +101,19 @@ class RequestMiddleware:
             if self._hosts is not None:
                 check_host(scope, headers, self._hosts)
             if self._key is None:
-                check_origin(scope, headers)
+                check_origin(scope, headers, self._origins)
         except ApiError as error:
             return error
+        if scope["method"] == "OPTIONS" and self._origins and "access-control-request-method" in headers:
+            return None  # a browser's question, which holds no key
         return None if self._may_enter(scope["path"], headers) else _no_key()
 
     def _may_enter(self, path: str, headers: Headers) -> bool:
         if self._key is None or path in _OPEN:
             return True
-        scheme, _, key = headers.get("authorization", "").partition(" ")
+        # Anthropic's clients have a header of their own
+        given = headers.get("authorization") or f"bearer {headers.get('x-api-key', '')}"
+        scheme, _, key = given.partition(" ")
         return hmac.compare_digest(key.strip().encode(), self._key) and scheme.lower() == "bearer"
 
 

@@ -49,50 +49,36 @@ def _refused(origin: str, /, **neutral: tuple[Any, ...]) -> list[Key]:
 
 _BOTH = [
     *_keys("openai", Does.SERVE, "model", "stream", "stream_options", "max_tokens", "temperature", "top_p", "seed"),
-    *_keys("openai", Does.SERVE, "n", "stop", "logprobs"),
+    *_keys("openai", Does.SERVE, "n", "stop", "logprobs", "frequency_penalty", "presence_penalty", "logit_bias"),
     *_keys("flextron", Does.SERVE, "flextron"),
-    *_keys("vllm", Does.SERVE, "ignore_eos", "add_special_tokens"),
+    *_keys("vllm", Does.SERVE, "ignore_eos", "add_special_tokens", "top_k", "min_p", "repetition_penalty"),
+    *_keys("vllm", Does.SERVE, "stop_token_ids", "include_stop_str_in_output", "min_tokens", "skip_special_tokens"),
+    *_keys("openai", Does.SERVE, "response_format"),
+    *_keys("vllm", Does.SERVE, "guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_json_object"),
+    *_keys("vllm", Does.SERVE, "structured_outputs"),
+    *_keys("llama-server", Does.SERVE, "json_schema", "grammar"),
+    *_keys("vllm", Does.SERVE, "allowed_token_ids", "bad_words", "prompt_logprobs", "return_token_ids"),
     *_keys("openai", Does.IGNORE, "user", "metadata", "store", "service_tier", "safety_identifier"),
     *_keys("openai", Does.IGNORE, "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "prediction"),
-    *_refused(
-        "openai",
-        frequency_penalty=(0,),
-        presence_penalty=(0,),
-        logit_bias=({}, []),
-        response_format=({"type": "text"},),
-    ),
     *_keys("vllm", Does.IGNORE, "request_id"),
     *_refused(
         "vllm",
         use_beam_search=(False,),
-        top_k=(-1, 0),
-        min_p=(0,),
-        repetition_penalty=(1,),
         length_penalty=(1,),
         early_stopping=(False,),
-        stop_token_ids=([],),
-        include_stop_str_in_output=(False,),
-        min_tokens=(0,),
-        skip_special_tokens=(True,),
         spaces_between_special_tokens=(True,),
         truncate_prompt_tokens=(),
         truncation_side=(),
-        prompt_logprobs=(),
-        allowed_token_ids=(),
-        bad_words=([],),
-        guided_json=(),
-        guided_regex=(),
-        guided_choice=(),
-        guided_grammar=(),
-        guided_json_object=(False,),
         guided_decoding_backend=(),
         guided_whitespace_pattern=(),
         structural_tag=(),
-        structured_outputs=(),
         priority=(0,),
         logits_processors=([],),
         return_tokens_as_token_ids=(False,),
-        return_token_ids=(False,),
+        max_repetition_pattern_size=(0,),
+        min_repetition_pattern_size=(0,),
+        repetition_min_count=(0,),
+        repetition_detection=(),
         cache_salt=(),
         kv_transfer_params=({},),
         vllm_xargs=({},),
@@ -120,10 +106,8 @@ _BOTH = [
         top_n_sigma=(-1,),
         min_keep=(0,),
         samplers=(),
-        grammar=("",),
         grammar_lazy=(False,),
         grammar_triggers=([],),
-        json_schema=(),
         t_max_predict_ms=(0, -1),
         return_tokens=(False,),
         return_progress=(False,),
@@ -176,12 +160,10 @@ _COMPLETIONS = [
 
 _CHAT = [
     *_keys("openai", Does.SERVE, "messages", "max_completion_tokens", "top_logprobs"),
-    # without tools there is nothing to call in parallel
-    *_keys("openai", Does.IGNORE, "parallel_tool_calls"),
+    *_keys("openai", Does.SERVE, "tools", "tool_choice", "parallel_tool_calls"),
+    *_keys("vllm", Does.SERVE, "add_generation_prompt", "continue_final_message", "chat_template_kwargs"),
     *_refused(
         "openai",
-        tools=([],),
-        tool_choice=("none", "auto"),
         functions=([],),
         function_call=("none", "auto"),
         modalities=(["text"],),
@@ -195,11 +177,8 @@ _CHAT = [
         "vllm",
         best_of=(1,),
         echo=(False,),
-        add_generation_prompt=(True,),
-        continue_final_message=(False,),
         documents=([],),
         chat_template=(),
-        chat_template_kwargs=({},),
         mm_processor_kwargs=({},),
         media_io_kwargs=({},),
         include_reasoning=(True,),
@@ -215,9 +194,49 @@ _CHAT = [
     *_refused("others", reasoning=(), thinking=(), enable_thinking=(), separate_reasoning=(), stream_reasoning=()),
 ]
 
+_RESPONSES = [
+    *_keys("openai", Does.SERVE, "model", "input", "instructions", "max_output_tokens", "temperature", "top_p"),
+    *_keys("openai", Does.SERVE, "stream", "text", "tools", "tool_choice", "parallel_tool_calls"),
+    *_keys("flextron", Does.SERVE, "flextron"),
+    *_keys("openai", Does.IGNORE, "user", "metadata", "store", "service_tier", "safety_identifier"),
+    *_keys("openai", Does.IGNORE, "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"),
+    *_keys("openai", Does.IGNORE, "stream_options"),
+    *_refused(
+        "openai",
+        previous_response_id=(),
+        conversation=(),
+        prompt=(),
+        background=(False,),
+        background_options=(),
+        access_programs=([],),
+        image=(),
+        context_management=([],),
+        include=([],),
+        max_tool_calls=(),
+        moderation=(),
+        reasoning=({},),
+        top_logprobs=(0,),
+        truncation=("disabled",),
+    ),
+]
+
+_MESSAGES = [
+    *_keys("anthropic", Does.SERVE, "model", "messages", "max_tokens", "system", "stop_sequences", "temperature"),
+    *_keys("anthropic", Does.SERVE, "top_p", "top_k", "stream", "tools", "tool_choice"),
+    *_keys("flextron", Does.SERVE, "flextron"),
+    *_keys("anthropic", Does.IGNORE, "metadata", "service_tier", "cache_control", "inference_geo"),
+    *_refused("anthropic", thinking=({"type": "disabled"},), output_config=({},), output_format=()),
+    *_refused("anthropic", container=(), mcp_servers=([],), context_management=()),
+]
+
 KEYS: dict[str, dict[str, Key]] = {
-    endpoint: {key.name: key for key in [*_BOTH, *own]}
-    for endpoint, own in (("completions", _COMPLETIONS), ("chat", _CHAT))
+    endpoint: {key.name: key for key in own}
+    for endpoint, own in (
+        ("completions", [*_BOTH, *_COMPLETIONS]),
+        ("chat", [*_BOTH, *_CHAT]),
+        ("responses", _RESPONSES),
+        ("messages", _MESSAGES),
+    )
 }
 """What happens to each key, by endpoint and name."""
 

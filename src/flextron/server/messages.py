@@ -10,13 +10,11 @@ from flextron.serving.errors import ApiError
 
 __all__ = ["check_messages"]
 
-_SERVED = frozenset({"role", "content", "name"})
+_SERVED = frozenset({"role", "content", "name", "tool_calls", "tool_call_id"})
 _IGNORED = frozenset({"id", "annotations", "cache_control", "weight"})
 """They change no answer."""
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "tool_calls": ([],),
     "function_call": (),
-    "tool_call_id": (),
     "refusal": ("",),
     "audio": (),
     "images": ([],),
@@ -49,6 +47,8 @@ def _checked(message: Mapping[str, Any], at: str) -> dict[str, Any]:
         if value is not None and not is_neutral(value, _NEUTRAL[name]):
             raise unsupported(f"{at}.{name}")
     served = {name: value for name, value in message.items() if name in _SERVED}
+    if served.get("tool_calls") and served.get("content") is None:
+        return served | {"content": ""}
     return served | {"content": _content(message.get("content"), f"{at}.content")}
 
 

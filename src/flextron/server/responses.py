@@ -17,13 +17,15 @@ from starlette.types import Receive, Scope, Send
 
 from flextron.engine.output import Delta
 from flextron.server.bodies import GenerationBody
-from flextron.serving.errors import ApiError
+from flextron.server.structured.grammars import Asked
+from flextron.serving.errors import ApiError, bad_request
 from flextron.serving.service import Service
 from flextron.serving.session import Session
 from flextron.serving.targets import Choice
+from flextron.serving.tokens import TokenNames
 from flextron.serving.worker import GenerationRequest
 
-__all__ = ["Form", "respond"]
+__all__ = ["Form", "prompt_report", "respond"]
 
 _log = logging.getLogger("flextron.server")
 _CLIENT_LEFT = 499
@@ -37,6 +39,9 @@ class Form(Protocol):
     """Prefix of ids."""
     whole_object: str
     piece_object: str
+
+    def report(self, pieces: Sequence[Delta]) -> dict[str, Any]:
+        """What stands beside the choices: of all answers, or at the beginning of a stream."""
 
     def whole(self, index: int, piece: Delta) -> dict[str, Any]:
         """The whole answer."""
@@ -62,17 +67,23 @@ class _Envelope:
     def whole(self, pieces: Sequence[Delta]) -> dict[str, Any]:
         choices = [self.form.whole(i, piece) for i, piece in enumerate(pieces)]
         head = self._head(self.form.whole_object, choices)
-        return head | {"usage": self.usage(sum(len(p.token_ids) for p in pieces)), **self._report()}
+        usage = self.usage(sum(len(p.token_ids) for p in pieces), _num_cached(pieces[:: self.num_choices]))
+        return head | self.form.report(pieces) | {"usage": usage, **self._report()}
 
     def chunk(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         return self._head(self.form.piece_object, choices) | more
 
     def first(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        return self.chunk(choices, **more, **self._report())
+        return self.chunk(choices, **more, **self.form.report([]), **self._report())
 
-    def usage(self, num_tokens: int) -> dict[str, int]:
+    def usage(self, num_tokens: int, num_cached: int) -> dict[str, Any]:
         num_prompt = sum(self.session.num_prompt_tokens[:: self.num_choices])
-        return {"prompt_tokens": num_prompt, "completion_tokens": num_tokens, "total_tokens": num_prompt + num_tokens}
+        return {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_tokens,
+            "total_tokens": num_prompt + num_tokens,
+            "prompt_tokens_details": {"cached_tokens": num_cached},
+        }
 
     def _head(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         model = self.session.choice.model_id
@@ -90,6 +101,7 @@ async def respond(
     prompts: Sequence[list[int]],
     max_tokens: Sequence[int],
     form: Form,
+    asked: Asked | None = None,
 ) -> Response:
     """Answer prompts.
 
@@ -101,19 +113,31 @@ async def respond(
         prompts: token ids.
         max_tokens: new tokens at most, of each prompt.
         form: the endpoint's.
+        asked: a grammar that answers follow; by default the one that the body names.
 
     Raises:
         PromptError: the engine cannot take a prompt.
         ApiError: the server does not take the request, or broke it off before anything was sent.
     """
+    asked = asked or body.grammar_asked()
+    constraint = None
+    if asked is not None:
+        if body.ignore_eos:
+            raise bad_request(f"ignore_eos and {asked.param} exclude each other; leave one of them out", "ignore_eos")
+        constraint = await service.constraint(asked.kind, asked.given, asked.param)
+    words = await service.bad_words_ids(body.bad_words or ())
+    more = {"logprobs": body.num_logprobs, "prompt_logprobs": body.num_prompt_logprobs}
     requests = [
         GenerationRequest(
             index=i * body.num_choices + j,
             prompt=prompt,
-            params=body.sampling(j, most, service.defaults),
+            params=body.sampling(j, most, service.defaults, words, **more),
             stop=body.stops,
             spec=choice.spec,
             router=choice.router,
+            constraint=None if constraint is None else constraint.copy(),
+            includes_stop=bool(body.include_stop_str_in_output),
+            skip_special_tokens=body.skip_special_tokens is not False,
         )
         for i, (prompt, most) in enumerate(zip(prompts, max_tokens, strict=True))
         for j in range(body.num_choices)
@@ -158,6 +182,7 @@ async def _events(envelope: _Envelope, count: int, *, wants_usage: bool) -> Asyn
     empty = {"usage": None} if wants_usage else {}
     form, num_tokens, is_first = envelope.form, 0, True
     pending = [Delta() for _ in range(count)]
+    num_cached = [0] * count
     try:
         openings = [o for i in range(count) if (o := form.opening(i)) is not None]
         if openings:
@@ -165,6 +190,7 @@ async def _events(envelope: _Envelope, count: int, *, wants_usage: bool) -> Asyn
             is_first = False
         async for index, delta in envelope.session.deltas():
             num_tokens += len(delta.token_ids)
+            num_cached[index] = delta.num_cached_tokens
             pending[index].add(delta)
             if not pending[index].text and delta.finish_reason is None:
                 continue
@@ -174,13 +200,37 @@ async def _events(envelope: _Envelope, count: int, *, wants_usage: bool) -> Asyn
                 yield _event(make([part], **empty))
             pending[index] = Delta()
         if wants_usage:
-            yield _event(envelope.chunk([], usage=envelope.usage(num_tokens)))
+            usage = envelope.usage(num_tokens, sum(num_cached[:: envelope.num_choices]))
+            yield _event(envelope.chunk([], usage=usage))
         yield "data: [DONE]\n\n"
     except ApiError as error:
         yield _event(error.body())
     except Exception:
         _log.exception("a stream broke")
         yield _event(ApiError(500, "an unexpected error; the server's log says more", kind="server_error").body())
+
+
+def _num_cached(pieces: Sequence[Delta]) -> int:
+    return sum(piece.num_cached_tokens for piece in pieces)
+
+
+def prompt_report(prompt: Sequence[int], piece: Delta, count: int, names: TokenNames) -> list[dict[str, Any] | None]:
+    """A prompt's log-probabilities as vLLM words them.
+
+    Args:
+        prompt: token ids.
+        piece: the answer, which holds them.
+        count: likeliest tokens beside each.
+        names: names of tokens.
+    """
+    report: list[dict[str, Any] | None] = [None]
+    for token, found in zip(prompt[1:], piece.prompt_logprobs or (), strict=True):
+        entries = {t: (value, rank) for rank, (t, value) in enumerate(found.top[:count], start=1)}
+        entries.setdefault(token, (found.chosen, found.rank))
+        report.append(
+            {str(t): {"logprob": v, "rank": rank, "decoded_token": names.text(t)} for t, (v, rank) in entries.items()}
+        )
+    return report
 
 
 def _event(data: dict[str, Any]) -> str:

@@ -6,11 +6,13 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from flextron.api import ElasticModel
 from flextron.engine import CoServing, CoServingScheduler, EngineCore, EngineSettings
 from flextron.errors import FlextronError, PromptError
-from flextron.generation.encoding import encode
+from flextron.generation.constraints import Constraint, Grammars, Kind
+from flextron.generation.encoding import bad_words_ids, encode
 from flextron.generation.templates import ChatTemplate
 from flextron.jobs.driver import TrainingDriver
 from flextron.jobs.jobs import Jobs
@@ -87,6 +89,7 @@ class Service:
         longest, positions = max(map(len, self.tokenizer.get_vocab())), model.decoder.config.max_position_embeddings
         self.most_chars = min(2 * longest * positions, max(_MOST_CHARS, 16 * positions))
         """Most characters of a prompt."""
+        self._grammars: Grammars | None = None
         # several: a chat template may take seconds before it is given up
         self._templates = ThreadPoolExecutor(_MOST_TEMPLATES, "flextron-templates")
 
@@ -187,6 +190,35 @@ class Service:
             return encode(self.tokenizer, written, add_special_tokens=add_special_tokens)
 
         return await loop.run_in_executor(self._encoder, run)
+
+    async def bad_words_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Token ids that spell these words."""
+        if not words:
+            return ()
+        return await asyncio.get_running_loop().run_in_executor(self._encoder, bad_words_ids, self.tokenizer, words)
+
+    async def constraint(self, kind: Kind, given: Any, param: str) -> Constraint:
+        """A grammar at its start.
+
+        Args:
+            kind: kind of the grammar.
+            given: what `Grammars.constraint` takes.
+            param: key of the body that names it.
+
+        Raises:
+            ApiError: it cannot be followed.
+        """
+
+        def make() -> Constraint:
+            if self._grammars is None:
+                size = self.core.decoder.config.vocab_size
+                self._grammars = Grammars(self.tokenizer, size, self.defaults.ends)
+            return self._grammars.constraint(kind, given)
+
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._encoder, make)
+        except FlextronError as error:
+            raise bad_request(str(error), param) from error
 
     def room(self, num_prompt: int, choice: Choice) -> int:
         """The most tokens of an answer; at least 1, so that the engine says what does not fit."""

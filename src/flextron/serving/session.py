@@ -11,7 +11,7 @@ from flextron.errors import FlextronError, PromptError
 from flextron.serving.adapters import NamedAdapter
 from flextron.serving.adaptive import Adaptive
 from flextron.serving.errors import ApiError, bad_request, engine_died
-from flextron.serving.metrics import Metrics
+from flextron.serving.metrics import Metrics, Span
 from flextron.serving.targets import Choice
 from flextron.serving.worker import GenerationRequest, RequestEvent, Sign, Worker
 
@@ -41,6 +41,7 @@ class Session:
         self._arrived = time.monotonic()
         self._last: dict[int, float] = {}
         """When the last token of each request came."""
+        self._spans: dict[int, Span] = {}
         self._begun: set[int] = set()
         self._open = {request.index: request for request in requests}
         self._has_closed = False
@@ -116,12 +117,16 @@ class Session:
             if event.token_ids:
                 is_first, seconds = request.index not in self._last, now - self._last.get(request.index, self._arrived)
                 self._last[request.index] = now
+                span = self._spans.setdefault(request.index, Span(self._arrived, event.started or now, now))
+                span.num_tokens += len(event.token_ids)
                 metrics.token(self.choice.label, seconds, is_first=is_first)
                 if self._adaptive is not None:
                     self._adaptive.token(seconds, is_first=is_first)
             if event.finish_reason is not None:
                 del self._open[request.index]
                 metrics.ended(event.finish_reason.value, now - self._arrived)
+                span = self._spans.pop(request.index, Span(self._arrived, event.started or now, now))
+                metrics.completed(span, now, len(request.prompt), request.params.max_tokens)
         self._events.put_nowait((request.index, event))
 
 

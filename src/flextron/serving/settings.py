@@ -19,6 +19,8 @@ class ServerSettings:
     """Key that clients must send; None lets everyone in."""
     allowed_hosts: tuple[str, ...] | None = ()
     """Names by which clients on this machine may call it, beside those of loopback; None for any name."""
+    allowed_origins: tuple[str, ...] = ()
+    """Origins of web pages that may use the server, such as `https://app.example`; `*` for any."""
     max_queue: int = 128
     """How many answers may wait while others run."""
     max_body_mb: float = 8.0

@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from flextron.engine import CoServingScheduler, EngineCore, Request
 from flextron.engine.output import Delta, OutputProcessor
 from flextron.errors import FlextronError
-from flextron.generation.generate import SamplingParams
+from flextron.generation.constraints import Constraint
+from flextron.generation.sampling import SamplingParams
 from flextron.model.adapter import Adapter
 from flextron.routing.token_router import PricedRouter
 from flextron.spec import SubnetSpec
@@ -54,6 +55,11 @@ class GenerationRequest:
     spec: SubnetSpec
     router: PricedRouter | None
     adapter: Adapter | None = None
+    constraint: Constraint | None = None
+    """A grammar at its start, this request's own."""
+    includes_stop: bool = False
+    """Whether the text keeps what ended it."""
+    skip_special_tokens: bool = True
     listener: Callable[[GenerationRequest, RequestEvent], None] = _nobody
     """Called in the event loop."""
     engine_request: Request | None = field(default=None, repr=False)
@@ -163,8 +169,16 @@ class Worker(threading.Thread):
         try:
             for request in requests:
                 network = self.core.network(request.spec, request.router, request.adapter)
-                request.engine_request = self.core.add(str(id(request)), request.prompt, request.params, network)
-                processor = OutputProcessor(self._tokenizer, request.stop, request.prompt)
+                request.engine_request = self.core.add(
+                    str(id(request)), request.prompt, request.params, network, request.constraint
+                )
+                processor = OutputProcessor(
+                    self._tokenizer,
+                    request.stop,
+                    request.prompt,
+                    includes_stop=request.includes_stop,
+                    skip_special_tokens=request.skip_special_tokens,
+                )
                 self._requests[request.engine_request] = request, processor
         except FlextronError as error:
             self._abort(requests)

@@ -1,0 +1,120 @@
+"""The tokenizer over HTTP, as vLLM has it: `/tokenize`, `/detokenize`, `/tokenizer_info`; and `/version`, `/ping`."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Annotated, Any
+
+from fastapi import FastAPI
+from pydantic import BeforeValidator, Field, model_validator
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from flextron.server.bodies import Message
+from flextron.server.chat import rendered
+from flextron.server.messages import check_messages
+from flextron.server.openapi import error_responses
+from flextron.server.sampling import RequestBody
+from flextron.serving.errors import bad_request
+from flextron.serving.service import Service
+
+__all__ = ["DetokenizeBody", "TokenizeBody", "add_information", "detokenize", "tokenize"]
+
+
+class TokenizeBody(RequestBody):
+    """Body of `/tokenize`: a text, or a conversation."""
+
+    prompt_key = "prompt"
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1), BeforeValidator(check_messages)] | None = None
+    add_special_tokens: bool | None = None
+    """Whether a text begins as the tokenizer begins it (by default), or a conversation (by default not)."""
+    add_generation_prompt: bool | None = None
+    return_token_strs: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> TokenizeBody:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give prompt or messages, one of them")
+        return self
+
+
+class DetokenizeBody(RequestBody):
+    """Body of `/detokenize`."""
+
+    prompt_key = "tokens"
+
+    model: str | None = None
+    tokens: list[int]
+
+
+async def tokenize(request: Request, service: Service, body: TokenizeBody) -> Response:
+    """Token ids of a text or a conversation.
+
+    Raises:
+        ApiError: the model is unknown, or the text is too long.
+    """
+    _check_model(service, body.model)
+    messages = body.messages
+    if messages is None:
+        special, text = body.add_special_tokens is not False, body.prompt or ""
+        tokens = await service.encode(text, add_special_tokens=special)
+    else:
+        opens = body.add_generation_prompt is not False
+        tokens = await service.encode(
+            lambda: rendered(service, messages, add_generation_prompt=opens),
+            add_special_tokens=bool(body.add_special_tokens),
+        )
+    report: dict[str, Any] = {"tokens": tokens, "count": len(tokens), "max_model_len": _positions(service)}
+    pieces = service.tokenizer.convert_ids_to_tokens(tokens) if body.return_token_strs else None
+    return JSONResponse(report | {"token_strs": pieces})
+
+
+async def detokenize(request: Request, service: Service, body: DetokenizeBody) -> Response:
+    """The text of token ids, special tokens included.
+
+    Raises:
+        ApiError: the model is unknown, or does not have a token.
+    """
+    _check_model(service, body.model)
+    if not all(0 <= token < len(service.tokenizer) for token in body.tokens):
+        raise bad_request(f"there are tokens outside the vocabulary of {len(service.tokenizer)}", "tokens")
+    return JSONResponse({"prompt": str(service.tokenizer.decode(body.tokens))})
+
+
+def add_information(app: FastAPI, service: Service) -> None:
+    """What only tells."""
+
+    @app.get("/tokenizer_info", responses=error_responses(401))
+    async def tokenizer_info() -> JSONResponse:
+        tokenizer = service.tokenizer
+        return JSONResponse(
+            {
+                "tokenizer_class": type(tokenizer).__name__,
+                "vocab_size": len(tokenizer),
+                "model_max_length": _positions(service),
+                "chat_template": tokenizer.chat_template,
+                **{name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)},
+                "eos_token": tokenizer.eos_token,
+                "bos_token": tokenizer.bos_token,
+            }
+        )
+
+    @app.get("/version")
+    async def show_version() -> JSONResponse:
+        return JSONResponse({"version": version("flextron")})
+
+    @app.get("/ping")
+    async def ping() -> JSONResponse:
+        return JSONResponse({})
+
+
+def _check_model(service: Service, model_id: str | None) -> None:
+    if model_id is not None:
+        service.choose(model_id, None)
+
+
+def _positions(service: Service) -> int:
+    return service.core.decoder.config.max_position_embeddings
