@@ -12,7 +12,7 @@ RUNNABLE_HERE := not gpu and not browser and not peer
 
 .PHONY: demo test test-isa test-isa-all test-oldest test-slow test-all check fix bench bench-core bench-routing bench-serving bench-coserving bench-quality docs clean
 
-demo: $(READY)  ## Convert a small model, train it, print its latency table; MODEL= and DATA= choose others.
+demo: $(READY)  ## Measure a small elastic model here and ask it for targets; MODEL= and DATA= convert and train others.
 	$(BIN)/flextron demo $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)")
 
 test: $(READY)  ## The default suite: CPU, offline, minutes.

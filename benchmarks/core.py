@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -230,9 +229,6 @@ def demo_record() -> dict:
 def demo_quality() -> Figure:
     """The demo: how much of the distance to the full model training leaves at target 0.75."""
     facts = demo_record()
-    picture = Path("docs/images/frontier.png")
-    picture.parent.mkdir(exist_ok=True)
-    shutil.copy(facts["picture"], picture)
     row = next(r for r in facts["rows"] if r["target"] == 0.75)
     others = ", ".join(
         f"{r['target']:g}: {r['perplexity_before']:.1f} to {r['perplexity_after']:.1f} ({r['gap_remaining']:.0%} left)"

@@ -260,7 +260,7 @@ def test_text_shorter_than_one_context_is_refused(
     [
         ({"prompt": ""}, "empty"),
         ({"prompt": "a" * 400}, "positions"),
-        ({"prompt": "a", "max_tokens": 0}, "max_tokens"),
+        ({"prompt": "a", "max_tokens": -1}, "max_tokens"),
         ({"prompt": "a", "latency": 1.5}, "latency"),
         ({"prompt": "a", "latency": 0.5, "params": 10}, "exactly one"),
         ({"prompt": "a", "params": 10}, "no sub-network reaches"),

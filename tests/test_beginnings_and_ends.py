@@ -153,15 +153,15 @@ def test_sampling_settings_of_the_checkpoint_hold_where_a_request_says_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = checkpoint(make_tokenizer("qwen2"), tmp_path / "hf")
-    asked = {"do_sample": True, "temperature": 1e-6, "top_k": 20, "repetition_penalty": 1.1, "max_new_tokens": 7}
+    asked = {"do_sample": True, "temperature": 1e-6, "num_beams": 4, "max_new_tokens": 7}
     (source / "generation_config.json").write_text(json.dumps(asked))
     tokens = AutoTokenizer.from_pretrained(source)(PROMPT)["input_ids"]
-    likeliest = greedy(source, tokens, eos_token_id=-1, repetition_penalty=1.0)
+    likeliest = greedy(source, tokens, eos_token_id=-1, num_beams=1)
     model = converted(source)
     with caplog.at_level(logging.WARNING, "flextron"):
         engine = Engine(model, kv_cache_gb=0.01)
     (told,) = [r.getMessage() for r in caplog.records if r.name.startswith("flextron")]
-    assert "top_k 20, repetition_penalty 1.1" in told
+    assert "num_beams 4" in told
     # so cold that it is greedy; without the setting the server draws from 67 nearly equal tokens
     assert list(engine.generate(PROMPT)[0].token_ids) == likeliest[:7]
     with running(model, {"kv_cache_gb": 0.01}) as server:

@@ -46,6 +46,8 @@ def main() -> None:
     config = model.decoder.config
     assert isinstance(config.origin, PermutedFrom)
     model.decoder.config = replace(config, origin=replace(config.origin, source=_BASE))
+    # the base by its public name, not by a path of the machine that trained
+    model.info = replace(model.info, provenance=model.info.provenance | {"source": _BASE})
     validation = [wikitext(args.data, "wt2.valid.tokens.txt.zst")]
     frontier = model.profile(validation, settings=SearchSettings(mutations=0), num_tokens=args.tokens, context=_CONTEXT)
     trained = KnownLosses.of(frontier)
@@ -99,7 +101,8 @@ size is that of its weights over all, embeddings included.
 |---|---|{"---|" * len(sizes)}
 {chr(10).join(lines)}
 
-What is left of the untrained sub-networks' distance to the full network:
+What is left of the untrained sub-networks' distance to the pretrained full network (below 0 %: better than that, because
+training has the next-token loss beside the distillation):
 
 {left}
 

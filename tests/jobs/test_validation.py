@@ -11,6 +11,7 @@ import pytest
 from flextron.errors import FlextronError
 from flextron.finetuning.dataset import read_dataset
 from flextron.finetuning.hyperparameters import Hyperparameters
+from flextron.finetuning.trainer import TrainingTask
 from flextron.jobs.jobs import Jobs
 from flextron.jobs.records import Job, Status
 from tests.finetuning.bigram import BigramMaker
@@ -56,7 +57,7 @@ def test_validation(tmp_path: Path) -> None:
     held_out = read_dataset(tmp_path / "valid", tokenizer(), job.hyperparameters, CONTEXT).examples
     (tmp_path / "train").write_bytes(jsonl(RECORDS))
     data = read_dataset(tmp_path / "train", tokenizer(), job.hyperparameters, CONTEXT).examples
-    alone = BigramMaker()(job.hyperparameters, data, 1, None, held_out)
+    alone = BigramMaker()(TrainingTask(hyperparameters=job.hyperparameters, examples=data, validation=held_out, seed=1))
     losses = {step: alone.step().valid_loss for step in range(1, NUM_STEPS + 1)}
     assert [step for step, loss in losses.items() if loss is not None] == [3, 4, 6, 8]
     assert {step: m.valid_loss for step, m in jobs.repository.steps(job.id)} == losses

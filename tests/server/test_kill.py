@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from flextron.finetuning.dataset import read_dataset
 from flextron.finetuning.example import Example
 from flextron.finetuning.hyperparameters import Hyperparameters
+from flextron.finetuning.trainer import TrainingTask
 from tests.finetuning.bigram import BigramMaker
 from tests.jobs.making import CONTEXT, tokenizer
 from tests.server.killed import Books, Child
@@ -55,7 +56,7 @@ def assert_as_alone(path: Path, client: OpenAI, job: Any) -> None:
         [] if file_id is None else read(path, client.files.content(file_id).content, chosen)
         for file_id in (job.training_file, job.validation_file)
     )
-    alone = BigramMaker()(chosen, examples, job.seed, None, validation)
+    alone = BigramMaker()(TrainingTask(hyperparameters=chosen, examples=examples, validation=validation, seed=job.seed))
     steps = [alone.step() for _ in range(alone.num_steps)]
     rows = list(csv.DictReader(client.files.content(job.result_files[0]).text.splitlines()))
     assert [int(row["step"]) for row in rows] == list(range(1, len(steps) + 1))

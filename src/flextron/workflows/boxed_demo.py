@@ -42,7 +42,7 @@ class BoxedSettings:
     minutes: float = 1.0
     """Minutes of further training, by a first estimate of the machine's speed."""
     train: TrainRecipe = field(
-        default_factory=lambda: TrainRecipe(batch_size=4, micro_batch_size=4, lr=2e-4, full_probability=0.1)
+        default_factory=lambda: TrainRecipe(batch_size=4, micro_batch_size=4, lr=1e-4, full_probability=0.25)
     )
     eval_tokens: int = 3072
 
