@@ -101,8 +101,8 @@ size is that of its weights over all, embeddings included.
 |---|---|{"---|" * len(sizes)}
 {chr(10).join(lines)}
 
-What is left of the untrained sub-networks' distance to the pretrained full network (below 0 %: better than that, because
-training has the next-token loss beside the distillation):
+What is left of the untrained sub-networks' distance to the pretrained full network (below 0 %: better than that,
+because training has the next-token loss beside the distillation):
 
 {left}
 
