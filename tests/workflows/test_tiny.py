@@ -18,7 +18,7 @@ from flextron.training.token_recipe import TokenRouterRecipe
 from flextron.workflows.tiny import TinySettings, run_tiny, tiny_model
 from tests.toy import Stages, synthetic_latencies
 
-MOST_BYTES = 15 * 1000**2
+MOST_BYTES = 20_000_000
 
 
 def test_the_model_is_small_and_its_card_says_the_losses_that_it_has() -> None:
