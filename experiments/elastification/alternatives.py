@@ -93,7 +93,11 @@ def without_layers(decoder: Decoder, influence: Sequence[float], size: float) ->
 
 
 def of_equal_widths(decoder: Decoder, size: float) -> SubnetSpec:
-    """Equal layers within a size, MLP and attention narrowed about alike."""
+    """Equal layers within a size, MLP and attention narrowed about alike.
+
+    They fill the size, where training's `uniform_subnet` keeps to nearest fractions and may leave a tenth of it unused:
+    what is compared with must not be weaker than it has to be.
+    """
     config, full = decoder.config, decoder.config.full_spec
     total, count = num_parameters(config, full), config.num_hidden_layers
     limit = (size * total - (total - count * layer_parameters(config, full.layers[0]))) / count

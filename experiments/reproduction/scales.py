@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from experiments.reproduction.models import FamilyName, Shape
@@ -123,6 +123,27 @@ _GPU_GPT = Shape(
     hidden_size=384, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=6, num_key_value_heads=6
 )
 
+_CPU_SCALE = Scale(
+    name="cpu",
+    shapes={"llama": _CPU, "gpt2": _CPU_GPT},
+    seeds={"llama": 3, "gpt2": 1},
+    tokens=4_000_000,
+    vocab_size=512,
+    context=128,
+    num_search_tokens=8_192,
+    num_validation_tokens=65_536,
+    num_calibration_tokens=8_192,
+    batch_size=16,
+    elastic_batch_size=8,
+    lr={"llama": 6e-3, "gpt2": 6e-3},
+    elastic_lr={"llama": 2e-3, "gpt2": 1e-3},
+    width_step=16,
+    num_candidates=16,
+    narrowest_mlp=0.25,
+    narrowest_attention=0.5,
+    num_skippable=0,  # of four layers none can be missed
+)
+
 SCALES: Mapping[str, Scale] = {
     scale.name: scale
     for scale in (
@@ -147,46 +168,16 @@ SCALES: Mapping[str, Scale] = {
             num_skippable=2,
             latency_repeats=1,
         ),
-        Scale(
-            name="cpu",
-            shapes={"llama": _CPU, "gpt2": _CPU_GPT},
-            seeds={"llama": 3, "gpt2": 1},
-            tokens=4_000_000,
-            vocab_size=512,
-            context=128,
-            num_search_tokens=8_192,
-            num_validation_tokens=65_536,
-            num_calibration_tokens=8_192,
-            batch_size=16,
-            elastic_batch_size=8,
-            lr={"llama": 6e-3, "gpt2": 6e-3},
-            elastic_lr={"llama": 2e-3, "gpt2": 1e-3},
-            width_step=16,
-            num_candidates=16,
-            narrowest_mlp=0.25,
-            narrowest_attention=0.5,
-            num_skippable=0,  # of four layers none can be missed
-        ),
-        Scale(
-            # 502 tokens a parameter, so that post-training has 38, nearly the paper's 42; else as `cpu`
+        _CPU_SCALE,
+        # 502 tokens a parameter, so that post-training has 38, nearly the paper's 42
+        replace(
+            _CPU_SCALE,
             name="paper",
             shapes={"llama": _PAPER},
             seeds={"llama": 1},
             tokens=36_000_000,
-            vocab_size=512,
-            context=128,
-            num_search_tokens=8_192,
-            num_validation_tokens=65_536,
-            num_calibration_tokens=8_192,
-            batch_size=16,
-            elastic_batch_size=8,
             lr={"llama": 6e-3},
             elastic_lr={"llama": 2e-3},
-            width_step=16,
-            num_candidates=16,
-            narrowest_mlp=0.25,
-            narrowest_attention=0.5,
-            num_skippable=0,
         ),
         Scale(
             name="gpu",

@@ -68,12 +68,17 @@ def naming_a_full_disk(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def new_file(path: Path) -> Iterator[Path]:
+def new_file(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
     """A temporary neighbour that becomes `path` when the block ends well, and vanishes when it does not.
 
     Raises:
-        NoSpaceError: the disk is full.
+        FlextronError: `path` is a directory, or exists and is not to be overwritten, or the disk is full
+            (`NoSpaceError`).
     """
+    if path.is_dir():
+        raise FlextronError(f"{path} is a directory; give the name of a file")
+    if path.exists() and not overwrite:
+        raise FlextronError(f"{path} exists already; choose another file or pass overwrite (--overwrite)")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with naming_a_full_disk(path):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from flextron import ElasticModel
-from tests.server.running import Running, running
+from tests.server.running import Running, running, running_chat
 from tests.trained import trained_model
 
 TEMPLATE = (
@@ -32,8 +32,5 @@ def server(model: ElasticModel) -> Iterator[Running]:
 @pytest.fixture(scope="session")
 def chat_server() -> Iterator[Running]:
     """Of a model with a chat template."""
-    model = trained_model()
-    assert model.tokenizer is not None
-    model.tokenizer.chat_template = TEMPLATE
-    with running(model) as made:
+    with running_chat(TEMPLATE) as made:
         yield made

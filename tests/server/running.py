@@ -21,8 +21,9 @@ from flextron.server.run import server_config
 from flextron.serving.adapters import AdapterNames
 from flextron.serving.service import Service
 from flextron.serving.settings import ServerSettings
+from tests.trained import trained_model
 
-__all__ = ["Running", "events", "running", "wait_until"]
+__all__ = ["Running", "events", "running", "running_chat", "wait_until"]
 
 KEY = "a-key"
 
@@ -94,6 +95,16 @@ def running(
         server.should_exit = True
         thread.join(20)
         assert not thread.is_alive()
+
+
+@contextmanager
+def running_chat(template: str) -> Iterator[Running]:
+    """Serve a trained model with a chat template."""
+    model = trained_model()
+    assert model.tokenizer is not None
+    model.tokenizer.chat_template = template
+    with running(model) as made:
+        yield made
 
 
 def events(text: str) -> list[str]:

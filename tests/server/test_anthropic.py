@@ -10,20 +10,16 @@ import httpx
 import pytest
 
 from flextron import ElasticModel
-from tests.server.running import KEY, Running, running
+from tests.server.running import KEY, Running, running, running_chat
 from tests.server.test_refusals import assert_refused
 from tests.server.test_structured_clients import TEMPLATE
-from tests.trained import trained_model
 
 TOOL = {"name": "f", "description": "d", "input_schema": {"type": "object", "maxProperties": 0}}
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    model = trained_model()
-    assert model.tokenizer is not None
-    model.tokenizer.chat_template = TEMPLATE
-    with running(model) as made:
+    with running_chat(TEMPLATE) as made:
         yield made
 
 

@@ -11,21 +11,17 @@ import jsonschema
 import pytest
 from openai import OpenAI
 
-from tests.server.running import Running, running
+from tests.server.running import Running, running_chat
 from tests.server.test_refusals import assert_refused
 from tests.server.test_structured_clients import TEMPLATE
 from tests.server.test_tools import SCHEMA
-from tests.trained import trained_model
 
 TOOL: Any = {"type": "function", "name": "weather", "parameters": SCHEMA, "strict": True}
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    model = trained_model()
-    assert model.tokenizer is not None
-    model.tokenizer.chat_template = TEMPLATE
-    with running(model) as made:
+    with running_chat(TEMPLATE) as made:
         yield made
 
 

@@ -11,8 +11,7 @@ import jsonschema
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
-from tests.server.running import KEY, Running, running
-from tests.trained import trained_model
+from tests.server.running import KEY, Running, running_chat
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 MESSAGES: Any = [{"role": "user", "content": "a"}]
@@ -32,10 +31,7 @@ class City(BaseModel):
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    model = trained_model()
-    assert model.tokenizer is not None
-    model.tokenizer.chat_template = TEMPLATE
-    with running(model) as made:
+    with running_chat(TEMPLATE) as made:
         yield made
 
 

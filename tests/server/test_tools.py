@@ -10,9 +10,8 @@ import httpx
 import jsonschema
 import pytest
 
-from tests.server.running import Running, running
+from tests.server.running import Running, running_chat
 from tests.server.test_refusals import assert_refused
-from tests.trained import trained_model
 
 SCHEMA = {
     "type": "object",
@@ -35,10 +34,7 @@ KNOWING = (
 @pytest.fixture(scope="module")
 def knowing() -> Iterator[Running]:
     """Of a model whose template is made for tools."""
-    model = trained_model()
-    assert model.tokenizer is not None
-    model.tokenizer.chat_template = KNOWING
-    with running(model) as made:
+    with running_chat(KNOWING) as made:
         yield made
 
 

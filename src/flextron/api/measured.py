@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flextron.api.dense import Generates
 from flextron.api.texts import Texts, check_sequences, documents, evaluation_text, sequences, source_name
-from flextron.checkpoints.huggingface import check_stock
+from flextron.checkpoints.stock import check_stock
 from flextron.elastic import ElasticInfo
 from flextron.errors import FlextronError
 from flextron.model.cost import num_parameters

@@ -181,6 +181,7 @@ FAMILIES: Mapping[str, Family] = {
         partly_rotary=True,
         parallel_residual="use_parallel_residual",
         explicit_head_dim=False,
+        config_keys={"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
     ),
     "gemma2": Family(
         architecture="Gemma2ForCausalLM",

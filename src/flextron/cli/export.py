@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from flextron import api
 from flextron.cli.console import Json, message, show
+from flextron.cli.targets import named
 from flextron.errors import FlextronError
 
 __all__ = ["export"]
@@ -55,14 +56,13 @@ def export(
 ) -> None:
     """Write the sub-network for a target (the full one by default) for another program."""
     model = api.load(str(directory))
-    limits = {
-        "latency": latency,
-        "latency_ms": latency_ms,
-        "params": params,
-        "memory_gb": memory_gb,
-        "max_loss_increase": max_loss_increase,
-    }
-    target: dict[str, Any] = {name: value for name, value in limits.items() if value is not None}
+    target = named(
+        latency=latency,
+        latency_ms=latency_ms,
+        params=params,
+        memory_gb=memory_gb,
+        max_loss_increase=max_loss_increase,
+    )
     if format == "slices" or (format is None and output.suffix == ".csv"):
         if target or precision or pad:
             raise FlextronError("a table of slices holds all measured ones; leave targets, --precision and --pad out")

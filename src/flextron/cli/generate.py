@@ -9,6 +9,7 @@ import typer
 
 from flextron import api
 from flextron.cli.console import Json, show
+from flextron.cli.targets import named
 from flextron.errors import FlextronError
 from flextron.spec import Target
 
@@ -43,14 +44,13 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue a prompt in the sub-network for a target (the full one by default)."""
-    limits = {
-        "latency": latency,
-        "latency_ms": latency_ms,
-        "params": params,
-        "memory_gb": memory_gb,
-        "max_loss_increase": max_loss_increase,
-    }
-    target: dict[str, Any] = {name: value for name, value in limits.items() if value is not None}
+    target = named(
+        latency=latency,
+        latency_ms=latency_ms,
+        params=params,
+        memory_gb=memory_gb,
+        max_loss_increase=max_loss_increase,
+    )
     model = api.load(str(directory))
     sampling: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     sampling["add_special_tokens"] = add_special_tokens

@@ -10,7 +10,8 @@ import torch
 
 from flextron.checkpoints.families import FAMILIES
 from flextron.checkpoints.generation_config import generation_defaults
-from flextron.checkpoints.huggingface import check_stock, write_checkpoint
+from flextron.checkpoints.huggingface import write_checkpoint
+from flextron.checkpoints.stock import check_stock
 from flextron.export.card import subnet_card
 from flextron.export.format import Order
 from flextron.export.source import Source

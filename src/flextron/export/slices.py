@@ -39,10 +39,8 @@ def write_slices(path: Path, frontier: Frontier | None, full: SubnetSpec, *, ove
         raise FlextronError(
             "none of the measured sub-networks is a slice: a table of slices has MLP widths and skipped layers alone"
         )
-    if path.exists() and not overwrite:
-        raise FlextronError(f"{path} exists already; choose another file or pass overwrite (--overwrite)")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with new_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as stream:
+    with new_file(path, overwrite=overwrite) as temporary, temporary.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(_HEADER)
         writer.writerows(_row(point, full) for point in points)

@@ -136,7 +136,8 @@ class NativeStep:
         self._tables: tuple[Tables | None, ...] = ()
         self._num_positions = 0
         """Positions that the tables hold."""
-        self._pace = ThreadPace(torch.get_num_threads()) if adapts_threads else None
+        self._adapts_threads = adapts_threads
+        self._pace = ThreadPace(torch.get_num_threads())
         self._made: list[Tensor] = []
         """Kept alive for the pointers."""
         for i, (layer, native) in enumerate(zip(decoder.layers, self._layers, strict=True)):
@@ -253,9 +254,12 @@ class NativeStep:
     def _run(self, tokens: Tokens, mlp_widths_LN: Tensor) -> None:
         """Call the library on as many threads as are the fastest now."""
         structs = [ctypes.byref(self._shape), self._layers, ctypes.byref(self._ends), ctypes.byref(tokens)]
-        if self._pace is None:
-            self._library.flextron_step(*structs, torch.get_num_threads())
+        most = torch.get_num_threads()
+        if not self._adapts_threads or most == 1:
+            self._library.flextron_step(*structs, most)
             return
+        if self._pace.most != most:
+            self._pace = ThreadPace(most)
         threads = self._pace.choose()
         began = perf_counter()
         self._library.flextron_step(*structs, threads)

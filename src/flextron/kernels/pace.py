@@ -64,6 +64,11 @@ class ThreadPace:
         for choice in self._choices:
             choice.postpone(clock())
 
+    @property
+    def most(self) -> int:
+        """The most threads among which it chooses."""
+        return len(self._choices)
+
     def choose(self) -> int:
         """Threads for the next iteration."""
         if self._trial is None:

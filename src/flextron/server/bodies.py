@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from flextron.server.keys import check_keys
 from flextron.server.messages import check_messages
 from flextron.server.sampling import RequestBody, SamplingBody, StrictBody
 from flextron.server.structured.grammars import GrammarBody
@@ -44,14 +43,6 @@ class GenerationBody(SamplingBody, GrammarBody, RequestBody):
     return_token_ids: bool | None = None
     """vLLM's key: whether the token ids stand beside the texts."""
     flextron: TargetBody | None = None
-
-    endpoint: ClassVar[str]
-    """The endpoint's name in the table of keys."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _check_keys(cls, data: Any) -> Any:
-        return check_keys(data, cls.endpoint) if isinstance(data, dict) else data
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> GenerationBody:

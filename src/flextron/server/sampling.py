@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from flextron.checkpoints.generation_config import GenerationDefaults
 from flextron.generation.sampling import SamplingParams
+from flextron.server.keys import check_keys
 
 __all__ = ["RequestBody", "SamplingBody", "StrictBody"]
 
@@ -60,6 +61,13 @@ class RequestBody(StrictBody):
 
     prompt_key: ClassVar[str]
     """The key that the prompt comes from."""
+    endpoint: ClassVar[str | None] = None
+    """The endpoint's name in the table of keys; None where the body's own are all that there are."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_keys(cls, data: Any) -> Any:
+        return data if cls.endpoint is None or not isinstance(data, dict) else check_keys(data, cls.endpoint)
 
 
 class SamplingBody(StrictBody):

@@ -11,7 +11,6 @@ import gguf
 import numpy as np
 
 from flextron.checkpoints.generation_config import generation_defaults
-from flextron.errors import FlextronError
 from flextron.export.format import Order
 from flextron.export.gguf.architectures import architecture_for, own_architecture
 from flextron.export.gguf.metadata import context_length, model_metadata
@@ -75,30 +74,21 @@ class Gguf:
             FlextronError: there is a file already, or the tokenizer has no form in GGUF.
         """
         config = decoder.config
-        _check_place(order.path, overwrite=order.overwrite)
         architecture, _ = architecture_for(config, decoder.widths)
         kind, file_type = _PRECISIONS[order.precision]
-        metadata = {
-            f"{architecture.name}.{key}": v for key, v in model_metadata(architecture, config, decoder.widths).items()
-        }
-        metadata |= _general(source, order, file_type)
-        metadata |= tokenizer_metadata(
-            source.tokenizer,
-            vocab_size=config.vocab_size,
-            ends=generation_defaults(source.generation_config, source.hf_config, source.tokenizer).ends,
-            arch=architecture.name,
-        )
         order.path.parent.mkdir(parents=True, exist_ok=True)
-        with new_file(order.path) as temporary:
+        with new_file(order.path, overwrite=order.overwrite) as temporary:
+            model = model_metadata(architecture, config, decoder.widths)
+            metadata = {f"{architecture.name}.{key}": value for key, value in model.items()}
+            metadata |= _general(source, order, file_type)
+            metadata |= tokenizer_metadata(
+                source.tokenizer,
+                vocab_size=config.vocab_size,
+                ends=generation_defaults(source.generation_config, source.hf_config, source.tokenizer).ends,
+                arch=architecture.name,
+            )
             _write(temporary, architecture.name, metadata, list(file_tensors(decoder, architecture)), kind)
         return architecture.name
-
-
-def _check_place(path: Path, *, overwrite: bool) -> None:
-    if path.is_dir():
-        raise FlextronError(f"{path} is a directory; give the name of a file")
-    if path.exists() and not overwrite:
-        raise FlextronError(f"{path} exists already; choose another file or pass overwrite (--overwrite)")
 
 
 def _general(source: Source, order: Order, file_type: gguf.LlamaFileType) -> dict[str, Any]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 
 from flextron.server.chat import chat
+from flextron.server.dialects.chats import event, retold
 from flextron.server.dialects.messages_body import MessagesBody
 from flextron.serving.errors import ApiError
 from flextron.serving.service import Service
@@ -28,19 +30,18 @@ async def messages(request: Request, service: Service, body: MessagesBody) -> Re
     except ApiError as error:
         told = error.body()["error"] | {"type": _ERRORS.get(error.status, "api_error")}
         return JSONResponse({"type": "error", "error": told}, error.status, error.headers)
-    if isinstance(answer, StreamingResponse):
-        answer.body_iterator = _events(body, answer.body_iterator)  # type: ignore[arg-type]
-        return answer
-    if answer.status_code != 200:
-        return answer
-    said = json.loads(bytes(answer.body))
+    return retold(answer, partial(_whole, body), partial(_events, body))
+
+
+def _whole(body: MessagesBody, said: Mapping[str, Any]) -> dict[str, Any]:
+    """An answer in one piece out of a chat's."""
     choice = said["choices"][0]
     message = choice["message"]
     content: list[dict[str, Any]] = [{"type": "text", "text": message["content"]}] if message["content"] else []
     for call in message.get("tool_calls", ()):
         content.append({**_use(call), "input": _arguments(call["function"]["arguments"])})
     whole = _message(body, said["usage"]) | {"content": content, "stop_reason": _REASONS[choice["finish_reason"]]}
-    return JSONResponse(whole | {"flextron": said["flextron"]})
+    return whole | {"flextron": said["flextron"]}
 
 
 def _message(body: MessagesBody, usage: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -68,36 +69,27 @@ def _usage(usage: Mapping[str, Any] | None) -> dict[str, Any]:
     return counts | {"output_tokens": usage["completion_tokens"]}
 
 
-async def _events(body: MessagesBody, chunks: AsyncIterator[str]) -> AsyncIterator[str]:
+async def _events(body: MessagesBody, chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
     """Events of an answer out of a chat's; the counts of tokens come at the end."""
     blocks = _Blocks()
     reason, usage, has_begun = "stop", None, False
-    async for chunk in chunks:
-        text = chunk.removeprefix("data: ").rstrip()
-        if text == "[DONE]":
-            continue
-        said = json.loads(text)
+    async for said in chunks:
         if "error" in said:
-            yield _event("error", {"error": {"type": "api_error", "message": said["error"]["message"]}})
+            yield event("error", {"error": {"type": "api_error", "message": said["error"]["message"]}})
             return
         if not has_begun:
             has_begun = True
-            yield _event("message_start", {"message": _message(body, None) | {"flextron": said["flextron"]}})
+            yield event("message_start", {"message": _message(body, None) | {"flextron": said["flextron"]}})
         usage = said.get("usage") or usage
         for choice in said["choices"]:
             reason = choice["finish_reason"] or reason
             for kind, fields in blocks.take(choice["delta"]):
-                yield _event(kind, fields)
+                yield event(kind, fields)
     for kind, fields in blocks.close():
-        yield _event(kind, fields)
+        yield event(kind, fields)
     end = {"stop_reason": _REASONS[reason], "stop_sequence": None}
-    yield _event("message_delta", {"delta": end, "usage": _usage(usage)})
-    yield _event("message_stop", {})
-
-
-def _event(kind: str, fields: Mapping[str, Any]) -> str:
-    data = json.dumps({"type": kind, **fields}, ensure_ascii=False, separators=(",", ":"))
-    return f"event: {kind}\ndata: {data}\n\n"
+    yield event("message_delta", {"delta": end, "usage": _usage(usage)})
+    yield event("message_stop", {})
 
 
 class _Blocks:

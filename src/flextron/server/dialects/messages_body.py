@@ -6,12 +6,11 @@ import json
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field
 
 from flextron.server.bodies import ChatBody
-from flextron.server.keys import check_keys
+from flextron.server.dialects.chats import as_chat, function_tool, text_of
 from flextron.server.sampling import RequestBody, StrictBody
-from flextron.serving.errors import invalid_body
 
 __all__ = ["MessagesBody"]
 
@@ -77,7 +76,7 @@ class ToolChoiceIn(StrictBody):
 class MessagesBody(RequestBody):
     """Body of `/v1/messages`."""
 
-    prompt_key = "messages"
+    endpoint, prompt_key = "messages", "messages"
 
     model: str
     messages: Annotated[list[MessageIn], Field(min_length=1)]
@@ -91,11 +90,6 @@ class MessagesBody(RequestBody):
     tools: list[ToolIn] | None = None
     tool_choice: ToolChoiceIn | None = None
     flextron: dict[str, Any] | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _check_keys(cls, data: Any) -> Any:
-        return check_keys(data, "messages") if isinstance(data, dict) else data
 
     def to_chat(self) -> ChatBody:
         """The same as a chat.
@@ -118,27 +112,24 @@ class MessagesBody(RequestBody):
             "top_k": self.top_k,
             "stream": self.stream,
             "stream_options": {"include_usage": True} if self.stream else None,
-            "tools": [{"type": "function", "function": _function(tool)} for tool in self.tools or ()] or None,
+            "tools": [function_tool(t.name, t.description, t.input_schema) for t in self.tools or ()] or None,
             "tool_choice": choice,
             "parallel_tool_calls": False if single else None,
             "flextron": self.flextron,
         }
-        try:
-            return ChatBody.model_validate(chat)
-        except ValidationError as error:
-            raise invalid_body(error) from error
+        return as_chat(chat)
 
     def _messages(self) -> Iterator[dict[str, Any]]:
         if self.system:
-            yield {"role": "system", "content": _text(self.system)}
+            yield {"role": "system", "content": text_of(self.system)}
         for message in self.messages:
             if isinstance(message.content, str):
                 yield {"role": message.role, "content": message.content}
                 continue
             for block in message.content:
                 if isinstance(block, ResultBlock):
-                    yield {"role": "tool", "tool_call_id": block.tool_use_id, "content": _text(block.content or "")}
-            text = "".join(block.text for block in message.content if isinstance(block, TextBlock))
+                    yield {"role": "tool", "tool_call_id": block.tool_use_id, "content": text_of(block.content or "")}
+            text = text_of([block for block in message.content if isinstance(block, TextBlock)])
             calls = [_call(block) for block in message.content if isinstance(block, UseBlock)]
             if calls:
                 yield {"role": message.role, "content": text, "tool_calls": calls}
@@ -146,14 +137,6 @@ class MessagesBody(RequestBody):
                 yield {"role": message.role, "content": text}
 
 
-def _function(tool: ToolIn) -> dict[str, Any]:
-    return {"name": tool.name, "description": tool.description, "parameters": tool.input_schema}
-
-
 def _call(block: UseBlock) -> dict[str, Any]:
     function = {"name": block.name, "arguments": json.dumps(block.input)}
     return {"id": block.id, "type": "function", "function": function}
-
-
-def _text(content: str | list[TextBlock]) -> str:
-    return content if isinstance(content, str) else "".join(block.text for block in content)

@@ -6,12 +6,14 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response
 
 from flextron.server.chat import chat
+from flextron.server.dialects.chats import event, retold
 from flextron.server.dialects.responses_body import ResponsesBody
 from flextron.serving.service import Service
 
@@ -25,37 +27,31 @@ async def responses(request: Request, service: Service, body: ResponsesBody) -> 
         ApiError: the request cannot be answered.
     """
     answer = await chat(request, service, body.to_chat())
-    if isinstance(answer, StreamingResponse):
-        answer.body_iterator = _events(body, answer.body_iterator)  # type: ignore[arg-type]
-        return answer
-    if answer.status_code != 200:
-        return answer
-    said = json.loads(bytes(answer.body))
+    return retold(answer, partial(_whole, body), partial(_events, body))
+
+
+def _whole(body: ResponsesBody, said: Mapping[str, Any]) -> dict[str, Any]:
+    """An answer in one piece out of a chat's."""
     choice = said["choices"][0]
     growing = _Growing(body, said["flextron"])
     message = choice["message"]
     calls = [{"index": i, **call} for i, call in enumerate(message.get("tool_calls", ()))]
     list(growing.take({"content": message["content"], "tool_calls": calls}))
     list(growing.close_item())
-    return JSONResponse(growing.response(choice["finish_reason"], said["usage"]))
+    return growing.response(choice["finish_reason"], said["usage"])
 
 
-async def _events(body: ResponsesBody, chunks: AsyncIterator[str]) -> AsyncIterator[str]:
+async def _events(body: ResponsesBody, chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
     """Events of an answer out of a chat's."""
     growing: _Growing | None = None
     reason, usage, number = "stop", None, 0
 
     def written(kind: str, fields: Mapping[str, Any]) -> str:
         nonlocal number
-        data = {"type": kind, "sequence_number": number, **fields}
         number += 1
-        return f"event: {kind}\ndata: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+        return event(kind, {"sequence_number": number - 1, **fields})
 
-    async for chunk in chunks:
-        text = chunk.removeprefix("data: ").rstrip()
-        if text == "[DONE]":
-            continue
-        said = json.loads(text)
+    async for said in chunks:
         if "error" in said:
             yield written("error", said["error"])
             return

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field
 
 from flextron.server.bodies import ChatBody
-from flextron.server.keys import check_keys
+from flextron.server.dialects.chats import as_chat, function_tool, text_of
 from flextron.server.sampling import RequestBody, StrictBody
-from flextron.serving.errors import ApiError, invalid_body
+from flextron.serving.errors import ApiError
 
 __all__ = ["ResponsesBody"]
 
@@ -108,7 +108,7 @@ class NamedTool(StrictBody):
 class ResponsesBody(RequestBody):
     """Body of `/v1/responses`."""
 
-    prompt_key = "input"
+    endpoint, prompt_key = "responses", "input"
 
     model: str
     input: Annotated[str | list[Annotated[Item, Field(discriminator="type")]], BeforeValidator(_check_items)]
@@ -122,11 +122,6 @@ class ResponsesBody(RequestBody):
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     flextron: dict[str, Any] | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _check_keys(cls, data: Any) -> Any:
-        return check_keys(data, "responses") if isinstance(data, dict) else data
 
     def to_chat(self) -> ChatBody:
         """The same as a chat.
@@ -143,20 +138,14 @@ class ResponsesBody(RequestBody):
             "stream": self.stream,
             "stream_options": {"include_usage": True} if self.stream else None,
             "response_format": self._format(),
-            "tools": [{"type": "function", "function": _function(tool)} for tool in self.tools or ()] or None,
+            "tools": [function_tool(t.name, t.description, t.parameters) for t in self.tools or ()] or None,
+            "tool_choice": self.tool_choice,
             "parallel_tool_calls": self.parallel_tool_calls,
             "flextron": self.flextron,
         }
-        named = isinstance(self.tool_choice, NamedTool)
-        chat["tool_choice"] = (
-            {"type": "function", "function": {"name": self.tool_choice.name}}  # type: ignore[union-attr]
-            if named
-            else self.tool_choice
-        )
-        try:
-            return ChatBody.model_validate(chat)
-        except ValidationError as error:
-            raise invalid_body(error) from error
+        if isinstance(self.tool_choice, NamedTool):
+            chat["tool_choice"] = {"type": "function", "function": {"name": self.tool_choice.name}}
+        return as_chat(chat)
 
     def _messages(self) -> Iterator[dict[str, Any]]:
         if self.instructions is not None:
@@ -174,9 +163,9 @@ class ResponsesBody(RequestBody):
                 yield {"role": "assistant", "content": None, "tool_calls": calls}
                 calls = []
             if isinstance(item, ResultItem):
-                yield {"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)}
+                yield {"role": "tool", "tool_call_id": item.call_id, "content": text_of(item.output)}
             else:
-                yield {"role": item.role, "content": _text(item.content)}
+                yield {"role": item.role, "content": text_of(item.content)}
         if calls:
             yield {"role": "assistant", "content": None, "tool_calls": calls}
 
@@ -185,11 +174,3 @@ class ResponsesBody(RequestBody):
         if asked is None or asked.type != "json_schema":
             return None if asked is None else {"type": asked.type}
         return {"type": "json_schema", "json_schema": {"name": asked.name, "schema": asked.schema_}}
-
-
-def _function(tool: FunctionTool) -> dict[str, Any]:
-    return {"name": tool.name, "description": tool.description, "parameters": tool.parameters}
-
-
-def _text(content: str | list[TextPart]) -> str:
-    return content if isinstance(content, str) else "".join(part.text for part in content)
