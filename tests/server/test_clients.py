@@ -12,11 +12,6 @@ import pytest
 from tests.server.running import KEY, Running, events
 
 
-@pytest.fixture(scope="module")
-def litellm() -> Any:
-    return pytest.importorskip("litellm")
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_litellm(chat_server: Running, litellm: Any) -> None:
     options: dict[str, Any] = {"api_base": f"{chat_server.url}/v1", "api_key": KEY, "temperature": 0, "max_tokens": 8}

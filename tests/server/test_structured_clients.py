@@ -52,8 +52,7 @@ def test_openai_parses_answers_and_calls(server: Running) -> None:
             assert stream.get_final_completion().choices[0].message.parsed == parsed
 
 
-def test_litellm(server: Running) -> None:
-    litellm: Any = pytest.importorskip("litellm")
+def test_litellm(server: Running, litellm: Any) -> None:
     options: Any = {"model": "openai/tiny", "api_base": f"{server.url}/v1", "api_key": KEY, "max_tokens": TOKENS}
     answer = litellm.completion(messages=MESSAGES, response_format=City, seed=1, **options)
     City.model_validate_json(answer.choices[0].message.content)
