@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 from openai import AsyncOpenAI, OpenAI
 
 from flextron import ElasticModel
@@ -34,6 +35,7 @@ class Running:
 
     url: str
     service: Service
+    app: FastAPI
     clients: list[OpenAI] = field(default_factory=list)
 
     def client(self, **options: Any) -> OpenAI:
@@ -86,7 +88,7 @@ def running(
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
     thread.start()
     wait_until(lambda: server.started)
-    made = Running(f"http://127.0.0.1:{sock.getsockname()[1]}", app.state.service)
+    made = Running(f"http://127.0.0.1:{sock.getsockname()[1]}", app.state.service, app)
     try:
         yield made
     finally:

@@ -32,6 +32,7 @@ from flextron.server.files import add_files
 from flextron.server.finetuning import FineTuningBody, add_finetuning
 from flextron.server.http import RequestMiddleware, answer_error, read_body
 from flextron.server.openapi import describe, error_responses
+from flextron.server.page.routes import add_page, open_paths
 from flextron.server.sampling import RequestBody
 from flextron.server.tokenizing import DetokenizeBody, TokenizeBody, add_information, detokenize, tokenize
 from flextron.serving.adapters import AdapterNames
@@ -93,6 +94,7 @@ def create_app(
         api_key=settings.api_key,
         allowed_hosts=settings.allowed_hosts,
         allowed_origins=settings.allowed_origins,
+        open_paths=open_paths() if settings.page else (),
     )
     _add_models(app, service)
     _add_endpoint(app, service, "/v1/completions", CompletionBody, completions)
@@ -117,6 +119,8 @@ def create_app(
         _add_deletion(app, service, jobs)
         bodies.append(FineTuningBody)
     describe(app, *bodies)
+    if settings.page:
+        add_page(app, model, service, jobs)
     return app
 
 
