@@ -78,12 +78,13 @@ def running(
     engine: dict[str, Any] | None = None,
     jobs: Jobs | None = None,
     adapters: AdapterNames | None = None,
+    port: int = 0,
     **settings: Any,
 ) -> Iterator[Running]:
-    """Serve a model under the name `tiny`."""
+    """Serve a model under the name `tiny`; port 0 is a free one."""
     sizes = {"kv_cache_gb": 0.005, "max_num_seqs": 8, "max_num_batched_tokens": 64} | (engine or {})
     app = create_app(model, ServerSettings(**{"name": "tiny", **settings}), EngineSettings(**sizes), jobs, adapters)
-    sock = socket.create_server(("127.0.0.1", 0))
+    sock = socket.create_server(("127.0.0.1", port))
     server = uvicorn.Server(server_config(app))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
     thread.start()

@@ -9,11 +9,12 @@ from typing import Any
 from flextron.api import ElasticModel
 from flextron.errors import FlextronError
 from flextron.jobs.jobs import Jobs
-from flextron.routing import Frontier, device_fingerprint
+from flextron.routing import device_fingerprint
+from flextron.server.page.frontier import frontier_facts
 from flextron.server.startup import missing_measurements
 from flextron.serving.service import Service
 
-__all__ = ["facts", "frontier_facts"]
+__all__ = ["facts"]
 
 _NOT_TOLD = ("api_key", "name", "page")
 
@@ -42,13 +43,6 @@ def facts(model: ElasticModel, service: Service, jobs: Jobs | None) -> dict[str,
         "settings": {key: value for key, value in (settings | engine).items() if key not in _NOT_TOLD},
         "finetuning": None if jobs is None else {"model": jobs.model, "max_file_mb": service.settings.max_file_mb},
     }
-
-
-def frontier_facts(frontier: Frontier) -> dict[str, Any]:
-    """A frontier for the chart; `best` tells the points that no other beats in latency and loss."""
-    best = set(frontier.best())
-    points = [point.to_dict() | {"best": point in best} for point in frontier.points]
-    return {"device": frontier.device, "text": frontier.text, "points": points}
 
 
 def _has_latency(model: ElasticModel) -> bool:

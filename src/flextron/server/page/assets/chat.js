@@ -4,7 +4,7 @@ import { Column } from "./column.js";
 import { el, field } from "./dom.js";
 
 const SAMPLING = {
-  max_tokens: { label: "Most tokens", value: 128, step: 1, min: 1 },
+  max_tokens: { label: "Most tokens", step: 1, min: 1 },
   temperature: { label: "Temperature", value: "", step: 0.1, min: 0, hint: "0 is greedy" },
   top_p: { label: "Top p", value: "", step: 0.05, min: 0, max: 1 },
   top_k: { label: "Top k", value: "", step: 1, min: 0 },
@@ -56,6 +56,8 @@ export class Chat {
       this.inputs[name] = input;
       fields.push(field(label, input, hint));
     }
+    // room for the conversation in models of few positions, and an end for those that never end by themselves
+    this.inputs.max_tokens.value = Math.min(256, this.facts.positions >> 1);
     return el("details", { class: "settings" }, el("summary", {}, "Sampling and mode"), el("div", { class: "fields" }, ...fields));
   }
 
