@@ -96,3 +96,22 @@ def test_the_stream_counts_what_was_generated_and_ends_with_the_last_reader(mode
         assert counted == pytest.approx(40, rel=0.2)
         # who comes later gets what is kept, at once
         assert [s["time"] for s in samples(made.url, 3)] == sorted({s["time"] for s in found})
+
+
+def test_a_server_that_drains_ends_its_streams(model: ElasticModel) -> None:
+    with running(model) as made:
+        ended = threading.Event()
+
+        def look() -> None:
+            samples(made.url, 1000)
+            ended.set()
+
+        reader = threading.Thread(target=look)
+        reader.start()
+        wait_until(lambda: made.app.state.live.is_sampling)
+        made.service.is_draining = True
+        assert ended.wait(20)
+        # who comes now is not kept waiting either
+        assert len(samples(made.url, 1000)) <= 600
+        reader.join()
+        made.service.is_draining = False

@@ -108,7 +108,7 @@ class Live:
         for kept in self._kept:
             queue.put_nowait(kept)
         self._queues.add(queue)
-        if self._sampling is None:
+        if self._sampling is None or self._sampling.done():
             self._sampling = asyncio.create_task(self._sample())
         try:
             yield ": begins\n\n"
@@ -122,17 +122,21 @@ class Live:
 
     async def _sample(self) -> None:
         before, begun = self._read(), time.monotonic()
-        while not self._service.is_draining:
-            await asyncio.sleep(_SECONDS)
-            now, ended = self._read(), time.monotonic()
-            sample = {"time": time.time(), **rates(before, now, ended - begun)}
-            before, begun = now, ended
-            event = f"data: {json.dumps(sample, separators=(',', ':'))}\n\n"
-            self._kept.append(event)
-            for queue in self._queues:
-                queue.put_nowait(event)
+        try:
+            while not self._service.is_draining:
+                await asyncio.sleep(_SECONDS)
+                now, ended = self._read(), time.monotonic()
+                sample = {"time": time.time(), **rates(before, now, ended - begun)}
+                before, begun = now, ended
+                event = f"data: {json.dumps(sample, separators=(',', ':'))}\n\n"
+                self._kept.append(event)
+                self._tell(event)
+        finally:
+            self._tell(None)
+
+    def _tell(self, event: str | None) -> None:
         for queue in self._queues:
-            queue.put_nowait(None)
+            queue.put_nowait(event)
 
     def _read(self) -> dict[tuple[str, str], float]:
         return {
