@@ -51,9 +51,10 @@ export class Models {
 
   missing() {
     if (!this.facts.missing.length) return [];
-    const remedy = "flextron profile DIRECTORY";
+    const remedies = { "Measure once and keep it": "flextron profile DIRECTORY", "Or measure at each start": "flextron serve DIRECTORY --profile" };
+    const lines = Object.entries(remedies).map(([when, command]) => el("p", {}, `${when}: `, el("code", {}, command), " ", copyButton("Copy", () => command)));
     return [
-      el("section", { class: "card warning", "aria-label": "What is missing" }, el("h2", {}, "What is missing"), ...this.facts.missing.map((text) => el("p", {}, text)), el("p", {}, "On this machine, with the server stopped: ", el("code", {}, remedy), " ", copyButton("Copy", () => remedy))),
+      el("section", { class: "card warning", "aria-label": "What is missing" }, el("h2", {}, "What is missing"), ...this.facts.missing.map((text) => el("p", {}, text)), ...lines),
     ];
   }
 
