@@ -29,6 +29,7 @@ export class Live {
   constructor(facts) {
     this.facts = facts;
     this.samples = [];
+    this.drawnAt = 0;
     this.abort = null;
     this.state = el("p", { class: "hint", role: "status" }, "Not connected.");
     this.charts = CHARTS.map(({ title, unit }) => lineChart(title, unit));
@@ -95,7 +96,11 @@ export class Live {
     };
     for (const [name, value] of Object.entries(values)) write(this.tiles[name], String(value));
     // a minute at least, so that the first samples do not fill the chart
-    const options = { x: [Math.min(this.samples[0].time, now.time - 60), now.time], tick: clock };
+    const begin = Math.min(this.samples[0].time, now.time - 60);
+    // over ten minutes a second is less than a pixel: drawing has the engine's cores to share
+    if (now.time - this.drawnAt < (now.time - begin) / 150) return;
+    this.drawnAt = now.time;
+    const options = { x: [begin, now.time], tick: clock };
     CHARTS.forEach(({ series, limit, isMix }, i) => {
       const named = isMix ? this.mix() : Object.entries(series).map(([name, read]) => ({ name, points: this.points(read) }));
       this.charts[i].update(named, { ...options, limit: limit ? this.facts.settings[limit] : null, isStacked: isMix });
