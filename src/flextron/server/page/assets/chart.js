@@ -15,6 +15,15 @@ export function ticks(low, high, count = 4) {
   return found;
 }
 
+/** The same where the axis is logarithmic: 1, 2 and 5 times powers of ten, if these are enough. */
+function logTicks(low, high, count) {
+  const found = [];
+  for (let power = 10 ** Math.floor(Math.log10(low)); power <= high; power *= 10) {
+    found.push(...[1, 2, 5].map((factor) => factor * power).filter((value) => value >= low && value <= high));
+  }
+  return found.length > 2 ? found : ticks(low, high, count);
+}
+
 /** What a point is, in words. */
 export function describe(point) {
   const parts = [
@@ -62,7 +71,7 @@ export function frontierChart(points, { onPick = () => {}, onHover = () => {}, l
       root.append(svg("line", { class: "grid", x1: x(value), x2: x(value), y1: MARGIN.top, y2: MARGIN.top + inner[1] }));
       root.append(svg("text", { x: x(value), y: height - 16, "text-anchor": "middle" }, short(value)));
     }
-    for (const value of ticks(yLow, yHigh, Math.max(2, inner[1] / 36))) {
+    for (const value of logTicks(yLow, yHigh, Math.max(2, inner[1] / 36))) {
       root.append(svg("line", { class: "grid", x1: MARGIN.left, x2: MARGIN.left + inner[0], y1: y(value), y2: y(value) }));
       root.append(svg("text", { x: MARGIN.left - 5, y: y(value) + 4, "text-anchor": "end" }, short(value)));
     }

@@ -40,7 +40,6 @@ export class Chat {
     const missing = facts.has_latency ? [] : facts.missing.map((text) => el("p", { class: "missing" }, text));
     this.element = el("div", {}, ...missing, composer, this.grid);
     this.setColumns(1);
-    this.refreshModels();
   }
 
   makeSettings() {

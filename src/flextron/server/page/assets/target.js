@@ -3,11 +3,11 @@ import { frontierChart, describe } from "./chart.js";
 import { el, field, say, short } from "./dom.js";
 
 const UNITS = {
-  latency: { name: "latency, part of the full model’s", step: "0.01", places: 2 },
-  latency_ms: { name: "milliseconds a token", step: "any", places: 3 },
+  latency: { name: "part of full latency", step: "0.01", places: 2 },
+  latency_ms: { name: "ms a token", step: "any", places: 3 },
   params: { name: "parameters", step: "1", places: 0 },
   memory_gb: { name: "memory, GB", step: "any", places: 4 },
-  max_loss_increase: { name: "loss increase, part of the full loss", step: "any", places: 4 },
+  max_loss_increase: { name: "loss increase, part of full loss", step: "any", places: 4 },
 };
 const CONTEXT = 2048;
 
