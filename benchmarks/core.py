@@ -22,9 +22,9 @@ from flextron.elastic import extract, permute, rank
 from flextron.model.batch import Batch
 from flextron.model.cost import step_flops
 from flextron.model.decoder import Decoder
-from flextron.model.scoring import mean_loss
+from flextron.scoring.mean_loss import mean_loss
 from flextron.spec import SearchSpace, SubnetSpec
-from flextron.training.blocks import TokenBlocks
+from flextron.texts.blocks import TokenBlocks
 from flextron.training.recipe import TrainRecipe
 from flextron.training.trainer import TrainingRun
 

@@ -16,12 +16,12 @@ import torch
 import yaml
 
 import flextron
-from flextron.checkpoints.families import config_from_hf
 from flextron.checkpoints.huggingface import load_decoder, open_pretrained
 from flextron.checkpoints.peft import read_adapter, write_adapter
 from flextron.checkpoints.peft_config import check_adapter_config
 from flextron.checkpoints.shards import find_shards
 from flextron.elastic.checkpoint import read_elastic
+from flextron.families.config import config_from_hf
 from flextron.files import read_json
 from flextron.model.adapter import Adapter
 from flextron.model.bypass import Lora
@@ -33,8 +33,8 @@ from flextron.training.state import RunDirectory
 from flextron.workflows.elastify import ElastifyRecipe, read_recipe
 from flextron.workflows.report import frontier_rows, summary
 from tests.checkpoints.families_cases import CASES, decoder_of, hf_config_of, random_model
-from tests.checkpoints.gguf.writing import fields_of, to_gguf, write_gguf
 from tests.damage import Watch, damaged, damaged_bytes, little_memory, written
+from tests.gguf.writing import fields_of, to_gguf, write_gguf
 from tests.tiny import make_tiny_llama
 from tests.token_toy import opinionated_router
 from tests.toy import SPACE, TABLE

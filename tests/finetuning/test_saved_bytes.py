@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from flextron.checkpoints.families import config_from_hf
+from flextron.families.config import config_from_hf
 from flextron.finetuning.example import Example
 from flextron.finetuning.layerwise import Finetuning, Stage
 from flextron.model.adapter import Adapter

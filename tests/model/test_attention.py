@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flextron.checkpoints.families import config_from_hf
 from flextron.errors import FlextronError
+from flextron.families.config import config_from_hf
 from flextron.model.attention import CachedAttention, CausalAttention
 from flextron.model.batch import Batch
 from flextron.model.config import DecoderConfig

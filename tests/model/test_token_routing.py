@@ -20,8 +20,8 @@ from flextron.model.decoder import Decoder
 from flextron.model.layers import ACTIVATIONS, Layer
 from flextron.model.nested import Layout
 from flextron.model.rope import rotary_tables
-from flextron.model.scoring import mean_loss
 from flextron.model.token_layout import TokenLayout
+from flextron.scoring.mean_loss import mean_loss
 from flextron.spec import SubnetSpec
 from tests.checkpoints.families_cases import decoder_of, random_model, random_tokens, relative_error
 

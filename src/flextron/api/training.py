@@ -22,7 +22,7 @@ from flextron.model.decoder import Decoder
 from flextron.progress import OnStep
 from flextron.routing import StaticRouter
 from flextron.spec import SubnetSpec
-from flextron.training.blocks import TokenBlocks, pack_tokens
+from flextron.texts.blocks import TokenBlocks, pack_tokens
 from flextron.training.recipe import TrainRecipe
 from flextron.training.router_joint import JointRouting
 from flextron.training.router_recipe import RouterRecipe

@@ -19,17 +19,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from flextron.checkpoints.families import FAMILIES, TensorMap, config_from_hf, parsed_config
 from flextron.checkpoints.generation_config import GENERATION_CONFIG, read_generation_config
-from flextron.checkpoints.gguf.checkpoint import open_gguf
 from flextron.checkpoints.origin import checked_origin
-from flextron.checkpoints.pretrained import Pretrained
 from flextron.checkpoints.shards import check_files, find_shards
-from flextron.checkpoints.stock import stock_config
 from flextron.checkpoints.text_part import text_part_of
 from flextron.checkpoints.tokenizer_files import write_tokenizer
 from flextron.errors import FlextronError
+from flextron.families.config import FAMILIES, TensorMap, config_from_hf, parsed_config
+from flextron.families.pretrained import Pretrained
+from flextron.families.stock import stock_config
 from flextron.files import read_json, write_json
+from flextron.gguf.checkpoint import open_gguf
 from flextron.model.config import DecoderConfig
 from flextron.model.decoder import Decoder
 

@@ -22,10 +22,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flextron.checkpoints.families import FAMILIES, TensorMap
 from flextron.checkpoints.peft_base import MARK, check_initialisation, mark_of, order_for, reordered
 from flextron.checkpoints.peft_config import check_adapter_config
 from flextron.errors import FlextronError
+from flextron.families.config import FAMILIES, TensorMap
 from flextron.files import new_directory, read_json
 from flextron.model.adapter import Adapter, linear_shapes
 from flextron.model.bypass import Bypass, Ia3, Lora, Shape

@@ -1,6 +1,6 @@
 """Tensors of a GGUF file, by llama.cpp's names and in its layout; made one at a time while the file is written.
 
-What its converter rearranges, and `flextron.checkpoints.gguf.checkpoint` puts back, is rearranged here: the rows of
+What its converter rearranges, and `flextron.gguf.checkpoint` puts back, is rearranged here: the rows of
 each query and key head where neighbouring dimensions are rotated together, by each layer's own number of heads; linears
 that lie as (in, out); queries, keys and values in one tensor.
 """
