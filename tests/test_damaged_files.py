@@ -32,7 +32,7 @@ from flextron.spec import SearchSpace, SubnetSpec
 from flextron.training.state import RunDirectory
 from flextron.workflows.elastify import ElastifyRecipe, read_recipe
 from flextron.workflows.report import frontier_rows, summary
-from tests.checkpoints.families_cases import CASES, decoder_of, hf_config_of, random_model
+from tests.checkpoints.families_cases import CASES, hf_config_of, random_decoder_of, random_model
 from tests.damage import Watch, damaged, damaged_bytes, little_memory, written
 from tests.gguf.writing import fields_of, to_gguf, write_gguf
 from tests.tiny import make_tiny_llama
@@ -164,7 +164,7 @@ def attack_checkpoints(watch: Watch, rng: random.Random, num_inputs: int, whole:
 
 
 def attack_adapters(watch: Watch, rng: random.Random, num_inputs: int, directory: Path) -> None:
-    decoder = decoder_of(random_model("llama"))
+    decoder = random_decoder_of("llama")
     adapter = Adapter(
         decoder.config, decoder.widths, lambda i, target, shape: Lora(shape, 2, 2.0) if target == "q" else None
     )

@@ -18,12 +18,13 @@ from flextron.errors import FlextronError
 from flextron.model.batch import Batch
 from flextron.spec import SubnetSpec
 from tests.checkpoints.families_cases import (
-    CASES,
+    LAYOUTS,
     decoder_of,
     hf_config_of,
     hf_logits,
     in_float64,
     our_logits,
+    random_decoder_of,
     random_model,
     random_tokens,
     relative_error,
@@ -44,7 +45,7 @@ def adapted_logits(decoder: Any, adapter: Any, spec: SubnetSpec | None = None) -
     return decoder.logits(decoder(batch)).unflatten(0, TOKENS.shape)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", LAYOUTS)
 @pytest.mark.parametrize("make", [random_lora, random_ia3])
 def test_peft_loads_what_is_written(case: str, make: type, tmp_path: Path) -> None:
     model = random_model(case)
@@ -82,7 +83,7 @@ def randomized(model: Any) -> Any:
     return model.eval()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", LAYOUTS)
 @pytest.mark.parametrize("rslora", [False, True])
 def test_what_peft_wrote_is_read(case: str, rslora: bool, tmp_path: Path) -> None:
     model = in_float64(random_model(case))
@@ -161,7 +162,7 @@ def _edited(directory: Path, **changes: Any) -> Path:
 
 
 def test_bad_directories_are_refused(tmp_path: Path) -> None:
-    decoder = decoder_of(random_model("llama"))
+    decoder = random_decoder_of("llama")
     config, adapter = decoder.config, randomize(random_lora(decoder.config))
     good = tmp_path / "good"
     with pytest.raises(FlextronError, match="does not exist"):
@@ -178,7 +179,7 @@ def test_bad_directories_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FlextronError, match="another checkpoint"):
         read_adapter(good, config, narrow)
     with pytest.raises(FlextronError, match="no bypass for"):
-        read_adapter(good, decoder_of(random_model("gpt2")).config)
+        read_adapter(good, random_decoder_of("gpt2").config)
     weights = good / "adapter_model.safetensors"
     tensors = load_file(weights)
     tensors[min(tensors)][0, 0] = torch.nan
@@ -202,7 +203,7 @@ def test_bad_directories_are_refused(tmp_path: Path) -> None:
 def test_what_has_no_bypass_is_refused_with_the_way_out(options: dict[str, Any], said: str, tmp_path: Path) -> None:
     theirs = randomized(get_peft_model(random_model("llama"), LoraConfig(task_type="CAUSAL_LM", **options)))
     theirs.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-    config = decoder_of(random_model("llama")).config
+    config = random_decoder_of("llama").config
     with pytest.raises(FlextronError, match=f"{said}.*merge_and_unload"):
         read_adapter(tmp_path / "adapter", config)
     # the way out is one

@@ -16,7 +16,7 @@ from flextron.finetuning import attention_torch
 from flextron.finetuning.layerwise import Finetuning, Stage
 from flextron.kernels import training as kernels
 from flextron.kernels.build import load_library
-from tests.checkpoints.families_cases import CASES
+from tests.checkpoints.families_cases import MECHANISMS
 from tests.finetuning.test_layerwise import examples_of, gradients, run
 from tests.model.adapter_cases import random_lora
 from tests.random_decoders import random_decoder
@@ -160,7 +160,7 @@ def test_the_gate_of_an_mlp(shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("keep", [(), ("q", "attention", "o", "gate", "up")], ids=["recomputed", "kept"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", MECHANISMS)
 def test_finetuning_with_kernels_and_without(case: str, keep: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = random_decoder(case)
     adapter = random_lora(decoder.config)

@@ -28,6 +28,7 @@ from tests.checkpoints.families_cases import (
     hf_config_of,
     hf_logits,
     our_logits,
+    random_decoder_of,
     random_model,
     random_tokens,
     relative_error,
@@ -92,9 +93,8 @@ def masked(model: PreTrainedModel, config: DecoderConfig, spec: SubnetSpec) -> P
 
 def check_equal(case: str, spec: SubnetSpec) -> Tensor:
     """Masked, sliced and extracted give the same logits, which are returned."""
-    model = random_model(case)
-    decoder = decoder_of(model)
-    reference = hf_logits(masked(model, decoder.config, spec), TOKENS)
+    decoder = random_decoder_of(case)
+    reference = hf_logits(masked(random_model(case), decoder.config, spec), TOKENS)
     with torch.no_grad():
         assert relative_error(our_logits(decoder, TOKENS, spec), reference) <= 1e-5
         assert relative_error(our_logits(extract(decoder, spec), TOKENS), reference) <= 1e-5
