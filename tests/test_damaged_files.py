@@ -16,10 +16,12 @@ import torch
 import yaml
 
 import flextron
-from flextron.checkpoints.huggingface import load_decoder, open_pretrained
-from flextron.checkpoints.peft import read_adapter, write_adapter
-from flextron.checkpoints.peft_config import check_adapter_config
+from flextron.checkpoints.huggingface import open_pretrained
+from flextron.checkpoints.peft.config import check_adapter_config
+from flextron.checkpoints.peft.reading import read_adapter
+from flextron.checkpoints.peft.writing import write_adapter
 from flextron.checkpoints.shards import find_shards
+from flextron.checkpoints.weights import load_decoder
 from flextron.elastic.checkpoint import read_elastic
 from flextron.families.config import config_from_hf
 from flextron.files import read_json

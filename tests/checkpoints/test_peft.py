@@ -11,8 +11,9 @@ import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from flextron.checkpoints.huggingface import write_checkpoint
-from flextron.checkpoints.peft import read_adapter, write_adapter
+from flextron.checkpoints.peft.reading import read_adapter
+from flextron.checkpoints.peft.writing import write_adapter
+from flextron.checkpoints.writing import write_checkpoint
 from flextron.elastic.extract import extract
 from flextron.errors import FlextronError
 from flextron.model.batch import Batch

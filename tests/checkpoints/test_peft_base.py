@@ -15,9 +15,12 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from flextron.checkpoints.fingerprint import weights_digest
-from flextron.checkpoints.huggingface import load_decoder, open_pretrained, write_checkpoint
+from flextron.checkpoints.huggingface import open_pretrained
 from flextron.checkpoints.origin import write_origin
-from flextron.checkpoints.peft import read_adapter, write_adapter
+from flextron.checkpoints.peft.reading import read_adapter
+from flextron.checkpoints.peft.writing import write_adapter
+from flextron.checkpoints.weights import load_decoder
+from flextron.checkpoints.writing import write_checkpoint
 from flextron.elastic.permute import permute
 from flextron.errors import FlextronError
 from flextron.files import write_json

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from flextron.errors import FlextronError
 from flextron.finetuning.example import Example
-from flextron.finetuning.layerwise import Finetuning, Stage
+from flextron.finetuning.layerwise import Finetuning
+from flextron.finetuning.units import Stage
 from flextron.model.adapter import TARGETS, Adapter
 from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder

@@ -14,7 +14,7 @@ from peft import PeftConfig, load_peft_weights
 from torch import Tensor
 from torch.nn import functional as F
 
-from flextron.checkpoints.peft import read_adapter
+from flextron.checkpoints.peft.reading import read_adapter
 from flextron.errors import FlextronError
 from flextron.finetuning.example import Example
 from flextron.finetuning.hyperparameters import Hyperparameters

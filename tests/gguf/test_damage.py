@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flextron.checkpoints.huggingface import load_decoder
+from flextron.checkpoints.weights import load_decoder
 from flextron.errors import FlextronError
 from flextron.gguf.checkpoint import open_gguf
 from tests.checkpoints.families_cases import our_logits

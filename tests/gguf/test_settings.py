@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel
 
-from flextron.checkpoints.huggingface import load_decoder
+from flextron.checkpoints.weights import load_decoder
 from flextron.errors import FlextronError, UnsupportedModelError
 from flextron.gguf.checkpoint import open_gguf
 from flextron.gguf.keys import _KNOWN, _READ, _SILENT

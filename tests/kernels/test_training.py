@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flextron.finetuning import attention_torch
-from flextron.finetuning.layerwise import Finetuning, Stage
+from flextron.finetuning.layerwise import Finetuning
+from flextron.finetuning.units import Stage
 from flextron.kernels import training as kernels
 from flextron.kernels.build import load_library
 from tests.checkpoints.families_cases import MECHANISMS

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from flextron.errors import FlextronError
-from flextron.finetuning.layerwise import Finetuning, Stage
+from flextron.finetuning.layerwise import Finetuning
+from flextron.finetuning.units import Stage
 from flextron.generation.generate import SamplingParams, generate
 from flextron.kernels.decoder import why_not_native
 from flextron.model.adapter import TARGETS, Adapter

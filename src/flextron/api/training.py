@@ -13,7 +13,8 @@ import torch
 from flextron.api.measured import MeasuredModel
 from flextron.api.packaged import checkpoint_at
 from flextron.api.texts import Texts, documents, needed, source_name, training_text
-from flextron.checkpoints.huggingface import load_decoder, open_pretrained
+from flextron.checkpoints.huggingface import open_pretrained
+from flextron.checkpoints.weights import load_decoder
 from flextron.elastic import ElasticInfo
 from flextron.elastic.adapter import ElasticAdapter, sharing
 from flextron.errors import FlextronError

@@ -8,7 +8,7 @@ to see its own keys and no others; a key that changes the result and has no impl
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from flextron.families.table import FAMILIES, Family
 from flextron.families.tensor_maps import TensorMap
 from flextron.model.config import DecoderConfig
 
-__all__ = ["FAMILIES", "Family", "TensorMap", "config_from_hf", "family_of", "parsed_config"]
+__all__ = ["FAMILIES", "Family", "TensorMap", "config_from_hf", "family_of", "layer_maps", "parsed_config"]
 
 _REFUSED: Mapping[str, tuple[Any, ...]] = {
     # what transformers reads in every family, and the values that change nothing
@@ -209,3 +209,17 @@ def config_from_hf(hf_config: Mapping[str, Any]) -> DecoderConfig:
     # what a rope scaling cannot do is beyond the model's context
     longest = config.max_position_embeddings if config.longest is None else config.longest
     return replace(config, max_position_embeddings=min(longest, config.max_position_embeddings))
+
+
+def layer_maps(config: DecoderConfig, parameters: Container[str]) -> Iterator[tuple[str, TensorMap]]:
+    """(Checkpoint name, map) of every tensor that the decoder needs, layer templates filled in.
+
+    Layer by layer, which spreads the tensors that must be laid out anew for writing evenly over the files.
+    """
+    maps = FAMILIES[config.family].tensors
+    outer = [(0, m) for m in maps if "{i}" not in m.hf]
+    inner = [(i, m) for i in range(config.num_hidden_layers) for m in maps if "{i}" in m.hf]
+    for i, m in outer + inner:
+        ours = tuple(name.format(i=i) for name in m.ours)
+        if all(name in parameters for name in ours):
+            yield m.hf.format(i=i), replace(m, hf=m.hf.format(i=i), ours=ours)

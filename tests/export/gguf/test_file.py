@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 
-from flextron.checkpoints.huggingface import load_decoder, open_pretrained
+from flextron.checkpoints.huggingface import open_pretrained
+from flextron.checkpoints.weights import load_decoder
 from flextron.errors import FlextronError
 from flextron.export import FORMATS, export
 from flextron.spec import SubnetSpec
