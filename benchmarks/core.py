@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks import smollm2
 from benchmarks.families import worst_family_error
 from benchmarks.harness import Figure, interleaved_seconds, median, run_suite
-from flextron.checkpoints.writing import write_checkpoint
+from flextron.checkpoints.weights import write_checkpoint
 from flextron.elastic import extract, permute, rank
 from flextron.model.batch import Batch
 from flextron.model.cost import step_flops

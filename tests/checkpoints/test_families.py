@@ -12,8 +12,7 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen2Config
 
 from flextron.checkpoints.huggingface import open_pretrained
-from flextron.checkpoints.weights import load_decoder
-from flextron.checkpoints.writing import write_checkpoint
+from flextron.checkpoints.weights import load_decoder, write_checkpoint
 from flextron.errors import FlextronError, UnsupportedModelError
 from flextron.families.config import FAMILIES, config_from_hf
 from flextron.generation.generate import SamplingParams, generate

@@ -16,8 +16,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from flextron.checkpoints.huggingface import open_pretrained
-from flextron.checkpoints.weights import load_decoder
-from flextron.checkpoints.writing import write_checkpoint
+from flextron.checkpoints.weights import load_decoder, write_checkpoint
 from flextron.elastic.extract import extract
 from flextron.errors import FlextronError, UnsupportedModelError
 from flextron.families.config import FAMILIES

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from flextron.checkpoints.peft.reading import read_adapter
 from flextron.checkpoints.peft.writing import write_adapter
-from flextron.checkpoints.writing import write_checkpoint
+from flextron.checkpoints.weights import write_checkpoint
 from flextron.elastic.extract import extract
 from flextron.errors import FlextronError
 from flextron.model.batch import Batch

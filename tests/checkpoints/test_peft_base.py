@@ -19,8 +19,7 @@ from flextron.checkpoints.huggingface import open_pretrained
 from flextron.checkpoints.origin import write_origin
 from flextron.checkpoints.peft.reading import read_adapter
 from flextron.checkpoints.peft.writing import write_adapter
-from flextron.checkpoints.weights import load_decoder
-from flextron.checkpoints.writing import write_checkpoint
+from flextron.checkpoints.weights import load_decoder, write_checkpoint
 from flextron.elastic.permute import permute
 from flextron.errors import FlextronError
 from flextron.files import write_json

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flextron.checkpoints.writing import write_checkpoint
+from flextron.checkpoints.weights import write_checkpoint
 from flextron.elastic import Importance, permute, rank
 from flextron.model.decoder import Decoder
 from flextron.spec import SubnetSpec

@@ -15,7 +15,7 @@ from peft import PeftModel
 
 from flextron.checkpoints.peft.reading import read_adapter
 from flextron.checkpoints.peft.writing import write_adapter
-from flextron.checkpoints.writing import write_checkpoint
+from flextron.checkpoints.weights import write_checkpoint
 from flextron.elastic.extract import extract
 from flextron.engine import EngineCore, Network, Request, Speculation
 from flextron.errors import FlextronError

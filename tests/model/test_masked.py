@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flextron.checkpoints.huggingface import open_pretrained
-from flextron.checkpoints.weights import load_decoder
-from flextron.checkpoints.writing import write_checkpoint
+from flextron.checkpoints.weights import load_decoder, write_checkpoint
 from flextron.elastic import extract
 from flextron.errors import FlextronError
 from flextron.model.config import DecoderConfig

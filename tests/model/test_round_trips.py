@@ -11,8 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from flextron.checkpoints.huggingface import open_pretrained
-from flextron.checkpoints.weights import load_decoder
-from flextron.checkpoints.writing import write_checkpoint
+from flextron.checkpoints.weights import load_decoder, write_checkpoint
 from tests.checkpoints.families_cases import (
     CASES,
     hf_logits,

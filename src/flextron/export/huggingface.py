@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from flextron.checkpoints.generation_config import generation_defaults
-from flextron.checkpoints.writing import write_checkpoint
+from flextron.checkpoints.weights import write_checkpoint
 from flextron.export.card import subnet_card
 from flextron.export.format import Order
 from flextron.export.source import Source

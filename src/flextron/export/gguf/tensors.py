@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flextron.checkpoints.writing import stock_maps
+from flextron.checkpoints.weights import stock_maps
 from flextron.export.gguf.architectures import Architecture
 from flextron.model.config import DecoderConfig
 from flextron.model.decoder import Decoder
