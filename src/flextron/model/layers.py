@@ -25,7 +25,7 @@ from flextron.model.rope import Tables, rotate
 from flextron.model.token_layout import TokenLayout
 from flextron.spec import LayerSpec
 
-__all__ = ["ACTIVATIONS", "Contraction", "Layer"]
+__all__ = ["ACTIVATIONS", "MLP", "Contraction", "Layer"]
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -35,6 +35,11 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
 }
+
+
+def _gated(activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
+    """What the neurons of a gated MLP give."""
+    return activation(gate) * up
 
 
 class MLP(nn.Module):
@@ -47,7 +52,9 @@ class MLP(nn.Module):
             raise UnsupportedModelError(
                 f"activation {config.activation!r} is not supported; supported are {', '.join(ACTIVATIONS)}"
             )
-        self._activation = ACTIVATIONS[config.activation]
+        self.activation = ACTIVATIONS[config.activation]
+        # compiled kernels may take its place
+        self.gated: Callable[[Tensor, Tensor], Tensor] = partial(_gated, self.activation)
         self.gate = nn.Linear(config.hidden_size, width, bias=config.mlp_bias) if config.gated else None
         self.up = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)
         self.down = Contraction(width, config.hidden_size, bias=config.mlp_bias)
@@ -56,9 +63,9 @@ class MLP(nn.Module):
         """Inputs of the down projection, block by block; `x_ND` widest first."""
         ups = bypasses.expand("up", x_ND, self.up, blocks)
         if self.gate is None:
-            return tuple(self._activation(u) for u in ups)
+            return tuple(self.activation(u) for u in ups)
         gates = bypasses.expand("gate", x_ND, self.gate, blocks)
-        return tuple(bypasses.gated(self._activation, g, u) for g, u in zip(gates, ups, strict=True))
+        return tuple(self.gated(g, u) for g, u in zip(gates, ups, strict=True))
 
     def project(
         self, num_tokens: int, h: Sequence[Tensor], layout: Layout | TokenLayout, bypasses: Bypasses = NO_BYPASSES

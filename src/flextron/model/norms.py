@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import cast
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flextron.model.config import DecoderConfig
 
-__all__ = ["LayerNorm", "RMSNorm", "make_norm"]
+__all__ = ["LayerNorm", "RMSNorm", "make_norm", "rms_norm"]
+
+
+def rms_norm(x: Tensor, gains: Tensor, eps: float) -> Tensor:
+    """The last dimension over the root of its mean square, times the gains."""
+    return F.rms_norm(x, (x.shape[-1],), gains.to(x.dtype), eps)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -20,6 +28,8 @@ class RMSNorm(nn.RMSNorm):
         """Allocate gains, which count as (gain + offset) · scale."""
         super().__init__(size, eps=eps)
         self._offset, self._scale = offset, scale
+        # compiled kernels may take its place
+        self.normalise: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
 
     @property
     def gains(self) -> Tensor:
@@ -29,8 +39,7 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension."""
-        size = x.shape[-1]
-        return F.rms_norm(x, (size,), self.gains[:size].to(x.dtype), self.eps)
+        return self.normalise(x, self.gains[: x.shape[-1]], cast("float", self.eps))
 
 
 class LayerNorm(nn.LayerNorm):
