@@ -32,7 +32,8 @@ from flextron.kernels.elementwise import use_kernels
 from flextron.model.adapter import Adapter
 from flextron.model.batch import Batch, Segment
 from flextron.model.decoder import Decoder
-from flextron.model.losses import scored, summed_cross_entropy
+from flextron.model.likelihoods import scored
+from flextron.model.losses import summed_cross_entropy
 from flextron.spec import SubnetSpec
 
 __all__ = ["Finetuning"]

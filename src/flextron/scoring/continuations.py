@@ -10,7 +10,7 @@ import torch
 from flextron.errors import FlextronError
 from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
-from flextron.model.losses import token_scores
+from flextron.model.likelihoods import token_scores
 from flextron.scoring.branches import BranchedAttention, Forest
 from flextron.spec import SubnetSpec
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flextron.model.batch import Batch, TokenChoice
 from flextron.model.decoder import Decoder
-from flextron.model.losses import token_losses
+from flextron.model.likelihoods import token_losses
 from flextron.spec import SubnetSpec
 
 __all__ = ["Perplexity", "evaluate_perplexity", "mean_loss"]
