@@ -45,6 +45,11 @@ _NEUTRAL: dict[str, tuple[float, ...]] = {
     "stop_strings": (),
     "watermarking_config": (),
     "max_time": (),
+    # llama.cpp's
+    "sequence": (),
+    "xtc_probability": (0,),
+    "mirostat": (0,),
+    "penalty_last_n": (-1, 0),
 }
 """Settings that would change answers and have no implementation, with the values (beside null, empty) that do not."""
 
@@ -103,7 +108,7 @@ class GenerationDefaults:
         if not self.unsupported:
             return None
         named = ", ".join(f"{key} {_short(value)}" for key, value in self.unsupported.items())
-        return f"{GENERATION_CONFIG} asks for {named}, which this program does not have; answers are drawn without"
+        return f"the checkpoint asks for {named}, which this program does not have; answers are drawn without"
 
 
 def read_generation_config(directory: Path) -> dict[str, Any] | None:

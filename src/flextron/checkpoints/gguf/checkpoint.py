@@ -34,6 +34,7 @@ from flextron.checkpoints.families import FAMILIES, TensorMap
 from flextron.checkpoints.gguf.file import GgufTensor, read_file, shown
 from flextron.checkpoints.gguf.keys import Metadata
 from flextron.checkpoints.gguf.rope import rope_scaling, rotated_dimensions
+from flextron.checkpoints.gguf.sampling import generation_config_from_metadata
 from flextron.checkpoints.gguf.shapes import Sizes, Slot, read_sizes, slots
 from flextron.checkpoints.gguf.tokenizer import tokenizer_from_metadata
 from flextron.checkpoints.gguf.vocabulary import end_ids, special_ids
@@ -99,11 +100,13 @@ def open_gguf(path: Path) -> Pretrained:
     ends = end_ids(file.metadata.values, vocab_size, eos)
     # all of them, for families differ in what they take where one is missing
     ids = {"bos_token_id": bos, "eos_token_id": ends[0] if len(ends) == 1 else ends or None, "pad_token_id": pad}
+    drawing = generation_config_from_metadata(file.metadata.values)
     return Pretrained(
         name=str(path),
         hf_config=_hf_config(file) | ids,
         tensors=partial(_stream, file, _targets(file)),
         tokenizer=tokenizer,
+        generation_config={**{k: v for k, v in ids.items() if v is not None}, **drawing} if drawing else None,
     )
 
 
