@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import uuid
@@ -76,6 +77,7 @@ class ToolCallBody(StrictBody):
         return {"id": self.id, "type": self.type, "function": function}
 
 
+_SHORT = 9
 _CODE = re.compile(r"\{[{%].*?[%}]\}", re.DOTALL)
 _STRING = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
 ToolChoice = Literal["none", "auto", "required"] | NamedTool
@@ -89,12 +91,26 @@ class Calls:
     tools: tuple[Tool, ...]
     must_call: bool
     parallel: bool
+    special: Mapping[str, int]
+    """Ids of the special tokens."""
 
     @classmethod
     def of(
-        cls, tools: Sequence[ToolBody] | None, choice: ToolChoice | None, parallel: bool | None, template: str
+        cls,
+        tools: Sequence[ToolBody] | None,
+        choice: ToolChoice | None,
+        parallel: bool | None,
+        template: str,
+        special: Mapping[str, int],
     ) -> Calls | None:
         """What a request allows; None if it offers no tools.
+
+        Args:
+            tools: the request's.
+            choice: the request's.
+            parallel: whether there may be several calls.
+            template: the chat template.
+            special: ids of the tokenizer's special tokens.
 
         Raises:
             ApiError: the choice names a tool that is not there.
@@ -111,7 +127,11 @@ class Calls:
         found = tuple(Tool(name=f.name, parameters=f.parameters or {"type": "object"}) for f in offered)
         is_named = isinstance(choice, NamedTool)
         return cls(
-            tool_format(template), found, is_named or choice == "required", parallel is not False and not is_named
+            layout=tool_format(template),
+            tools=found,
+            must_call=is_named or choice == "required",
+            parallel=parallel is not False and not is_named,
+            special=special,
         )
 
     def grammar(self, answer: Asked | None) -> Asked:
@@ -132,6 +152,7 @@ class Calls:
             must_call=self.must_call,
             parallel=self.parallel,
             answer=None if answer is None else answer.given,
+            special=self.special,
         )
         return Asked("lark", text, "tools")
 
@@ -179,7 +200,8 @@ class Reading:
             return {"content": entry.text}
         if isinstance(entry, More):
             return {"tool_calls": [{"index": entry.index, "function": {"arguments": entry.arguments}}]}
-        self.ids.append(f"call_{uuid.uuid4().hex[:24]}")
+        made = uuid.uuid4().hex
+        self.ids.append(made[:_SHORT] if self.reader.layout.has_short_ids else f"call_{made[:24]}")
         function = {"name": entry.name, "arguments": ""}
         return {"tool_calls": [{"index": entry.index, "id": self.ids[-1], "type": "function", "function": function}]}
 
@@ -187,10 +209,14 @@ class Reading:
 def with_tools(
     messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], template: str
 ) -> list[Mapping[str, Any]]:
-    """A conversation for a template that knows nothing of tools: they, calls and results are told in texts."""
-    if _reads_tools(template):
-        return list(messages)
+    """A conversation as the template takes it.
+
+    A template that knows nothing of tools gets them, calls and results in texts; one that insists on short ids gets
+    short ones.
+    """
     layout = tool_format(template)
+    if _reads_tools(template):
+        return [_with_short_ids(message) for message in messages] if layout.has_short_ids else list(messages)
     told = [_told(message, layout) for message in messages]
     if not tools:
         return told
@@ -200,6 +226,21 @@ def with_tools(
     if told[0]["role"] == "system":
         return [{**told[0], "content": f"{told[0]['content']}\n\n{text}"}, *told[1:]]
     return [{"role": "system", "content": text}, *told]
+
+
+def _with_short_ids(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = dict(message)
+    if "tool_call_id" in found:
+        found["tool_call_id"] = _short_id(found["tool_call_id"])
+    if "tool_calls" in found:
+        found["tool_calls"] = [{**call, "id": _short_id(call["id"])} for call in found["tool_calls"]]
+    return found
+
+
+def _short_id(given: str) -> str:
+    """The id itself where it has nine letters and digits, else nine of its digest: equal ids stay equal."""
+    is_short = len(given) == _SHORT and given.isascii() and given.isalnum()
+    return given if is_short else hashlib.sha256(given.encode(errors="surrogatepass")).hexdigest()[:_SHORT]
 
 
 def _reads_tools(template: str) -> bool:
