@@ -24,7 +24,7 @@ from torch import Tensor
 
 from flextron.checkpoints.families import FAMILIES, TensorMap
 from flextron.checkpoints.peft_base import MARK, check_initialisation, mark_of, order_for, reordered
-from flextron.checkpoints.peft_config import check_adapter_config
+from flextron.checkpoints.peft_config import check_adapter_config, is_targeted
 from flextron.errors import FlextronError
 from flextron.files import new_directory, read_json
 from flextron.model.adapter import Adapter, linear_shapes
@@ -211,6 +211,11 @@ def read_adapter(directory: Path, config: DecoderConfig, widths: SubnetSpec | No
         keys = [f"{_PREFIX}{module.name}.{suffix}" for suffix in _METHODS[settings["peft_type"]]]
         if not all(key in tensors for key in keys):
             continue
+        if not is_targeted(settings, module.name):
+            raise FlextronError(
+                f"the adapter in {directory} has tensors of {module.name}, which its config does not name as a target, "
+                "so that peft leaves them out; restore adapter_config.json"
+            )
         own = [tensors.pop(key) for key in keys]
         if not all(bool(t.isfinite().all()) for t in own):
             raise FlextronError(f"the adapter of {module.name} holds NaN or infinity; it is damaged")

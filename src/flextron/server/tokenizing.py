@@ -15,7 +15,7 @@ from flextron.server.chat import rendered
 from flextron.server.messages import check_messages
 from flextron.server.openapi import error_responses
 from flextron.server.sampling import RequestBody
-from flextron.serving.errors import bad_request
+from flextron.serving.errors import bad_request, bad_value
 from flextron.serving.service import Service
 
 __all__ = ["DetokenizeBody", "TokenizeBody", "add_information", "detokenize", "tokenize"]
@@ -37,7 +37,7 @@ class TokenizeBody(RequestBody):
     @model_validator(mode="after")
     def _check_kind(self) -> TokenizeBody:
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give prompt or messages, one of them")
+            raise bad_value("give prompt or messages, one of them", "prompt")
         return self
 
 
