@@ -11,6 +11,7 @@ import httpx
 import jsonschema
 import pytest
 from transformers import MistralConfig
+from transformers.utils.chat_template_utils import render_jinja_template
 
 import flextron
 from tests.checkpoints.families_cases import HEADS, SIZES, random_from
@@ -167,7 +168,11 @@ def test_more_for_the_template(knowing: Running) -> None:
         ({"tools": [{"type": "browser"}]}, "tools.0.type", "'function'"),
         ({"tools": [{"type": "function", "function": {"name": "a", "parameters": {"type": "x"}}}]}, "tools", "type"),
         ({"tools": [WEATHER], "guided_regex": "a"}, "guided_regex", "goes with tools only"),
-        ({"continue_final_message": True, "add_generation_prompt": True}, None, "exclude each other"),
+        (
+            {"continue_final_message": True, "add_generation_prompt": True},
+            "continue_final_message",
+            "exclude each other",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(knowing: Running, body: dict[str, Any], param: str | None, said: str) -> None:
@@ -294,3 +299,39 @@ def test_tools_take_the_template_that_is_made_for_them() -> None:
         for tools in ([WEATHER], None):
             wanted = tokenizer.apply_chat_template([USER], tools=tools, tokenize=False, add_generation_prompt=True)
             assert prompt_of(server, **({"tools": tools} if tools else {})) == wanted
+
+
+DEEPSEEK = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}"
+    "{% for m in messages %}{% if m.role == 'assistant' and m.content is none %}"
+    "{% for c in m.tool_calls %}<call>{{ c.function.name + '|' + c.function.arguments }}</call>{% endfor %}"
+    "{% else %}{{ m.role + ':' + m.content }}{% endif %}{% endfor %}"
+)
+"""As the distilled models of DeepSeek-R1 have it: calls only where there is no content, arguments as texts."""
+OBJECTS = DEEPSEEK.replace("c.function.arguments", "c.function.arguments | tojson")
+
+
+@pytest.mark.parametrize("template", [DEEPSEEK, OBJECTS])
+def test_calls_reach_templates_that_take_them_in_other_forms(template: str) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Bonn"}'}}
+    history: list[dict[str, Any]] = [USER, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    history.append({"role": "tool", "tool_call_id": "c1", "content": "sunny"})
+    with running_chat(template) as server:
+        theirs = [{**message} for message in history]
+        if template is OBJECTS:
+            parsed = {**call, "function": {"name": "weather", "arguments": {"city": "Bonn"}}}
+            theirs[1] = {**theirs[1], "tool_calls": [parsed]}
+        # as transformers rendered it before version 5 took the content away
+        (wanted,), _ = render_jinja_template(conversations=[theirs], chat_template=template)
+        assert "weather" in wanted
+        for content in (None, ""):
+            history[1] = {**history[1], "content": content}
+            assert prompt_of(server, messages=history) == wanted
+
+
+def test_calls_that_a_template_leaves_out_are_refused() -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    history = [USER, {"role": "assistant", "content": "b", "tool_calls": [call]}, USER]
+    with running_chat("{% if tools %}!{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}") as server:
+        error = assert_refused(post(server, messages=history, tools=[WEATHER]), 400, "leaves out tool_calls")
+        assert error["param"] == "messages"

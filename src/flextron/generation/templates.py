@@ -85,7 +85,7 @@ class ChatTemplate:
         """The text of a conversation.
 
         Args:
-            messages: with values that JSON can hold, none of them None.
+            messages: with values that JSON can hold.
             add_generation_prompt: whether an answer is about to begin.
             continue_final_message: whether the last message stays open, to be continued.
             tools: functions that may be called, as OpenAI writes them.

@@ -12,7 +12,8 @@ from flextron.engine.output import Delta
 from flextron.generation.templates import ChatTemplate, TemplateError
 from flextron.server.bodies import ChatBody, Message
 from flextron.server.responses import prompt_report, respond
-from flextron.server.structured.tools import Calls, Reading, with_tools
+from flextron.server.structured.history import as_read, with_tools
+from flextron.server.structured.tools import Calls, Reading
 from flextron.serving.errors import bad_request
 from flextron.serving.service import Service
 from flextron.serving.tokens import TokenNames
@@ -90,10 +91,14 @@ def rendered(
         template = ChatTemplate.of(service.tokenizer, has_tools=bool(tools), **limits)
         if template is None:
             raise bad_request("the model has no chat template; use /v1/completions", "messages")
-        written = with_tools([message.to_template() for message in messages], tools, template.template)
-        return template.render(
-            written, add_generation_prompt=add_generation_prompt, tools=list(tools) or None, **options
-        )
+        given = [message.to_template() for message in messages]
+
+        def render(messages: Sequence[Mapping[str, Any]]) -> str:
+            written = with_tools(messages, tools, template.template)
+            options_ = {"add_generation_prompt": add_generation_prompt, "tools": list(tools) or None, **options}
+            return template.render(written, **options_)
+
+        return render(as_read(given, render) if any("tool_calls" in message for message in given) else given)
     except TemplateError as error:
         raise bad_request(f"the model's chat template does not take these messages: {error}", "messages") from error
 

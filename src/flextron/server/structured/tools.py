@@ -1,10 +1,8 @@
-"""Tools in OpenAI's words: what a request offers, what a template is given, and answers with calls."""
+"""Tools in OpenAI's words: what a request offers, and answers with calls."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,9 +13,10 @@ from pydantic import Field
 from flextron.generation.tools import Call, Content, More, Tool, ToolCallReader, ToolFormat, tool_format, tool_grammar
 from flextron.server.sampling import StrictBody
 from flextron.server.structured.grammars import Asked
+from flextron.server.structured.history import SHORT_ID
 from flextron.serving.errors import ApiError
 
-__all__ = ["Calls", "Reading", "ToolBody", "ToolCallBody", "ToolChoice", "with_tools"]
+__all__ = ["Calls", "Reading", "ToolBody", "ToolCallBody", "ToolChoice"]
 
 _Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.:-]{1,64}$")]
 
@@ -77,9 +76,6 @@ class ToolCallBody(StrictBody):
         return {"id": self.id, "type": self.type, "function": function}
 
 
-_SHORT = 9
-_CODE = re.compile(r"\{[{%].*?[%}]\}", re.DOTALL)
-_STRING = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
 ToolChoice = Literal["none", "auto", "required"] | NamedTool
 
 
@@ -201,58 +197,6 @@ class Reading:
         if isinstance(entry, More):
             return {"tool_calls": [{"index": entry.index, "function": {"arguments": entry.arguments}}]}
         made = uuid.uuid4().hex
-        self.ids.append(made[:_SHORT] if self.reader.layout.has_short_ids else f"call_{made[:24]}")
+        self.ids.append(made[:SHORT_ID] if self.reader.layout.has_short_ids else f"call_{made[:24]}")
         function = {"name": entry.name, "arguments": ""}
         return {"tool_calls": [{"index": entry.index, "id": self.ids[-1], "type": "function", "function": function}]}
-
-
-def with_tools(
-    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], template: str
-) -> list[Mapping[str, Any]]:
-    """A conversation as the template takes it.
-
-    A template that knows nothing of tools gets them, calls and results in texts; one that insists on short ids gets
-    short ones.
-    """
-    layout = tool_format(template)
-    if _reads_tools(template):
-        return [_with_short_ids(message) for message in messages] if layout.has_short_ids else list(messages)
-    told = [_told(message, layout) for message in messages]
-    if not tools:
-        return told
-    listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
-    example = f'{layout.begin}NAME{layout.middle}{{"ARGUMENT": "VALUE"}}{layout.end}'
-    text = f"You may call these functions:\n{listed}\nA call is written like this:\n{example}"
-    if told[0]["role"] == "system":
-        return [{**told[0], "content": f"{told[0]['content']}\n\n{text}"}, *told[1:]]
-    return [{"role": "system", "content": text}, *told]
-
-
-def _with_short_ids(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    found = dict(message)
-    if "tool_call_id" in found:
-        found["tool_call_id"] = _short_id(found["tool_call_id"])
-    if "tool_calls" in found:
-        found["tool_calls"] = [{**call, "id": _short_id(call["id"])} for call in found["tool_calls"]]
-    return found
-
-
-def _short_id(given: str) -> str:
-    """The id itself where it has nine letters and digits, else nine of its digest: equal ids stay equal."""
-    is_short = len(given) == _SHORT and given.isascii() and given.isalnum()
-    return given if is_short else hashlib.sha256(given.encode(errors="surrogatepass")).hexdigest()[:_SHORT]
-
-
-def _reads_tools(template: str) -> bool:
-    """Whether a template has a variable of that name; texts in it do not count."""
-    return any(re.search(r"\btools\b", _STRING.sub("", code)) for code in _CODE.findall(template))
-
-
-def _told(message: Mapping[str, Any], layout: ToolFormat) -> Mapping[str, Any]:
-    if message["role"] == "tool":
-        return {"role": "user", "content": f"<tool_response>\n{message['content']}\n</tool_response>"}
-    if not message.get("tool_calls"):
-        return message
-    calls = (call["function"] for call in message["tool_calls"])
-    texts = [layout.begin + c["name"] + layout.middle + json.dumps(c["arguments"]) + layout.end for c in calls]
-    return {"role": message["role"], "content": "\n".join(filter(None, [message["content"], *texts]))}
