@@ -24,6 +24,7 @@ from benchmarks.training_memory import training_run
 from experiments.elastification.curve import texts
 from flextron.api.packaged import boxed_adapter
 from flextron.api.texts import needed
+from flextron.evals.run import TaskScore, evaluate_tasks
 from flextron.workflows.demo import default_model
 
 __all__ = ["run"]
@@ -32,6 +33,7 @@ _RANK = 32
 _TEXTS = ("wikitext-2", "lambada")
 _TOKENS = 20_000
 """Of each text."""
+_QUESTIONS = 400
 
 
 def against_all_weights() -> Figure:
@@ -166,6 +168,34 @@ def full_network() -> Figure:
     )
 
 
+def piqa() -> Figure:
+    """PIQA's accuracy in the full network with the adapter, below that without, in standard errors."""
+    if "FLEXTRON_DATA" not in os.environ:
+        raise LeftOutError("set FLEXTRON_DATA to a folder with eval-olmo")
+    model = flextron.load(default_model(), elastic=boxed_adapter())
+    assert model.adapter is not None
+    folder = Path(os.environ["FLEXTRON_DATA"]) / "eval-olmo"
+
+    def score() -> TaskScore:
+        (measured,) = evaluate_tasks(model, {"full": model.space.full}, ["piqa"], data=folder, limit=_QUESTIONS)
+        return next(s for s in measured.scores if s.metric == "acc")
+
+    trained = score()
+    model.adapter.add_to(model.decoder, -1)
+    plain = score()
+    assert plain.standard_error is not None
+    return Figure(
+        name="PIQA in the full network: accuracy lost by the adapter",
+        value=(plain.value - trained.value) / plain.standard_error,
+        unit="standard errors",
+        op="<=",
+        bar=1.0,
+        peer={"name": "without the adapter", "value": plain.value},
+        note=f"{_QUESTIONS} questions drawn at random, both times the same: {100 * trained.value:.1f} % with the "
+        f"adapter, {100 * plain.value:.1f} +- {100 * plain.standard_error:.1f} % without",
+    )
+
+
 def jump() -> Figure:
     """Largest rise of the loss between latencies 0.05 apart, from 1.0 to 0.4."""
     model = flextron.load(default_model(), elastic=boxed_adapter())
@@ -196,6 +226,7 @@ def run() -> bool:
             left_at_three_quarters,
             left_at_half,
             full_network,
+            piqa,
             jump,
         ],
     )

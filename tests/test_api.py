@@ -18,6 +18,7 @@ from flextron import ElasticModel, FlextronError, SearchSettings, TrainRecipe
 from flextron.model.batch import Batch
 from flextron.model.cost import num_parameters
 from flextron.routing import latency as latency_module
+from flextron.server.startup import missing_measurements
 from tests.tiny import make_tiny_llama
 from tests.toy import prose, same_weights, synthetic_latencies, weights_of
 
@@ -110,6 +111,26 @@ def test_everything_is_read_back_as_it_was_saved(profiled: ElasticModel, tmp_pat
     assert back.tables == profiled.tables
     assert back.frontier == profiled.frontier
     assert same_weights(weights_of(back.decoder), weights_of(profiled.decoder))
+
+
+def test_a_frontier_of_another_device_gets_the_latencies_of_this_one(profiled: ElasticModel) -> None:
+    frontier = profiled.frontier
+    assert frontier is not None
+    model = replace(profiled, frontier=replace(frontier, device="elsewhere"), tables={})
+    assert len(missing_measurements(model)) == 1
+    with pytest.raises(FlextronError, match="not on this device"):
+        model.select(latency=0.9)
+    searched: list[int] = []
+    model.profile_here(on_search=lambda done, _: searched.append(done))
+    assert missing_measurements(model) == []
+    assert model.frontier is not None
+    assert {(p.spec, p.loss) for p in model.frontier.points} == {(p.spec, p.loss) for p in frontier.points}
+    (table,) = model.tables.values()
+    assert all(p.latency_ms == table.predict_ms(p.spec) for p in model.frontier.points)
+    assert not searched
+    priced = model.frontier
+    model.profile_here()
+    assert model.frontier is priced  # nothing is missing any more
 
 
 def test_a_profile_can_be_saved_alone(profiled: ElasticModel, checkpoint: Path, tmp_path: Path) -> None:

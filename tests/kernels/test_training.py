@@ -16,6 +16,7 @@ from flextron.finetuning import attention_torch
 from flextron.finetuning.layerwise import Finetuning, Stage
 from flextron.kernels import training as kernels
 from flextron.kernels.build import load_library
+from flextron.kernels.elementwise import silu_gate
 from tests.checkpoints.families_cases import CASES
 from tests.finetuning.test_layerwise import examples_of, gradients, run
 from tests.model.adapter_cases import random_lora
@@ -151,7 +152,7 @@ def test_the_gate_of_an_mlp(shape: tuple[int, int]) -> None:
     gate, up, g = (t[:-8].view(shape) for t in guarded)
     gate.view(-1)[:6] = torch.tensor([-200.0, -88.0, -20.0, 0.0, 88.0, 200.0])
     gate, up = gate.requires_grad_(), up.requires_grad_()
-    out = kernels.silu_gate(gate, up)
+    out = silu_gate(gate, up)
     found = torch.autograd.grad(out, (gate, up), g)
     gate64, up64 = (t.detach().double().requires_grad_() for t in (gate, up))
     expected = F.silu(gate64) * up64

@@ -68,10 +68,17 @@ def assert_as_alone(path: Path, client: OpenAI, job: Any) -> None:
     assert torch.equal(adapter["weight"], alone.weight_VV)
 
 
+def kept(books: Books) -> list[str]:
+    """Jobs that nobody has asked to cancel."""
+    return [job_id for job_id in books.jobs if books.statuses.get(job_id) != "cancelled"]
+
+
 def check_runs(path: Path, num_runs: int, seed: int) -> None:
     state, books = path / "state", Books(random.Random(seed))
-    for _ in range(num_runs):
+    # how much a life gets done depends on the machine: a slow one lives a few more
+    while num_runs > 0 or len(kept(books)) < 3:
         live_and_die(state, books)
+        num_runs -= 1
     child = Child(state)
     with child.client() as client:
         books.check(client)
@@ -82,14 +89,15 @@ def check_runs(path: Path, num_runs: int, seed: int) -> None:
         wait_until(lambda: all(job.status in ("succeeded", "cancelled") for job in jobs.list(limit=100)), 120)
         ended = list(jobs.list(limit=100))
         assert {job.id for job in ended} >= books.jobs.keys()
-        assert len(ended) >= 3
-        for job in ended:
-            if job.status == "succeeded":
-                assert_as_alone(path, client, job)
+        succeeded = [job for job in ended if job.status == "succeeded"]
+        # a cancellation may have been done though its answer never came, so not all that are kept need be here
+        assert succeeded
+        for job in succeeded:
+            assert_as_alone(path, client, job)
     child.kill()
     child.join()
     told = (path / "hook.log").read_text().splitlines()
-    assert len(told) >= 3
+    assert len(told) >= len(succeeded)
     # a line may end where a run did
     assert not [line for line in told if line.endswith("False")]
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
 from flextron.spec import SubnetSpec
-from flextron.training.objective import Objective, TeacherStates
+from flextron.training.objective import Objective, Teacher
 from tests.checkpoints.families_cases import random_tokens
 from tests.toy import SPACE, segment_logits, toy_decoder, toy_recipe
 
@@ -25,9 +25,8 @@ ALL = torch.arange(TOKENS.numel())
 
 def evaluate(student: Decoder, teacher: Decoder, rows: Tensor = ALL, **changes: Any) -> dict[str, Tensor]:
     """Our losses of `TOKENS`, dealt to `SPECS`."""
-    states = TeacherStates(teacher, TOKENS)
     objective = Objective(student, toy_recipe(**changes))
-    losses: dict[str, Tensor] = objective(Batch.dealt(TOKENS, SPECS), states, states.hidden(TOKENS), rows)
+    losses: dict[str, Tensor] = objective(Batch.dealt(TOKENS, SPECS), Teacher(teacher, TOKENS)(TOKENS), rows)
     return losses
 
 
@@ -127,9 +126,9 @@ def test_the_loss_is_the_weighted_sum(student: Decoder, teacher: Decoder) -> Non
 
 
 def test_an_equal_student_loses_nothing_at_full_width(teacher: Decoder) -> None:
-    states = TeacherStates(teacher, TOKENS)
+    taught = Teacher(teacher, TOKENS)(TOKENS)
     spec: SubnetSpec = SPACE.full
-    losses = Objective(toy_decoder(3), toy_recipe())(Batch.dealt(TOKENS, [spec]), states, states.hidden(TOKENS), ALL)
+    losses = Objective(toy_decoder(3), toy_recipe())(Batch.dealt(TOKENS, [spec]), taught, ALL)
     assert float(losses["loss"]) == pytest.approx(0, abs=1e-5)
 
 

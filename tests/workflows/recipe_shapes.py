@@ -20,7 +20,7 @@ from flextron.model.batch import Batch
 from flextron.model.config import DecoderConfig
 from flextron.model.cost import num_parameters, step_flops
 from flextron.model.decoder import Decoder
-from flextron.training.objective import Objective, TeacherStates
+from flextron.training.objective import Objective, Teacher
 from flextron.training.recipe import TrainRecipe
 
 __all__ = ["MODELS", "Budget", "budget", "decoder_config"]
@@ -140,12 +140,12 @@ def budget(config: DecoderConfig, recipe: TrainRecipe) -> Budget:
         for module in (decoder, teacher, *(() if adapter is None else (adapter,))):
             module.to(torch.bfloat16)
     objective = Objective(decoder, recipe, adapter)
-    states = TeacherStates(teacher, tokens_BT[:1])
+    taught = Teacher(teacher, tokens_BT[:1])(tokens_BT)
     batch = Batch.dealt(tokens_BT, [config.full_spec], adapter=adapter)
     rows = torch.zeros(max(1, round(recipe.kl_fraction * tokens_BT.numel())), dtype=torch.long, device="meta")
     own = {p.untyped_storage()._cdata for p in decoder.parameters()}
     with _kept(own) as kept:
-        loss = objective(batch, states, states.hidden(tokens_BT), rows)["loss"]
+        loss = objective(batch, taught, rows)["loss"]
     loss.backward()
     assert all(p.grad is not None for p in trained)
 

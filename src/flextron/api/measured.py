@@ -127,6 +127,22 @@ class MeasuredModel(Generates):
         )
         return self.frontier
 
+    def profile_here(self, *, on_measure: OnProgress | None = None, on_search: OnProgress | None = None) -> None:
+        """Do what targets need on this device and no more.
+
+        The sub-networks of a frontier from another device keep their losses and get this device's latencies, in
+        seconds; a search here (`profile`) may find better ones. A model without a frontier is profiled.
+
+        Args:
+            on_measure: called with timing rounds done and in all.
+            on_search: called with sub-networks measured and to be measured.
+        """
+        if self.frontier is None:
+            self.profile(on_measure=on_measure, on_search=on_search)
+        elif self.frontier.device != device_fingerprint(self.decoder.device, self.decoder.dtype):
+            table = self.measure_latencies(on_progress=on_measure)
+            self.frontier = KnownLosses.of(self.frontier).priced(table)
+
     def measure_latencies(
         self,
         *,

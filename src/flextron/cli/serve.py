@@ -10,7 +10,7 @@ import typer
 
 from flextron import api
 from flextron.api.engine import speculation_of
-from flextron.cli.console import message
+from flextron.cli.console import message, progress
 from flextron.engine import EngineSettings
 from flextron.errors import FlextronError
 from flextron.jobs.jobs import JobsSettings
@@ -76,6 +76,10 @@ def serve(
             help="Narrow requests no further than this latency target, unless they name one. Default: not at all."
         ),
     ] = None,
+    profile: Annotated[
+        bool,
+        typer.Option("--profile", help="Measure latencies first, if the model has none of this device; not saved."),
+    ] = False,
     adapter: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=DIRECTORY", help="Serve this adapter (in peft's layout) as well; repeatable."),
@@ -123,6 +127,9 @@ def serve(
     limits = JobsSettings(max_training=max_training)
     message(f"loading {directory}")
     model = api.load(str(directory))
+    if profile:
+        with progress("measuring latencies") as measure, progress("searching the frontier") as search:
+            model.profile_here(on_measure=measure, on_search=search)
     engine = EngineSettings(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,

@@ -28,6 +28,7 @@ from flextron.finetuning.attention import ChunkAttention
 from flextron.finetuning.example import Example
 from flextron.finetuning.packing import Packed
 from flextron.finetuning.recompute import KEEPABLE, PrunedBatch, RecordedBatch, unread_linears
+from flextron.kernels.elementwise import use_kernels
 from flextron.model.adapter import Adapter
 from flextron.model.batch import Batch, Segment
 from flextron.model.decoder import Decoder
@@ -85,6 +86,7 @@ class Finetuning:
                 has nothing in this one.
         """
         self.spec = spec or decoder.widths
+        use_kernels(decoder)
         self._decoder, self._adapter, self._keep = decoder, adapter, frozenset(keep)
         self._backward = backward
         if not self._keep <= KEEPABLE:

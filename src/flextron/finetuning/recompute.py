@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flextron.finetuning.attention import valued
-from flextron.kernels.training import silu_gate, takes
 from flextron.model.adapter import linear_shapes
 from flextron.model.batch import Batch
 from flextron.model.bypass import Bypasses, Linear, Lora
@@ -99,14 +98,7 @@ class RecordedBatch(Batch):
             self.kept[layer, target] = product
 
 
-class _ChunkBypasses(Bypasses):
-    """Bypasses with kernels for what is between the linears."""
-
-    def gated(self, activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
-        return silu_gate(gate, up) if activation is F.silu and takes(gate) else super().gated(activation, gate, up)
-
-
-class _RecordedBypasses(_ChunkBypasses):
+class _RecordedBypasses(Bypasses):
     """Keeps results."""
 
     def __init__(self, placed: Any, layer: int, keep: frozenset[str], kept: dict[tuple[int, str], Tensor]) -> None:
@@ -128,7 +120,7 @@ class _RecordedBypasses(_ChunkBypasses):
         return y_ND
 
 
-class _PrunedBypasses(_ChunkBypasses):
+class _PrunedBypasses(Bypasses):
     """Leaves out products that neither their readers nor their bypasses need."""
 
     def __init__(self, placed: Any, unread: frozenset[str], known: Mapping[str, Tensor]) -> None:

@@ -38,7 +38,7 @@ class _OperatorSteps:
             decoder.config, [(spec, num_sequences)], capacity, dtype=decoder.dtype, device=decoder.device
         )
 
-    def run(self, new: Sequence[Tensor], starts: Sequence[int]) -> Tensor:
+    def run(self, new: Sequence[Tensor], starts: Sequence[int], *, likeliest: bool) -> Tensor:
         count = len(new)
         self._cache.hold([starts])
         batch = Batch.ragged(new, [self._spec] * count, starts, [self._router] * count)
@@ -52,7 +52,7 @@ class _NativeSteps:
 
     def __init__(self, decoder: Decoder, spec: SubnetSpec, num_sequences: int, capacity: int) -> None:
         config = decoder.config
-        self._step = NativeStep(decoder, _PAGE)
+        self._step = NativeStep(decoder, _PAGE, screens_head=True)
         *offsets, row = block_offsets(config, spec)
         shape = (num_sequences, -(-capacity // _PAGE), row)
         self._tables = torch.arange(math.prod(shape), dtype=torch.int32).view(shape)
@@ -61,14 +61,16 @@ class _NativeSteps:
         columns = [[layer.intermediate_size for layer in spec.layers], [layer.num_groups for layer in spec.layers]]
         self._columns = torch.tensor([*columns, offsets], dtype=torch.int32)[..., None]
 
-    def run(self, new: Sequence[Tensor], starts: Sequence[int]) -> Tensor:
+    def run(self, new: Sequence[Tensor], starts: Sequence[int], *, likeliest: bool) -> Tensor:
         lengths = [len(t) for t in new]
         tokens_N = torch.cat(list(new))
         positions_N = torch.cat([torch.arange(a, a + n) for a, n in zip(starts, lengths, strict=True)])
         widths_LN, groups_LN, offsets_LN = self._columns.expand(-1, -1, len(tokens_N)).contiguous()
         tables = [table for table, n in zip(self._tables, lengths, strict=True) for _ in range(n)]
         last = [end - 1 for end in accumulate(lengths)]
-        return self._step(tokens_N, positions_N, widths_LN, groups_LN, tables, offsets_LN, self._cache, last)
+        num_full = 0 if likeliest else None
+        where = (tokens_N, positions_N, widths_LN, groups_LN, tables, offsets_LN)
+        return self._step(*where, self._cache, last, num_full=num_full)
 
 
 class Steps:
@@ -100,14 +102,16 @@ class Steps:
         )
 
     @torch.inference_mode()
-    def run(self, new: Sequence[Tensor], starts: Sequence[int]) -> Tensor:
+    def run(self, new: Sequence[Tensor], starts: Sequence[int], *, likeliest: bool = False) -> Tensor:
         """Scores over the vocabulary after the last new token of each sequence.
 
         Args:
             new: token ids of each sequence, 1-D.
             starts: position of each sequence's first new token; those before it must have run, or count as zeros.
+            likeliest: whether only the largest score matters, so that those that are certainly smaller may be minus
+                infinity.
 
         Returns:
             (sequences, vocabulary).
         """
-        return self._steps.run(new, starts)
+        return self._steps.run(new, starts, likeliest=likeliest)

@@ -52,7 +52,7 @@ def stream(
     starts = [0] * len(prompts)
     answers: list[list[int]] = [[] for _ in prompts]
     for _ in range(params.max_tokens):
-        logits_BV = steps.run(new, starts)
+        logits_BV = steps.run(new, starts, likeliest=params.is_plain_greedy)
         if params.processes:
             rows = zip(logits_BV, prompts, answers, strict=True)
             logits_BV = torch.stack([processed(logits_V, params, p, answer) for logits_V, p, answer in rows])

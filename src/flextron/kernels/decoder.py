@@ -6,6 +6,7 @@ Where there is no compiler, or a model has a shape that the kernels do not take,
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
@@ -72,6 +73,24 @@ def _address(tensor: Tensor | None) -> int | None:
 def _addresses(tensors: Sequence[Tensor | None]) -> Tensor:
     """An array of pointers, null for None."""
     return torch.tensor([_address(t) or 0 for t in tensors], dtype=torch.int64)
+
+
+_screens: weakref.WeakKeyDictionary[Decoder, tuple[tuple[int, int], tuple[Tensor, Tensor, Tensor]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _screen(decoder: Decoder) -> tuple[Tensor, Tensor, Tensor]:
+    """Numbers, scales and errors of the head in eight bits; made once for a decoder, until its head changes."""
+    head_VD = decoder.head_weight
+    # tensors made for inference alone do not count their changes
+    state = head_VD.data_ptr(), 0 if head_VD.is_inference() else head_VD._version
+    known, made = _screens.get(decoder, (None, None))
+    if made is None or known != state:
+        numbers, scales = quantize_rows(head_VD)
+        made = numbers, scales, row_errors(head_VD, numbers, scales)
+        _screens[decoder] = state, made
+    return made
 
 
 class NativeStep:
@@ -160,10 +179,10 @@ class NativeStep:
         self.screens_head = screens_head and weights == "float32"
         """Whether the likeliest token can be found without reading the whole head."""
         if self.screens_head:
-            self._ends.screen = self._linear(decoder.head_weight, None, "int8")
-            errors = row_errors(decoder.head_weight, *self._made[-2:])
+            numbers, scales, errors = _screen(decoder)
+            self._ends.screen = Linear(_address(numbers), None, scales=_address(scales))
             self._ends.errors = _address(errors)
-            self._made.append(errors)
+            self._made += [numbers, scales, errors]
 
     @torch.no_grad()
     def _norm(self, norm: RMSNorm | LayerNorm) -> Norm:

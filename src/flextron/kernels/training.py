@@ -1,4 +1,4 @@
-"""The compiled kernels of `csrc/training.cpp`: attention of training chunks and the gate of gated MLPs, float32, CPU.
+"""The compiled kernels of `csrc/training.cpp`: attention of training chunks, float32, CPU.
 
 Shapes: N tokens of the chunk, M keys, H query heads, K KV heads, d head size.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,19 +14,15 @@ from torch import Tensor
 from flextron.kernels.build import load_library
 from flextron.kernels.layout import LANES, Attention, Gradients
 
-__all__ = ["attend", "attend_backward", "silu_gate", "takes", "takes_heads"]
+__all__ = ["attend", "attend_backward", "takes_heads"]
 
 _Pointer, _Number = ctypes.c_void_p, ctypes.c_int64
 
 
-def takes(x: Tensor) -> bool:
-    """Whether there are kernels for tensors like this one."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and not isinstance(load_library("training"), str)
-
-
 def takes_heads(q_NHd: Tensor) -> bool:
     """Whether there is attention for queries like these."""
-    return q_NHd.shape[-1] % LANES == 0 and takes(q_NHd)
+    is_known = q_NHd.device.type == "cpu" and q_NHd.dtype == torch.float32 and q_NHd.shape[-1] % LANES == 0
+    return is_known and not isinstance(load_library("training"), str)
 
 
 def attend(
@@ -62,35 +57,6 @@ def attend_backward(
     gradients = Gradients(g.data_ptr(), g.stride(0), *(None if t is None else t.data_ptr() for t in (dq, dk, dv)))
     _library().flextron_attend_back(ctypes.byref(task), ctypes.byref(gradients))
     return dq, dk, dv
-
-
-def silu_gate(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) · up, elementwise, with gradients."""
-    return _SiluGate.apply(gate, up)  # type: ignore[no-untyped-call,no-any-return]
-
-
-class _SiluGate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        gate, up = gate.contiguous(), up.contiguous()
-        ctx.save_for_backward(gate, up)
-        out = torch.empty_like(gate)
-        _library().flextron_gate(*_addresses(gate, up, out), _Number(gate.numel()), _Number(torch.get_num_threads()))
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        gate, up = ctx.saved_tensors
-        out = grads[0].contiguous()
-        d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
-        _library().flextron_gate_back(
-            *_addresses(gate, up, out, d_gate, d_up), _Number(gate.numel()), _Number(torch.get_num_threads())
-        )
-        return d_gate, d_up
-
-
-def _addresses(*tensors: Tensor) -> list[ctypes.c_void_p]:
-    return [_Pointer(t.data_ptr()) for t in tensors]
 
 
 def _library() -> ctypes.CDLL:

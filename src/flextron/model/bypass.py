@@ -180,10 +180,6 @@ class Bypasses:
             low[rows.start] = None if parts[0] is None else sum(cast("list[Tensor]", parts[1:]), parts[0])
         return _each(y_ND, own, lambda b, y, start: b.add(y, low[start], _WHOLE))
 
-    def gated(self, activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
-        """What the neurons of a gated MLP give."""
-        return activation(gate) * up
-
     def _expanded(
         self, target: str, own: Beside, x_ND: Tensor, linear: Linear, blocks: tuple[Block, ...]
     ) -> tuple[Tensor, ...]:

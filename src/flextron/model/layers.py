@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from flextron.model.rope import Tables, rotate
 from flextron.model.token_layout import TokenLayout
 from flextron.spec import LayerSpec
 
-__all__ = ["ACTIVATIONS", "Contraction", "Layer", "LayerNorm", "RMSNorm", "make_norm"]
+__all__ = ["ACTIVATIONS", "MLP", "Contraction", "Layer", "LayerNorm", "RMSNorm", "make_norm", "rms_norm"]
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -34,6 +34,11 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
 }
+
+
+def rms_norm(x: Tensor, gains: Tensor, eps: float) -> Tensor:
+    """The last dimension over the root of its mean square, times the gains."""
+    return F.rms_norm(x, (x.shape[-1],), gains.to(x.dtype), eps)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -46,6 +51,8 @@ class RMSNorm(nn.RMSNorm):
         """Allocate gains, which count as (gain + offset) · scale."""
         super().__init__(size, eps=eps)
         self._offset, self._scale = offset, scale
+        # compiled kernels may take its place
+        self.normalise: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
 
     @property
     def gains(self) -> Tensor:
@@ -55,8 +62,7 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension."""
-        size = x.shape[-1]
-        return F.rms_norm(x, (size,), self.gains[:size].to(x.dtype), self.eps)
+        return self.normalise(x, self.gains[: x.shape[-1]], cast("float", self.eps))
 
 
 class LayerNorm(nn.LayerNorm):
@@ -80,6 +86,11 @@ def make_norm(config: DecoderConfig, scale: float = 1.0) -> RMSNorm | LayerNorm:
     return LayerNorm(config.hidden_size, eps=config.norm_eps)
 
 
+def _gated(activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
+    """What the neurons of a gated MLP give."""
+    return activation(gate) * up
+
+
 class MLP(nn.Module):
     """Feed-forward block whose neurons are nested."""
 
@@ -90,7 +101,9 @@ class MLP(nn.Module):
             raise UnsupportedModelError(
                 f"activation {config.activation!r} is not supported; supported are {', '.join(ACTIVATIONS)}"
             )
-        self._activation = ACTIVATIONS[config.activation]
+        self.activation = ACTIVATIONS[config.activation]
+        # compiled kernels may take its place
+        self.gated: Callable[[Tensor, Tensor], Tensor] = partial(_gated, self.activation)
         self.gate = nn.Linear(config.hidden_size, width, bias=config.mlp_bias) if config.gated else None
         self.up = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)
         self.down = Contraction(width, config.hidden_size, bias=config.mlp_bias)
@@ -99,9 +112,9 @@ class MLP(nn.Module):
         """Inputs of the down projection, block by block; `x_ND` widest first."""
         ups = bypasses.expand("up", x_ND, self.up, blocks)
         if self.gate is None:
-            return tuple(self._activation(u) for u in ups)
+            return tuple(self.activation(u) for u in ups)
         gates = bypasses.expand("gate", x_ND, self.gate, blocks)
-        return tuple(bypasses.gated(self._activation, g, u) for g, u in zip(gates, ups, strict=True))
+        return tuple(self.gated(g, u) for g, u in zip(gates, ups, strict=True))
 
     def project(
         self, num_tokens: int, h: Sequence[Tensor], layout: Layout | TokenLayout, bypasses: Bypasses = NO_BYPASSES

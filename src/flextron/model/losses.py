@@ -9,7 +9,7 @@ Shapes: N tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 __all__ = [
+    "ChunkLosses",
     "SummedLoss",
+    "VocabularyLosses",
     "capped",
+    "chunk_losses",
     "cross_entropy",
     "forward_kl",
     "head_metric",
@@ -26,6 +29,7 @@ __all__ = [
     "summed_cross_entropy",
     "token_losses",
     "token_scores",
+    "vocabulary_losses",
 ]
 
 CHUNK_TOKENS = 256
@@ -45,40 +49,137 @@ def _chunks(num_tokens: int) -> Iterator[slice]:
     return (slice(a, min(a + CHUNK_TOKENS, num_tokens)) for a in range(0, num_tokens, CHUNK_TOKENS))
 
 
+class ChunkLosses(NamedTuple):
+    """What `chunk_losses` gives."""
+
+    kl: Tensor
+    """Sum over the tokens, a scalar, in nats; 0 without a teacher."""
+    lm: Tensor
+    """Sum over the tokens that have a target, a scalar, in nats."""
+    gradient_NV: Tensor
+    """Gradient of the scaled losses by the student's logits."""
+
+
+def chunk_losses(
+    logits_NV: Tensor,
+    teacher_NV: Tensor | None,
+    targets_N: Tensor | None,
+    *,
+    scales: tuple[float, float | Tensor],
+    temperature: float,
+    cap: float | None,
+) -> ChunkLosses:
+    """Both losses of a few tokens, and their gradient.
+
+    Args:
+        logits_NV: the student's, before the cap; may be overwritten.
+        teacher_NV: the teacher's; None without the KL.
+        targets_N: next tokens, -1 where there is none; None without the next-token loss.
+        scales: what a token's KL and next-token loss count in the gradient.
+        temperature: divides both logits of the KL, which is multiplied by its square.
+        cap: of all logits; see `capped`.
+    """
+    student_NV = capped(logits_NV.float(), cap)
+    log_p = torch.log_softmax(student_NV, -1)
+    kl = lm = torch.zeros((), dtype=torch.float64, device=logits_NV.device)
+    gradient_NV = torch.zeros_like(student_NV)
+    if teacher_NV is not None:
+        log_t = torch.log_softmax(capped(teacher_NV.float(), cap).div_(temperature), -1)
+        log_s = log_p if temperature == 1 else torch.log_softmax(student_NV / temperature, -1)
+        kl = (log_t.exp() * (log_t - log_s)).sum() * temperature**2
+        gradient_NV += (log_s.exp() - log_t.exp()).mul_(temperature * scales[0])
+    if targets_N is not None:
+        known_N1 = (targets_N >= 0)[:, None]
+        target_N1 = targets_N.clamp(min=0)[:, None]
+        lm = -(log_p.gather(1, target_N1) * known_N1).sum()
+        p = log_p.exp().scatter_add_(1, target_N1, torch.full_like(target_N1, -1, dtype=log_p.dtype))
+        gradient_NV += p.mul_(known_N1).mul_(scales[1])
+    if cap is not None:
+        gradient_NV *= _slope(student_NV, cap)
+    return ChunkLosses(kl=kl, lm=lm, gradient_NV=gradient_NV)
+
+
 class _Vocabulary(torch.autograd.Function):
-    """Shared frame: per chunk, a loss and the gradient of its logits; then what both losses do with that gradient."""
+    """Per chunk, the losses and the gradient of the logits; then that of the hidden states and of the head."""
 
     @staticmethod
-    def forward(ctx: Any, h_ND: Tensor, w_VD: Tensor, chunk_loss: Any, cap: float | None) -> Tensor:
+    def forward(ctx: Any, h_ND: Tensor, w_VD: Tensor, chunk_loss: Callable[[slice, Tensor], ChunkLosses]) -> Any:
         need_h, need_w, *_ = ctx.needs_input_grad
         dh = torch.empty_like(h_ND) if need_h else None
         dw = torch.zeros_like(w_VD) if need_w else None
-        total = torch.zeros((), dtype=torch.float64, device=h_ND.device)
+        kl, lm = torch.zeros(2, dtype=torch.float64, device=h_ND.device)
         for rows in _chunks(len(h_ND)):
-            logits_NV = capped((h_ND[rows] @ w_VD.t()).float(), cap)
-            # taken first: losses compute in place
-            slope_NV = None if cap is None else _slope(logits_NV, cap)
-            loss, g_NV = chunk_loss(rows, logits_NV)
-            total += loss
-            g_NV = (g_NV if slope_NV is None else g_NV.mul_(slope_NV)).div_(len(h_ND)).to(h_ND.dtype)
+            losses = chunk_loss(rows, h_ND[rows] @ w_VD.t())
+            kl, lm = kl + losses.kl, lm + losses.lm
+            g_NV = losses.gradient_NV.to(h_ND.dtype)
             if dh is not None:
                 torch.mm(g_NV, w_VD, out=dh[rows])
             if dw is not None:
                 dw.addmm_(g_NV.t(), h_ND[rows])
         ctx.save_for_backward(dh, dw)
-        return (total / len(h_ND)).float()
+        ctx.mark_non_differentiable(kl, lm)
+        # what the gradient is of: its value is put together by the caller
+        return h_ND.new_zeros((), dtype=torch.float32), kl, lm
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         dh, dw = ctx.saved_tensors
-        (scale,) = grads
+        scale, *_ = grads
         # the caller may hold the saved tensors for a second backward: scale copies, not them
-        return dh if dh is None else dh * scale, dw if dw is None else dw * scale, None, None
+        return dh if dh is None else dh * scale, dw if dw is None else dw * scale, None
 
 
 def _matched(h_ND: Tensor, w_VD: Tensor) -> tuple[Tensor, Tensor]:
     """Head weight in the hidden states' dtype, which autocast may have lowered."""
     return h_ND, w_VD.to(h_ND.dtype)
+
+
+class VocabularyLosses(NamedTuple):
+    """Result of `vocabulary_losses`; scalars, float32, in nats."""
+
+    total: Tensor
+    """The weighted sum, with gradients."""
+    kl: Tensor
+    """Mean over the tokens of KL(teacher ‖ student), times temperature squared."""
+    lm: Tensor
+    """Mean negative log-likelihood over the tokens that have a target."""
+
+
+def vocabulary_losses(
+    h_ND: Tensor,
+    w_VD: Tensor,
+    *,
+    teacher: tuple[Tensor, Tensor] | None = None,
+    targets_N: Tensor | None = None,
+    weights: tuple[float, float] = (1.0, 1.0),
+    temperature: float = 1.0,
+    cap: float | None = None,
+    chunk: Callable[..., ChunkLosses] = chunk_losses,
+) -> VocabularyLosses:
+    """Distance to a teacher and next-token loss, from one product with the head.
+
+    Args:
+        h_ND: the student's final hidden states.
+        w_VD: the student's head.
+        teacher: its final hidden states, (N, D'), and its head, (V, D'); no gradient flows to them. None: no KL.
+        targets_N: next tokens, int64, -1 where there is none. None: no next-token loss.
+        weights: of both losses in the total.
+        temperature: see `chunk_losses`.
+        cap: see `capped`.
+        chunk: `chunk_losses`, or what does the same.
+    """
+    theirs = None if teacher is None else _matched(*(t.detach() for t in teacher))
+    num_targets = h_ND.new_ones(()) if targets_N is None else (targets_N >= 0).sum().clamp(min=1)
+    scales = (weights[0] / len(h_ND), weights[1] / num_targets)
+
+    def chunk_loss(rows: slice, logits_NV: Tensor) -> ChunkLosses:
+        teacher_NV = None if theirs is None else theirs[0][rows] @ theirs[1].t()
+        targets = None if targets_N is None else targets_N[rows]
+        return chunk(logits_NV, teacher_NV, targets, scales=scales, temperature=temperature, cap=cap)
+
+    anchor, kl, lm = _Vocabulary.apply(*_matched(h_ND, w_VD), chunk_loss)  # type: ignore[no-untyped-call]
+    kl, lm = (kl / len(h_ND)).float(), (lm / num_targets).float()
+    return VocabularyLosses(total=anchor + weights[0] * kl + weights[1] * lm, kl=kl, lm=lm)
 
 
 def forward_kl(
@@ -89,52 +190,14 @@ def forward_kl(
     temperature: float = 1.0,
     cap: float | None = None,
 ) -> Tensor:
-    """Mean over tokens of KL(teacher ‖ student), times temperature squared.
-
-    Args:
-        h_ND: the student's final hidden states.
-        w_VD: the student's head.
-        teacher_h_ND: the teacher's final hidden states; no gradient flows to them.
-        teacher_w_VD: the teacher's head; no gradient flows to it.
-        temperature: divides both logits.
-        cap: cap of both logits, before the temperature; see `capped`.
-
-    Returns:
-        A scalar, float32, in nats.
-    """
-    teacher_h, teacher_w = _matched(teacher_h_ND.detach(), teacher_w_VD.detach())
-
-    def chunk_loss(rows: slice, student_NV: Tensor) -> tuple[Tensor, Tensor]:
-        teacher_NV = torch.log_softmax(capped((teacher_h[rows] @ teacher_w.t()).float(), cap).div_(temperature), -1)
-        student_NV = torch.log_softmax(student_NV.div_(temperature), -1)
-        p_teacher = teacher_NV.exp()
-        loss = torch.dot(p_teacher.flatten(), teacher_NV.sub_(student_NV).flatten()) * temperature**2
-        return loss, student_NV.exp_().sub_(p_teacher).mul_(temperature)
-
-    return _Vocabulary.apply(*_matched(h_ND, w_VD), chunk_loss, cap)  # type: ignore[no-untyped-call,no-any-return]
+    """Mean over tokens of KL(teacher ‖ student), times temperature squared; arguments as for `vocabulary_losses`."""
+    teacher = (teacher_h_ND, teacher_w_VD)
+    return vocabulary_losses(h_ND, w_VD, teacher=teacher, temperature=temperature, cap=cap).total
 
 
 def cross_entropy(h_ND: Tensor, w_VD: Tensor, targets_N: Tensor, cap: float | None = None) -> Tensor:
-    """Mean negative log-likelihood of the targets.
-
-    Args:
-        h_ND: final hidden states.
-        w_VD: the head.
-        targets_N: token ids, int64.
-        cap: cap of the logits; see `capped`.
-
-    Returns:
-        A scalar, float32, in nats.
-    """
-
-    def chunk_loss(rows: slice, logits_NV: Tensor) -> tuple[Tensor, Tensor]:
-        log_p = torch.log_softmax(logits_NV, -1)
-        target = targets_N[rows, None]
-        loss = -log_p.gather(1, target).sum()
-        g = log_p.exp_()
-        return loss, g.scatter_add_(1, target, torch.full_like(target, -1, dtype=g.dtype))
-
-    return _Vocabulary.apply(*_matched(h_ND, w_VD), chunk_loss, cap)  # type: ignore[no-untyped-call,no-any-return]
+    """Mean negative log-likelihood of the targets; arguments as for `vocabulary_losses`."""
+    return vocabulary_losses(h_ND, w_VD, targets_N=targets_N, cap=cap).total
 
 
 class SummedLoss(NamedTuple):

@@ -63,7 +63,7 @@ class LatencyTable:
     context: int
     """Tokens that each sequence holds."""
     base_ms: float
-    """Milliseconds of everything but the layers: embedding, head, choosing the token."""
+    """Milliseconds of everything but the layers: embedding, head, choosing the likeliest token."""
     mlp_ms: Mapping[int, float]
     """Milliseconds of one layer's MLP, by width."""
     attention_ms: Mapping[int, float]
@@ -166,7 +166,7 @@ class _Probe:
         """Milliseconds of one step."""
         self._finish()
         start = time.perf_counter()
-        self._steps.run(self._new, self._starts).argmax(-1)
+        self._steps.run(self._new, self._starts, likeliest=True).argmax(-1)
         self._finish()
         return (time.perf_counter() - start) * 1e3
 

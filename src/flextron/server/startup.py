@@ -21,7 +21,9 @@ __all__ = ["missing_measurements", "named_adapters", "open_jobs"]
 def missing_measurements(model: ElasticModel) -> list[str]:
     """Why requests to a model cannot name targets, or latencies, on this device; nothing if they can."""
     if model.frontier is None:
-        return ["the model has no frontier, so requests cannot name targets; run flextron profile first"]
+        return [
+            "the model has no frontier, so requests cannot name targets; run flextron profile first, or serve --profile"
+        ]
     here = device_fingerprint(model.decoder.device, model.decoder.dtype)
     measured = {table.device for table in model.tables.values()}
     if here in measured and model.frontier.device == here:
@@ -29,7 +31,7 @@ def missing_measurements(model: ElasticModel) -> list[str]:
     others = ", ".join(sorted(measured | {model.frontier.device} - {here}))
     return [
         f"no latency table is of this device and number of threads ({here}), only of {others}, so requests cannot name "
-        "latencies; run flextron profile here"
+        "latencies; run flextron profile here, or serve --profile"
     ]
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from flextron.errors import FlextronError
 from flextron.interrupts import Interrupted, held_interrupts
+from flextron.kernels.elementwise import use_kernels
 from flextron.model.adapter import Adapter
 from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
@@ -29,7 +30,7 @@ from flextron.progress import OnStep
 from flextron.routing.sensitivity import Sensitivity, measure_sensitivity
 from flextron.spec import SearchSpace, SubnetSpec
 from flextron.training.blocks import TokenBlocks
-from flextron.training.objective import Objective, TeacherStates
+from flextron.training.objective import Objective, Teacher
 from flextron.training.optimizer import choose_trained, learning_rate, make_optimizer
 from flextron.training.recipe import TrainRecipe
 from flextron.training.sampling import SubnetSampler
@@ -112,6 +113,9 @@ class TrainingRun:
             )
         self.micro = min(recipe.micro_batch_size, self.sequences)
         self.num_steps = math.ceil(recipe.tokens / (recipe.batch_size * blocks.context))
+        for model in (decoder, teacher):
+            if model is not None:
+                use_kernels(model)
         decoder.gradient_checkpointing = recipe.gradient_checkpointing
         device = self.accelerator.device
         self.decoder = decoder.to(device)
@@ -126,7 +130,7 @@ class TrainingRun:
         sample = blocks.batch(0, math.ceil(_SAMPLE_TOKENS / blocks.context))
         self.teacher = None
         if teacher is not None and recipe.needs_teacher:
-            self.teacher = TeacherStates(teacher.to(device), sample)
+            self.teacher = Teacher(teacher.to(device), sample)
         # without its adapter the student is no model
         measured = decoder if adapter is None or teacher is None else teacher
 
@@ -199,10 +203,9 @@ class TrainingRun:
         """Teacher, then student, in the recipe's precision (accelerate's own setting holds for a whole process)."""
         lowered = self.recipe.precision == "bf16"
         with torch.autocast(micro_BT.device.type, torch.bfloat16, enabled=lowered):
-            hidden_ND = None
-            if self.teacher is not None:
-                hidden_ND = self.teacher.hidden(micro_BT).repeat(len(batch.tokens_N) // micro_BT.numel(), 1)
-            return self.objective(batch, self.teacher, hidden_ND, rows)  # type: ignore[no-any-return]
+            repeats = len(batch.tokens_N) // micro_BT.numel()
+            taught = None if self.teacher is None else self.teacher(micro_BT, repeats)
+            return self.objective(batch, taught, rows)  # type: ignore[no-any-return]
 
     def _sync(self, *, last: bool) -> AbstractContextManager[Any]:
         """Gradients travel between processes with the last micro batch only."""

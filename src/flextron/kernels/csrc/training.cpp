@@ -1,36 +1,13 @@
-// Training chunks on a CPU in float32: attention, forward and backward, and the gate of gated MLPs.
+// Training on a CPU: attention of chunks in float32, and what goes over rows of numbers, forward and backward.
 
 #include <cstdint>
-#include <cstring>
 
+#include "elementwise.h"
 #include "flash_attention.h"
 #include "gemm.h"
 #include "layout.h"
 
 namespace {
-
-// The first numbers of a vector, up to kLanes of them; the others are 0.
-inline Vec load(const float* p, int64_t count) {
-    if (count >= kLanes) return load(p);
-    Vec v{};
-    std::memcpy(&v, p, count * sizeof(float));
-    return v;
-}
-inline void store(float* p, Vec v, int64_t count) {
-    if (count >= kLanes) return store(p, v);
-    std::memcpy(p, &v, count * sizeof(float));
-}
-
-// x / (1 + e^-x), and its derivative.
-struct Silu {
-    explicit Silu(Vec x) {
-        const Vec e = exp_negative(x > 0.0f ? -x : x), factor = 1.0f / (1.0f + e);
-        const Vec share = x > 0.0f ? factor : e * factor, rest = x > 0.0f ? e * factor : factor;
-        value = x * share;
-        slope = fma(value, rest, share);
-    }
-    Vec value, slope;
-};
 
 inline std::string training_layout() {
     std::string text;
@@ -44,6 +21,14 @@ inline std::string training_layout() {
             {FIELD(Gradients, out), FIELD(Gradients, out_stride), FIELD(Gradients, q), FIELD(Gradients, k),
              FIELD(Gradients, v)});
     return text + describe_constant("lanes", kLanes);
+}
+
+template <class F>
+void with_type(bool wide, F f) {
+    if (wide)
+        f(float{});
+    else
+        f(Bfloat16{});
 }
 
 }  // namespace
@@ -64,25 +49,46 @@ void flextron_attend_back(const Attention* attention, const Gradients* gradients
     FlashAttention(*attention).backward(*gradients);
 }
 
-// out = silu(gate) up, of `size` numbers.
-void flextron_gate(const float* gate, const float* up, float* out, int64_t size, int64_t threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < size; i += kLanes) {
-        const int64_t n = size - i;
-        store(out + i, Silu(load(gate + i, n)).value * load(up + i, n), n);
-    }
+// The rest is for float32 (`wide`) and for bfloat16; see elementwise.h.
+
+void flextron_gate(bool wide, const void* gate, const void* up, void* out, int64_t size, int64_t threads) {
+    with_type(wide, [&](auto type) {
+        typedef decltype(type) T;
+        gate_forward((const T*)gate, (const T*)up, (T*)out, size, threads);
+    });
 }
 
-// Gradients by gate and up.
-void flextron_gate_back(const float* gate, const float* up, const float* out, float* d_gate, float* d_up, int64_t size,
-                        int64_t threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < size; i += kLanes) {
-        const int64_t n = size - i;
-        const Vec g = load(out + i, n);
-        const Silu y(load(gate + i, n));
-        store(d_up + i, g * y.value, n);
-        store(d_gate + i, g * load(up + i, n) * y.slope, n);
-    }
+void flextron_gate_back(bool wide, const void* gate, const void* up, const void* out, void* d_gate, void* d_up,
+                        int64_t size, int64_t threads) {
+    with_type(wide, [&](auto type) {
+        typedef decltype(type) T;
+        gate_backward((const T*)gate, (const T*)up, (const T*)out, (T*)d_gate, (T*)d_up, size, threads);
+    });
+}
+
+void flextron_norm(bool wide, const void* x, const float* gains, double eps, void* y, float* inverse, int64_t rows,
+                   int64_t size, int64_t threads) {
+    with_type(wide, [&](auto type) {
+        typedef decltype(type) T;
+        norm_forward((const T*)x, gains, eps, (T*)y, inverse, rows, size, threads);
+    });
+}
+
+void flextron_norm_back(bool wide, const void* x, const float* gains, const float* inverse, const void* out, void* dx,
+                        float* d_gains, int64_t rows, int64_t size, int64_t threads) {
+    with_type(wide, [&](auto type) {
+        typedef decltype(type) T;
+        norm_backward((const T*)x, gains, inverse, (const T*)out, (T*)dx, d_gains, rows, size, threads);
+    });
+}
+
+void flextron_distances(bool wide, void* student, const void* teacher, const int64_t* targets, double kl_scale,
+                        double lm_scale, double* kl, double* lm, int64_t rows, int64_t vocabulary, int64_t threads) {
+    with_type(wide, [&](auto type) {
+        typedef decltype(type) T;
+        Predictions<T>{(T*)student, (const T*)teacher, targets, (float)kl_scale, (float)lm_scale,
+                       kl,          lm,                rows,    vocabulary}
+            .differentiate(threads);
+    });
 }
 }
