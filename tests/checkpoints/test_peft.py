@@ -113,6 +113,46 @@ def test_what_peft_wrote_is_read(case: str, rslora: bool, tmp_path: Path) -> Non
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"target_modules": ["q_proj"]},
+        {"target_modules": ".*q_proj"},
+        {"exclude_modules": ["v_proj"]},
+        {"exclude_modules": "model.layers.0.*"},
+        {"layers_to_transform": [0]},
+        {"layers_to_transform": 1},
+    ],
+)
+def test_tensors_that_peft_leaves_out_are_refused(edit: dict[str, Any], tmp_path: Path) -> None:
+    """As after somebody edited the config: peft passes over what is not a target any more."""
+    model = random_model("llama")
+    decoder = decoder_of(model)
+    model.save_pretrained(tmp_path / "base")
+    randomized(get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    whole = adapted_logits(decoder, read_adapter(tmp_path, decoder.config))
+    path.write_text(json.dumps(json.loads(path.read_text()) | edit))
+    theirs = PeftModel.from_pretrained(stock(tmp_path / "base"), str(tmp_path))
+    assert relative_error(whole, hf_logits(theirs, TOKENS)) > 0.01
+    with pytest.raises(FlextronError, match="does not name as a target"):
+        read_adapter(tmp_path, decoder.config)
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [r"(?:.*?(?:model|layers).*?(?:self_attn|mlp).*?(?:q_proj|v_proj).*?)", "all-linear", ["layers.0.mlp.up_proj"]],
+)
+def test_targets_that_people_write_are_taken(targets: Any, tmp_path: Path) -> None:
+    model = in_float64(random_model("llama"))
+    decoder = decoder_of(model)
+    config = LoraConfig(r=4, target_modules=targets)
+    theirs = randomized(get_peft_model(model, config, autocast_adapter_dtype=False))
+    theirs.save_pretrained(tmp_path)
+    adapter = read_adapter(tmp_path, decoder.config)
+    assert relative_error(adapted_logits(decoder, adapter.double()), hf_logits(theirs, TOKENS)) <= 1e-12
+
+
 def test_ia3_that_peft_wrote_is_read(tmp_path: Path) -> None:
     model = in_float64(random_model("llama-3"))
     decoder = decoder_of(model)

@@ -9,13 +9,13 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from flextron.checkpoints.generation_config import read_generation_config
 from flextron.checkpoints.shards import check_files, find_shards
 from flextron.checkpoints.text_part import text_part_of
 from flextron.errors import FlextronError
 from flextron.families.config import config_from_hf, parsed_config
 from flextron.families.pretrained import Pretrained
 from flextron.files import read_json
+from flextron.generation.defaults import read_generation_config
 from flextron.gguf.checkpoint import open_gguf
 
 __all__ = ["find_directory", "open_pretrained"]

@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from flextron.checkpoints.generation_config import GENERATION_CONFIG
 from flextron.checkpoints.origin import checked_origin
 from flextron.checkpoints.tokenizer_files import write_tokenizer
 from flextron.errors import FlextronError
@@ -26,6 +25,7 @@ from flextron.families.config import FAMILIES, TensorMap, config_from_hf, layer_
 from flextron.families.pretrained import Pretrained
 from flextron.families.stock import stock_config
 from flextron.files import write_json
+from flextron.generation.defaults import GENERATION_CONFIG
 from flextron.model.decoder import Decoder
 
 __all__ = ["load_decoder", "stock_maps", "stock_tensors", "write_checkpoint", "write_files"]

@@ -28,6 +28,7 @@ from flextron.families.config import FAMILIES, TensorMap
 from flextron.families.pretrained import Pretrained
 from flextron.gguf.hf_config import hf_config_of
 from flextron.gguf.model import INTERLEAVED, MODEL_TYPES, ROPE_FREQS, GgufModel, read_model
+from flextron.gguf.sampling import generation_config_from_metadata
 from flextron.gguf.tokenizer import tokenizer_from_metadata
 from flextron.gguf.vocabulary import end_ids, special_ids
 
@@ -60,11 +61,13 @@ def open_gguf(path: Path) -> Pretrained:
     ends = end_ids(file.metadata.values, vocab_size, eos)
     # all of them, for families differ in what they take where one is missing
     ids = {"bos_token_id": bos, "eos_token_id": ends[0] if len(ends) == 1 else ends or None, "pad_token_id": pad}
+    drawing = generation_config_from_metadata(file.metadata.values)
     return Pretrained(
         name=str(path),
         hf_config=hf_config_of(file) | ids,
         tensors=partial(_stream, file, _targets(file)),
         tokenizer=tokenizer,
+        generation_config={**{k: v for k, v in ids.items() if v is not None}, **drawing} if drawing else None,
     )
 
 

@@ -10,6 +10,7 @@ from flextron.protocols.messages import check_messages
 from flextron.protocols.sampling import RequestBody, SamplingBody, StrictBody
 from flextron.protocols.structured.grammars import GrammarBody
 from flextron.protocols.structured.tools import ToolBody, ToolCallBody, ToolChoice
+from flextron.serving.errors import bad_value
 from flextron.serving.targets import TargetBody
 
 __all__ = ["ChatBody", "CompletionBody", "GenerationBody", "Message"]
@@ -47,9 +48,11 @@ class GenerationBody(SamplingBody, GrammarBody, RequestBody):
     @model_validator(mode="after")
     def _check_stream_options(self) -> GenerationBody:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options is for streams; set stream to true or leave it out")
+            raise bad_value("stream_options is for streams; set stream to true or leave it out", "stream_options")
         if self.prompt_logprobs is not None and self.stream:
-            raise ValueError("prompt_logprobs are not for streams; set stream to false or leave them out")
+            raise bad_value(
+                "prompt_logprobs are not for streams; set stream to false or leave them out", "prompt_logprobs"
+            )
         return self
 
     @property
@@ -89,9 +92,9 @@ class CompletionBody(GenerationBody):
     @model_validator(mode="after")
     def _check_combinations(self) -> CompletionBody:
         if self.best_of is not None and self.best_of != self.num_choices:
-            raise ValueError("best_of other than n is not supported by this server; leave it out")
+            raise bad_value("best_of other than n is not supported by this server; leave it out", "best_of")
         if not self.prompt:
-            raise ValueError("prompt is empty; give at least one token")
+            raise bad_value("prompt is empty; give at least one token", "prompt")
         return self
 
     @property
@@ -164,11 +167,14 @@ class ChatBody(GenerationBody):
     @model_validator(mode="after")
     def _check_combinations(self) -> ChatBody:
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs; set logprobs to true")
+            raise bad_value("top_logprobs needs logprobs; set logprobs to true", "top_logprobs")
         if self.continue_final_message and self.add_generation_prompt:
-            raise ValueError("continue_final_message and add_generation_prompt exclude each other; give one of them")
+            raise bad_value(
+                "continue_final_message and add_generation_prompt exclude each other; give one of them",
+                "continue_final_message",
+            )
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise ValueError("max_tokens and max_completion_tokens differ; give one of them")
+            raise bad_value("max_tokens and max_completion_tokens differ; give one of them", "max_completion_tokens")
         return self
 
     @property

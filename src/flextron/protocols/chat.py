@@ -12,7 +12,8 @@ from flextron.engine.output import Delta
 from flextron.generation.templates import ChatTemplate, TemplateError
 from flextron.protocols.bodies import ChatBody, Message
 from flextron.protocols.responses import prompt_report, respond
-from flextron.protocols.structured.tools import Calls, Reading, with_tools
+from flextron.protocols.structured.history import as_read, with_tools
+from flextron.protocols.structured.tools import Calls, Reading
 from flextron.serving.errors import bad_request
 from flextron.serving.service import Service
 from flextron.serving.tokens import TokenNames
@@ -34,7 +35,11 @@ async def chat(request: Request, service: Service, body: ChatBody) -> Response:
     asked = body.max_completion_tokens or body.max_tokens
     service.check(body.num_choices, asked)
     tools = None if body.tool_choice == "none" else body.tools
-    calls = Calls.of(tools, body.tool_choice, body.parallel_tool_calls, template_text(service))
+    special = {t.content: i for i, t in service.tokenizer.added_tokens_decoder.items() if t.special}
+    calls = Calls.of(tools, body.tool_choice, body.parallel_tool_calls, template_text(service, tools), special)
+    if calls is not None and calls.layout.trigger in special:
+        # the grammar lets no other special token into the answer
+        body = body.model_copy(update={"skip_special_tokens": False})
     grammar = body.grammar_asked()
     prompt = await service.encode(
         lambda: rendered(
@@ -53,10 +58,12 @@ async def chat(request: Request, service: Service, body: ChatBody) -> Response:
     return await respond(request, service, body, choice, [prompt], [most], form, asked_grammar)
 
 
-def template_text(service: Service) -> str:
-    """The chat template, as far as there is one."""
-    template = service.tokenizer.chat_template
-    return template if isinstance(template, str) else str(template or "")
+def template_text(service: Service, tools: Sequence[Any] | None) -> str:
+    """The chat template, as far as there is one; of several, that for tools where some are given."""
+    try:
+        return str(service.tokenizer.get_chat_template(tools=list(tools or ()) or None))
+    except ValueError:
+        return ""
 
 
 def rendered(
@@ -81,13 +88,17 @@ def rendered(
     """
     try:
         limits = {"seconds": service.settings.template_seconds, "max_chars": service.most_chars}
-        template = ChatTemplate.of(service.tokenizer, **limits)
+        template = ChatTemplate.of(service.tokenizer, has_tools=bool(tools), **limits)
         if template is None:
             raise bad_request("the model has no chat template; use /v1/completions", "messages")
-        written = with_tools([message.to_template() for message in messages], tools, template.template)
-        return template.render(
-            written, add_generation_prompt=add_generation_prompt, tools=list(tools) or None, **options
-        )
+        given = [message.to_template() for message in messages]
+
+        def render(messages: Sequence[Mapping[str, Any]]) -> str:
+            written = with_tools(messages, tools, template.template)
+            options_ = {"add_generation_prompt": add_generation_prompt, "tools": list(tools) or None, **options}
+            return template.render(written, **options_)
+
+        return render(as_read(given, render) if any("tool_calls" in message for message in given) else given)
     except TemplateError as error:
         raise bad_request(f"the model's chat template does not take these messages: {error}", "messages") from error
 

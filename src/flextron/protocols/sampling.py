@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from flextron.checkpoints.generation_config import GenerationDefaults
+from flextron.generation.defaults import GenerationDefaults
 from flextron.generation.sampling import SamplingParams
 from flextron.protocols.keys import check_keys
+from flextron.serving.errors import bad_value
 
 __all__ = ["RequestBody", "SamplingBody", "StrictBody"]
 
 _LEAST_TEMPERATURE = 1e-5
 """Below it scores divided by the temperature lose their meaning in float32, and the choice is the likeliest anyway."""
 
+_ID = re.compile("[0-9]{1,10}")
 _MOST_STOPS = 16
 _MOST_STOP_LETTERS = 256
 _MOST_WORDS = 256
@@ -46,7 +49,7 @@ def _check_bias(bias: Any) -> Any:
     """Keys of JSON objects are texts; these are token ids. An empty list is llama-server's way to say nothing."""
     if bias == []:
         return None
-    if isinstance(bias, Mapping) and not all(isinstance(key, str) and key.isdecimal() for key in bias):
+    if isinstance(bias, Mapping) and not all(isinstance(key, str) and _ID.fullmatch(key) for key in bias):
         raise ValueError("logit_bias must have token ids as keys")
     return bias
 
@@ -110,6 +113,17 @@ class SamplingBody(StrictBody):
         """Stop strings."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
+    def check_tokens(self, vocab_size: int) -> None:
+        """Refuse ids of tokens that the model does not have.
+
+        Raises:
+            ApiError: there is one.
+        """
+        named = {"logit_bias": map(int, self.logit_bias or ()), "allowed_token_ids": self.allowed_token_ids or ()}
+        for param, tokens in named.items():
+            if any(token >= vocab_size for token in tokens):
+                raise bad_value(f"{param} names a token outside the model's vocabulary of {vocab_size}", param)
+
     def sampling(
         self,
         choice: int,
@@ -128,8 +142,11 @@ class SamplingBody(StrictBody):
             more: other fields of `SamplingParams`.
 
         Raises:
+            ApiError: more tokens are asked for than there may be.
             FlextronError: as for `SamplingParams`.
         """
+        if (self.min_tokens or 0) > max_tokens:
+            raise bad_value(f"min_tokens ({self.min_tokens}) must be at most max_tokens ({max_tokens})", "min_tokens")
         temperature, top_p = self._chosen("temperature", defaults, 1.0), self._chosen("top_p", defaults)
         is_greedy = temperature < _LEAST_TEMPERATURE or top_p == 0
         ends = () if self.ignore_eos else defaults.ends

@@ -12,7 +12,7 @@ from flextron.protocols.bodies import Message
 from flextron.protocols.chat import rendered
 from flextron.protocols.messages import check_messages
 from flextron.protocols.sampling import RequestBody
-from flextron.serving.errors import bad_request
+from flextron.serving.errors import bad_request, bad_value
 from flextron.serving.service import Service
 
 __all__ = ["DetokenizeBody", "TokenizeBody", "detokenize", "tokenize"]
@@ -34,7 +34,7 @@ class TokenizeBody(RequestBody):
     @model_validator(mode="after")
     def _check_kind(self) -> TokenizeBody:
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give prompt or messages, one of them")
+            raise bad_value("give prompt or messages, one of them", "prompt")
         return self
 
 

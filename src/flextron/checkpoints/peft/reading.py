@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flextron.checkpoints.peft.base import MARK, check_initialisation, order_for, reordered
-from flextron.checkpoints.peft.config import check_adapter_config
+from flextron.checkpoints.peft.config import check_adapter_config, is_targeted
 from flextron.checkpoints.peft.layout import CONFIG, PREFIX, WEIGHTS, Module, modules_of
 from flextron.errors import FlextronError
 from flextron.families.config import FAMILIES
@@ -64,6 +64,11 @@ def read_adapter(directory: Path, config: DecoderConfig, widths: SubnetSpec | No
         keys = [f"{PREFIX}{module.name}.{suffix}" for suffix in _METHODS[settings["peft_type"]]]
         if not all(key in tensors for key in keys):
             continue
+        if not is_targeted(settings, module.name):
+            raise FlextronError(
+                f"the adapter in {directory} has tensors of {module.name}, which its config does not name as a target, "
+                "so that peft leaves them out; restore adapter_config.json"
+            )
         own = [tensors.pop(key) for key in keys]
         if not all(bool(t.isfinite().all()) for t in own):
             raise FlextronError(f"the adapter of {module.name} holds NaN or infinity; it is damaged")

@@ -1,9 +1,8 @@
-"""Tools in OpenAI's words: what a request offers, what a template is given, and answers with calls."""
+"""Tools in OpenAI's words: what a request offers, and answers with calls."""
 
 from __future__ import annotations
 
 import json
-import re
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,9 +13,10 @@ from pydantic import Field
 from flextron.generation.tools import Call, Content, More, Tool, ToolCallReader, ToolFormat, tool_format, tool_grammar
 from flextron.protocols.sampling import StrictBody
 from flextron.protocols.structured.grammars import Asked
+from flextron.protocols.structured.history import SHORT_ID
 from flextron.serving.errors import ApiError
 
-__all__ = ["Calls", "Reading", "ToolBody", "ToolCallBody", "ToolChoice", "with_tools"]
+__all__ = ["Calls", "Reading", "ToolBody", "ToolCallBody", "ToolChoice"]
 
 _Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.:-]{1,64}$")]
 
@@ -76,8 +76,6 @@ class ToolCallBody(StrictBody):
         return {"id": self.id, "type": self.type, "function": function}
 
 
-_CODE = re.compile(r"\{[{%].*?[%}]\}", re.DOTALL)
-_STRING = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
 ToolChoice = Literal["none", "auto", "required"] | NamedTool
 
 
@@ -89,12 +87,26 @@ class Calls:
     tools: tuple[Tool, ...]
     must_call: bool
     parallel: bool
+    special: Mapping[str, int]
+    """Ids of the special tokens."""
 
     @classmethod
     def of(
-        cls, tools: Sequence[ToolBody] | None, choice: ToolChoice | None, parallel: bool | None, template: str
+        cls,
+        tools: Sequence[ToolBody] | None,
+        choice: ToolChoice | None,
+        parallel: bool | None,
+        template: str,
+        special: Mapping[str, int],
     ) -> Calls | None:
         """What a request allows; None if it offers no tools.
+
+        Args:
+            tools: the request's.
+            choice: the request's.
+            parallel: whether there may be several calls.
+            template: the chat template.
+            special: ids of the tokenizer's special tokens.
 
         Raises:
             ApiError: the choice names a tool that is not there.
@@ -111,7 +123,11 @@ class Calls:
         found = tuple(Tool(name=f.name, parameters=f.parameters or {"type": "object"}) for f in offered)
         is_named = isinstance(choice, NamedTool)
         return cls(
-            tool_format(template), found, is_named or choice == "required", parallel is not False and not is_named
+            layout=tool_format(template),
+            tools=found,
+            must_call=is_named or choice == "required",
+            parallel=parallel is not False and not is_named,
+            special=special,
         )
 
     def grammar(self, answer: Asked | None) -> Asked:
@@ -132,6 +148,7 @@ class Calls:
             must_call=self.must_call,
             parallel=self.parallel,
             answer=None if answer is None else answer.given,
+            special=self.special,
         )
         return Asked("lark", text, "tools")
 
@@ -179,39 +196,7 @@ class Reading:
             return {"content": entry.text}
         if isinstance(entry, More):
             return {"tool_calls": [{"index": entry.index, "function": {"arguments": entry.arguments}}]}
-        self.ids.append(f"call_{uuid.uuid4().hex[:24]}")
+        made = uuid.uuid4().hex
+        self.ids.append(made[:SHORT_ID] if self.reader.layout.has_short_ids else f"call_{made[:24]}")
         function = {"name": entry.name, "arguments": ""}
         return {"tool_calls": [{"index": entry.index, "id": self.ids[-1], "type": "function", "function": function}]}
-
-
-def with_tools(
-    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], template: str
-) -> list[Mapping[str, Any]]:
-    """A conversation for a template that knows nothing of tools: they, calls and results are told in texts."""
-    if _reads_tools(template):
-        return list(messages)
-    layout = tool_format(template)
-    told = [_told(message, layout) for message in messages]
-    if not tools:
-        return told
-    listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
-    example = f'{layout.begin}NAME{layout.middle}{{"ARGUMENT": "VALUE"}}{layout.end}'
-    text = f"You may call these functions:\n{listed}\nA call is written like this:\n{example}"
-    if told[0]["role"] == "system":
-        return [{**told[0], "content": f"{told[0]['content']}\n\n{text}"}, *told[1:]]
-    return [{"role": "system", "content": text}, *told]
-
-
-def _reads_tools(template: str) -> bool:
-    """Whether a template has a variable of that name; texts in it do not count."""
-    return any(re.search(r"\btools\b", _STRING.sub("", code)) for code in _CODE.findall(template))
-
-
-def _told(message: Mapping[str, Any], layout: ToolFormat) -> Mapping[str, Any]:
-    if message["role"] == "tool":
-        return {"role": "user", "content": f"<tool_response>\n{message['content']}\n</tool_response>"}
-    if not message.get("tool_calls"):
-        return message
-    calls = (call["function"] for call in message["tool_calls"])
-    texts = [layout.begin + c["name"] + layout.middle + json.dumps(c["arguments"]) + layout.end for c in calls]
-    return {"role": message["role"], "content": "\n".join(filter(None, [message["content"], *texts]))}

@@ -7,6 +7,7 @@ and of the engine, where a request says nothing. Settings without an implementat
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from flextron.generation.sampling import SamplingParams
 
 __all__ = ["GENERATION_CONFIG", "GenerationDefaults", "generation_defaults", "read_generation_config"]
 
+_log = logging.getLogger("flextron.model")
 GENERATION_CONFIG = "generation_config.json"
 _NEUTRAL: dict[str, tuple[float, ...]] = {
     "typical_p": (1,),
@@ -45,6 +47,12 @@ _NEUTRAL: dict[str, tuple[float, ...]] = {
     "stop_strings": (),
     "watermarking_config": (),
     "max_time": (),
+    "token_healing": (),
+    # llama.cpp's
+    "sequence": (),
+    "xtc_probability": (0,),
+    "mirostat": (0,),
+    "penalty_last_n": (-1, 0),
 }
 """Settings that would change answers and have no implementation, with the values (beside null, empty) that do not."""
 
@@ -103,7 +111,7 @@ class GenerationDefaults:
         if not self.unsupported:
             return None
         named = ", ".join(f"{key} {_short(value)}" for key, value in self.unsupported.items())
-        return f"{GENERATION_CONFIG} asks for {named}, which this program does not have; answers are drawn without"
+        return f"the checkpoint asks for {named}, which this program does not have; answers are drawn without"
 
 
 def read_generation_config(directory: Path) -> dict[str, Any] | None:
@@ -141,12 +149,18 @@ def generation_defaults(
     found = _checked(settings, GENERATION_CONFIG)
     named = (found.eos_token_id, hf_config.get("eos_token_id"), None if tokenizer is None else tokenizer.eos_token_id)
     ends = {token for given in named for token in _ids(given)}
+    size = hf_config.get("vocab_size")
+    missing = {token for token in ends if token < 0 or (isinstance(size, int) and token >= size)}
+    if missing:
+        _log.warning(
+            "the checkpoint names tokens %s as ends of text, which do not exist; they are ignored", sorted(missing)
+        )
     unsupported = {key: settings[key] for key, neutral in _NEUTRAL.items() if _is_set(settings.get(key), neutral)}
     temperature = found.temperature
     if temperature is None and found.do_sample:
         temperature = 1.0  # transformers' default of those who sample
     return GenerationDefaults(
-        ends=tuple(sorted(ends)),
+        ends=tuple(sorted(ends - missing)),
         temperature=temperature,
         top_p=found.top_p,
         top_k=found.top_k,

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from transformers import GenerationConfig
 
-from flextron.checkpoints.generation_config import GenerationDefaults, generation_defaults, read_generation_config
 from flextron.errors import FlextronError
+from flextron.generation.constraints import Grammars
+from flextron.generation.defaults import GenerationDefaults, generation_defaults, read_generation_config
 from flextron.generation.generate import SamplingParams
 from tests.generation.tokenizer_cases import make_tokenizer
 
@@ -31,6 +32,21 @@ def test_all_ends_end_an_answer(named: Any, tmp_path: Path) -> None:
         others = {8} if configured == 8 else set(configured or ())
         assert ends == of_stock | others | {tokenizer.eos_token_id}
     assert generation_defaults(None, {}, None).ends == ()
+
+
+@pytest.mark.parametrize("named", [-1, [7, -1], 2**40, [10, 7], [10]])
+def test_ends_that_are_no_tokens_are_left_out(named: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Transformers compares ids with them, and none is ever equal."""
+    given = named if isinstance(named, list) else [named]
+    for found in (
+        generation_defaults({"eos_token_id": named}, {"vocab_size": 10}, None),
+        generation_defaults(None, {"eos_token_id": named, "vocab_size": 10}, None),
+    ):
+        assert found.ends == tuple(token for token in given if token in range(10))
+    assert "do not exist" in caplog.text
+    tokenizer = make_tokenizer("llama-3")
+    ends = generation_defaults({"eos_token_id": named}, {"vocab_size": len(tokenizer)}, tokenizer).ends
+    Grammars(tokenizer, len(tokenizer), ends)
 
 
 def test_a_checkpoint_without_the_file_has_none(tmp_path: Path) -> None:
