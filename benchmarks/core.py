@@ -17,14 +17,14 @@ from transformers import AutoModelForCausalLM
 from benchmarks import smollm2
 from benchmarks.families import worst_family_error
 from benchmarks.harness import Figure, interleaved_seconds, median, run_suite
-from flextron.checkpoints.huggingface import write_checkpoint
+from flextron.checkpoints.weights import write_checkpoint
 from flextron.elastic import extract, permute, rank
 from flextron.model.batch import Batch
 from flextron.model.cost import step_flops
 from flextron.model.decoder import Decoder
-from flextron.model.scoring import mean_loss
+from flextron.scoring.mean_loss import mean_loss
 from flextron.spec import SearchSpace, SubnetSpec
-from flextron.training.blocks import TokenBlocks
+from flextron.texts.blocks import TokenBlocks
 from flextron.training.recipe import TrainRecipe
 from flextron.training.trainer import TrainingRun
 

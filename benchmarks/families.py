@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from flextron.checkpoints.huggingface import stock_tensors
+from flextron.checkpoints.weights import stock_tensors
 from flextron.generation.generate import generate
 from flextron.generation.sampling import SamplingParams
 from tests.checkpoints.families_cases import (

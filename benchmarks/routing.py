@@ -22,10 +22,10 @@ from benchmarks.core import DEMO, demo_record
 from benchmarks.harness import Figure, median, run_suite
 from flextron.api import ElasticModel, evaluation_text, load
 from flextron.api.texts import sequences
-from flextron.model.scoring import mean_loss
 from flextron.routing.compare import uniform_within
 from flextron.routing.latency import LatencyTable, measure_table, step_latencies_ms
 from flextron.routing.token_calibration import calibrate, score_routed
+from flextron.scoring.mean_loss import mean_loss
 from flextron.spec import SubnetSpec
 from flextron.training.routers import RouterRecipe, RouterResult, train_static_router
 from flextron.workflows.tiny import tiny_model

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from flextron.api import evaluation_text
 from flextron.api.texts import sequences
-from flextron.checkpoints.huggingface import load_decoder, open_pretrained, write_checkpoint
-from flextron.checkpoints.pretrained import Pretrained
+from flextron.checkpoints.huggingface import open_pretrained
+from flextron.checkpoints.weights import load_decoder, write_checkpoint
+from flextron.families.pretrained import Pretrained
 from flextron.model.decoder import Decoder
 from flextron.workflows.demo import default_model
 

@@ -14,7 +14,7 @@ from benchmarks import smollm2
 from benchmarks.convert_memory import status
 from flextron.elastic.adapter import ElasticAdapter, sharing
 from flextron.spec import SearchSpace
-from flextron.training.blocks import TokenBlocks
+from flextron.texts.blocks import TokenBlocks
 from flextron.training.recipe import TrainRecipe
 from flextron.training.trainer import TrainingRun
 

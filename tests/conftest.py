@@ -8,15 +8,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 # Read when the libraries are imported, hence before any test module is.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-# Deadlines measure the machine's other work, not ours.
-settings.register_profile("flextron", deadline=None, print_blob=True)
+# Deadlines measure the machine's other work, not ours. Explaining failures traces every line in all examples, which
+# takes several times as long as the examples themselves.
+_PHASES = [phase for phase in Phase if phase is not Phase.explain]
+settings.register_profile("flextron", deadline=None, print_blob=True, phases=_PHASES)
 settings.load_profile("flextron")
 
 

@@ -8,7 +8,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor
 
-from flextron.checkpoints.families import config_from_hf
+from flextron.families.config import config_from_hf
 from flextron.kernels.decoder import Weights
 from flextron.kernels.quantization import GROUP, column_scales, quantize_groups, quantize_rows
 from flextron.model.config import DecoderConfig

@@ -16,12 +16,14 @@ import torch
 import yaml
 
 import flextron
-from flextron.checkpoints.families import config_from_hf
-from flextron.checkpoints.huggingface import load_decoder, open_pretrained
-from flextron.checkpoints.peft import read_adapter, write_adapter
-from flextron.checkpoints.peft_config import check_adapter_config
+from flextron.checkpoints.huggingface import open_pretrained
+from flextron.checkpoints.peft.config import check_adapter_config
+from flextron.checkpoints.peft.reading import read_adapter
+from flextron.checkpoints.peft.writing import write_adapter
 from flextron.checkpoints.shards import find_shards
+from flextron.checkpoints.weights import load_decoder
 from flextron.elastic.checkpoint import read_elastic
+from flextron.families.config import config_from_hf
 from flextron.files import read_json
 from flextron.model.adapter import Adapter
 from flextron.model.bypass import Lora
@@ -32,9 +34,9 @@ from flextron.spec import SearchSpace, SubnetSpec
 from flextron.training.state import RunDirectory
 from flextron.workflows.elastify import ElastifyRecipe, read_recipe
 from flextron.workflows.report import frontier_rows, summary
-from tests.checkpoints.families_cases import CASES, decoder_of, hf_config_of, random_model
-from tests.checkpoints.gguf.writing import fields_of, to_gguf, write_gguf
+from tests.checkpoints.families_cases import CASES, hf_config_of, random_decoder_of, random_model
 from tests.damage import Watch, damaged, damaged_bytes, little_memory, written
+from tests.gguf.writing import fields_of, to_gguf, write_gguf
 from tests.tiny import make_tiny_llama
 from tests.token_toy import opinionated_router
 from tests.toy import SPACE, TABLE
@@ -164,7 +166,7 @@ def attack_checkpoints(watch: Watch, rng: random.Random, num_inputs: int, whole:
 
 
 def attack_adapters(watch: Watch, rng: random.Random, num_inputs: int, directory: Path) -> None:
-    decoder = decoder_of(random_model("llama"))
+    decoder = random_decoder_of("llama")
     adapter = Adapter(
         decoder.config, decoder.widths, lambda i, target, shape: Lora(shape, 2, 2.0) if target == "q" else None
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from flextron import ElasticModel, Engine, FlextronError, SamplingParams, Target
-from flextron.checkpoints.peft import write_adapter
+from flextron.checkpoints.peft.writing import write_adapter
 from flextron.generation.generate import generate
 from flextron.kernels.decoder import Weights, why_not_native
 from flextron.model.adapter import Adapter

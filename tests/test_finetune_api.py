@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import flextron
 from flextron import ElasticModel, FlextronError
-from flextron.checkpoints.peft import read_adapter
+from flextron.checkpoints.peft.reading import read_adapter
 from flextron.finetuning.dataset import read_dataset
 from flextron.finetuning.hyperparameters import Hyperparameters
 from flextron.finetuning.lora import LoraTrainer

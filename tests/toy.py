@@ -15,7 +15,7 @@ from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
 from flextron.routing import LatencyTable
 from flextron.spec import LayerSpec, SearchSpace, SubnetSpec
-from flextron.training.blocks import TokenBlocks
+from flextron.texts.blocks import TokenBlocks
 from flextron.training.recipe import TrainRecipe
 from flextron.workflows.elastify import StepCallback
 from tests.checkpoints.families_cases import VOCAB, decoder_of, random_model

@@ -20,7 +20,7 @@ import typer
 
 from flextron.cli.main import app
 from flextron.finetuning.hyperparameters import Hyperparameters
-from flextron.server.keys import KEYS, Does
+from flextron.protocols.keys import KEYS, Does
 from flextron.training.recipe import TrainRecipe
 from flextron.workflows.elastify import ConvertStage, ProfileStage
 

@@ -19,9 +19,9 @@ from flextron.api.packaged import boxed_adapter
 from flextron.api.texts import needed, sequences
 from flextron.checkpoints.origin import PermutedFrom
 from flextron.files import read_json, write_json
-from flextron.model.scoring import mean_loss
 from flextron.routing import SearchSettings
 from flextron.routing.losses import KnownLosses
+from flextron.scoring.mean_loss import mean_loss
 from flextron.workflows.boxed_demo import UNTRAINED_FILE
 from flextron.workflows.demo import default_model
 

@@ -25,10 +25,10 @@ from flextron.files import read_json, write_json
 from flextron.model.batch import Batch
 from flextron.model.cost import layer_parameters, num_parameters
 from flextron.model.decoder import Decoder
-from flextron.model.losses import token_losses
-from flextron.model.scoring import mean_loss
+from flextron.model.likelihoods import token_losses
 from flextron.routing.allocate import Allocator
 from flextron.routing.sensitivity import measure_sensitivity
+from flextron.scoring.mean_loss import mean_loss
 from flextron.spec import SearchSpace, SubnetSpec
 from flextron.workflows.demo import default_model
 

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from flextron.model.cost import block_parameters, layer_parameters
 from flextron.model.decoder import Decoder
-from flextron.model.scoring import mean_loss
 from flextron.routing.allocate import Allocator
 from flextron.routing.compare import mix_n_match
 from flextron.routing.latency import LatencyTable
 from flextron.routing.routers import StaticRouter
 from flextron.routing.sensitivity import Sensitivity, measure_sensitivity
+from flextron.scoring.mean_loss import mean_loss
 from flextron.spec import LayerSpec, SearchSpace, SubnetSpec
 from flextron.training.routers import RouterRecipe, train_static_router
 from flextron.training.sampling import uniform_subnet

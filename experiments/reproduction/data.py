@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerFast
 
 from flextron.errors import FlextronError
 from flextron.files import new_directory, read_json, write_json
-from flextron.training.blocks import TokenBlocks, pack_tokens
-from flextron.training.documents import read_documents
+from flextron.texts.blocks import TokenBlocks, pack_tokens
+from flextron.texts.documents import read_documents
 
 __all__ = ["Data", "load_data", "prepare", "split_of", "train_tokenizer"]
 

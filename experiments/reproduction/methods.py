@@ -38,7 +38,7 @@ from flextron.routing.routers import StaticRouter
 from flextron.routing.token_calibration import score_routed
 from flextron.routing.token_router import TokenRouter
 from flextron.spec import SearchSpace, SubnetSpec
-from flextron.training.blocks import TokenBlocks
+from flextron.texts.blocks import TokenBlocks
 from flextron.training.router_joint import JointRouting
 from flextron.training.router_recipe import RouterRecipe
 from flextron.training.token_recipe import TokenRouterRecipe

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from flextron.checkpoints.families import config_from_hf
+from flextron.families.config import config_from_hf
 from flextron.model.decoder import Decoder
 from flextron.model.layers import Contraction
 from flextron.spec import SubnetSpec

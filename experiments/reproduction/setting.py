@@ -15,16 +15,16 @@ from experiments.reproduction.data import Data
 from experiments.reproduction.models import FamilyName, fresh_decoder, hf_config
 from experiments.reproduction.scales import Scale, full_size_space, uniform_widths
 from experiments.reproduction.store import Store
-from flextron.checkpoints.families import config_from_hf
 from flextron.cli.console import progress
 from flextron.elastic import permute, rank
 from flextron.elastic.importance import Method
+from flextron.families.config import config_from_hf
 from flextron.model.config import DecoderConfig
 from flextron.model.cost import block_parameters, num_parameters
 from flextron.model.decoder import Decoder
-from flextron.model.scoring import mean_loss
+from flextron.scoring.mean_loss import mean_loss
 from flextron.spec import SearchSpace, SubnetSpec
-from flextron.training.blocks import TokenBlocks
+from flextron.texts.blocks import TokenBlocks
 from flextron.training.recipe import TrainRecipe
 from flextron.training.trainer import RouterSampler, train
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -37,7 +38,8 @@ from transformers import (
 )
 from transformers.masking_utils import eager_mask
 
-from flextron.checkpoints.huggingface import load_decoder, open_pretrained
+from flextron.checkpoints.huggingface import open_pretrained
+from flextron.checkpoints.weights import load_decoder
 from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
 from flextron.spec import SubnetSpec
@@ -149,6 +151,35 @@ CASES: dict[str, PretrainedConfig] = {
     "stablelm": StableLmConfig(**SIZES, **HEADS, use_qkv_bias=True, partial_rotary_factor=0.25),
 }
 
+MECHANISMS = (
+    "llama-3",  # heads in groups, biases of all linears, a head size of its own, tied head, rescaled rotation
+    "llama-mqa",  # one KV head: a group is a query head
+    "gpt2-rescaled",  # learned positions, LayerNorm, no gate, scores scaled by the layer's number
+    "neox",  # attention and MLP side by side, rotation of a part of each head
+    "gemma2",  # norms before and after, capped scores and logits, windows in some layers, scaled embeddings
+    "gemma3",  # a norm of each query and key head, a rotation of its own for layers with a window
+    "smollm3",  # layers without rotation
+    "granite",  # scaled residual stream, scores, embeddings and logits
+    "olmo2",  # a norm of all query heads as one, no norm before
+    "stablelm",  # LayerNorm with a gate, biases of q, k and v alone
+)
+"""Cases that have between them all that a decoder can do.
+
+They stand for all families where a test compares the decoder with itself (other widths, other batches, adapters,
+kernels): such a test sees what the decoder computes, and not from which checkpoint it came.
+"""
+LAYOUTS = (
+    "llama",  # a tensor for each linear
+    "llama-mqa",  # permutations move q and o alone
+    "gpt2",  # q, k, v in one tensor, and all stored as (in, out)
+    "neox",  # q, k, v in one tensor, head by head
+    "phi3",  # q, k, v in one tensor, and gate, up in one
+    "gemma2",  # four norms a layer, gains beside 1
+    "olmo2",  # norms whose rows move with the heads
+)
+"""Cases that have between them all ways in which a checkpoint holds linears and norms, for tests of what goes with its
+tensors and names: adapters, permutations."""
+
 
 def random_model(case: str, seed: int = 3) -> PreTrainedModel:
     """The case's model with random parameters, in evaluation mode and with the plainest attention."""
@@ -224,6 +255,16 @@ def decoder_of(model: PreTrainedModel) -> Decoder:
     with TemporaryDirectory() as directory:
         model.save_pretrained(directory)
         return load_decoder(open_pretrained(directory), dtype=model.dtype)
+
+
+@cache
+def _read_decoder(case: str) -> Decoder:
+    return decoder_of(random_model(case))
+
+
+def random_decoder_of(case: str) -> Decoder:
+    """`decoder_of` the case's model: a copy for each test, of what is read once."""
+    return copy.deepcopy(_read_decoder(case))
 
 
 def stock(directory: Path) -> PreTrainedModel:

@@ -11,9 +11,10 @@ import torch
 from torch.nn import functional as F
 from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen2Config
 
-from flextron.checkpoints.families import FAMILIES, config_from_hf
-from flextron.checkpoints.huggingface import load_decoder, open_pretrained, write_checkpoint
+from flextron.checkpoints.huggingface import open_pretrained
+from flextron.checkpoints.weights import load_decoder, write_checkpoint
 from flextron.errors import FlextronError, UnsupportedModelError
+from flextron.families.config import FAMILIES, config_from_hf
 from flextron.generation.generate import SamplingParams, generate
 from tests.checkpoints.families_cases import (
     CASES,

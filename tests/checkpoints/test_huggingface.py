@@ -15,10 +15,11 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from flextron.checkpoints.families import FAMILIES
-from flextron.checkpoints.huggingface import load_decoder, open_pretrained, write_checkpoint
+from flextron.checkpoints.huggingface import open_pretrained
+from flextron.checkpoints.weights import load_decoder, write_checkpoint
 from flextron.elastic.extract import extract
 from flextron.errors import FlextronError, UnsupportedModelError
+from flextron.families.config import FAMILIES
 from flextron.files import new_directory, read_json, write_json
 from flextron.spec import SubnetSpec
 from tests.checkpoints.families_cases import (

@@ -11,19 +11,21 @@ import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from flextron.checkpoints.huggingface import write_checkpoint
-from flextron.checkpoints.peft import read_adapter, write_adapter
+from flextron.checkpoints.peft.reading import read_adapter
+from flextron.checkpoints.peft.writing import write_adapter
+from flextron.checkpoints.weights import write_checkpoint
 from flextron.elastic.extract import extract
 from flextron.errors import FlextronError
 from flextron.model.batch import Batch
 from flextron.spec import SubnetSpec
 from tests.checkpoints.families_cases import (
-    CASES,
+    LAYOUTS,
     decoder_of,
     hf_config_of,
     hf_logits,
     in_float64,
     our_logits,
+    random_decoder_of,
     random_model,
     random_tokens,
     relative_error,
@@ -44,7 +46,7 @@ def adapted_logits(decoder: Any, adapter: Any, spec: SubnetSpec | None = None) -
     return decoder.logits(decoder(batch)).unflatten(0, TOKENS.shape)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", LAYOUTS)
 @pytest.mark.parametrize("make", [random_lora, random_ia3])
 def test_peft_loads_what_is_written(case: str, make: type, tmp_path: Path) -> None:
     model = random_model(case)
@@ -82,7 +84,7 @@ def randomized(model: Any) -> Any:
     return model.eval()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", LAYOUTS)
 @pytest.mark.parametrize("rslora", [False, True])
 def test_what_peft_wrote_is_read(case: str, rslora: bool, tmp_path: Path) -> None:
     model = in_float64(random_model(case))
@@ -109,6 +111,46 @@ def test_what_peft_wrote_is_read(case: str, rslora: bool, tmp_path: Path) -> Non
     first, second = (load_file(d / "adapter_model.safetensors") for d in (tmp_path, tmp_path / "again"))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"target_modules": ["q_proj"]},
+        {"target_modules": ".*q_proj"},
+        {"exclude_modules": ["v_proj"]},
+        {"exclude_modules": "model.layers.0.*"},
+        {"layers_to_transform": [0]},
+        {"layers_to_transform": 1},
+    ],
+)
+def test_tensors_that_peft_leaves_out_are_refused(edit: dict[str, Any], tmp_path: Path) -> None:
+    """As after somebody edited the config: peft passes over what is not a target any more."""
+    model = random_model("llama")
+    decoder = decoder_of(model)
+    model.save_pretrained(tmp_path / "base")
+    randomized(get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    whole = adapted_logits(decoder, read_adapter(tmp_path, decoder.config))
+    path.write_text(json.dumps(json.loads(path.read_text()) | edit))
+    theirs = PeftModel.from_pretrained(stock(tmp_path / "base"), str(tmp_path))
+    assert relative_error(whole, hf_logits(theirs, TOKENS)) > 0.01
+    with pytest.raises(FlextronError, match="does not name as a target"):
+        read_adapter(tmp_path, decoder.config)
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [r"(?:.*?(?:model|layers).*?(?:self_attn|mlp).*?(?:q_proj|v_proj).*?)", "all-linear", ["layers.0.mlp.up_proj"]],
+)
+def test_targets_that_people_write_are_taken(targets: Any, tmp_path: Path) -> None:
+    model = in_float64(random_model("llama"))
+    decoder = decoder_of(model)
+    config = LoraConfig(r=4, target_modules=targets)
+    theirs = randomized(get_peft_model(model, config, autocast_adapter_dtype=False))
+    theirs.save_pretrained(tmp_path)
+    adapter = read_adapter(tmp_path, decoder.config)
+    assert relative_error(adapted_logits(decoder, adapter.double()), hf_logits(theirs, TOKENS)) <= 1e-12
 
 
 def test_ia3_that_peft_wrote_is_read(tmp_path: Path) -> None:
@@ -161,7 +203,7 @@ def _edited(directory: Path, **changes: Any) -> Path:
 
 
 def test_bad_directories_are_refused(tmp_path: Path) -> None:
-    decoder = decoder_of(random_model("llama"))
+    decoder = random_decoder_of("llama")
     config, adapter = decoder.config, randomize(random_lora(decoder.config))
     good = tmp_path / "good"
     with pytest.raises(FlextronError, match="does not exist"):
@@ -178,7 +220,7 @@ def test_bad_directories_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FlextronError, match="another checkpoint"):
         read_adapter(good, config, narrow)
     with pytest.raises(FlextronError, match="no bypass for"):
-        read_adapter(good, decoder_of(random_model("gpt2")).config)
+        read_adapter(good, random_decoder_of("gpt2").config)
     weights = good / "adapter_model.safetensors"
     tensors = load_file(weights)
     tensors[min(tensors)][0, 0] = torch.nan
@@ -202,7 +244,7 @@ def test_bad_directories_are_refused(tmp_path: Path) -> None:
 def test_what_has_no_bypass_is_refused_with_the_way_out(options: dict[str, Any], said: str, tmp_path: Path) -> None:
     theirs = randomized(get_peft_model(random_model("llama"), LoraConfig(task_type="CAUSAL_LM", **options)))
     theirs.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-    config = decoder_of(random_model("llama")).config
+    config = random_decoder_of("llama").config
     with pytest.raises(FlextronError, match=f"{said}.*merge_and_unload"):
         read_adapter(tmp_path / "adapter", config)
     # the way out is one

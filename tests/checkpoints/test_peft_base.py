@@ -15,19 +15,21 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from flextron.checkpoints.fingerprint import weights_digest
-from flextron.checkpoints.huggingface import load_decoder, open_pretrained, write_checkpoint
+from flextron.checkpoints.huggingface import open_pretrained
 from flextron.checkpoints.origin import write_origin
-from flextron.checkpoints.peft import read_adapter, write_adapter
+from flextron.checkpoints.peft.reading import read_adapter
+from flextron.checkpoints.peft.writing import write_adapter
+from flextron.checkpoints.weights import load_decoder, write_checkpoint
 from flextron.elastic.permute import permute
 from flextron.errors import FlextronError
 from flextron.files import write_json
 from flextron.model.decoder import Decoder
 from flextron.spec import SubnetSpec
 from tests.checkpoints.families_cases import (
-    CASES,
-    decoder_of,
+    LAYOUTS,
     hf_config_of,
     hf_logits,
+    random_decoder_of,
     random_model,
     relative_error,
     stock,
@@ -79,7 +81,7 @@ def ia3_config(case: str) -> IA3Config:
     )
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", LAYOUTS)
 @pytest.mark.parametrize("method", ["lora", "ia3"])
 def test_an_adapter_goes_with_the_elastic_checkpoint_whichever_it_was_made_beside(
     case: str, method: str, here: Path
@@ -279,7 +281,7 @@ def test_every_other_setting_of_peft_is_refused_by_name(setting: str, tmp_path: 
     config = {"peft_type": "LORA", "r": 4, setting: "all" if setting == "bias" else True}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(FlextronError, match=f"was made with {setting}, which is not supported"):
-        read_adapter(tmp_path, decoder_of(random_model("llama")).config)
+        read_adapter(tmp_path, random_decoder_of("llama").config)
 
 
 @pytest.mark.parametrize("changes", [{"r": 8}, {"r": 8, "rank_pattern": {"q_proj": 2}}])

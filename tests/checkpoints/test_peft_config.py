@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from flextron.checkpoints.peft_config import check_adapter_config
+from flextron.checkpoints.peft.config import check_adapter_config
 from flextron.errors import FlextronError
 
 GOOD: dict[str, Any] = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}

@@ -7,12 +7,12 @@ import torch
 
 from flextron.checkpoints.permutation import Permutation
 from flextron.errors import FlextronError
-from tests.checkpoints.families_cases import decoder_of, random_model
+from tests.checkpoints.families_cases import random_decoder_of
 
 
 def shuffled(case: str, seed: int = 0) -> Permutation:
     """Orders at random."""
-    config = decoder_of(random_model(case)).config
+    config = random_decoder_of(case).config
     generator = torch.Generator().manual_seed(seed)
     layers = range(config.num_hidden_layers)
     return Permutation(
@@ -43,7 +43,7 @@ def test_what_is_no_order_is_refused(damaged: torch.Tensor | None) -> None:
 
 @pytest.mark.parametrize("kind", ["neurons", "groups"])
 def test_the_order_of_another_model_is_refused(kind: str) -> None:
-    config = decoder_of(random_model("llama")).config
+    config = random_decoder_of("llama").config
     tensors = shuffled("llama").to_tensors()
     Permutation.from_tensors(tensors).check(config)
     longer = torch.arange(len(tensors[f"layers.1.{kind}"]) + 1)

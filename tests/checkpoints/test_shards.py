@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flextron.checkpoints.huggingface import load_decoder, open_pretrained
+from flextron.checkpoints.huggingface import open_pretrained
+from flextron.checkpoints.weights import load_decoder
 from flextron.errors import FlextronError
 from tests.checkpoints.families_cases import hf_logits, our_logits, random_model, random_tokens, relative_error, stock
 

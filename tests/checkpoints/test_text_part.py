@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, PreTrainedModel, SiglipVisionConfig
 
-from flextron.checkpoints.huggingface import load_decoder, open_pretrained, write_checkpoint
+from flextron.checkpoints.huggingface import open_pretrained
+from flextron.checkpoints.weights import load_decoder, write_checkpoint
 from flextron.errors import FlextronError
 from tests.checkpoints.families_cases import CASES, hf_logits, our_logits, random_tokens, relative_error, stock
 

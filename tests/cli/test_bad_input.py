@@ -185,7 +185,7 @@ def test_a_full_disk_leaves_everything_as_it_was(
     assert_refused(run("route", elastic, "--text", made.text, "--num-tokens", 512), "no space is left", "again")
     after = content(elastic)
     assert after == before
-    monkeypatch.setattr("flextron.checkpoints.huggingface.save_file", half)
+    monkeypatch.setattr("flextron.checkpoints.weights.save_file", half)
     out = tmp_path / "out"
     assert_refused(run("convert", made.checkpoint, out, "--calibration", made.text), "no space is left")
     assert not out.exists()

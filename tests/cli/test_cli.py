@@ -23,7 +23,7 @@ from flextron import api
 from flextron.cli.main import main
 from flextron.routing import latency as latency_module
 from tests.checkpoints.families_cases import CASES, GPT2, random_from, random_model
-from tests.checkpoints.gguf.writing import fields_of, to_gguf, write_gguf
+from tests.gguf.writing import fields_of, to_gguf, write_gguf
 from tests.tiny import make_tiny_llama
 from tests.toy import prose, synthetic_latencies
 

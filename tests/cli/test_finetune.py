@@ -19,7 +19,7 @@ from openai import OpenAI
 
 from flextron import ElasticModel
 from flextron.api.remote import RemoteFinetuning
-from flextron.checkpoints.peft import write_adapter
+from flextron.checkpoints.peft.writing import write_adapter
 from flextron.errors import FlextronError
 from tests.cli import test_cli
 from tests.cli.test_cli import assert_refused

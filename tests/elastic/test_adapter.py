@@ -14,7 +14,7 @@ from flextron.elastic.adapter import ElasticAdapter, norm_parameters, sharing
 from flextron.elastic.sketch import check_sketch, sketch
 from flextron.errors import FlextronError
 from flextron.model.batch import Batch
-from tests.checkpoints.families_cases import CASES, random_model, random_tokens, stock
+from tests.checkpoints.families_cases import MECHANISMS, random_model, random_tokens, stock
 from tests.model.adapter_cases import merged, randomize
 from tests.random_decoders import random_decoder
 from tests.tiny import make_tiny_llama
@@ -30,7 +30,7 @@ def random_adapter(decoder: torch.nn.Module, seed: int = 0) -> ElasticAdapter:
     return adapter
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", MECHANISMS)
 def test_merging_does_what_the_adapter_beside_the_base_does(case: str) -> None:
     base = random_decoder(case).double()
     adapter = random_adapter(base)

@@ -9,16 +9,16 @@ from flextron.elastic import extract
 from flextron.errors import FlextronError
 from flextron.model.cost import num_parameters
 from flextron.spec import SubnetSpec
-from tests.checkpoints.families_cases import CASES, decoder_of, our_logits, random_model, random_tokens
+from tests.checkpoints.families_cases import MECHANISMS, our_logits, random_decoder_of, random_tokens
 
 WIDE = SubnetSpec.of([40, 24, 16], [2, 2, 1])
 NARROW = SubnetSpec.of([8, 24, 0], [1, 0, 1])
 TOKENS = random_tokens(1, 10)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", MECHANISMS)
 def test_narrower_weights_are_prefixes_of_wider_ones(case: str) -> None:
-    decoder = decoder_of(random_model(case))
+    decoder = random_decoder_of(case)
     wide, narrow = extract(decoder, WIDE), extract(decoder, NARROW)
     full, wider = dict(decoder.named_parameters()), dict(wide.named_parameters())
     smaller = 0
@@ -33,7 +33,7 @@ def test_narrower_weights_are_prefixes_of_wider_ones(case: str) -> None:
 
 @pytest.mark.parametrize("case", ["llama", "llama-3", "llama-mqa", "gpt2", "neox"])
 def test_shapes_follow_the_widths(case: str) -> None:
-    decoder = decoder_of(random_model(case))
+    decoder = random_decoder_of(case)
     shapes = {name: tuple(p.shape) for name, p in extract(decoder, NARROW).named_parameters()}
     heads, kv_heads, head_dim = {
         "llama": (2, 1, 8),
@@ -53,7 +53,7 @@ def test_shapes_follow_the_widths(case: str) -> None:
 
 @pytest.mark.parametrize("spec", [WIDE, NARROW, SubnetSpec.of([40] * 3, [2] * 3)])
 def test_no_memory_is_shared(spec: SubnetSpec) -> None:
-    decoder = decoder_of(random_model("llama"))
+    decoder = random_decoder_of("llama")
     small = extract(decoder, spec)
     expected = our_logits(decoder, TOKENS, spec).detach()
     with torch.no_grad():
@@ -66,7 +66,7 @@ def test_no_memory_is_shared(spec: SubnetSpec) -> None:
 
 
 def test_extracting_in_two_steps_is_extracting_once() -> None:
-    decoder = decoder_of(random_model("qwen3"))
+    decoder = random_decoder_of("qwen3")
     twice, once = extract(extract(decoder, WIDE), NARROW), extract(decoder, NARROW)
     assert twice.widths == once.widths == NARROW
     theirs = dict(once.named_parameters())
@@ -85,15 +85,15 @@ def test_extracting_in_two_steps_is_extracting_once() -> None:
 )
 def test_what_is_not_nested_is_refused(spec: SubnetSpec) -> None:
     with pytest.raises(FlextronError, match="is not nested in the model"):
-        extract(decoder_of(random_model("llama")), spec)
+        extract(random_decoder_of("llama"), spec)
 
 
 def test_what_an_extracted_model_lacks_is_refused() -> None:
-    narrow = extract(decoder_of(random_model("llama")), NARROW)
+    narrow = extract(random_decoder_of("llama"), NARROW)
     with pytest.raises(FlextronError, match="is not nested"):
         extract(narrow, WIDE)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_the_type_of_the_weights_is_kept(dtype: torch.dtype) -> None:
-    assert extract(decoder_of(random_model("llama")).to(dtype), NARROW).dtype == dtype
+    assert extract(random_decoder_of("llama").to(dtype), NARROW).dtype == dtype

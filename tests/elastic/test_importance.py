@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flextron.elastic.importance import rank, removal_order
-from tests.checkpoints.families_cases import decoder_of, hf_logits, random_model, random_tokens
+from tests.checkpoints.families_cases import (
+    decoder_of,
+    hf_logits,
+    random_decoder_of,
+    random_model,
+    random_tokens,
+)
 
 CASES = ["llama", "llama-3", "llama-mqa", "qwen3", "gpt2", "neox"]
 TOKENS = random_tokens(6, 16)  # more sequences than are run at once
@@ -130,7 +136,7 @@ def test_reconstruction_orders_are_greedy_removals(case: str) -> None:
 
 
 def test_the_two_methods_differ() -> None:
-    decoder = decoder_of(random_model("llama"))
+    decoder = random_decoder_of("llama")
     orders = [rank(decoder, TOKENS, method).neurons for method in ("activation", "reconstruction")]
     assert not all(torch.equal(a, b) for a, b in zip(*orders, strict=True))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flextron.checkpoints.huggingface import write_checkpoint
+from flextron.checkpoints.weights import write_checkpoint
 from flextron.elastic import Importance, permute, rank
 from flextron.model.decoder import Decoder
 from flextron.spec import SubnetSpec
@@ -17,6 +17,7 @@ from tests.checkpoints.families_cases import (
     hf_config_of,
     hf_logits,
     our_logits,
+    random_decoder_of,
     random_model,
     random_tokens,
     relative_error,
@@ -61,7 +62,7 @@ def test_permuted_model_is_the_same_function_and_a_stock_checkpoint(case: str, t
 @pytest.mark.parametrize("case", ["llama", "llama-mqa", "gpt2", "neox"])
 @pytest.mark.parametrize("method", ["activation", "reconstruction"])
 def test_after_permuting_importance_falls_along_every_axis(case: str, method: str) -> None:
-    decoder = decoder_of(random_model(case))
+    decoder = random_decoder_of(case)
     importance = rank(decoder, TOKENS, "activation" if method == "activation" else "reconstruction")
     permute(decoder, importance)
     again = rank(decoder, TOKENS, importance.method)
@@ -71,7 +72,7 @@ def test_after_permuting_importance_falls_along_every_axis(case: str, method: st
 
 @pytest.mark.parametrize("case", ["llama-3", "llama-mqa", "neox"])
 def test_the_first_units_are_the_most_important_ones(case: str) -> None:
-    decoder, original = (decoder_of(random_model(case)) for _ in range(2))
+    decoder, original = (random_decoder_of(case) for _ in range(2))
     importance = shuffled(decoder)
     permute(decoder, importance)
     # a sub-network of one unit a layer is the original with all but the chosen units removed

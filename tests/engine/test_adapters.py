@@ -13,8 +13,9 @@ import pytest
 import torch
 from peft import PeftModel
 
-from flextron.checkpoints.huggingface import write_checkpoint
-from flextron.checkpoints.peft import read_adapter, write_adapter
+from flextron.checkpoints.peft.reading import read_adapter
+from flextron.checkpoints.peft.writing import write_adapter
+from flextron.checkpoints.weights import write_checkpoint
 from flextron.elastic.extract import extract
 from flextron.engine import EngineCore, Network, Request, Speculation
 from flextron.errors import FlextronError

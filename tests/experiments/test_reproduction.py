@@ -25,10 +25,10 @@ from experiments.reproduction.models import Shape, fresh_decoder, hf_config
 from experiments.reproduction.report import claims
 from experiments.reproduction.scales import SCALES, Scale, uniform_widths
 from experiments.reproduction.setting import Setting
-from flextron.checkpoints.families import config_from_hf
 from flextron.errors import FlextronError
+from flextron.families.config import config_from_hf
 from flextron.model.batch import Batch
-from flextron.model.scoring import mean_loss
+from flextron.scoring.mean_loss import mean_loss
 from flextron.spec import SearchSpace, SubnetSpec
 from tests.toy import prose
 

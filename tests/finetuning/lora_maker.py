@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flextron.checkpoints.peft import write_adapter
+from flextron.checkpoints.peft.writing import write_adapter
 from flextron.finetuning.trainer import TrainingTask
 from flextron.model.adapter import Adapter
 from flextron.model.config import DecoderConfig

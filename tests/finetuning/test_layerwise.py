@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import pytest
 import torch
@@ -14,12 +14,13 @@ from torch.nn import functional as F
 
 from flextron.errors import FlextronError
 from flextron.finetuning.example import Example
-from flextron.finetuning.layerwise import Finetuning, Stage
+from flextron.finetuning.layerwise import Finetuning
+from flextron.finetuning.units import Stage
 from flextron.model.adapter import TARGETS, Adapter
 from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
 from flextron.spec import SubnetSpec
-from tests.checkpoints.families_cases import CASES, random_tokens
+from tests.checkpoints.families_cases import MECHANISMS, random_tokens
 from tests.model.adapter_cases import random_ia3, random_lora, targets_of
 from tests.random_decoders import ragged_specs, random_decoder
 
@@ -93,16 +94,16 @@ def doubles(case: str, make: type = random_lora, **options: object) -> tuple[Dec
     return decoder, make(decoder.config, **options).double()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", MECHANISMS)
 @pytest.mark.parametrize("make", [random_lora, random_ia3])
 @pytest.mark.parametrize("keep", [(), ("q", "attention", "o", "gate", "up")], ids=["recomputed", "kept"])
-def test_every_family_and_method(case: str, make: type, keep: tuple[str, ...]) -> None:
+def test_every_mechanism_and_method(case: str, make: type, keep: tuple[str, ...]) -> None:
     decoder, adapter = doubles(case, make)
     check(decoder, adapter, [13, 6, 9], [4, 7, 1], [5, 2], keep=keep)
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("case", ["llama-3", "qwen3", "mistral", "neox", "neox-sequential"])
+@pytest.mark.parametrize("case", ["llama-3", "gemma3", "neox"])
 def test_each_linear_alone(case: str, target: str) -> None:
     decoder = random_decoder(case).double()
     if target in targets_of(decoder.config):
@@ -119,7 +120,7 @@ SIZES = st.lists(st.integers(1, 16), min_size=1, max_size=6)
 
 @settings(max_examples=40)
 @given(
-    case=st.sampled_from(sorted(CASES)),
+    case=st.sampled_from(MECHANISMS),
     targets=st.sets(st.sampled_from(TARGETS), min_size=1),
     lengths=st.lists(st.integers(5, 24), min_size=1, max_size=4),
     forward=SIZES,
@@ -192,7 +193,7 @@ def test_inference_between_units_changes_nothing_and_gradients_accumulate() -> N
 
 
 def live_bytes() -> int:
-    """Bytes of all tensors that Python knows of."""
+    """Bytes of all tensors that the garbage collector knows of."""
     gc.collect()
     storages = {}
     for t in gc.get_objects():
@@ -201,12 +202,22 @@ def live_bytes() -> int:
     return sum(storages.values())
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.fixture
+def only_new_objects() -> Iterator[None]:
+    """Hide what lives already from the garbage collector: to look through all of it after each unit takes minutes."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("only_new_objects")
 @pytest.mark.parametrize("keep", [(), ("q", "up"), ("attention",)])
 def test_what_is_counted_is_all_that_is_kept(keep: tuple[str, ...]) -> None:
     decoder, adapter = doubles("llama")
     work = Finetuning(decoder, adapter, examples_of([60, 50]), keep=keep)
     before = live_bytes()
+    assert before > 0
     while work.run(50):
         gradients(adapter)
         assert live_bytes() - before == work.saved.num_bytes
@@ -254,7 +265,7 @@ def test_a_model_in_bfloat16_trains_an_adapter_in_float32() -> None:
         assert float(cosine) > 0.9, name
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", MECHANISMS)
 def test_the_forward_pass_alone(case: str) -> None:
     decoder, adapter = doubles(case)
     examples = examples_of([13, 6, 9])

@@ -14,7 +14,7 @@ from peft import PeftConfig, load_peft_weights
 from torch import Tensor
 from torch.nn import functional as F
 
-from flextron.checkpoints.peft import read_adapter
+from flextron.checkpoints.peft.reading import read_adapter
 from flextron.errors import FlextronError
 from flextron.finetuning.example import Example
 from flextron.finetuning.hyperparameters import Hyperparameters
@@ -90,7 +90,7 @@ def plain_losses(decoder: Decoder, adapter: Adapter, data: Sequence[Example]) ->
     return losses
 
 
-@pytest.mark.parametrize("case", ["llama", "gpt2", "qwen3"])
+@pytest.mark.parametrize("case", ["llama", "gpt2"])
 def test_the_curve_is_that_of_a_plain_loop(case: str) -> None:
     decoder, data = random_decoder(case), examples(8)
     first = trainer(decoder, data)

@@ -10,9 +10,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from flextron.checkpoints.families import config_from_hf
+from flextron.families.config import config_from_hf
 from flextron.finetuning.example import Example
-from flextron.finetuning.layerwise import Finetuning, Stage
+from flextron.finetuning.layerwise import Finetuning
+from flextron.finetuning.units import Stage
 from flextron.model.adapter import Adapter
 from flextron.model.decoder import Decoder
 from tests.checkpoints.families_cases import hf_config_of

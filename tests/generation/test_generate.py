@@ -11,7 +11,14 @@ import torch
 from flextron.errors import FlextronError
 from flextron.generation.generate import SamplingParams, generate, sample
 from flextron.spec import SubnetSpec
-from tests.checkpoints.families_cases import decoder_of, hf_greedy, hf_logits, random_model, random_tokens
+from tests.checkpoints.families_cases import (
+    decoder_of,
+    hf_greedy,
+    hf_logits,
+    random_decoder_of,
+    random_model,
+    random_tokens,
+)
 
 PROMPTS = [random_tokens(n, seed=i).tolist() for i, n in enumerate((4, 9, 1, 4))]
 
@@ -28,7 +35,7 @@ def test_greedy_batch_equals_transformers_prompt_by_prompt(case: str) -> None:
 
 @pytest.mark.parametrize("spec", [SubnetSpec.of([40, 0, 8], [1, 2, 0]), SubnetSpec.of([8, 8, 8], [1, 1, 1])])
 def test_greedy_batch_in_a_subnetwork_equals_one_by_one(spec: SubnetSpec) -> None:
-    decoder = decoder_of(random_model("llama-3"))
+    decoder = random_decoder_of("llama-3")
     params = SamplingParams(max_tokens=10)
     alone = [generate(decoder, [prompt], spec, params)[0] for prompt in PROMPTS]
     assert generate(decoder, PROMPTS, spec, params) == alone
@@ -36,7 +43,7 @@ def test_greedy_batch_in_a_subnetwork_equals_one_by_one(spec: SubnetSpec) -> Non
 
 
 def test_stop_tokens_end_a_sequence_and_leave_the_others() -> None:
-    decoder = decoder_of(random_model("llama"))
+    decoder = random_decoder_of("llama")
     free = generate(decoder, PROMPTS, decoder.widths, SamplingParams(max_tokens=16))
     stop = free[1][3]
     stopped = generate(decoder, PROMPTS, decoder.widths, SamplingParams(max_tokens=16, stop_token_ids=(stop,)))
@@ -45,7 +52,7 @@ def test_stop_tokens_end_a_sequence_and_leave_the_others() -> None:
 
 
 def test_a_seed_reproduces_and_another_differs() -> None:
-    decoder = decoder_of(random_model("llama"))
+    decoder = random_decoder_of("llama")
 
     def draw(seed: int) -> list[list[int]]:
         return generate(decoder, PROMPTS, decoder.widths, SamplingParams(max_tokens=12, temperature=1.0, seed=seed))
@@ -142,7 +149,7 @@ def test_senseless_parameters_are_refused(params: dict[str, Any], message: str) 
 
 
 def test_empty_and_overlong_prompts_are_refused() -> None:
-    decoder = decoder_of(random_model("gpt2"))
+    decoder = random_decoder_of("gpt2")
     with pytest.raises(FlextronError, match="prompt is empty"):
         generate(decoder, [[1, 2], []], decoder.widths, SamplingParams(max_tokens=2))
     with pytest.raises(FlextronError, match="come to 65 tokens; the model has 64"):
@@ -151,12 +158,12 @@ def test_empty_and_overlong_prompts_are_refused() -> None:
 
 
 def test_no_prompts_give_no_answers() -> None:
-    decoder = decoder_of(random_model("llama"))
+    decoder = random_decoder_of("llama")
     assert generate(decoder, [], decoder.widths, SamplingParams(max_tokens=2)) == []
 
 
 @pytest.mark.parametrize("token", [67, -1])
 def test_tokens_outside_the_vocabulary_are_refused(token: int) -> None:
-    decoder = decoder_of(random_model("llama"))
+    decoder = random_decoder_of("llama")
     with pytest.raises(FlextronError):
         generate(decoder, [[1, token]], decoder.widths, SamplingParams(max_tokens=2))

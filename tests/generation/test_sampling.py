@@ -14,7 +14,7 @@ from flextron.errors import FlextronError
 from flextron.generation.generate import generate
 from flextron.generation.processors import processed
 from flextron.generation.sampling import SamplingParams, probabilities
-from tests.checkpoints.families_cases import decoder_of, random_model, random_tokens
+from tests.checkpoints.families_cases import random_decoder_of, random_tokens
 
 SIZE = 24
 TOKENS = st.integers(0, SIZE - 1)
@@ -114,7 +114,7 @@ def test_what_the_grammar_allows_wins() -> None:
 
 
 def test_generation_counts_each_sequence_by_itself() -> None:
-    decoder = decoder_of(random_model("llama"))
+    decoder = random_decoder_of("llama")
     prompts = [random_tokens(n, seed=i).tolist() for i, n in enumerate((3, 6))]
     params = SamplingParams(max_tokens=12, frequency_penalty=2.0, repetition_penalty=1.5, min_tokens=4)
     alone = [generate(decoder, [prompt], decoder.widths, params)[0] for prompt in prompts]
@@ -126,6 +126,6 @@ def test_generation_counts_each_sequence_by_itself() -> None:
     "params", [{"logit_bias": {67: 1.0}}, {"allowed_token_ids": (-1,)}, {"bad_words_ids": ((99,),)}]
 )
 def test_tokens_that_the_model_does_not_have_are_refused(params: Any) -> None:
-    decoder = decoder_of(random_model("llama"))
+    decoder = random_decoder_of("llama")
     with pytest.raises(FlextronError, match="outside the model's vocabulary of 67"):
         generate(decoder, [[1]], decoder.widths, SamplingParams(max_tokens=2, **params))

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from flextron.checkpoints.families import config_from_hf
 from flextron.errors import FlextronError
+from flextron.families.config import config_from_hf
 from flextron.kernels.adapters import NativeAdapter, why_adapter_not_native
 from flextron.kernels.build import load_library
 from flextron.kernels.decoder import NativeStep, Weights, why_not_native

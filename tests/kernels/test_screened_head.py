@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from flextron import SamplingParams
-from flextron.checkpoints.families import config_from_hf
 from flextron.engine import EngineCore, EngineSettings
+from flextron.families.config import config_from_hf
 from flextron.kernels.decoder import NativeStep
 from flextron.kernels.quantization import quantize_rows, row_errors
 from flextron.model.decoder import Decoder

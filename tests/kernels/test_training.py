@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flextron.finetuning import attention_torch
-from flextron.finetuning.layerwise import Finetuning, Stage
+from flextron.finetuning.layerwise import Finetuning
+from flextron.finetuning.units import Stage
 from flextron.kernels import training as kernels
 from flextron.kernels.build import load_library
 from flextron.kernels.elementwise import silu_gate
-from tests.checkpoints.families_cases import CASES
+from tests.checkpoints.families_cases import MECHANISMS
 from tests.finetuning.test_layerwise import examples_of, gradients, run
 from tests.model.adapter_cases import random_lora
 from tests.random_decoders import random_decoder
@@ -161,7 +162,7 @@ def test_the_gate_of_an_mlp(shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("keep", [(), ("q", "attention", "o", "gate", "up")], ids=["recomputed", "kept"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", MECHANISMS)
 def test_finetuning_with_kernels_and_without(case: str, keep: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = random_decoder(case)
     adapter = random_lora(decoder.config)

@@ -12,16 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flextron.checkpoints.families import config_from_hf
 from flextron.errors import FlextronError
+from flextron.families.config import config_from_hf
 from flextron.model.attention import CachedAttention, CausalAttention
 from flextron.model.batch import Batch
 from flextron.model.config import DecoderConfig
 from flextron.spec import SubnetSpec
 from tests.checkpoints.families_cases import (
-    CASES,
-    decoder_of,
+    MECHANISMS,
     hf_config_of,
+    random_decoder_of,
     random_model,
     random_tokens,
     relative_error,
@@ -114,9 +114,9 @@ def check_in_chunks(totals: list[int], chunks: list[list[int]], window: int | No
         starts = [a + n for a, n in zip(starts, lengths, strict=True)]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", MECHANISMS)
 def test_decoder_with_cache_and_mixed_specs_equals_whole_sequences(case: str) -> None:
-    decoder = decoder_of(random_model(case))
+    decoder = random_decoder_of(case)
     groups = decoder.config.num_groups
     specs = [SubnetSpec.of([40, 8, 0], [groups, 0, 1]), SubnetSpec.of([8, 0, 40], [1, 0, groups])]
     tokens = [random_tokens(14, seed=5), random_tokens(9, seed=6), random_tokens(12, seed=7)]

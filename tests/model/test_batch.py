@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flextron.model.batch import Batch, Segment
 from flextron.spec import SubnetSpec
-from tests.checkpoints.families_cases import CASES, decoder_of, random_model, random_tokens, relative_error
+from tests.checkpoints.families_cases import MECHANISMS, random_decoder_of, random_tokens, relative_error
 
 LENGTHS = (7, 3, 7, 11, 1, 5)
 
@@ -29,9 +29,9 @@ def sequences() -> list[Tensor]:
     return [random_tokens(n, seed=n + 10 * i) for i, n in enumerate(LENGTHS)]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", MECHANISMS)
 def test_ragged_batch_of_mixed_specs_equals_each_sequence_alone(case: str) -> None:
-    decoder = decoder_of(random_model(case))
+    decoder = random_decoder_of(case)
     specs = mixed_specs(decoder.config.num_groups)
     with torch.no_grad():
         together = decoder(Batch.ragged(sequences(), specs)).split(LENGTHS)
@@ -41,7 +41,7 @@ def test_ragged_batch_of_mixed_specs_equals_each_sequence_alone(case: str) -> No
 
 @pytest.mark.parametrize("case", ["llama-3", "llama-mqa", "qwen3", "gpt2", "neox"])
 def test_gradients_of_a_mixed_batch_are_the_sum_of_those_alone(case: str) -> None:
-    decoder = decoder_of(random_model(case)).double()
+    decoder = random_decoder_of(case).double()
     specs = mixed_specs(decoder.config.num_groups)
     directions = [d.double() for d in random_directions(decoder.config.hidden_size)]
     (decoder(Batch.ragged(sequences(), specs)) * torch.cat(directions)).sum().backward()
@@ -67,7 +67,7 @@ def random_directions(hidden_size: int) -> list[Tensor]:
 
 @pytest.mark.parametrize("case", ["llama", "mistral", "gpt2"])
 def test_padded_equals_ragged_and_padding_on_the_right_is_harmless(case: str) -> None:
-    decoder = decoder_of(random_model(case))
+    decoder = random_decoder_of(case)
     tokens, spec = random_tokens(3, 9), SubnetSpec.of([40, 16, 8], [1, 2, 1])
     with torch.no_grad():
         padded = decoder(Batch.padded(tokens, spec))
@@ -91,7 +91,7 @@ def test_segments_join_neighbours_of_equal_spec_and_positions_start_where_told()
 
 
 def test_gates_scale_what_each_half_layer_adds_and_take_gradients() -> None:
-    decoder = decoder_of(random_model("llama"))
+    decoder = random_decoder_of("llama")
     plain = Batch.padded(random_tokens(6, seed=0).repeat(2, 1), decoder.widths)
     gates = torch.ones(len(decoder.layers), 2, requires_grad=True)
 

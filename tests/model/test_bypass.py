@@ -12,7 +12,7 @@ from flextron.model.attention import CachedAttention
 from flextron.model.batch import Batch, Segment, TokenChoice
 from flextron.model.decoder import Decoder
 from flextron.spec import SubnetSpec
-from tests.checkpoints.families_cases import CASES, random_tokens, relative_error
+from tests.checkpoints.families_cases import MECHANISMS, random_tokens, relative_error
 from tests.model.adapter_cases import merged, random_ia3, random_lora, targets_of
 from tests.random_decoders import ragged_specs, random_decoder
 
@@ -23,7 +23,7 @@ def run(decoder: Decoder, tokens: Tensor, spec: SubnetSpec, adapter: Adapter | N
     return decoder(Batch.ragged([tokens], [spec], adapters=[adapter]))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", MECHANISMS)
 @pytest.mark.parametrize("make", [random_lora, random_ia3])
 def test_an_adapter_does_what_merged_weights_do_in_every_sub_network(case: str, make: type) -> None:
     decoder = random_decoder(case).double()

@@ -10,9 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 
-from flextron.checkpoints.families import FAMILIES, config_from_hf
-from flextron.checkpoints.huggingface import load_decoder, open_pretrained
+from flextron.checkpoints.huggingface import open_pretrained
+from flextron.checkpoints.weights import load_decoder
 from flextron.errors import FlextronError, UnsupportedModelError
+from flextron.families.config import FAMILIES, config_from_hf
 from tests.checkpoints.families_cases import (
     CASES,
     HEADS,

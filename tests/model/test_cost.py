@@ -18,7 +18,14 @@ from flextron.model.cost import (
 )
 from flextron.model.decoder import Decoder
 from flextron.spec import SubnetSpec
-from tests.checkpoints.families_cases import CASES, decoder_of, random_model, random_tokens
+from tests.checkpoints.families_cases import (
+    CASES,
+    MECHANISMS,
+    decoder_of,
+    random_decoder_of,
+    random_model,
+    random_tokens,
+)
 
 
 def specs_for(decoder: Decoder) -> list[SubnetSpec]:
@@ -44,9 +51,9 @@ def test_parameters_are_those_of_the_extracted_model(case: str) -> None:
         assert num_parameters(decoder.config, spec) == sum(p.numel() for p in dense.parameters())
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", MECHANISMS)
 def test_bytes_of_keys_and_values_are_those_of_a_cache(case: str) -> None:
-    decoder = decoder_of(random_model(case))
+    decoder = random_decoder_of(case)
     for spec in specs_for(decoder):
         size = [
             CachedAttention(
@@ -60,7 +67,7 @@ def test_bytes_of_keys_and_values_are_those_of_a_cache(case: str) -> None:
 
 @pytest.mark.parametrize("case", ["llama", "llama-mqa", "gpt2"])
 def test_operations_of_the_products_are_those_that_run(case: str) -> None:
-    decoder = decoder_of(random_model(case)).requires_grad_(True)
+    decoder = random_decoder_of(case).requires_grad_(True)
     tokens = random_tokens(2, 8)
     for spec in specs_for(decoder)[:3]:
         batch = Batch.padded(tokens, spec)

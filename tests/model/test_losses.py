@@ -7,17 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flextron.model.losses import (
-    CHUNK_TOKENS,
-    capped,
-    cross_entropy,
-    forward_kl,
-    head_metric,
-    scored,
-    summed_cross_entropy,
-    token_losses,
-    token_scores,
-)
+from flextron.model.likelihoods import scored, token_losses, token_scores
+from flextron.model.losses import CHUNK_TOKENS, capped, cross_entropy, forward_kl, head_metric, summed_cross_entropy
 
 SIZE, VOCAB = 12, 37
 COUNTS = [1, 5, CHUNK_TOKENS, 2 * CHUNK_TOKENS + 3]

@@ -12,7 +12,7 @@ from flextron.model.batch import Batch
 from flextron.model.bypass import Bypasses, Lora, Shape
 from flextron.model.low_rank import SharedLora
 from flextron.model.nested import Contraction, Layout
-from tests.checkpoints.families_cases import CASES, random_tokens
+from tests.checkpoints.families_cases import MECHANISMS, random_tokens
 from tests.model.adapter_cases import random_lora
 from tests.random_decoders import ragged_specs, random_decoder
 
@@ -76,7 +76,7 @@ def test_contracting_equals_the_products_of_whole_weights(parts: list[tuple[int,
         torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("family", CASES)
+@pytest.mark.parametrize("family", MECHANISMS)
 def test_a_batch_with_one_adapter_equals_its_segments_taken_apart(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = random_decoder(family).double()
     adapter = random_lora(decoder.config).double()

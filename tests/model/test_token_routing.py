@@ -20,10 +20,10 @@ from flextron.model.decoder import Decoder
 from flextron.model.layers import ACTIVATIONS, Layer
 from flextron.model.nested import Layout
 from flextron.model.rope import rotary_tables
-from flextron.model.scoring import mean_loss
 from flextron.model.token_layout import TokenLayout
+from flextron.scoring.mean_loss import mean_loss
 from flextron.spec import SubnetSpec
-from tests.checkpoints.families_cases import decoder_of, random_model, random_tokens, relative_error
+from tests.checkpoints.families_cases import random_decoder_of, random_tokens, relative_error
 
 CHOICES = torch.tensor([0, 8, 24, 40])
 FAMILIES = ["llama", "llama-3", "llama-mqa", "gpt2", "neox"]
@@ -115,7 +115,7 @@ def test_layout_of_tokens_equals_that_of_segments_of_one_token(widths: list[int]
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("case", FAMILIES)
 def test_routed_tokens_equal_a_dense_pass_token_by_token(case: str, gated: bool) -> None:
-    decoder = decoder_of(random_model(case)).double()
+    decoder = random_decoder_of(case).double()
     spec, router = spec_of(decoder), BySign(gated)
     tokens = random_tokens(2, 9)
     ours = decoder(Batch.padded(tokens, spec, router))
@@ -134,7 +134,7 @@ def test_routed_tokens_equal_a_dense_pass_token_by_token(case: str, gated: bool)
 
 
 def test_the_router_above_really_mixes_widths() -> None:
-    decoder = decoder_of(random_model("llama"))
+    decoder = random_decoder_of("llama")
     seen: dict[int, set[int]] = {}
 
     class Watching(BySign):
@@ -149,7 +149,7 @@ def test_the_router_above_really_mixes_widths() -> None:
 
 @pytest.mark.parametrize("case", ["llama", "gpt2", "neox"])
 def test_gradient_checkpointing_changes_nothing(case: str) -> None:
-    decoder = decoder_of(random_model(case))
+    decoder = random_decoder_of(case)
     batch = Batch.padded(random_tokens(2, 9), spec_of(decoder), BySign(gated=True))
     gradients = []
     for decoder.gradient_checkpointing in (False, True):
@@ -163,7 +163,7 @@ def test_gradient_checkpointing_changes_nothing(case: str) -> None:
 
 @pytest.mark.parametrize("case", FAMILIES)
 def test_static_and_routed_segments_in_one_batch_equal_each_alone(case: str) -> None:
-    decoder = decoder_of(random_model(case))
+    decoder = random_decoder_of(case)
     wide, narrow = decoder.widths, spec_of(decoder)
     gated = BySign(gated=True)
     lengths = (5, 1, 7, 3)
@@ -187,7 +187,7 @@ def test_neighbours_share_a_segment_only_with_the_same_router() -> None:
 
 @pytest.mark.parametrize("case", FAMILIES)
 def test_equal_choices_for_all_tokens_are_the_static_subnetwork(case: str) -> None:
-    decoder = decoder_of(random_model(case))
+    decoder = random_decoder_of(case)
     spec = SubnetSpec.of([8, 24, 0], [1, 2, 1])
     around = SubnetSpec.of([40, 40, 40], [1, 2, 1])
     tokens = random_tokens(3, 8)
@@ -199,7 +199,7 @@ def test_equal_choices_for_all_tokens_are_the_static_subnetwork(case: str) -> No
 
 @pytest.mark.parametrize("case", [*FAMILIES, "mistral"])
 def test_decoding_with_a_cache_equals_one_pass(case: str) -> None:
-    decoder = decoder_of(random_model(case))
+    decoder = random_decoder_of(case)
     spec, router, prompt = spec_of(decoder), BySign(), 4
     tokens = [random_tokens(10, seed=i) for i in range(3)]
     routers = [router, router, None]
@@ -215,7 +215,7 @@ def test_decoding_with_a_cache_equals_one_pass(case: str) -> None:
 
 
 def test_generation_of_several_prompts_equals_a_pass_over_the_whole_text_for_each_token() -> None:
-    decoder = decoder_of(random_model("llama"))
+    decoder = random_decoder_of("llama")
     spec, router = spec_of(decoder), BySign()
     prompts = [random_tokens(n, seed=i).tolist() for i, n in enumerate((4, 9, 1))]
     ours = generate(decoder, prompts, spec, SamplingParams(max_tokens=8), router)
@@ -237,13 +237,13 @@ def test_generation_of_several_prompts_equals_a_pass_over_the_whole_text_for_eac
     ],
 )
 def test_a_router_of_another_model_is_refused(use: Callable[[Decoder, SubnetSpec, Constant], object]) -> None:
-    decoder = decoder_of(random_model("llama"))
+    decoder = random_decoder_of("llama")
     with pytest.raises(FlextronError, match="another model"):
         use(decoder, decoder.widths, Constant((8,)))
 
 
 def test_routed_segments_take_gates_of_whole_halves_too() -> None:
-    decoder = decoder_of(random_model("llama"))
+    decoder = random_decoder_of("llama")
     tokens = random_tokens(5)
     off = torch.tensor([[1.0, 0.0]] * 3)
     positions = torch.arange(5)

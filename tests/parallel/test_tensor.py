@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from flextron.errors import FlextronError
-from flextron.finetuning.layerwise import Finetuning, Stage
+from flextron.finetuning.layerwise import Finetuning
+from flextron.finetuning.units import Stage
 from flextron.generation.generate import SamplingParams, generate
 from flextron.kernels.decoder import why_not_native
 from flextron.model.adapter import TARGETS, Adapter
@@ -22,7 +23,7 @@ from flextron.model.bypass import Bypass
 from flextron.model.decoder import Decoder
 from flextron.parallel.tensor import TensorParallel
 from flextron.spec import SubnetSpec
-from tests.checkpoints.families_cases import CASES, random_tokens, relative_error
+from tests.checkpoints.families_cases import CASES, MECHANISMS, random_tokens, relative_error
 from tests.finetuning.test_layerwise import examples_of, gradients, plain, run
 from tests.model.adapter_cases import random_ia3, random_lora, targets_of
 from tests.random_decoders import random_decoder
@@ -109,7 +110,7 @@ def compare_in_mixed_batches(device: torch.device, case: str) -> None:
             assert_same(gathered_gradients(ranks, share), gradients(adapter))
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("olmo2")])
+@pytest.mark.parametrize("case", [case for case in MECHANISMS if case != "olmo2"])
 def test_shards_return_what_the_whole_decoder_does_and_so_do_their_gradients(ranks: Ranks, case: str) -> None:
     ranks.run(compare_in_mixed_batches, case)
 

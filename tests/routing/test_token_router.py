@@ -18,9 +18,9 @@ from flextron.errors import FlextronError
 from flextron.generation.generate import SamplingParams, generate
 from flextron.model.batch import Batch
 from flextron.model.config import DecoderConfig
-from flextron.model.scoring import mean_loss
 from flextron.routing.token_calibration import calibrate, routed_cost, score_routed
 from flextron.routing.token_router import TokenRouter
+from flextron.scoring.mean_loss import mean_loss
 from flextron.spec import SearchSpace, SubnetSpec
 from tests.checkpoints.families_cases import CASES, decoder_of, random_from, random_tokens
 from tests.token_toy import HIDDEN, STATIC, opinionated_router

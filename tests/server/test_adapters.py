@@ -16,7 +16,7 @@ from openai import OpenAI
 
 import flextron
 from flextron import ElasticModel, FlextronError
-from flextron.checkpoints.peft import write_adapter
+from flextron.checkpoints.peft.writing import write_adapter
 from flextron.finetuning.lora import LoraTrainers
 from flextron.jobs.records import JobCheckpoint
 from flextron.model.adapter import Adapter

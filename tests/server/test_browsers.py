@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,13 @@ def test_a_key_is_proof_enough(model: ElasticModel) -> None:
         headers = {"origin": EVIL, "authorization": f"Bearer {KEY}"}
         assert httpx.post(f"{made.url}/v1/completions", json=GOOD, headers=headers).status_code == 200
         assert_refused(httpx.post(f"{made.url}/v1/completions", json=GOOD, headers={"origin": EVIL}), 401)
+
+
+def test_compressed_bodies_are_refused_as_such(server: Running) -> None:
+    content = gzip.compress(b'{"model": "tiny", "prompt": "a", "max_tokens": 1}')
+    headers = {"content-type": "application/json", "content-encoding": "gzip"}
+    answer = httpx.post(f"{server.url}/v1/completions", content=content, headers=headers)
+    assert assert_refused(answer, 415, "compressed")["code"] == "unsupported_media_type"
 
 
 @pytest.mark.parametrize(

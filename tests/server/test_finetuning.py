@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from flextron import ElasticModel
-from flextron.checkpoints.peft import read_adapter
+from flextron.checkpoints.peft.reading import read_adapter
 from flextron.finetuning.dataset import read_dataset
 from flextron.finetuning.hyperparameters import Hyperparameters
 from flextron.finetuning.lora import LoraTrainer, LoraTrainers

@@ -10,10 +10,10 @@ from openai.types import completion_create_params as completion_types
 from openai.types.chat import completion_create_params as chat_types
 from openai.types.responses import response_create_params as response_types
 
-from flextron.server.bodies import ChatBody, CompletionBody
-from flextron.server.dialects.messages_body import MessagesBody
-from flextron.server.dialects.responses_body import ResponsesBody
-from flextron.server.keys import KEYS, Does, Key
+from flextron.protocols.bodies import ChatBody, CompletionBody
+from flextron.protocols.dialects.messages_body import MessagesBody
+from flextron.protocols.dialects.responses_body import ResponsesBody
+from flextron.protocols.keys import KEYS, Does, Key
 from tests.server.running import Running
 from tests.server.test_refusals import assert_refused
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import jsonschema
 import pytest
+from transformers import MistralConfig
+from transformers.utils.chat_template_utils import render_jinja_template
 
-from tests.server.running import Running, running_chat
+import flextron
+from tests.checkpoints.families_cases import HEADS, SIZES, random_from
+from tests.server.running import Running, running, running_chat
 from tests.server.test_refusals import assert_refused
+from tests.tokenizers_zoo import zoo_tokenizer
 
 SCHEMA = {
     "type": "object",
@@ -20,7 +26,7 @@ SCHEMA = {
     "additionalProperties": False,
 }
 WEATHER = {"type": "function", "function": {"name": "weather", "description": "Weather", "parameters": SCHEMA}}
-TIME = {"type": "function", "function": {"name": "time", "strict": True, "parameters": {**SCHEMA, "required": []}}}
+TIME = {"type": "function", "function": {"name": "time", "parameters": {**SCHEMA, "required": []}, "strict": True}}
 USER = {"role": "user", "content": "a"}
 KNOWING = (
     "{% if tools %}tools:{% for t in tools %}{{ t.function.name }}{% endfor %}{{ '\\n' }}{% endif %}"
@@ -162,7 +168,11 @@ def test_more_for_the_template(knowing: Running) -> None:
         ({"tools": [{"type": "browser"}]}, "tools.0.type", "'function'"),
         ({"tools": [{"type": "function", "function": {"name": "a", "parameters": {"type": "x"}}}]}, "tools", "type"),
         ({"tools": [WEATHER], "guided_regex": "a"}, "guided_regex", "goes with tools only"),
-        ({"continue_final_message": True, "add_generation_prompt": True}, None, "exclude each other"),
+        (
+            {"continue_final_message": True, "add_generation_prompt": True},
+            "continue_final_message",
+            "exclude each other",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(knowing: Running, body: dict[str, Any], param: str | None, said: str) -> None:
@@ -181,3 +191,147 @@ def test_a_schema_for_answers_beside_tools(knowing: Running) -> None:
         message = post(knowing, tools=[WEATHER], response_format=answer, seed=seed).json()["choices"][0]["message"]
         if "tool_calls" not in message:
             jsonschema.validate(json.loads(message["content"]), schema)
+
+
+MISTRAL = (
+    "{{ bos_token }}{% set users = messages | selectattr('role', 'equalto', 'user') | list %}"
+    "{% for m in messages %}"
+    "{% if m.role == 'user' %}{% if tools is defined and tools is not none and m == users[-1] %}"
+    "[AVAILABLE_TOOLS] {{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}[INST] {{ m.content }}[/INST]"
+    "{% elif m.tool_calls is defined and m.tool_calls is not none %}FIRST"
+    "{% for c in m.tool_calls %}{% if c.id | length != 9 %}{{ raise_exception('ids have 9 characters') }}{% endif %}"
+    "EACH{% endfor %}LAST{{ eos_token }}"
+    "{% elif m.role == 'tool' %}{% if m.tool_call_id | length != 9 %}{{ raise_exception('nine') }}{% endif %}"
+    '[TOOL_RESULTS] {"content": {{ m.content | tojson }}, "call_id": "{{ m.tool_call_id }}"}[/TOOL_RESULTS]'
+    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+LISTED = (
+    MISTRAL.replace("FIRST", "[TOOL_CALLS] [")
+    .replace("LAST", "]")
+    .replace("EACH", '{{ (c.function | tojson)[:-1] }}, "id": "{{ c.id }}"}{% if not loop.last %}, {% endif %}')
+)
+"""As Mistral 7B 0.3 writes calls."""
+MARKED = (
+    MISTRAL.replace("FIRST", "")
+    .replace("LAST", "")
+    .replace("EACH", "[TOOL_CALLS]{{ c.function.name }}[CALL_ID]{{ c.id }}[ARGS]{{ c.function.arguments | tojson }}")
+)
+"""As Mistral Small 3.2 does."""
+MARKS = ("[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[ARGS]")
+
+
+@pytest.fixture(scope="module", params=[LISTED, MARKED], ids=["listed", "marked"])
+def mistral(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """Of a model whose tokenizer has Mistral's markers as special tokens."""
+    tokenizer = zoo_tokenizer("mistral")
+    tokenizer.add_special_tokens({"additional_special_tokens": [*MARKS, "[CALL_ID]"]})
+    tokenizer.chat_template = request.param
+    directory = tmp_path_factory.mktemp("mistral")
+    random_from(
+        MistralConfig(**SIZES | HEADS | {"vocab_size": len(tokenizer), "max_position_embeddings": 4096})
+    ).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    with running(flextron.convert(directory, num_calibration_tokens=128, context=32)) as made:
+        yield made
+
+
+def test_mistrals_calls_go_there_and_back(mistral: Running) -> None:
+    tools = [WEATHER, TIME]
+    tokenizer = mistral.service.tokenizer
+    body = {"model": "tiny", "tools": tools, "tool_choice": "required", "max_tokens": 400, "return_token_ids": True}
+    # a random model would call without end
+    ends = {str(tokenizer.convert_tokens_to_ids(token)): 8 for token in ("</s>", "]", '"', "0")}
+    answer = post(mistral, **body, logit_bias=ends, seed=3).json()
+    (choice,) = answer["choices"]
+    calls = choice["message"]["tool_calls"]
+    assert (choice["finish_reason"], choice["message"]["content"]) == ("tool_calls", None)
+    for call in calls:
+        assert re.fullmatch("[a-zA-Z0-9]{9}", call["id"])
+        assert call["function"]["name"] in ("weather", "time")
+        jsonschema.validate(json.loads(call["function"]["arguments"]), {**SCHEMA, "required": []})
+    first = tokenizer.apply_chat_template([USER], tools=tools, tokenize=True, return_dict=False)
+    assert answer["prompt_token_ids"] == first
+    assert tokenizer.decode(choice["token_ids"]).startswith("[TOOL_CALLS]")
+
+    # the client sends them back, under its own ids or under ours
+    for ids in ([call["id"] for call in calls], [f"call_{i:020}" for i in range(len(calls))]):
+        told = [{**call, "id": own} for call, own in zip(calls, ids, strict=True)]
+        results = [{"role": "tool", "tool_call_id": own, "content": "sunny"} for own in ids]
+        history = [USER, {"role": "assistant", "content": None, "tool_calls": told}, *results]
+        prompt = post(mistral, **body | {"tool_choice": "auto", "max_tokens": 1}, messages=history).json()
+        written = tokenizer.decode(prompt["prompt_token_ids"])
+        found = re.findall(r'\[CALL_ID\](\w{9})\[ARGS\]|"id": "(\w{9})"', written)
+        short = [a or b for a, b in found]
+        assert len(set(short)) == len(calls)
+        assert re.findall(r'"call_id": "(\w{9})"', written) == short
+        if ids[0] == calls[0]["id"]:
+            parsed = [
+                {
+                    "id": c["id"],
+                    "type": "function",
+                    "function": c["function"] | {"arguments": json.loads(c["function"]["arguments"])},
+                }
+                for c in calls
+            ]
+            wanted: Any = [USER, {"role": "assistant", "content": "", "tool_calls": parsed}, *results]
+            assert prompt["prompt_token_ids"] == tokenizer.apply_chat_template(wanted, tools=tools, return_dict=False)
+
+
+def test_mistrals_calls_in_a_stream(mistral: Running) -> None:
+    body: Any = {"model": "tiny", "messages": [USER], "tools": [WEATHER, TIME], "tool_choice": "required"}
+    body |= {"max_tokens": 100, "seed": 3, "temperature": 1}
+    whole = post(mistral, **body).json()["choices"][0]["message"]["tool_calls"]
+    calls: list[list[str]] = []
+    for chunk in mistral.client().chat.completions.create(stream=True, **body):
+        for part in chunk.choices[0].delta.tool_calls or []:
+            assert part.function is not None
+            if part.id:
+                calls.append([part.function.name or "", ""])
+            calls[part.index][1] += part.function.arguments or ""
+        assert not chunk.choices[0].delta.content
+    assert calls == [[c["function"]["name"], c["function"]["arguments"]] for c in whole]
+
+
+def test_tools_take_the_template_that_is_made_for_them() -> None:
+    named = {"default": "{% for m in messages %}{{ m.content }}{% endfor %}:", "tool_use": KNOWING}
+    with running_chat(named) as server:  # type: ignore[arg-type]
+        tokenizer = server.service.tokenizer
+        for tools in ([WEATHER], None):
+            wanted = tokenizer.apply_chat_template([USER], tools=tools, tokenize=False, add_generation_prompt=True)
+            assert prompt_of(server, **({"tools": tools} if tools else {})) == wanted
+
+
+DEEPSEEK = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}"
+    "{% for m in messages %}{% if m.role == 'assistant' and m.content is none %}"
+    "{% for c in m.tool_calls %}<call>{{ c.function.name + '|' + c.function.arguments }}</call>{% endfor %}"
+    "{% else %}{{ m.role + ':' + m.content }}{% endif %}{% endfor %}"
+)
+"""As the distilled models of DeepSeek-R1 have it: calls only where there is no content, arguments as texts."""
+OBJECTS = DEEPSEEK.replace("c.function.arguments", "c.function.arguments | tojson")
+
+
+@pytest.mark.parametrize("template", [DEEPSEEK, OBJECTS])
+def test_calls_reach_templates_that_take_them_in_other_forms(template: str) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Bonn"}'}}
+    history: list[dict[str, Any]] = [USER, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    history.append({"role": "tool", "tool_call_id": "c1", "content": "sunny"})
+    with running_chat(template) as server:
+        theirs = [{**message} for message in history]
+        if template is OBJECTS:
+            parsed = {**call, "function": {"name": "weather", "arguments": {"city": "Bonn"}}}
+            theirs[1] = {**theirs[1], "tool_calls": [parsed]}
+        # as transformers rendered it before version 5 took the content away
+        (wanted,), _ = render_jinja_template(conversations=[theirs], chat_template=template)
+        assert "weather" in wanted
+        for content in (None, ""):
+            history[1] = {**history[1], "content": content}
+            assert prompt_of(server, messages=history) == wanted
+
+
+def test_calls_that_a_template_leaves_out_are_refused() -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    history = [USER, {"role": "assistant", "content": "b", "tool_calls": [call]}, USER]
+    with running_chat("{% if tools %}!{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}") as server:
+        error = assert_refused(post(server, messages=history, tools=[WEATHER]), 400, "leaves out tool_calls")
+        assert error["param"] == "messages"

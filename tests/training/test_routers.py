@@ -15,10 +15,10 @@ from torch import Tensor
 
 from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
-from flextron.model.scoring import mean_loss
 from flextron.routing.routers import StaticRouter
+from flextron.scoring.mean_loss import mean_loss
 from flextron.spec import SubnetSpec
-from flextron.training.blocks import TokenBlocks
+from flextron.texts.blocks import TokenBlocks
 from flextron.training.router_joint import JointRouting, latency_loss
 from flextron.training.router_recipe import RouterRecipe
 from flextron.training.routers import RouterResult, train_static_router

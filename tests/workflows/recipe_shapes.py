@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import Gemma3TextConfig, GPTNeoXConfig, LlamaConfig, PretrainedConfig, Qwen3Config, SmolLM3Config
 
-from flextron.checkpoints.families import config_from_hf
 from flextron.elastic.adapter import norm_parameters
+from flextron.families.config import config_from_hf
 from flextron.model.adapter import Adapter
 from flextron.model.batch import Batch
 from flextron.model.config import DecoderConfig

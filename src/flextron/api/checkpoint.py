@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flextron.api.model import LOSSES_FILE, ROUTERS_FILE, TOKEN_ROUTER_FILE, ElasticModel
+from flextron.api.model import ElasticModel
 from flextron.api.packaged import checkpoint_at
-from flextron.checkpoints.huggingface import find_directory, load_decoder, open_pretrained
+from flextron.api.stored import LOSSES_FILE, ROUTERS_FILE, TOKEN_ROUTER_FILE
+from flextron.checkpoints.huggingface import find_directory, open_pretrained
+from flextron.checkpoints.weights import load_decoder
 from flextron.elastic import ElasticInfo, read_elastic
 from flextron.elastic.adapter_file import is_adapter, read_adapter
 from flextron.elastic.checkpoint import read_tensors

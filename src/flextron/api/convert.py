@@ -9,7 +9,8 @@ from flextron.api.model import ElasticModel
 from flextron.api.packaged import TINY, checkpoint_at
 from flextron.api.texts import Texts, documents, sequences, training_text
 from flextron.checkpoints.fingerprint import weights_digest
-from flextron.checkpoints.huggingface import load_decoder, open_pretrained
+from flextron.checkpoints.huggingface import open_pretrained
+from flextron.checkpoints.weights import load_decoder
 from flextron.elastic import ElasticInfo, permute, rank
 from flextron.elastic.checkpoint import provenance
 from flextron.elastic.importance import Method

@@ -10,9 +10,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from flextron.api.texts import check_prompt, needed
-from flextron.checkpoints.generation_config import GenerationDefaults, generation_defaults
-from flextron.checkpoints.huggingface import write_checkpoint
+from flextron.checkpoints.weights import write_checkpoint
 from flextron.files import new_directory
+from flextron.generation.defaults import GenerationDefaults, generation_defaults
 from flextron.generation.detokenize import continuation
 from flextron.generation.encoding import encode
 from flextron.generation.generate import generate

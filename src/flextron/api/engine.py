@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 from flextron.api.checkpoint import load
 from flextron.api.model import ElasticModel
 from flextron.api.texts import needed
-from flextron.checkpoints.peft import read_adapter
+from flextron.checkpoints.peft.reading import read_adapter
 from flextron.engine import EngineCore, EngineSettings, FinishReason, Logprobs, Network, Request, Speculation
 from flextron.engine.output import Delta, OutputProcessor
 from flextron.errors import FlextronError

@@ -10,12 +10,11 @@ from transformers import PreTrainedTokenizerBase
 
 from flextron.api.dense import Generates
 from flextron.api.texts import Texts, check_sequences, documents, evaluation_text, sequences, source_name
-from flextron.checkpoints.stock import check_stock
 from flextron.elastic import ElasticInfo
 from flextron.errors import FlextronError
+from flextron.families.stock import check_stock
 from flextron.model.cost import num_parameters
 from flextron.model.decoder import Decoder
-from flextron.model.perplexity import Perplexity, evaluate_perplexity
 from flextron.progress import OnProgress
 from flextron.routing import (
     Frontier,
@@ -28,6 +27,7 @@ from flextron.routing import (
 )
 from flextron.routing.latency import Phase
 from flextron.routing.losses import KnownLosses
+from flextron.scoring.mean_loss import Perplexity, evaluate_perplexity
 from flextron.spec import SearchSpace, SubnetSpec, Target
 
 __all__ = ["MeasuredModel"]

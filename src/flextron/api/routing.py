@@ -21,7 +21,7 @@ from flextron.api.texts import (
 from flextron.progress import OnProgress, OnStep
 from flextron.routing import Frontier, compare_frontiers
 from flextron.routing.token_router import TokenRouter
-from flextron.training.blocks import TokenBlocks, pack_tokens
+from flextron.texts.blocks import TokenBlocks, pack_tokens
 from flextron.training.router_recipe import RouterRecipe
 from flextron.training.routers import RouterResult, train_static_router
 from flextron.training.token_recipe import TokenRouterRecipe

@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from flextron.errors import FlextronError
 from flextron.generation.encoding import beginning
-from flextron.training.blocks import pack_tokens
-from flextron.training.documents import read_documents
-from flextron.training.machine_text import drop_overlaps, pydoc_topics, python_docstrings
+from flextron.texts.blocks import pack_tokens
+from flextron.texts.documents import read_documents
+from flextron.texts.machine_text import drop_overlaps, pydoc_topics, python_docstrings
 
 __all__ = [
     "Texts",

@@ -13,7 +13,8 @@ import torch
 from flextron.api.measured import MeasuredModel
 from flextron.api.packaged import checkpoint_at
 from flextron.api.texts import Texts, documents, needed, source_name, training_text
-from flextron.checkpoints.huggingface import load_decoder, open_pretrained
+from flextron.checkpoints.huggingface import open_pretrained
+from flextron.checkpoints.weights import load_decoder
 from flextron.elastic import ElasticInfo
 from flextron.elastic.adapter import ElasticAdapter, sharing
 from flextron.errors import FlextronError
@@ -22,7 +23,7 @@ from flextron.model.decoder import Decoder
 from flextron.progress import OnStep
 from flextron.routing import StaticRouter
 from flextron.spec import SubnetSpec
-from flextron.training.blocks import TokenBlocks, pack_tokens
+from flextron.texts.blocks import TokenBlocks, pack_tokens
 from flextron.training.recipe import TrainRecipe
 from flextron.training.router_joint import JointRouting
 from flextron.training.router_recipe import RouterRecipe

@@ -1,1 +1,1 @@
-"""Checkpoints in and out: Hugging Face directories, GGUF files, peft adapters; families as data."""
+"""Checkpoints in and out: Hugging Face directories and hub ids, peft adapters, fingerprints and origins."""

@@ -1,7 +1,7 @@
 """The origin of a decoder's weights, if they are another checkpoint's in another order.
 
 `convert` writes it beside an elastic checkpoint. With it an adapter can be told from one of the original, and the
-latter be put into the same order (`flextron.checkpoints.peft_base`).
+latter be put into the same order (`flextron.checkpoints.peft.base`).
 """
 
 from __future__ import annotations

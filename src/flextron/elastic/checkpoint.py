@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from flextron.checkpoints.huggingface import write_checkpoint
 from flextron.checkpoints.origin import write_origin
+from flextron.checkpoints.weights import write_checkpoint
 from flextron.errors import FlextronError
 from flextron.files import checked, new_directory, new_file, read_json, write_json
 from flextron.model.decoder import Decoder

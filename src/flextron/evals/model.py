@@ -21,7 +21,7 @@ from flextron.api.texts import needed
 from flextron.errors import FlextronError
 from flextron.evals.answers import Wanted, answers
 from flextron.generation.encoding import encode
-from flextron.model.scoring import Continuation, score_continuations
+from flextron.scoring.continuations import Continuation, score_continuations
 from flextron.spec import SubnetSpec
 
 __all__ = ["FlextronLM"]

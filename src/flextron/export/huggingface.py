@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from flextron.checkpoints.families import FAMILIES
-from flextron.checkpoints.generation_config import generation_defaults
-from flextron.checkpoints.huggingface import write_checkpoint
-from flextron.checkpoints.stock import check_stock
+from flextron.checkpoints.weights import write_checkpoint
 from flextron.export.card import subnet_card
 from flextron.export.format import Order
 from flextron.export.source import Source
 from flextron.export.widen import least_uniform
+from flextron.families.config import FAMILIES
+from flextron.families.stock import check_stock
 from flextron.files import new_directory
+from flextron.generation.defaults import generation_defaults
 from flextron.model.config import DecoderConfig
 from flextron.model.cost import num_parameters
 from flextron.model.decoder import Decoder

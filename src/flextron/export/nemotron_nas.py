@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flextron.checkpoints.huggingface import write_files
+from flextron.checkpoints.weights import write_files
 from flextron.errors import FlextronError
 from flextron.export.format import Order
 from flextron.export.huggingface import DIRECTORY_PRECISIONS, generation_config_of, write_card

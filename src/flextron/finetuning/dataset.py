@@ -253,6 +253,8 @@ def _turns(messages: Any) -> tuple[list[Turn], list[bool]]:
             raise DatasetError(f"has a message {i} with the role {role}, which only the first may have")
         turns.append({"role": "system" if role == "developer" else role, "content": content})
         is_learnt.append(role == "assistant" and weight == 1)
+    if is_learnt[0] and len(turns) > 1:
+        raise DatasetError("begins with an answer; put a question before it, or give it the weight 0")
     if turns[-1]["role"] != "assistant" or not any(is_learnt) or len(turns) < 2:
         raise DatasetError("must end with an answer of the assistant, and have one to learn")
     return turns, is_learnt
@@ -261,6 +263,8 @@ def _turns(messages: Any) -> tuple[list[Turn], list[bool]]:
 def _text(content: Any) -> str | None:
     """A content's text; None if it has none."""
     if isinstance(content, list):
-        parts = [part.get("text") if isinstance(part, dict) else None for part in content]
+        # parts of other types may have a text, too, which is not all that they have
+        is_text = [isinstance(part, dict) and part.get("type", "text") == "text" for part in content]
+        parts = [part.get("text") if known else None for part, known in zip(content, is_text, strict=True)]
         return "".join(str(part) for part in parts) if all(isinstance(part, str) for part in parts) else None
     return content if isinstance(content, str) else None

@@ -16,7 +16,6 @@ Shapes: T tokens of all examples that are run, N tokens of a chunk, D hidden siz
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from enum import Enum
 from typing import Any
 
 import torch
@@ -28,25 +27,16 @@ from flextron.finetuning.attention import ChunkAttention
 from flextron.finetuning.example import Example
 from flextron.finetuning.packing import Packed
 from flextron.finetuning.recompute import KEEPABLE, PrunedBatch, RecordedBatch, unread_linears
+from flextron.finetuning.units import Stage, Units
 from flextron.kernels.elementwise import use_kernels
 from flextron.model.adapter import Adapter
 from flextron.model.batch import Batch, Segment
 from flextron.model.decoder import Decoder
-from flextron.model.losses import scored, summed_cross_entropy
+from flextron.model.likelihoods import scored
+from flextron.model.losses import summed_cross_entropy
 from flextron.spec import SubnetSpec
 
-__all__ = ["Finetuning", "Stage"]
-
-
-class Stage(str, Enum):
-    """Kinds of units, in their order."""
-
-    FORWARD = "forward"
-    """A layer for a chunk of tokens."""
-    HEAD = "head"
-    """The head and the loss, both ways, for a chunk of the tokens that have a weight."""
-    BACKWARD = "backward"
-    """A layer's gradients for a chunk of tokens."""
+__all__ = ["Finetuning"]
 
 
 class Finetuning:
@@ -101,13 +91,12 @@ class Finetuning:
         self._loss = torch.zeros((), dtype=torch.float64, device=decoder.device)
         self.num_right = 0
         """Tokens with a weight that the model holds for the likeliest."""
-        self._pending = list(self.spec.kept_layers)
-        """Layers of the stage that are not complete, the next one last."""
-        self._pending.reverse()
-        self._num_done = 0
-        """Tokens of that layer, or of the head's, that have had their turn."""
-        self.stage: Stage | None = Stage.FORWARD
+        self._units = Units(self.spec.kept_layers, self._trained, len(self._packed), len(self._rows))
+
+    @property
+    def stage(self) -> Stage | None:
         """Stage of the next unit; None once the gradients are complete."""
+        return self._units.stage
 
     @property
     def num_tokens(self) -> int:
@@ -117,18 +106,12 @@ class Finetuning:
     @property
     def num_left(self) -> int:
         """Tokens of this stage whose turn is still to come, summed over its layers."""
-        if self.stage is None:
-            return 0
-        if self.stage is Stage.HEAD:
-            return len(self._rows) - self._num_done
-        return len(self._pending) * self.num_tokens - self._num_done
+        return self._units.num_left
 
     @property
     def num_left_of_layer(self) -> int:
         """Tokens of the next unit's layer whose turn is still to come."""
-        if self.stage is None:
-            return 0
-        return (len(self._rows) if self.stage is Stage.HEAD else self.num_tokens) - self._num_done
+        return self._units.num_left_of_layer
 
     @property
     def num_weighted(self) -> int:
@@ -156,16 +139,29 @@ class Finetuning:
             return 0
         if self._adapter_versions() != self._versions:
             raise FlextronError("the adapter has changed in the middle of a pass; step only when the pass is done")
-        if self.stage is Stage.FORWARD:
-            return self._run_forward(num_tokens)
-        if self.stage is Stage.HEAD:
-            return self._run_head(num_tokens) if self._backward else self._score(num_tokens)
-        return self._run_backward(num_tokens)
+        stage, (start, stop) = self.stage, self._units.next(num_tokens)
+        if stage is Stage.FORWARD:
+            self._run_forward(self._units.layer, start, stop)
+        elif stage is Stage.BACKWARD:
+            self._run_backward(self._units.layer, start, stop)
+        else:
+            self._run_head(self._rows[start:stop])
+        if self._units.complete(stop - start) and self.stage is not stage:
+            self._end(stage)
+        return stop - start
+
+    def _end(self, stage: Stage) -> None:
+        """Leave what the next stage reads, once one is complete."""
+        stream_TD = self.saved.stream
+        assert stream_TD is not None
+        if self.stage is None:
+            self.saved.stream = None
+        elif stage is Stage.HEAD:
+            stream_TD[self._packed.weights_T == 0] = 0
 
     @torch.no_grad()
-    def _run_forward(self, num_tokens: int) -> int:
-        saved, i, start = self.saved, self._pending[-1], self._num_done
-        stop = min(start + num_tokens, self.num_tokens)
+    def _run_forward(self, i: int, start: int, stop: int) -> None:
+        saved = self.saved
         kept: dict[tuple[int, str], Tensor] = {}
         batch = self._batch(start, stop)
         batch = RecordedBatch(batch.tokens_N, batch.positions_N, batch.segments, self._keep, kept)
@@ -181,15 +177,8 @@ class Finetuning:
         x_ND = self._decoder.layers[i](x_ND, batch, i, self._packed.rope(i, start, stop), attention)
         self._keep_rows(i, start, attention, kept)
         self._pass_up(x_ND, start)
-        self._num_done = stop
-        if stop == self.num_tokens:
-            if i not in self._trained:
-                saved.forget(i)
-            self._pending.pop()
-            self._num_done = 0
-            if not self._pending:
-                self.stage = Stage.HEAD
-        return stop - start
+        if stop == self.num_tokens and i not in self._trained:
+            saved.forget(i)
 
     def _keep_rows(self, i: int, start: int, attention: ChunkAttention, kept: dict[tuple[int, str], Tensor]) -> None:
         """Keep what a chunk of a layer made for later chunks and for the way back."""
@@ -207,7 +196,7 @@ class Finetuning:
     def _pass_up(self, x_ND: Tensor, start: int) -> None:
         """Put a chunk of a layer's outputs where the next layer, or the head, finds them."""
         saved = self.saved
-        above = self._pending[-2] if len(self._pending) > 1 else None
+        above = self._units.layer_after
         if above in self._trained:
             put_rows(saved.inputs, above, x_ND, start, self.num_tokens)
             if start + len(x_ND) == self.num_tokens:
@@ -218,52 +207,29 @@ class Finetuning:
         saved.stream[start : start + len(x_ND)] = x_ND
 
     @torch.no_grad()
-    def _run_head(self, num_tokens: int) -> int:
-        """Add losses; turn the last layer's outputs into gradients."""
-        stream_TD = self.saved.stream
+    def _run_head(self, rows: Tensor) -> None:
+        """Add losses; turn the last layer's outputs into gradients, if a backward pass follows."""
+        stream_TD, packed = self.saved.stream, self._packed
         assert stream_TD is not None
-        rows = self._rows[self._num_done : self._num_done + num_tokens]
+        head, cap = self._decoder.head_weight.detach(), self._decoder.config.logits_cap
+        if not self._backward:
+            hidden = self._decoder.final_norm(stream_TD[rows])
+            total, right = scored(hidden, head, packed.targets_T[rows], packed.weights_T[rows], cap)
+            self._loss += total
+            self.num_right += right
+            return
         with torch.enable_grad():
             x = stream_TD[rows].requires_grad_()
             hidden = self._decoder.final_norm(x)
-        head, cap, packed = self._decoder.head_weight.detach(), self._decoder.config.logits_cap, self._packed
         loss = summed_cross_entropy(hidden.detach(), head, packed.targets_T[rows], packed.weights_T[rows], cap)
         self._loss += loss.total
         self.num_right += loss.num_right
         (stream_TD[rows],) = torch.autograd.grad(hidden, x, loss.gradient_ND)
-        self._num_done += len(rows)
-        if self._num_done == len(self._rows):
-            stream_TD[packed.weights_T == 0] = 0
-            self.stage, self._pending, self._num_done = Stage.BACKWARD, list(self._trained), 0
-        return len(rows)
 
-    @torch.no_grad()
-    def _score(self, num_tokens: int) -> int:
-        """Add losses; nothing follows."""
-        assert self.saved.stream is not None
-        rows, packed = self._rows[self._num_done : self._num_done + num_tokens], self._packed
-        hidden = self._decoder.final_norm(self.saved.stream[rows])
-        head, cap = self._decoder.head_weight, self._decoder.config.logits_cap
-        total, right = scored(hidden, head, packed.targets_T[rows], packed.weights_T[rows], cap)
-        self._loss += total
-        self.num_right += right
-        self._num_done += len(rows)
-        if self._num_done == len(self._rows):
-            self.stage = self.saved.stream = None
-        return len(rows)
-
-    def _run_backward(self, num_tokens: int) -> int:
-        layer, stop = self._pending[-1], self.num_tokens - self._num_done
-        start = max(0, stop - num_tokens)
-        self._differentiate(layer, start, stop)
-        self._num_done = self.num_tokens - start
+    def _run_backward(self, i: int, start: int, stop: int) -> None:
+        self._differentiate(i, start, stop)
         if start == 0:
-            self.saved.forget(layer)
-            self._pending.pop()
-            self._num_done = 0
-            if not self._pending:
-                self.stage = self.saved.stream = None
-        return stop - start
+            self.saved.forget(i)
 
     def _trained_layers(self) -> tuple[int, ...]:
         """Layers from the lowest that has a bypass in the sub-network; lower ones need no backward pass."""

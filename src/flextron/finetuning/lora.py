@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from flextron.checkpoints.peft import write_adapter
+from flextron.checkpoints.peft.writing import write_adapter
 from flextron.errors import FlextronError
 from flextron.finetuning.hyperparameters import TARGET_MODULES
 from flextron.finetuning.packs import Pass

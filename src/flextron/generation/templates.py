@@ -53,16 +53,23 @@ class ChatTemplate:
     """Most characters of one text."""
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, **limits: Any) -> ChatTemplate | None:
+    def of(cls, tokenizer: PreTrainedTokenizerBase, *, has_tools: bool = False, **limits: Any) -> ChatTemplate | None:
         """A tokenizer's; None if it has none.
 
+        Args:
+            tokenizer: the tokenizer.
+            has_tools: whether tools are offered, for which some tokenizers have a template of their own.
+            limits: others of the fields.
+
         Raises:
-            TemplateError: it has several, and none of them is the default.
+            TemplateError: it has several, and none of them is for this.
         """
         if not tokenizer.chat_template:
             return None
         try:
-            return cls(template=tokenizer.get_chat_template(), variables=tokenizer.special_tokens_map, **limits)
+            # the tools themselves do not count
+            template = tokenizer.get_chat_template(tools=[{}] if has_tools else None)
+            return cls(template=template, variables=tokenizer.special_tokens_map, **limits)
         except ValueError as error:
             raise TemplateError(str(error)) from error
 
@@ -78,7 +85,7 @@ class ChatTemplate:
         """The text of a conversation.
 
         Args:
-            messages: with values that JSON can hold, none of them None.
+            messages: with values that JSON can hold.
             add_generation_prompt: whether an answer is about to begin.
             continue_final_message: whether the last message stays open, to be continued.
             tools: functions that may be called, as OpenAI writes them.

@@ -40,7 +40,7 @@ from flextron.kernels.quantization import (
     row_errors,
 )
 from flextron.model.decoder import Decoder
-from flextron.model.layers import LayerNorm, RMSNorm
+from flextron.model.norms import LayerNorm, RMSNorm
 from flextron.model.rope import Tables, rotary_tables
 
 __all__ = ["NativeStep", "Weights", "why_not_native"]

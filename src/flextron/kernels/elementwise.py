@@ -18,8 +18,9 @@ from torch.nn import functional as F
 
 from flextron.kernels.build import load_library
 from flextron.model.decoder import Decoder
-from flextron.model.layers import MLP, RMSNorm, rms_norm
+from flextron.model.layers import MLP
 from flextron.model.losses import ChunkLosses, chunk_losses
+from flextron.model.norms import RMSNorm, rms_norm
 
 __all__ = ["chunk_losses_compiled", "rms_norm_compiled", "silu_gate", "takes", "use_kernels"]
 

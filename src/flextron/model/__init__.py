@@ -1,1 +1,1 @@
-"""The decoder: one implementation for training, serving and finetuning, and its checkpoints."""
+"""The decoder: one implementation for training, serving and finetuning."""

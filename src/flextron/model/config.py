@@ -43,7 +43,7 @@ class DecoderConfig:
     """Shape and family traits of a decoder. Field names are Hugging Face's where it has one."""
 
     family: str
-    """Key into `flextron.checkpoints.families.FAMILIES`."""
+    """Key into `flextron.families.config.FAMILIES`."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int

@@ -13,8 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from flextron.model.attention import Attention, CausalAttention
 from flextron.model.batch import Batch
 from flextron.model.config import DecoderConfig
-from flextron.model.layers import Layer, make_norm
+from flextron.model.layers import Layer
 from flextron.model.losses import capped
+from flextron.model.norms import make_norm
 from flextron.model.rope import rotary_tables
 from flextron.spec import SubnetSpec
 

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 __all__ = [
     "ChunkLosses",
@@ -22,13 +21,12 @@ __all__ = [
     "VocabularyLosses",
     "capped",
     "chunk_losses",
+    "chunks",
     "cross_entropy",
     "forward_kl",
     "head_metric",
-    "scored",
+    "matched",
     "summed_cross_entropy",
-    "token_losses",
-    "token_scores",
     "vocabulary_losses",
 ]
 
@@ -45,7 +43,8 @@ def _slope(capped_x: Tensor, cap: float) -> Tensor:
     return 1 - (capped_x / cap).square_()
 
 
-def _chunks(num_tokens: int) -> Iterator[slice]:
+def chunks(num_tokens: int) -> Iterator[slice]:
+    """Rows of tokens whose logits may live together."""
     return (slice(a, min(a + CHUNK_TOKENS, num_tokens)) for a in range(0, num_tokens, CHUNK_TOKENS))
 
 
@@ -108,7 +107,7 @@ class _Vocabulary(torch.autograd.Function):
         dh = torch.empty_like(h_ND) if need_h else None
         dw = torch.zeros_like(w_VD) if need_w else None
         kl, lm = torch.zeros(2, dtype=torch.float64, device=h_ND.device)
-        for rows in _chunks(len(h_ND)):
+        for rows in chunks(len(h_ND)):
             losses = chunk_loss(rows, h_ND[rows] @ w_VD.t())
             kl, lm = kl + losses.kl, lm + losses.lm
             g_NV = losses.gradient_NV.to(h_ND.dtype)
@@ -129,7 +128,7 @@ class _Vocabulary(torch.autograd.Function):
         return dh if dh is None else dh * scale, dw if dw is None else dw * scale, None
 
 
-def _matched(h_ND: Tensor, w_VD: Tensor) -> tuple[Tensor, Tensor]:
+def matched(h_ND: Tensor, w_VD: Tensor) -> tuple[Tensor, Tensor]:
     """Head weight in the hidden states' dtype, which autocast may have lowered."""
     return h_ND, w_VD.to(h_ND.dtype)
 
@@ -168,7 +167,7 @@ def vocabulary_losses(
         cap: see `capped`.
         chunk: `chunk_losses`, or what does the same.
     """
-    theirs = None if teacher is None else _matched(*(t.detach() for t in teacher))
+    theirs = None if teacher is None else matched(*(t.detach() for t in teacher))
     num_targets = h_ND.new_ones(()) if targets_N is None else (targets_N >= 0).sum().clamp(min=1)
     scales = (weights[0] / len(h_ND), weights[1] / num_targets)
 
@@ -177,7 +176,7 @@ def vocabulary_losses(
         targets = None if targets_N is None else targets_N[rows]
         return chunk(logits_NV, teacher_NV, targets, scales=scales, temperature=temperature, cap=cap)
 
-    anchor, kl, lm = _Vocabulary.apply(*_matched(h_ND, w_VD), chunk_loss)  # type: ignore[no-untyped-call]
+    anchor, kl, lm = _Vocabulary.apply(*matched(h_ND, w_VD), chunk_loss)  # type: ignore[no-untyped-call]
     kl, lm = (kl / len(h_ND)).float(), (lm / num_targets).float()
     return VocabularyLosses(total=anchor + weights[0] * kl + weights[1] * lm, kl=kl, lm=lm)
 
@@ -231,7 +230,7 @@ def summed_cross_entropy(
     total = torch.zeros((), dtype=torch.float64, device=h_ND.device)
     gradient_ND = torch.empty_like(h_ND)
     right = torch.zeros((), dtype=torch.long, device=h_ND.device)
-    for rows in _chunks(len(h_ND)):
+    for rows in chunks(len(h_ND)):
         target, weight = targets_N[rows], weights_N[rows].to(dtype)
         logits_NV = capped((h_ND[rows] @ w_VD.t()).to(dtype), cap)
         most, likeliest = logits_NV.max(-1)
@@ -251,52 +250,6 @@ def summed_cross_entropy(
 
 
 @torch.no_grad()
-def scored(
-    h_ND: Tensor, w_VD: Tensor, targets_N: Tensor, weights_N: Tensor, cap: float | None = None
-) -> tuple[Tensor, int]:
-    """What `summed_cross_entropy` gives but for the gradient: the sum, float64, and how many tokens are right."""
-    dtype = torch.promote_types(h_ND.dtype, torch.float32)
-    total = torch.zeros((), dtype=torch.float64, device=h_ND.device)
-    right = torch.zeros((), dtype=torch.long, device=h_ND.device)
-    for rows in _chunks(len(h_ND)):
-        logits_NV, target = capped((h_ND[rows] @ w_VD.t()).to(dtype), cap), targets_N[rows]
-        total += (F.cross_entropy(logits_NV, target, reduction="none") * weights_N[rows].to(dtype)).sum()
-        right += (logits_NV.argmax(-1) == target).sum()
-    return total, int(right)
-
-
-@torch.no_grad()
-def token_losses(h_ND: Tensor, w_VD: Tensor, targets_N: Tensor, cap: float | None = None) -> Tensor:
-    """Negative log-likelihood of each target, (N,), float32, in nats; for evaluation."""
-    h, w = _matched(h_ND, w_VD)
-    logits = ((capped((h[r] @ w.t()).float(), cap), targets_N[r]) for r in _chunks(len(h)))
-    return torch.cat([F.cross_entropy(logits_NV, target, reduction="none") for logits_NV, target in logits])
-
-
-@torch.no_grad()
-def token_scores(h_ND: Tensor, w_VD: Tensor, targets_N: Tensor, cap: float | None = None) -> tuple[Tensor, Tensor]:
-    """What an evaluation asks of each target.
-
-    Args:
-        h_ND: final hidden states.
-        w_VD: the head.
-        targets_N: token ids, int64.
-        cap: cap of the logits; see `capped`.
-
-    Returns:
-        Log-likelihoods, (N,), float32, in nats.
-        Whether each is the likeliest token, (N,), bool.
-    """
-    h, w = _matched(h_ND, w_VD)
-    log_p, is_likeliest = [], []
-    for rows in _chunks(len(h)):
-        logits_NV, target = capped((h[rows] @ w.t()).float(), cap), targets_N[rows]
-        log_p.append(-F.cross_entropy(logits_NV, target, reduction="none"))
-        is_likeliest.append(logits_NV.argmax(-1) == target)
-    return torch.cat(log_p), torch.cat(is_likeliest)
-
-
-@torch.no_grad()
 def head_metric(h_ND: Tensor, w_VD: Tensor, cap: float | None = None) -> Tensor:
     """How much a change of the final hidden state changes the prediction: a (D, D) quadratic form.
 
@@ -313,7 +266,7 @@ def head_metric(h_ND: Tensor, w_VD: Tensor, cap: float | None = None) -> Tensor:
     Returns:
         (D, D), float32.
     """
-    logits = (capped((h_ND[rows] @ w_VD.t()).float(), cap) for rows in _chunks(len(h_ND)))
+    logits = (capped((h_ND[rows] @ w_VD.t()).float(), cap) for rows in chunks(len(h_ND)))
     p = sum(torch.softmax(logits_NV, -1).sum(0) for logits_NV in logits) / len(h_ND)
     assert isinstance(p, Tensor)
     w = w_VD.float()

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from flextron.model.cost import kv_bytes_per_token, num_parameters
 from flextron.model.decoder import Decoder
-from flextron.model.scoring import mean_loss
 from flextron.progress import OnProgress
 from flextron.routing.allocate import Allocator
 from flextron.routing.frontier import Frontier, FrontierPoint
 from flextron.routing.latency import LatencyTable
 from flextron.routing.sensitivity import Sensitivity, measure_sensitivity
+from flextron.scoring.mean_loss import mean_loss
 from flextron.spec import LayerSpec, SearchSpace, SubnetSpec
 
 __all__ = ["SearchSettings", "measure_point", "search_frontier", "uniform_specs"]

@@ -18,9 +18,9 @@ from flextron.errors import FlextronError
 from flextron.model.batch import Batch, TokenChoice
 from flextron.model.config import DecoderConfig
 from flextron.model.decoder import Decoder
-from flextron.model.scoring import mean_loss
 from flextron.routing.latency import LatencyTable
 from flextron.routing.token_router import TokenRouter
+from flextron.scoring.mean_loss import mean_loss
 from flextron.spec import SubnetSpec
 
 __all__ = ["RoutedCost", "RoutedScore", "calibrate", "routed_cost", "score_routed"]

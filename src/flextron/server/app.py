@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Any, cast
 
@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, Response
 
 from flextron.api import ElasticModel
 from flextron.engine import EngineSettings
@@ -21,22 +21,23 @@ from flextron.errors import FlextronError, PromptError
 from flextron.files import NoSpaceError
 from flextron.jobs.database import UnknownIdError
 from flextron.jobs.jobs import Jobs
-from flextron.server.bodies import ChatBody, CompletionBody
-from flextron.server.chat import chat
-from flextron.server.completions import completions
-from flextron.server.dialects.messages import messages
-from flextron.server.dialects.messages_body import MessagesBody
-from flextron.server.dialects.responses import responses
-from flextron.server.dialects.responses_body import ResponsesBody
+from flextron.protocols.bodies import ChatBody, CompletionBody
+from flextron.protocols.chat import chat
+from flextron.protocols.completions import completions
+from flextron.protocols.dialects.messages import messages
+from flextron.protocols.dialects.messages_body import MessagesBody
+from flextron.protocols.dialects.responses import responses
+from flextron.protocols.dialects.responses_body import ResponsesBody
+from flextron.protocols.sampling import RequestBody
+from flextron.protocols.tokenizing import DetokenizeBody, TokenizeBody, detokenize, tokenize
 from flextron.server.files import add_files
 from flextron.server.finetuning import FineTuningBody, add_finetuning
 from flextron.server.http import RequestMiddleware, answer_error, read_body
+from flextron.server.information import add_health, add_models, add_tokenizer
 from flextron.server.openapi import describe, error_responses
 from flextron.server.page.routes import add_page, open_paths
-from flextron.server.sampling import RequestBody
-from flextron.server.tokenizing import DetokenizeBody, TokenizeBody, add_information, detokenize, tokenize
 from flextron.serving.adapters import AdapterNames
-from flextron.serving.errors import ApiError, bad_request, not_found
+from flextron.serving.errors import ApiError, bad_request
 from flextron.serving.service import Service
 from flextron.serving.settings import ServerSettings
 
@@ -96,15 +97,15 @@ def create_app(
         allowed_origins=settings.allowed_origins,
         open_paths=open_paths() if settings.page else (),
     )
-    _add_models(app, service)
+    add_models(app, service)
     _add_endpoint(app, service, "/v1/completions", CompletionBody, completions)
     _add_endpoint(app, service, "/v1/chat/completions", ChatBody, chat)
     _add_endpoint(app, service, "/v1/responses", ResponsesBody, responses)
     _add_endpoint(app, service, "/v1/messages", MessagesBody, messages)
     _add_endpoint(app, service, "/tokenize", TokenizeBody, tokenize)
     _add_endpoint(app, service, "/detokenize", DetokenizeBody, detokenize)
-    add_information(app, service)
-    _add_health(app, service)
+    add_tokenizer(app, service)
+    add_health(app, service)
     bodies: list[type[BaseModel]] = [
         CompletionBody,
         ChatBody,
@@ -122,39 +123,6 @@ def create_app(
     if settings.page:
         add_page(app, model, service, jobs)
     return app
-
-
-def _add_models(app: FastAPI, service: Service) -> None:
-    """`/v1/models`: the name, and names of sub-networks and adapters."""
-
-    def card(model_id: str) -> dict[str, Any]:
-        choice = service.catalog.choose(model_id)
-        name = service.catalog.name
-        return {
-            "id": model_id,
-            "object": "model",
-            "created": service.started_at if choice.adapter is None else choice.adapter.created_at,
-            "owned_by": "flextron",
-            "parent": None if model_id == name else name,
-            "max_model_len": service.core.decoder.config.max_position_embeddings,
-            "flextron": choice.report(),
-        }
-
-    @app.get("/v1/models", responses=error_responses(401))
-    async def list_models() -> JSONResponse:
-        catalog = service.catalog
-        found = [card(model_id) for model_id in catalog.ids()]
-        for adapter in catalog.adapters():
-            with suppress(ApiError):  # just deleted
-                found.append(card(adapter.name))
-        return JSONResponse({"object": "list", "data": found})
-
-    @app.get("/v1/models/{model_id:path}", responses=error_responses(401, 404))
-    async def get_model(model_id: str) -> JSONResponse:
-        try:
-            return JSONResponse(card(model_id))
-        except ApiError as error:
-            raise not_found(model_id, error.message) from error
 
 
 def _add_deletion(app: FastAPI, service: Service, jobs: Jobs) -> None:
@@ -199,21 +167,6 @@ def _add_endpoint(
         responses=error_responses(400, 401, 403, 404, 408, 413, 415, 429, 500, 503) | {200: {"content": _ANSWERS}},
         openapi_extra=body,
     )(endpoint)
-
-
-def _add_health(app: FastAPI, service: Service) -> None:
-    """`/health` and `/metrics`, which never ask for a key."""
-
-    @app.get("/health", responses=error_responses(503))
-    async def health() -> JSONResponse:
-        if not service.is_healthy:
-            message = "the server is shutting down" if service.is_draining else "the engine has stopped"
-            raise ApiError(503, message, kind="server_error")
-        return JSONResponse({"status": "ok"})
-
-    @app.get("/metrics", response_class=PlainTextResponse)
-    async def metrics() -> Response:
-        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 def _from_api(request: Request, error: Exception) -> Response:

@@ -2,6 +2,10 @@
 
 uvicorn closes connections that are idle between two requests, but waits without end for a request that comes byte by
 byte, and for a client that does not read its answer. Bodies have a limit of their own, in `http`.
+
+A client that has said all it has to say may close its side of the connection and wait for the answer; one that has gone
+away looks the same until something is written to it. So an answer may still begin for a moment, and one that has begun
+goes on until the other side refuses it. uvicorn gives none.
 """
 
 from __future__ import annotations
@@ -18,6 +22,9 @@ from flextron.serving.errors import ApiError, bad_request, too_slow
 
 __all__ = ["Connection"]
 
+_HALF_CLOSED_SECONDS = 1.0
+"""Time for an answer to begin after the client has closed its side."""
+
 
 class Connection(H11Protocol):
     """HTTP/1.1 with limits on the client's time. It refuses what is no HTTP in OpenAI's shape."""
@@ -31,7 +38,7 @@ class Connection(H11Protocol):
         """
         super().__init__(**options)
         self._client_seconds = client_seconds
-        self._sending, self._taking = _Timer(self.loop), _Timer(self.loop)
+        self._sending, self._taking, self._beginning = (_Timer(self.loop) for _ in range(3))
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client is here."""
@@ -43,11 +50,25 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
         self._sending.cancel()
         self._taking.cancel()
+        self._beginning.cancel()
 
     def data_received(self, data: bytes) -> None:
         """It sent something."""
         super().data_received(data)
         self._watch_headers()
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """It sends nothing more; whether the connection stays open for an answer."""
+        is_asked = self.conn.their_state in (h11.DONE, h11.MUST_CLOSE)
+        if self.cycle is None or self.cycle.response_complete or not is_asked:
+            return False
+        self.cycle.keep_alive = False
+        self._beginning.start(_HALF_CLOSED_SECONDS, self._leave_unless_begun)
+        return True
+
+    def _leave_unless_begun(self) -> None:
+        if self.cycle is None or not self.cycle.response_started:
+            self.transport.close()
 
     def pause_writing(self) -> None:
         """It does not read as fast as it is answered."""

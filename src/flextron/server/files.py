@@ -21,8 +21,8 @@ from flextron.files import naming_a_full_disk
 from flextron.finetuning.dataset import MOST_LINE_BYTES
 from flextron.jobs.records import File
 from flextron.jobs.uploads import FINE_TUNE, Uploads
+from flextron.protocols.keys import unknown_key
 from flextron.server.http import body_chunks
-from flextron.server.keys import unknown_key
 from flextron.server.multipart import Part, boundary_of, parse_parts
 from flextron.server.openapi import error_responses
 from flextron.server.paging import page_of, paged, parameters

@@ -15,8 +15,8 @@ from starlette.responses import JSONResponse
 from flextron.finetuning.hyperparameters import Hyperparameters
 from flextron.jobs.jobs import Jobs
 from flextron.jobs.records import Job, JobCheckpoint, JobEvent
+from flextron.protocols.keys import unknown_key, unsupported
 from flextron.server.http import read_body
-from flextron.server.keys import unknown_key, unsupported
 from flextron.server.openapi import error_responses
 from flextron.server.paging import page_of, paged, parameters
 from flextron.serving.errors import bad_request, not_found

@@ -162,6 +162,10 @@ def check_json(request: Request) -> None:
     if given.partition(";")[0].strip().lower() != "application/json":
         message = f"the body must be JSON, sent with content-type: application/json, not {given[:100]!r}"
         raise ApiError(415, message, code="unsupported_media_type")
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.strip().lower() not in ("", "identity"):
+        message = f"the body must not be compressed (content-encoding: {encoding[:100]!r}); send it as it is"
+        raise ApiError(415, message, code="unsupported_media_type")
 
 
 async def _read(request: Request, max_bytes: int) -> bytes:

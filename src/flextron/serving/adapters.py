@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from flextron.checkpoints.peft import read_adapter
+from flextron.checkpoints.peft.reading import read_adapter
 from flextron.errors import FlextronError
 from flextron.jobs.records import JobCheckpoint
 from flextron.model.adapter import Adapter

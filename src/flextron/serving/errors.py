@@ -11,7 +11,16 @@ from typing import Any
 
 from pydantic import ValidationError
 
-__all__ = ["ApiError", "bad_request", "engine_died", "invalid_body", "not_found", "shutting_down", "too_slow"]
+__all__ = [
+    "ApiError",
+    "bad_request",
+    "bad_value",
+    "engine_died",
+    "invalid_body",
+    "not_found",
+    "shutting_down",
+    "too_slow",
+]
 
 
 class ApiError(Exception):
@@ -49,6 +58,11 @@ class ApiError(Exception):
 def bad_request(message: str, param: str | None = None) -> ApiError:
     """400: the same request will never be answered."""
     return ApiError(400, message, param=param)
+
+
+def bad_value(message: str, param: str) -> ApiError:
+    """400: a key has a value that does not go, by itself or beside others."""
+    return ApiError(400, message, param=param, code="invalid_value")
 
 
 def not_found(model_id: str, message: str | None = None) -> ApiError:

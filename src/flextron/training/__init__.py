@@ -1,1 +1,1 @@
-"""Training: data, distillation and the stages that make a model elastic."""
+"""Training: distillation, routers, and the stages that make a model elastic."""

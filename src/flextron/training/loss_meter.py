@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flextron.files import checked, read_json, write_json
 from flextron.model.decoder import Decoder
-from flextron.model.scoring import mean_loss
+from flextron.scoring.mean_loss import mean_loss
 from flextron.spec import SubnetSpec
 
 __all__ = ["LossMeter"]

@@ -26,7 +26,7 @@ from flextron.routing.latency import LatencyTable
 from flextron.routing.routers import gumbel_like
 from flextron.routing.token_router import TokenRouter
 from flextron.spec import SubnetSpec
-from flextron.training.blocks import TokenBlocks
+from flextron.texts.blocks import TokenBlocks
 from flextron.training.token_recipe import TokenRouterRecipe
 
 __all__ = ["JointStage", "SampledRouter"]

@@ -27,7 +27,7 @@ from flextron.routing.latency import LatencyTable
 from flextron.routing.token_calibration import calibrate
 from flextron.routing.token_router import TokenRouter
 from flextron.spec import SubnetSpec
-from flextron.training.blocks import TokenBlocks
+from flextron.texts.blocks import TokenBlocks
 from flextron.training.token_joint import JointStage
 from flextron.training.token_recipe import TokenRouterRecipe
 from flextron.training.token_warm_start import warm_start

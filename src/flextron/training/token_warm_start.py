@@ -22,7 +22,7 @@ from flextron.errors import FlextronError
 from flextron.model.decoder import Decoder
 from flextron.routing.token_router import TokenRouter
 from flextron.spec import SubnetSpec
-from flextron.training.blocks import TokenBlocks
+from flextron.texts.blocks import TokenBlocks
 from flextron.training.token_costs import TokenCosts, token_costs
 from flextron.training.token_recipe import TokenRouterRecipe
 

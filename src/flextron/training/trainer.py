@@ -29,7 +29,7 @@ from flextron.model.decoder import Decoder
 from flextron.progress import OnStep
 from flextron.routing.sensitivity import Sensitivity, measure_sensitivity
 from flextron.spec import SearchSpace, SubnetSpec
-from flextron.training.blocks import TokenBlocks
+from flextron.texts.blocks import TokenBlocks
 from flextron.training.objective import Objective, Teacher
 from flextron.training.optimizer import choose_trained, learning_rate, make_optimizer
 from flextron.training.recipe import TrainRecipe

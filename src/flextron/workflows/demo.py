@@ -26,7 +26,7 @@ from flextron.model.batch import Batch
 from flextron.routing import Frontier, SearchSettings
 from flextron.routing.latency import step_latencies_ms
 from flextron.spec import SubnetSpec
-from flextron.training.machine_text import drop_overlaps
+from flextron.texts.machine_text import drop_overlaps
 from flextron.training.recipe import TrainRecipe
 from flextron.workflows.elastify import ProfileStage, Progress, train_in_place
 from flextron.workflows.figure import can_draw, draw_frontiers

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from flextron.api import ElasticModel
-from flextron.model.perplexity import Perplexity
+from flextron.scoring.mean_loss import Perplexity
 
 __all__ = ["frontier_rows", "perplexity_rows", "summary"]
 

@@ -18,9 +18,9 @@ from flextron.api.packaged import TINY, tiny_model
 from flextron.api.texts import sequences
 from flextron.errors import FlextronError
 from flextron.files import write_json
-from flextron.model.scoring import mean_loss
 from flextron.routing.compare import uniform_within
 from flextron.routing.token_calibration import score_routed
+from flextron.scoring.mean_loss import mean_loss
 from flextron.training.router_recipe import RouterRecipe
 from flextron.training.token_recipe import TokenRouterRecipe
 from flextron.workflows.demo import RECORD, own_record

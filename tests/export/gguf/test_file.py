@@ -1,6 +1,6 @@
 """GGUF files of sub-networks: tensors against llama.cpp's conversion rules, and what a reader computes of them.
 
-The rules are those of `tests/checkpoints/gguf/writing.py`, applied to the Hugging Face directory of the same
+The rules are those of `tests/gguf/writing.py`, applied to the Hugging Face directory of the same
 sub-network. Files with one entry a layer are run by `llama_reference.py`; `test_llama_cpp.py` runs llama.cpp itself.
 """
 
@@ -16,14 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 
-from flextron.checkpoints.huggingface import load_decoder, open_pretrained
+from flextron.checkpoints.huggingface import open_pretrained
+from flextron.checkpoints.weights import load_decoder
 from flextron.errors import FlextronError
 from flextron.export import FORMATS, export
 from flextron.spec import SubnetSpec
 from tests.checkpoints.families_cases import CASES, our_logits, random_tokens, relative_error, stock
-from tests.checkpoints.gguf.writing import fields_of, to_gguf
 from tests.export.gguf.llama_reference import ReferenceModel
 from tests.export.sources import PLAIN, random_source
+from tests.gguf.writing import fields_of, to_gguf
 
 GGUF, HF = FORMATS["gguf"], FORMATS["hf"]
 EXACT = [case for case in PLAIN if case != "neox-sequential"]  # its activation has no name in GGUF

@@ -9,10 +9,10 @@ import pytest
 from tokenizers import Regex, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from flextron.checkpoints.gguf.rules import rule_of
-from flextron.checkpoints.gguf.tokenizer import tokenizer_from_metadata
 from flextron.errors import FlextronError
 from flextron.export.gguf.tokenizer import tokenizer_metadata
+from flextron.gguf.rules import rule_of
+from flextron.gguf.tokenizer import tokenizer_from_metadata
 from tests.tokenizers_zoo import KINDS, SENTENCEPIECE, TEXTS, gguf_metadata, zoo_tokenizer
 
 RULES = ("default", "gpt-2", "olmo", "smollm", "llama-bpe", "qwen2")

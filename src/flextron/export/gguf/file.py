@@ -10,7 +10,6 @@ from typing import Any
 import gguf
 import numpy as np
 
-from flextron.checkpoints.generation_config import generation_defaults
 from flextron.export.format import Order
 from flextron.export.gguf.architectures import architecture_for, own_architecture
 from flextron.export.gguf.metadata import context_length, model_metadata
@@ -19,6 +18,8 @@ from flextron.export.gguf.tokenizer import tokenizer_metadata
 from flextron.export.source import Source
 from flextron.export.widen import least_uniform
 from flextron.files import new_file
+from flextron.generation.defaults import generation_defaults
+from flextron.gguf.sampling import SAMPLING, sampling_metadata
 from flextron.model.config import DecoderConfig
 from flextron.model.decoder import Decoder
 from flextron.spec import SubnetSpec
@@ -80,11 +81,12 @@ class Gguf:
         with new_file(order.path, overwrite=order.overwrite) as temporary:
             model = model_metadata(architecture, config, decoder.widths)
             metadata = {f"{architecture.name}.{key}": value for key, value in model.items()}
-            metadata |= _general(source, order, file_type)
+            defaults = generation_defaults(source.generation_config, source.hf_config, source.tokenizer)
+            metadata |= _general(source, order, file_type) | sampling_metadata(defaults)
             metadata |= tokenizer_metadata(
                 source.tokenizer,
                 vocab_size=config.vocab_size,
-                ends=generation_defaults(source.generation_config, source.hf_config, source.tokenizer).ends,
+                ends=defaults.ends,
                 arch=architecture.name,
             )
             _write(temporary, architecture.name, metadata, list(file_tensors(decoder, architecture)), kind)
@@ -139,7 +141,7 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
     elif isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):
-        writer.add_uint32(key, value)
+        (writer.add_int32 if key.startswith(SAMPLING) else writer.add_uint32)(key, value)
     elif isinstance(value, float):
         writer.add_float32(key, value)
     elif isinstance(value, str):

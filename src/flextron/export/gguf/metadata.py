@@ -1,4 +1,4 @@
-"""The keys of a GGUF file that say what its model looks like: the reverse of `flextron.checkpoints.gguf`."""
+"""The keys of a GGUF file that say what its model looks like: the reverse of `flextron.gguf`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Tensors of a GGUF file, by llama.cpp's names and in its layout; made one at a time while the file is written.
 
-What its converter rearranges, and `flextron.checkpoints.gguf.checkpoint` puts back, is rearranged here: the rows of
+What its converter rearranges, and `flextron.gguf.checkpoint` puts back, is rearranged here: the rows of
 each query and key head where neighbouring dimensions are rotated together, by each layer's own number of heads; linears
 that lie as (in, out); queries, keys and values in one tensor.
 """
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flextron.checkpoints.huggingface import stock_maps
+from flextron.checkpoints.weights import stock_maps
 from flextron.export.gguf.architectures import Architecture
 from flextron.model.config import DecoderConfig
 from flextron.model.decoder import Decoder

@@ -1,4 +1,4 @@
-"""A tokenizer as keys of a GGUF file: the reverse of `flextron.checkpoints.gguf.tokenizer`.
+"""A tokenizer as keys of a GGUF file: the reverse of `flextron.gguf.tokenizer`.
 
 The two kinds that llama.cpp shares with the supported families are written: byte-level BPE, whose rule for splitting
 text is recognised by what it does to a text full of borderline cases, and SentencePiece, whose scores follow from the
@@ -16,9 +16,9 @@ from typing import Any
 import gguf
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from flextron.checkpoints.gguf.rules import Rule, rule_name
-from flextron.checkpoints.gguf.tokenizer import tokenizer_from_metadata
 from flextron.errors import FlextronError
+from flextron.gguf.rules import Rule, rule_name
+from flextron.gguf.tokenizer import tokenizer_from_metadata
 
 __all__ = ["tokenizer_metadata"]
 

@@ -175,7 +175,7 @@ struct Step {
             const long a = first - start, e = last + 1 - start;
             if (s.attention_cap) {
                 for (long j = a; j < e; j++) row[j] *= usual;
-                soften(row + a, e - a, s.attention_cap);
+                softcap(row + a, e - a, s.attention_cap);
             }
             for (long j = a; j < e; j++) most = std::max(most, row[j]);
             for (long j = a; j < e; j++) row[j] = std::exp((row[j] - most) * scale), total += row[j];
@@ -277,7 +277,7 @@ struct Step {
     void cap_logits(long first, long last) {
         for (long i = 0; i < b.num_logits; i++)
             for (float *z = b.logits + i * s.vocab_size + first, *end = z + last - first; z < end; z++)
-                if (*z != -INFINITY) soften(z, 1, s.logits_cap);
+                if (*z != -INFINITY) softcap(z, 1, s.logits_cap);
     }
 
     // Logits of tokens first to last for rows from to to.

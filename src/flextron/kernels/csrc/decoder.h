@@ -124,7 +124,7 @@ void normalize(const float* x, const Norm& norm, bool centred, float eps, long s
 }
 
 // cap tanh(x / cap) of n numbers in place.
-void soften(float* x, long n, float cap) {
+void softcap(float* x, long n, float cap) {
     for (long i = 0; i < n; i++) x[i] = cap * std::tanh(x[i] / cap);
 }
 

@@ -124,6 +124,7 @@ def test_a_target_that_nothing_reaches_is_said_before_and_after(browser: Browser
 
 def test_stop_in_the_middle_frees_the_engine_and_retry_goes_to_the_end(browser: Browser, server: Running) -> None:
     with visiting(browser, server.url) as visit:
+        visit.make_answers_long()
         visit.ask(PROMPT, 100)
         expect(visit.figure("count")).to_have_text(re.compile(r"^[1-9]"))
         visit.page.get_by_role("button", name="Stop").click()
@@ -139,6 +140,7 @@ def test_stop_in_the_middle_frees_the_engine_and_retry_goes_to_the_end(browser: 
 
 def test_escape_stops_and_a_conversation_goes_on(browser: Browser, server: Running) -> None:
     with visiting(browser, server.url) as visit, visit.page.expect_request("**/v1/chat/completions"):
+        visit.make_answers_long()
         visit.ask("One", 100)
         expect(visit.figure("count")).to_have_text(re.compile(r"^[1-9]"))
         visit.page.get_by_label("Prompt").press("Escape")
@@ -183,6 +185,7 @@ def test_what_load_narrowed_is_told(browser: Browser, model: ElasticModel) -> No
     # an objective that nothing meets
     with running(model, slo_tpot_ms=0.001, min_latency_target=0.5) as made, visiting(browser, made.url) as visit:
         made.slow_down(0.02)
+        visit.make_answers_long()
         visit.ask(PROMPT, 100)
         wait_until(lambda: made.service.cap < 1)
         visit.wait_until_answered()

@@ -18,6 +18,7 @@ def test_figures_are_shown_while_they_are_looked_at(browser: Browser, server: Ru
     with visiting(browser, server.url) as visit:
         assert not live.is_sampling
         visit.page.get_by_role("slider").fill("1")
+        visit.make_answers_long()
         visit.ask("Once upon a time", 100)
         visit.tab("Live")
         tokens = visit.page.get_by_role("figure").filter(has_text="Tokens by target")

@@ -55,6 +55,7 @@ def test_a_server_that_is_killed_is_told_and_the_next_one_goes_on(browser: Brows
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     with started(port) as pid, visiting(browser, url, allowed="net::ERR_") as visit:
+        visit.make_answers_long()
         visit.ask("Once upon a time", 100)
         expect(visit.figure("count")).to_have_text(re.compile("^[1-9]"))
         os.kill(pid, signal.SIGKILL)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
 
 __all__ = ["SECONDS", "Visit", "chromium", "expect", "launched", "visiting"]
 
@@ -65,6 +65,14 @@ class Visit:
             self.page.get_by_label("Most tokens").fill(str(max_tokens))
         self.page.get_by_label("Prompt").fill(prompt)
         self.page.get_by_role("button", name="Send").click()
+
+    def make_answers_long(self) -> None:
+        """Let answers end at their limit, not where chance ends them, for what is to happen meanwhile."""
+
+        def endless(route: Route) -> None:
+            route.continue_(post_data={**route.request.post_data_json, "ignore_eos": True})
+
+        self.page.route("**/v1/chat/completions", endless)
 
     def wait_until_answered(self) -> None:
         expect(self.page.get_by_role("button", name="Send")).to_be_enabled()

@@ -1,0 +1,1 @@
+"""How well a sub-network predicts: mean loss, perplexity, likelihoods of continuations."""

@@ -1,0 +1,1 @@
+"""Texts for training and calibration: documents, text that is on every machine, blocks of tokens."""
