@@ -119,9 +119,9 @@ def create_app(
         add_finetuning(app, jobs, settings)
         _add_deletion(app, service, jobs)
         bodies.append(FineTuningBody)
-    describe(app, *bodies)
     if settings.page:
         add_page(app, model, service, jobs)
+    describe(app, *bodies)
     return app
 
 
