@@ -4,13 +4,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 DOCS_READY := .venv/.docs-ready
+BROWSER_READY := .venv/.browser-ready
 OLDEST := .venv/oldest
 
 # One thread a worker: the tests' models are so small that more threads only wait for each other.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/pytest -q -n 2
 RUNNABLE_HERE := not gpu and not browser and not peer
 
-.PHONY: demo test test-isa test-isa-all test-oldest test-slow test-all check fix bench bench-core bench-routing bench-serving bench-coserving bench-quality docs clean
+.PHONY: demo test test-browser test-isa test-isa-all test-oldest test-slow test-all check fix bench bench-core bench-routing bench-serving bench-coserving bench-quality docs clean
 
 demo: $(READY)  ## Measure a small elastic model here and ask it for targets; MODEL= and DATA= convert and train others.
 	$(BIN)/flextron demo $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)")
@@ -26,6 +27,9 @@ test-isa-all: $(READY)  ## Under every combination.
 
 test-slow: $(READY)  ## Only what the default suite leaves out for its length.
 	$(PYTEST) -m "slow and $(RUNNABLE_HERE)"
+
+test-browser: $(BROWSER_READY)  ## The web page in a real browser; needs Debian's chromium, or skips.
+	$(PYTEST) --dist loadfile -m browser tests/server/page
 
 test-oldest: $(READY)  ## What is exported loads in the oldest transformers that is supported.
 	test -x $(OLDEST)/bin/python || $(BIN)/python -m venv $(OLDEST)
@@ -73,4 +77,8 @@ $(READY): pyproject.toml
 
 $(DOCS_READY): $(READY)
 	$(BIN)/pip install -q -e ".[docs]"
+	touch $@
+
+$(BROWSER_READY): $(READY)
+	$(BIN)/pip install -q -e ".[browser]"
 	touch $@

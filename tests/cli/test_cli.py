@@ -173,6 +173,13 @@ def test_people_get_tables_on_stdout(run: Any, made: Places) -> None:
     assert outcome.out.startswith("Once upon")
 
 
+def test_a_frontier_is_a_table_or_a_file(run: Any, made: Places, tmp_path: Path) -> None:
+    outcome = run("frontier", made.profiled, "--html", tmp_path / "frontier.html", "--json")
+    assert json.loads(outcome.out) == json.loads(run("info", made.profiled, "--json").out)["frontier"]
+    assert made.profiled.name in (tmp_path / "frontier.html").read_text("utf-8")
+    assert_refused(run("frontier", made.elastic), "flextron profile")
+
+
 def test_targets_reach_the_evaluation(run: Any, made: Places) -> None:
     outcome = run(
         "eval", made.profiled, "--text", made.text, "--num-tokens", 512, "--latency", 1, "--latency", 0.9, "--json"
@@ -184,7 +191,7 @@ def test_targets_reach_the_evaluation(run: Any, made: Places) -> None:
 def test_help_names_every_verb(run: Any) -> None:
     outcome = run("--help")
     assert outcome.code == 0
-    for verb in ("demo", "convert", "train", "profile", "route", "elastify", "info", "generate", "eval"):
+    for verb in ("demo", "convert", "train", "profile", "route", "elastify", "info", "frontier", "generate", "eval"):
         assert verb in outcome.out
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 from openai import AsyncOpenAI, OpenAI
 
 from flextron import ElasticModel
@@ -34,6 +35,7 @@ class Running:
 
     url: str
     service: Service
+    app: FastAPI
     clients: list[OpenAI] = field(default_factory=list)
 
     def client(self, **options: Any) -> OpenAI:
@@ -76,17 +78,18 @@ def running(
     engine: dict[str, Any] | None = None,
     jobs: Jobs | None = None,
     adapters: AdapterNames | None = None,
+    port: int = 0,
     **settings: Any,
 ) -> Iterator[Running]:
-    """Serve a model under the name `tiny`."""
+    """Serve a model under the name `tiny`; port 0 is a free one."""
     sizes = {"kv_cache_gb": 0.005, "max_num_seqs": 8, "max_num_batched_tokens": 64} | (engine or {})
     app = create_app(model, ServerSettings(**{"name": "tiny", **settings}), EngineSettings(**sizes), jobs, adapters)
-    sock = socket.create_server(("127.0.0.1", 0))
+    sock = socket.create_server(("127.0.0.1", port))
     server = uvicorn.Server(server_config(app))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
     thread.start()
     wait_until(lambda: server.started)
-    made = Running(f"http://127.0.0.1:{sock.getsockname()[1]}", app.state.service)
+    made = Running(f"http://127.0.0.1:{sock.getsockname()[1]}", app.state.service, app)
     try:
         yield made
     finally:

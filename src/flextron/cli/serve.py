@@ -96,8 +96,9 @@ def serve(
         float,
         typer.Option(help="Seconds that a client may take to send a request, or to read its response."),
     ] = 60.0,
+    no_page: Annotated[bool, typer.Option("--no-page", help="Offer no web page at /.")] = False,
 ) -> None:
-    """Serve a model over HTTP as OpenAI does; the sub-network is chosen request by request."""
+    """Serve a model over HTTP as OpenAI does, with a web page at /; the sub-network is chosen request by request."""
     try:
         from flextron.server.app import create_app
         from flextron.server.browsers import is_loopback
@@ -123,6 +124,7 @@ def serve(
         slo_tpot_ms=slo_tpot_ms,
         slo_ttft_ms=slo_ttft_ms,
         min_latency_target=min_latency_target,
+        page=not no_page,
     )
     limits = JobsSettings(max_training=max_training)
     message(f"loading {directory}")
@@ -155,5 +157,6 @@ def serve(
         if api_key is None and not is_loopback(host):
             message(f"anyone who reaches {host} may use the model; --api-key asks for a key")
         address = f"[{host}]" if ":" in host else host
-        message(f"serving {settings.name} at http://{address}:{sock.getsockname()[1]}/v1 (Ctrl-C ends it)")
+        url = f"http://{address}:{sock.getsockname()[1]}"
+        message(f"serving {settings.name} at {url}/v1 (Ctrl-C ends it)" + ("" if no_page else f"; web page: {url}/"))
         run(app, sock)

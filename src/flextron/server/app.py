@@ -35,6 +35,7 @@ from flextron.server.finetuning import FineTuningBody, add_finetuning
 from flextron.server.http import RequestMiddleware, answer_error, read_body
 from flextron.server.information import add_health, add_models, add_tokenizer
 from flextron.server.openapi import describe, error_responses
+from flextron.server.page.routes import add_page, open_paths
 from flextron.serving.adapters import AdapterNames
 from flextron.serving.errors import ApiError, bad_request
 from flextron.serving.service import Service
@@ -94,6 +95,7 @@ def create_app(
         api_key=settings.api_key,
         allowed_hosts=settings.allowed_hosts,
         allowed_origins=settings.allowed_origins,
+        open_paths=open_paths() if settings.page else (),
     )
     add_models(app, service)
     _add_endpoint(app, service, "/v1/completions", CompletionBody, completions)
@@ -117,6 +119,8 @@ def create_app(
         add_finetuning(app, jobs, settings)
         _add_deletion(app, service, jobs)
         bodies.append(FineTuningBody)
+    if settings.page:
+        add_page(app, model, service, jobs)
     describe(app, *bodies)
     return app
 

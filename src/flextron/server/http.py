@@ -47,6 +47,7 @@ class RequestMiddleware:
         api_key: str | None,
         allowed_hosts: Collection[str] | None = (),
         allowed_origins: Collection[str] = (),
+        open_paths: Collection[str] = (),
     ) -> None:
         """Wrap an app.
 
@@ -55,9 +56,11 @@ class RequestMiddleware:
             api_key: without one everyone may enter, but no web page of another origin.
             allowed_hosts: names beside those of loopback; None for any name.
             allowed_origins: origins of web pages that may do what the server's own may.
+            open_paths: paths beside the usual ones that need no key.
         """
         self._app, self._key = app, None if api_key is None else api_key.encode()
         self._origins = frozenset(origin.lower().rstrip("/") for origin in allowed_origins)
+        self._open = _OPEN.union(open_paths)
         self._hosts = None if allowed_hosts is None else frozenset(host.lower() for host in allowed_hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -109,7 +112,7 @@ class RequestMiddleware:
         return None if self._may_enter(scope["path"], headers) else _no_key()
 
     def _may_enter(self, path: str, headers: Headers) -> bool:
-        if self._key is None or path in _OPEN:
+        if self._key is None or path in self._open:
             return True
         # Anthropic's clients have a header of their own
         given = headers.get("authorization") or f"bearer {headers.get('x-api-key', '')}"

@@ -43,6 +43,8 @@ class ServerSettings:
     """TTFT objective: milliseconds to an answer's first token. Under load, requests are narrowed to meet it."""
     min_latency_target: float | None = None
     """How narrow requests may become under load, as a fraction of the full model's latency, unless they say it."""
+    page: bool = True
+    """Whether there is a web page at `/`."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
