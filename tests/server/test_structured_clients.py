@@ -16,7 +16,10 @@ from tests.server.running import KEY, Running, running_chat
 pytestmark = pytest.mark.filterwarnings("ignore")
 MESSAGES: Any = [{"role": "user", "content": "a"}]
 TOKENS = 90
-TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}{% if tools %}{% endif %}:"
+TEMPLATE = (
+    "{% for m in messages %}{{ m.content }} {% for c in m.tool_calls or [] %}{{ c.function.name }} {% endfor %}"
+    "{% endfor %}{% if tools %}{% endif %}:"
+)
 """It is made for tools, and short: the model has few positions."""
 
 
