@@ -22,6 +22,7 @@ from flextron.files import read_json, write_json
 from flextron.routing import SearchSettings
 from flextron.routing.losses import KnownLosses
 from flextron.scoring.mean_loss import mean_loss
+from flextron.spec import SubnetSpec
 from flextron.workflows.boxed_demo import UNTRAINED_FILE
 from flextron.workflows.demo import default_model
 
@@ -38,7 +39,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--adapter", type=Path, required=True, help="trained elastic adapter")
     parser.add_argument("--data", type=Path, required=True, help="folder with the texts")
-    parser.add_argument("--curve", type=Path, required=True, help="rows of the curve, for the card")
+    parser.add_argument(
+        "--curve", type=Path, required=True, help="rows of the curve: sub-networks to measure, and losses for the card"
+    )
     parser.add_argument("--output", type=Path, default=boxed_adapter(), help="directory; by default the package's")
     parser.add_argument("--tokens", type=int, default=4096, help="of the text on which losses are measured")
     args = parser.parse_args()
@@ -49,7 +52,14 @@ def main() -> None:
     # the base by its public name, not by a path of the machine that trained
     model.info = replace(model.info, provenance=model.info.provenance | {"source": _BASE})
     validation = [wikitext(args.data, "wt2.valid.tokens.txt.zst")]
-    frontier = model.profile(validation, settings=SearchSettings(mutations=0), num_tokens=args.tokens, context=_CONTEXT)
+    curve = read_json(args.curve)
+    frontier = model.profile(
+        validation,
+        settings=SearchSettings(mutations=0),
+        candidates=[SubnetSpec.from_dict(spec) for row in curve for spec in row["specs"].values()],
+        num_tokens=args.tokens,
+        context=_CONTEXT,
+    )
     trained = KnownLosses.of(frontier)
     model.losses = KnownLosses(text=_TEXT, points=trained.points)
     model.frontier = None
@@ -62,7 +72,7 @@ def main() -> None:
     directory: Path = args.output
     model.save_adapter(directory, bits=8, overwrite=True)
     write_json(directory / UNTRAINED_FILE, KnownLosses(text=_TEXT, points=untrained).to_dict())
-    (directory / "README.md").write_text(card(model.info.recipe, read_json(args.curve)), encoding="utf-8")
+    (directory / "README.md").write_text(card(model.info.recipe, curve), encoding="utf-8")
 
 
 def card(recipe: Any, curve: list[dict[str, Any]]) -> str:

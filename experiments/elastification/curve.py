@@ -2,15 +2,15 @@
 
 `python -m experiments.elastification.curve --adapter DIR --data DIR --output FILE` adds a row to a JSON file: loss of
 the sub-networks whose weights are 1.0, 0.9, 0.75, 0.6, 0.5 and 0.4 of all bytes, on WikiText-2's test, LAMBADA's last
-words and held-out conversations. A sub-network is the best of a few proposals by its loss on a part of WikiText-2's
-validation text.
+words and held-out conversations. A sub-network is the best of a few proposals, and of those in earlier rows, by its
+loss on a part of WikiText-2's validation text.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +83,13 @@ def texts(data: Path, tokenizer: Any, num_tokens: int) -> dict[str, TextSet]:
 
 
 def choose(
-    decoder: Decoder, space: SearchSpace, search_BT: Tensor, sizes: Sequence[float] = SIZES
+    decoder: Decoder,
+    space: SearchSpace,
+    search_BT: Tensor,
+    sizes: Sequence[float] = SIZES,
+    known: Mapping[float, Iterable[SubnetSpec]] | None = None,
 ) -> dict[float, SubnetSpec]:
-    """For each size the best of a few proposals, by the loss on `search_BT`."""
+    """For each size the best of a few proposals and of what is known, by the loss on `search_BT`."""
     config = decoder.config
     sensitivity = measure_sensitivity(decoder, search_BT[:2], space)
     total = num_parameters(config, space.full)
@@ -99,6 +103,7 @@ def choose(
             Allocator(space, sensitivity, lambda w: layer_parameters(config, w), (1, 1, w)).within(size * total - rest)
             for w in _SKIP_WEIGHTS
         }
+        proposals.update((known or {}).get(size, ()))
         chosen[size] = min(proposals, key=lambda spec: mean_loss(decoder, search_BT[2:], spec))
     return chosen
 
@@ -118,18 +123,21 @@ def main() -> None:
     model = (
         flextron.load(args.base or default_model(), elastic=args.adapter) if trained else flextron.load(args.adapter)
     )
-    row = measure(model, args.data, args.tokens)
     rows = read_json(args.output) if args.output.exists() else []
+    row = measure(model, args.data, args.tokens, rows)
     write_json(args.output, sorted([*rows, row], key=lambda r: r["trained_tokens"]))
     print(json.dumps(row["losses"], indent=1))  # noqa: T201
 
 
-def measure(model: flextron.ElasticModel, data: Path, num_tokens: int) -> dict[str, Any]:
-    """One row of the curve."""
+def measure(
+    model: flextron.ElasticModel, data: Path, num_tokens: int, rows: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
+    """One row of the curve, after others."""
     tokenizer = needed(model.tokenizer)
     validation = wikitext(data, "wt2.valid.tokens.txt.zst")
     search_BT = sequences([validation], tokenizer, num_tokens=10 * _CONTEXT, context=_CONTEXT)
-    chosen = choose(model.decoder, model.space, search_BT)
+    known = {size: [SubnetSpec.from_dict(row["specs"][str(size)]) for row in rows] for size in SIZES}
+    chosen = choose(model.decoder, model.space, search_BT, known=known)
     losses = {
         name: {str(size): text.loss(model.decoder, spec) for size, spec in chosen.items()}
         for name, text in texts(data, tokenizer, num_tokens).items()
