@@ -38,7 +38,7 @@ class _OperatorSteps:
             decoder.config, [(spec, num_sequences)], capacity, dtype=decoder.dtype, device=decoder.device
         )
 
-    def run(self, new: Sequence[Tensor], starts: Sequence[int], *, likeliest: bool) -> Tensor:
+    def run(self, new: Sequence[Tensor], starts: Sequence[int]) -> Tensor:
         count = len(new)
         self._cache.hold([starts])
         batch = Batch.ragged(new, [self._spec] * count, starts, [self._router] * count)
@@ -50,9 +50,12 @@ class _OperatorSteps:
 class _NativeSteps:
     """Through the compiled iteration, with pages in order."""
 
-    def __init__(self, decoder: Decoder, spec: SubnetSpec, num_sequences: int, capacity: int) -> None:
+    def __init__(
+        self, decoder: Decoder, spec: SubnetSpec, num_sequences: int, capacity: int, *, likeliest: bool
+    ) -> None:
         config = decoder.config
-        self._step = NativeStep(decoder, _PAGE, screens_head=True)
+        self._step = NativeStep(decoder, _PAGE, screens_head=likeliest)
+        self._num_full = 0 if likeliest else None
         *offsets, row = block_offsets(config, spec)
         shape = (num_sequences, -(-capacity // _PAGE), row)
         self._tables = torch.arange(math.prod(shape), dtype=torch.int32).view(shape)
@@ -61,16 +64,15 @@ class _NativeSteps:
         columns = [[layer.intermediate_size for layer in spec.layers], [layer.num_groups for layer in spec.layers]]
         self._columns = torch.tensor([*columns, offsets], dtype=torch.int32)[..., None]
 
-    def run(self, new: Sequence[Tensor], starts: Sequence[int], *, likeliest: bool) -> Tensor:
+    def run(self, new: Sequence[Tensor], starts: Sequence[int]) -> Tensor:
         lengths = [len(t) for t in new]
         tokens_N = torch.cat(list(new))
         positions_N = torch.cat([torch.arange(a, a + n) for a, n in zip(starts, lengths, strict=True)])
         widths_LN, groups_LN, offsets_LN = self._columns.expand(-1, -1, len(tokens_N)).contiguous()
         tables = [table for table, n in zip(self._tables, lengths, strict=True) for _ in range(n)]
         last = [end - 1 for end in accumulate(lengths)]
-        num_full = 0 if likeliest else None
         where = (tokens_N, positions_N, widths_LN, groups_LN, tables, offsets_LN)
-        return self._step(*where, self._cache, last, num_full=num_full)
+        return self._step(*where, self._cache, last, num_full=self._num_full)
 
 
 class Steps:
@@ -83,6 +85,8 @@ class Steps:
         num_sequences: int,
         capacity: int,
         router: TokenChoice | None = None,
+        *,
+        likeliest: bool = False,
     ) -> None:
         """Reserve the cache.
 
@@ -92,26 +96,26 @@ class Steps:
             num_sequences: how many run side by side.
             capacity: tokens that each can hold.
             router: chooses the MLP width of each token; by default all have the spec's.
+            likeliest: whether only the largest score matters, so that those that are certainly smaller may be minus
+                infinity.
         """
         self.is_native = router is None and why_not_native(decoder) is None
         """Whether the compiled iteration runs."""
         self._steps: _NativeSteps | _OperatorSteps = (
-            _NativeSteps(decoder, spec, num_sequences, capacity)
+            _NativeSteps(decoder, spec, num_sequences, capacity, likeliest=likeliest)
             if self.is_native
             else _OperatorSteps(decoder, spec, num_sequences, capacity, router)
         )
 
     @torch.inference_mode()
-    def run(self, new: Sequence[Tensor], starts: Sequence[int], *, likeliest: bool = False) -> Tensor:
+    def run(self, new: Sequence[Tensor], starts: Sequence[int]) -> Tensor:
         """Scores over the vocabulary after the last new token of each sequence.
 
         Args:
             new: token ids of each sequence, 1-D.
             starts: position of each sequence's first new token; those before it must have run, or count as zeros.
-            likeliest: whether only the largest score matters, so that those that are certainly smaller may be minus
-                infinity.
 
         Returns:
             (sequences, vocabulary).
         """
-        return self._steps.run(new, starts, likeliest=likeliest)
+        return self._steps.run(new, starts)

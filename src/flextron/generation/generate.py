@@ -47,12 +47,12 @@ def stream(
     check_named_tokens(params, decoder.config.vocab_size)
     device = decoder.device
     generator = None if params.seed is None else torch.Generator(device).manual_seed(params.seed)
-    steps = Steps(decoder, spec, len(prompts), longest, router)
+    steps = Steps(decoder, spec, len(prompts), longest, router, likeliest=params.is_plain_greedy)
     new = [torch.tensor(p, device=device) for p in prompts]
     starts = [0] * len(prompts)
     answers: list[list[int]] = [[] for _ in prompts]
     for _ in range(params.max_tokens):
-        logits_BV = steps.run(new, starts, likeliest=params.is_plain_greedy)
+        logits_BV = steps.run(new, starts)
         if params.processes:
             rows = zip(logits_BV, prompts, answers, strict=True)
             logits_BV = torch.stack([processed(logits_V, params, p, answer) for logits_V, p, answer in rows])

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from flextron.kernels.layout import Source, check_layout
 
-__all__ = ["load_library"]
+__all__ = ["library_of", "load_library"]
 
 _COMPILE = ("-std=c++17", "-O3", "-ffast-math", "-fopenmp", "-fPIC", "-c")
 # without -ffast-math: linked with it, a library turns denormal numbers off for the whole process
@@ -62,6 +62,13 @@ def load_library(name: Source) -> ctypes.CDLL | str:
         reason = f"the compiled kernels did not load ({error})"
     _say_once("missing", f"decoding and finetuning run without compiled kernels, which is slower: {reason}")
     return reason
+
+
+def library_of(name: Source) -> ctypes.CDLL:
+    """The compiled kernels of a source that is known to have them."""
+    library = load_library(name)
+    assert not isinstance(library, str)
+    return library
 
 
 def _say_once(kind: str, text: str) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flextron.kernels.build import load_library
+from flextron.kernels.build import library_of, load_library
 from flextron.model.decoder import Decoder
 from flextron.model.layers import MLP
 from flextron.model.losses import ChunkLosses, chunk_losses
@@ -73,7 +73,7 @@ def chunk_losses_compiled(
     teacher_NV = None if teacher_NV is None else teacher_NV.contiguous()
     targets_N = None if targets_N is None else targets_N.contiguous()
     sums = torch.empty(2, len(logits_NV), dtype=torch.float64)
-    _library().flextron_distances(
+    library_of("training").flextron_distances(
         ctypes.c_bool(logits_NV.dtype == torch.float32),
         *_addresses(logits_NV, teacher_NV, targets_N),
         *(_Real(float(scale)) for scale in scales),
@@ -107,7 +107,7 @@ class _RmsNorm(torch.autograd.Function):
         size = x.shape[-1]
         y, inverse = torch.empty_like(x), torch.empty(x.numel() // size)
         ctx.save_for_backward(x, gains, inverse)
-        _library().flextron_norm(
+        library_of("training").flextron_norm(
             ctypes.c_bool(x.dtype == torch.float32),
             *_addresses(x, gains),
             _Real(eps),
@@ -127,7 +127,7 @@ class _RmsNorm(torch.autograd.Function):
 
 def _run(name: str, x: Tensor, others: tuple[Tensor | None, ...], sizes: tuple[int, ...]) -> None:
     """Call a kernel with the type of `x`, tensors, sizes and the number of threads."""
-    function = getattr(_library(), f"flextron_{name}")
+    function = getattr(library_of("training"), f"flextron_{name}")
     function(
         ctypes.c_bool(x.dtype == torch.float32),
         *_addresses(x, *others),
@@ -137,9 +137,3 @@ def _run(name: str, x: Tensor, others: tuple[Tensor | None, ...], sizes: tuple[i
 
 def _addresses(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
     return [_Pointer(None if t is None else t.data_ptr()) for t in tensors]
-
-
-def _library() -> ctypes.CDLL:
-    library = load_library("training")
-    assert not isinstance(library, str)
-    return library

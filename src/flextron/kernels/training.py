@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flextron.kernels.build import load_library
+from flextron.kernels.build import library_of, load_library
 from flextron.kernels.layout import LANES, Attention, Gradients
 
 __all__ = ["attend", "attend_backward", "takes_heads"]
@@ -33,7 +33,7 @@ def attend(
     q, k, v = (_rows(t) for t in (q_NHd, k_MKd, v_MKd))
     out_NHd, lse_NH = q.new_empty(q.shape), q.new_empty(q.shape[:2])
     task = _task(q, k, v, lengths, window, out_NHd, lse_NH)
-    _library().flextron_attend(ctypes.byref(task))
+    library_of("training").flextron_attend(ctypes.byref(task))
     return out_NHd, lse_NH
 
 
@@ -55,14 +55,8 @@ def attend_backward(
     task = _task(q, k, v, lengths, window, out_NHd, lse_NH)
     dq, dk, dv = (t.new_empty(t.shape) if need else None for t, need in zip((q, k, v), needs, strict=True))
     gradients = Gradients(g.data_ptr(), g.stride(0), *(None if t is None else t.data_ptr() for t in (dq, dk, dv)))
-    _library().flextron_attend_back(ctypes.byref(task), ctypes.byref(gradients))
+    library_of("training").flextron_attend_back(ctypes.byref(task), ctypes.byref(gradients))
     return dq, dk, dv
-
-
-def _library() -> ctypes.CDLL:
-    library = load_library("training")
-    assert not isinstance(library, str)
-    return library
 
 
 def _rows(x_NHd: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from importlib.metadata import version
 from typing import Any
 
 from flextron.api import ElasticModel
-from flextron.errors import FlextronError
 from flextron.jobs.jobs import Jobs
 from flextron.routing import device_fingerprint
 from flextron.server.page.frontier import frontier_facts
@@ -22,6 +21,7 @@ _NOT_TOLD = ("api_key", "name", "page")
 def facts(model: ElasticModel, service: Service, jobs: Jobs | None) -> dict[str, Any]:
     """All that does not change while the server runs, as JSON."""
     device = device_fingerprint(model.decoder.device, model.decoder.dtype)
+    missing = missing_measurements(model)
     settings, engine = asdict(service.settings), asdict(service.core.settings)
     return {
         "name": service.catalog.name,
@@ -35,19 +35,11 @@ def facts(model: ElasticModel, service: Service, jobs: Jobs | None) -> dict[str,
         "smallest": model.num_parameters(model.space.smallest),
         "log10_size": model.space.log10_size,
         "frontier": None if model.frontier is None else frontier_facts(model.frontier),
-        "has_latency": _has_latency(model),
+        "has_latency": not missing,
         "token_targets": [] if model.token_router is None else sorted(model.token_router.prices),
         "device": device,
         "tables": [table.to_dict() for table in model.tables.values()],
-        "missing": missing_measurements(model),
+        "missing": missing,
         "settings": {key: value for key, value in (settings | engine).items() if key not in _NOT_TOLD},
         "finetuning": None if jobs is None else {"model": jobs.model, "max_file_mb": service.settings.max_file_mb},
     }
-
-
-def _has_latency(model: ElasticModel) -> bool:
-    try:
-        model.select(latency=1.0)
-    except FlextronError:
-        return False
-    return True
