@@ -3,7 +3,9 @@
 The command line prints such an error without a traceback and exits with code 2; anything else that escapes is a bug.
 """
 
-__all__ = ["FlextronError", "PromptError", "UnsupportedModelError"]
+__all__ = ["FlextronError", "PromptError", "UnsupportedModelError", "shown"]
+
+_MOST_SHOWN = 100
 
 
 class FlextronError(ValueError):
@@ -16,3 +18,9 @@ class PromptError(FlextronError):
 
 class UnsupportedModelError(FlextronError):
     """A checkpoint whose architecture no family describes."""
+
+
+def shown(value: object) -> str:
+    """A value of a user's or a file's in a message, however long it is."""
+    text = repr(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."

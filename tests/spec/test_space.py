@@ -228,6 +228,7 @@ def ratios_with(**changes: object) -> Callable[[], SearchSpace]:
     [
         (space_with(intermediate_sizes=[]), r"intermediate_sizes must be positive sizes in ascending order"),
         (space_with(intermediate_sizes=[4, 2]), r"ascending order without repeats, not \[4, 2\]"),
+        (space_with(intermediate_sizes=[4, 2] * 2000), r"^.{20,300}$"),
         (space_with(num_groups=[1, 1]), r"num_groups must be .* without repeats, not \[1, 1\]"),
         (space_with(num_groups=[0, 1]), r"num_groups must be positive sizes"),
         (space_with(num_hidden_layers=0), r"num_hidden_layers must be at least 1, not 0"),

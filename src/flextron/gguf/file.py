@@ -20,9 +20,9 @@ from typing import Any
 import gguf
 import numpy as np
 
-from flextron.errors import FlextronError
+from flextron.errors import FlextronError, shown
 
-__all__ = ["GgufTensor", "read_file", "shown"]
+__all__ = ["GgufTensor", "read_file"]
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -32,13 +32,6 @@ _STRING, _ARRAY = 8, 9
 _LENGTH = struct.Struct("<Q")
 _MOST_DIMENSIONS = 4
 _ALIGNMENT = "general.alignment"
-_MOST_SHOWN = 60
-
-
-def shown(value: object) -> str:
-    """A value of a file in a message, however long it is."""
-    text = repr(value)
-    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
 class _DamageError(Exception):

@@ -16,8 +16,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from flextron.errors import FlextronError, UnsupportedModelError
-from flextron.gguf.file import shown
+from flextron.errors import FlextronError, UnsupportedModelError, shown
 
 __all__ = ["Metadata"]
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import gguf
 
-from flextron.errors import FlextronError, UnsupportedModelError
+from flextron.errors import FlextronError, UnsupportedModelError, shown
 from flextron.families.config import FAMILIES
-from flextron.gguf.file import GgufTensor, read_file, shown
+from flextron.gguf.file import GgufTensor, read_file
 from flextron.gguf.keys import Metadata
 from flextron.gguf.shapes import Sizes, Slot, read_sizes, slots
 

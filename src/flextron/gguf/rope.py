@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from flextron.errors import FlextronError, UnsupportedModelError
-from flextron.gguf.file import shown
+from flextron.errors import FlextronError, UnsupportedModelError, shown
 from flextron.gguf.keys import Metadata
 
 __all__ = ["rope_scaling", "rotated_dimensions"]

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 from tokenizers import Regex, pre_tokenizers
 
-from flextron.errors import FlextronError
-from flextron.gguf.file import shown
+from flextron.errors import FlextronError, shown
 
 __all__ = ["Rule", "rule_name", "rule_of"]
 

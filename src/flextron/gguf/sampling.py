@@ -11,9 +11,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from flextron.errors import FlextronError
+from flextron.errors import FlextronError, shown
 from flextron.generation.defaults import GenerationDefaults
-from flextron.gguf.file import shown
 
 __all__ = ["SAMPLING", "generation_config_from_metadata", "sampling_metadata"]
 

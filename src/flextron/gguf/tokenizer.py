@@ -18,8 +18,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from flextron.errors import FlextronError
-from flextron.gguf.file import shown
+from flextron.errors import FlextronError, shown
 from flextron.gguf.rules import Rule, rule_of
 from flextron.gguf.vocabulary import Vocabulary, read_vocabulary
 

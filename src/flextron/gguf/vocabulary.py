@@ -13,8 +13,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from flextron.errors import FlextronError
-from flextron.gguf.file import shown
+from flextron.errors import FlextronError, shown
 
 __all__ = ["Vocabulary", "end_ids", "read_vocabulary", "special_ids"]
 

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flextron.errors import FlextronError
+from flextron.errors import FlextronError, shown
 from flextron.files import checked
 from flextron.model.config import DecoderConfig
 from flextron.routing.latency import LatencyTable
@@ -88,8 +88,8 @@ class TokenRouter(nn.Module):
         super().__init__()
         if set(mlp_costs) != set(space.intermediate_sizes):
             raise FlextronError(
-                f"costs are for the widths {sorted(mlp_costs)}, the space has {list(space.intermediate_sizes)}; "
-                "measure a latency table of this model"
+                f"costs are for the widths {shown(sorted(mlp_costs))}, the space has "
+                f"{shown(list(space.intermediate_sizes))}; measure a latency table of this model"
             )
         self.space, self.hidden_size = space, hidden_size
         self.mlp_costs = {w: float(mlp_costs[w]) for w in space.intermediate_sizes}

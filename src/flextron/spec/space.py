@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from flextron.errors import FlextronError
+from flextron.errors import FlextronError, shown
 from flextron.files import checked
 from flextron.spec.subnet import MAX_LAYERS, MAX_WIDTH, LayerSpec, SubnetSpec
 
@@ -38,9 +38,11 @@ class _SpaceFile(BaseModel):
 
 def _check_choices(name: str, choices: tuple[int, ...]) -> None:
     if not all(type(c) is int for c in choices):
-        raise FlextronError(f"{name} must be whole numbers, not {list(choices)}")
+        raise FlextronError(f"{name} must be whole numbers, not {shown(list(choices))}")
     if not choices or any(c <= 0 for c in choices) or list(choices) != sorted(set(choices)):
-        raise FlextronError(f"{name} must be positive sizes in ascending order without repeats, not {list(choices)}")
+        raise FlextronError(
+            f"{name} must be positive sizes in ascending order without repeats, not {shown(list(choices))}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -187,14 +189,15 @@ class SearchSpace:
             if layer.is_skipped:
                 skipped += 1
                 if i not in self.skippable_layers:
-                    raise FlextronError(f"layer {i} may not be skipped; only {list(self.skippable_layers)} may")
+                    raise FlextronError(f"layer {i} may not be skipped; only {shown(list(self.skippable_layers))} may")
                 continue
             if layer.intermediate_size not in self.intermediate_sizes:
                 raise FlextronError(
-                    f"layer {i}: MLP width {layer.intermediate_size} is not among {list(self.intermediate_sizes)}"
+                    f"layer {i}: MLP width {layer.intermediate_size} is not among "
+                    f"{shown(list(self.intermediate_sizes))}"
                 )
             if layer.num_groups not in self.num_groups:
-                raise FlextronError(f"layer {i}: {layer.num_groups} groups is not among {list(self.num_groups)}")
+                raise FlextronError(f"layer {i}: {layer.num_groups} groups is not among {shown(list(self.num_groups))}")
         if skipped > self.max_skipped_layers:
             raise FlextronError(f"{skipped} layers are skipped; at most {self.max_skipped_layers} may be")
 

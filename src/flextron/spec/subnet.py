@@ -6,12 +6,11 @@ is nothing but a list of widths. A width of 0 skips that half of the layer; a la
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flextron.errors import FlextronError
+from flextron.errors import FlextronError, shown
 
 __all__ = ["MAX_LAYERS", "MAX_WIDTH", "LayerSpec", "SubnetSpec"]
 
@@ -34,7 +33,7 @@ class LayerSpec:
         for name in ("intermediate_size", "num_groups"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_WIDTH:
-                raise FlextronError(f"{name} must be a whole number of at least 0, not {reprlib.repr(value)}")
+                raise FlextronError(f"{name} must be a whole number of at least 0, not {shown(value)}")
 
     @property
     def is_skipped(self) -> bool:
@@ -77,7 +76,9 @@ class SubnetSpec:
         """The same widths in every layer but the skipped ones."""
         skipped = frozenset(skip)
         if not all(0 <= i < num_hidden_layers for i in skipped):
-            raise FlextronError(f"only layers 0 to {num_hidden_layers - 1} can be skipped, not {sorted(skipped)}")
+            raise FlextronError(
+                f"only layers 0 to {num_hidden_layers - 1} can be skipped, not {shown(sorted(skipped))}"
+            )
         kept = [0 if i in skipped else 1 for i in range(num_hidden_layers)]
         return cls.of([intermediate_size * k for k in kept], [num_groups * k for k in kept])
 
@@ -128,7 +129,7 @@ class SubnetSpec:
         """
         expected = {"intermediate_size", "num_groups"}
         if not isinstance(data, Mapping) or set(data) != expected:
-            found = reprlib.repr(sorted(data, key=str) if isinstance(data, Mapping) else data)
+            found = shown(sorted(data, key=str) if isinstance(data, Mapping) else data)
             raise FlextronError(f"a sub-network needs exactly the keys {sorted(expected)}; found {found}")
         if not all(isinstance(data[key], list) for key in expected):
             raise FlextronError("the widths of a sub-network are two lists, one entry a layer")

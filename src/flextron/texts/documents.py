@@ -18,7 +18,7 @@ from pathlib import Path
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-from flextron.errors import FlextronError
+from flextron.errors import FlextronError, shown
 
 __all__ = ["read_documents"]
 
@@ -218,19 +218,19 @@ def _find_field(record: Mapping[str, object], where: str) -> str:
     known = [name for name in _TEXT_FIELDS if name in record]
     if known or len(strings) == 1:
         return (known or strings)[0]
-    raise FlextronError(f"{where}: which of the fields {list(record)} holds the text? Name it with text_field")
+    raise FlextronError(f"{where}: which of the fields {shown(list(record))} holds the text? Name it with text_field")
 
 
 def _text_of(record: Mapping[str, object], field: str, where: str) -> str:
     """The field's text; a null counts as empty."""
     if field not in record:
-        raise FlextronError(f"{where}: no field {field!r} among {list(record)}; name another with text_field")
+        raise FlextronError(f"{where}: no field {field!r} among {shown(list(record))}; name another with text_field")
     text = record[field]
     if text is None:
         return ""
     if not isinstance(text, str):
         raise FlextronError(
-            f"{where}: field {field!r} is a {type(text).__name__}, not text; name another of {list(record)}"
+            f"{where}: field {field!r} is a {type(text).__name__}, not text; name another of {shown(list(record))}"
             " with text_field"
         )
     try:

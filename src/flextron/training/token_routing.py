@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from flextron.errors import FlextronError
+from flextron.errors import FlextronError, shown
 from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
 from flextron.model.losses import forward_kl
@@ -185,7 +185,8 @@ def _check(
     """Refuse what cannot be trained."""
     if not static_specs or not all(0 < target <= 1 for target in static_specs):
         raise FlextronError(
-            f"token routing needs targets in (0, 1], each with its static sub-network, not {sorted(static_specs)}"
+            "token routing needs targets in (0, 1], each with its static sub-network, not "
+            f"{shown(sorted(static_specs))}"
         )
     for spec in static_specs.values():
         router.check(decoder.config, spec)

@@ -15,7 +15,7 @@ from torch import Tensor
 from flextron.checkpoints.peft.base import MARK, check_initialisation, order_for, reordered
 from flextron.checkpoints.peft.config import check_adapter_config, is_targeted
 from flextron.checkpoints.peft.layout import CONFIG, PREFIX, WEIGHTS, Module, modules_of
-from flextron.errors import FlextronError
+from flextron.errors import FlextronError, shown
 from flextron.families.config import FAMILIES
 from flextron.files import read_json
 from flextron.model.adapter import Adapter, linear_shapes
@@ -135,8 +135,8 @@ def _split_lora(
     rank = a.shape[0]
     if rank not in (ranks := {settings.get("r", 8), *(settings.get("rank_pattern") or {}).values()}):
         raise FlextronError(
-            f"the adapter of {module.name} has rank {rank}, its config says {sorted(ranks)}; the files do not belong "
-            "together"
+            f"the adapter of {module.name} has rank {rank}, its config says {shown(sorted(ranks))}; the files do not "
+            "belong together"
         )
     # peft's rule: a key is a regular expression for the end of the module's name
     patterns: Mapping[str, float] = settings.get("alpha_pattern") or {}
