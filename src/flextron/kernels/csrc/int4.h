@@ -27,8 +27,9 @@ inline Vec magnitudes(Vec v) { return (Vec)((Ints)v & 0x7FFFFFFF); }
 inline Ints nearest(Vec v) {
 #ifdef __AVX2__
     return (Ints)_mm256_cvtps_epi32((__m256)v);
-#else
-    return __builtin_convertvector(v + (v > 0 ? Vec{} + 0.5f : Vec{} - 0.5f), Ints);
+#else  // ties to even, too: the last bits of numbers up to 2^22 beside a large one are whole
+    const Vec large = Vec{} + 12582912.0f;
+    return (Ints)(v + large) - (Ints)large;
 #endif
 }
 // Sums of two neighbours' products.
