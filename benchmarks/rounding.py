@@ -90,10 +90,3 @@ def _rounded(matrix: Tensor, weights: Weights) -> Tensor:
         return numbers * scales[:, None]
     numbers, scales = quantize_groups(matrix)
     return numbers * scales.float().repeat_interleave(GROUP, 1)
-
-
-if __name__ == "__main__":
-    original = smollm2.decoder()
-    for precision in ("float32", "int8", "int4"):
-        weights_alone, compiled = perplexity(original, precision), compiled_perplexity(original, precision)
-        print(f"{precision}: rounded weights {weights_alone:.3f}, compiled iteration {compiled:.3f}")
