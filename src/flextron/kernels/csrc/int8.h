@@ -17,6 +17,7 @@
 
 #include "int4.h"
 #include "rows.h"
+#include "tiles.h"
 
 namespace {
 
@@ -70,7 +71,7 @@ inline Sums add_quads(Sums sums, Sums weights, TokenQuad x) {
 
 // Tokens in whole numbers.
 struct RoundedTokens {
-    long room;  // bytes of a token, a multiple of 8
+    long room;  // bytes of a token, a multiple of 64
     std::vector<int8_t, Aligned<int8_t>> low;
     std::vector<int32_t> high;    // (tokens, room / 4, 2): place and numbers of each four with large ones among them, over 128
     std::vector<int32_t> counts;  // of those
@@ -78,7 +79,7 @@ struct RoundedTokens {
     Floats scales;
 
     void resize(long tokens, long size) {
-        room = (size + kLanes - 1) / kLanes * kLanes;
+        room = (size + kLine - 1) / kLine * kLine;
         low.resize(tokens * room), high.resize(tokens * room / 2);
         counts.resize(tokens), sums.resize(tokens), scales.resize(tokens);
     }
@@ -184,11 +185,17 @@ inline void round_token(const float* x, const float* factors, long size, long wi
     to.counts[i] = count, to.sums[i] = 128 * all, to.scales[i] = scale;
 }
 
+// Sums over the first `quads` fours of inputs that are there already, (tokens, ld), or null and 0.
+struct Begun {
+    const int32_t* sums;
+    long ld, quads;
+};
+
 // Products of V vectors of outputs, which begin with a panel, and T tokens, over `quads` of their inputs. Not inlined,
 // because all registers are needed.
 template <int V, int T, bool kAsks>
 __attribute__((noinline)) void panel_tile(const uint8_t* w, long panel_bytes, long quads, const RoundedTokens& x, long t,
-                                          const float* scales, long count, float* out, long ldo) {
+                                          Begun begun, const float* scales, long count, float* out, long ldo) {
     const int8_t* low = x.low.data() + t * x.room;
     const uint8_t* panels[V];
     Sums acc[V][T];
@@ -210,7 +217,13 @@ __attribute__((noinline)) void panel_tile(const uint8_t* w, long panel_bytes, lo
 #pragma GCC unroll 16
         for (int v = 0; v < V; v++) acc[v][j] <<= 7;
     }
-    for (long k = 0; k < quads; k++) {
+    if (begun.sums)
+#pragma GCC unroll 16
+        for (int j = 0; j < T; j++)
+#pragma GCC unroll 16
+            for (int v = 0; v < V; v++)
+                acc[v][j] += *reinterpret_cast<const Sums*>(begun.sums + j * begun.ld + v * kSumLanes);
+    for (long k = begun.quads; k < quads; k++) {
         Sums rows[V];
 #pragma GCC unroll 16
         for (int v = 0; v < V; v++) {
@@ -244,16 +257,40 @@ __attribute__((noinline)) void panel_tile(const uint8_t* w, long panel_bytes, lo
 
 template <int V, bool kAsks>
 inline void panel_tile_of(long tokens, const uint8_t* w, long panel_bytes, long quads, const RoundedTokens& x, long t,
-                          const float* scales, long count, float* out, long ldo) {
+                          Begun begun, const float* scales, long count, float* out, long ldo) {
     switch (tokens) {
-        case 1: return panel_tile<V, 1, kAsks>(w, panel_bytes, quads, x, t, scales, count, out, ldo);
-        case 2: return panel_tile<V, 2, kAsks>(w, panel_bytes, quads, x, t, scales, count, out, ldo);
-        case 3: return panel_tile<V, 3, kAsks>(w, panel_bytes, quads, x, t, scales, count, out, ldo);
-        case 4: return panel_tile<V, 4, kAsks>(w, panel_bytes, quads, x, t, scales, count, out, ldo);
+        case 1: return panel_tile<V, 1, kAsks>(w, panel_bytes, quads, x, t, begun, scales, count, out, ldo);
+        case 2: return panel_tile<V, 2, kAsks>(w, panel_bytes, quads, x, t, begun, scales, count, out, ldo);
+        case 3: return panel_tile<V, 3, kAsks>(w, panel_bytes, quads, x, t, begun, scales, count, out, ldo);
+        case 4: return panel_tile<V, 4, kAsks>(w, panel_bytes, quads, x, t, begun, scales, count, out, ldo);
 #if defined(__AVXVNNI__) || defined(__AVX512VNNI__)
-        case 5: return panel_tile<V, 5, kAsks>(w, panel_bytes, quads, x, t, scales, count, out, ldo);
-        default: return panel_tile<V, 6, kAsks>(w, panel_bytes, quads, x, t, scales, count, out, ldo);
+        case 5: return panel_tile<V, 5, kAsks>(w, panel_bytes, quads, x, t, begun, scales, count, out, ldo);
+        default: return panel_tile<V, 6, kAsks>(w, panel_bytes, quads, x, t, begun, scales, count, out, ldo);
 #endif
+    }
+}
+
+// The products of n tokens from t on with some panels, in pieces that fill the registers.
+inline void finish_tokens(const uint8_t* w, long panel_bytes, long panels, const RoundedTokens& x, long t, long n,
+                          Begun begun, long quads, bool asks, const float* scales, long count, float* out, long ldo) {
+    const long vectors = panels * kVectorsOfPanel;
+    for (long done = 0, now; done < n; done += now) {
+        const long pieces = (n - done + kMostTokens - 1) / kMostTokens;
+        now = (n - done + pieces - 1) / pieces;
+        for (long v = 0, own; v < vectors; v += own) {
+            own = vectors - v >= kMostVectors ? kMostVectors : vectors - v >= 2 ? 2 : 1;
+            const auto tile = asks ? (own == kMostVectors ? panel_tile_of<kMostVectors, true>
+                                      : own == 2          ? panel_tile_of<2, true>
+                                                          : panel_tile_of<1, true>)
+                                   : (own == kMostVectors ? panel_tile_of<kMostVectors, false>
+                                      : own == 2          ? panel_tile_of<2, false>
+                                                          : panel_tile_of<1, false>);
+            const long row = v * kSumLanes;
+            Begun part = begun;
+            if (part.sums) part.sums += done * begun.ld + row;
+            tile(now, w + v / kVectorsOfPanel * panel_bytes, panel_bytes, quads, x, t + done, part, scales + row,
+                 count - row, out + done * ldo + row, ldo);
+        }
     }
 }
 
@@ -262,26 +299,24 @@ inline void panel_tile_of(long tokens, const uint8_t* w, long panel_bytes, long 
 template <class Q>
 void multiply_panels(const void* numbers, long panel_quads, const float* scales, long first, long count,
                      const RoundedTokens& x, long from, long to, float* out, long ldo, Q quads) {
-    const long panel_bytes = panel_quads * kQuadBytes;
+    const long panel_bytes = panel_quads * kQuadBytes, panels = num_panels(count);
     const uint8_t* w = static_cast<const uint8_t*>(numbers) + first / kPanelRows * panel_bytes;
-    const long vectors = num_panels(count) * kVectorsOfPanel;
+    const bool asks = to - from <= kAskedTokens, uses_tiles = to - from >= kTileTokens && has_tiles();
+    if (uses_tiles) configure_tiles();
     for (long t = from, n; t < to; t += n) {
+        // not six and one, but four and three
         const long pieces = (to - t + kMostTokens - 1) / kMostTokens;
-        n = (to - t + pieces - 1) / pieces;  // not six and one, but four and three
-        const bool asks = to - from <= kAskedTokens;
-        for (long v = 0, own; v < vectors; v += own) {
-            own = vectors - v >= kMostVectors ? kMostVectors : vectors - v >= 2 ? 2 : 1;
-            const long row = v * kSumLanes;
-            const auto tile = asks ? (own == kMostVectors ? panel_tile_of<kMostVectors, true>
-                                      : own == 2          ? panel_tile_of<2, true>
-                                                          : panel_tile_of<1, true>)
-                                   : (own == kMostVectors ? panel_tile_of<kMostVectors, false>
-                                      : own == 2          ? panel_tile_of<2, false>
-                                                          : panel_tile_of<1, false>);
-            tile(n, w + v / kVectorsOfPanel * panel_bytes, panel_bytes, quads(t), x, t, scales + first + row,
-                 count - row, out + (t - from) * ldo + row, ldo);
+        n = uses_tiles ? std::min(to - t, kTileTokens) : (to - t + pieces - 1) / pieces;
+        Begun begun{nullptr, 0, 0};
+        alignas(64) int32_t sums[kTileTokens * kTilePanels * kPanelRows];
+        if (uses_tiles && n == kTileTokens) {
+            begun = {sums, kTilePanels * kPanelRows, quads(t) / kTileQuads * kTileQuads};
+            multiply_tiles(w, panel_bytes, panels, x.low.data() + t * x.room, x.room, begun.quads, sums, begun.ld);
         }
+        finish_tokens(w, panel_bytes, panels, x, t, n, begun, quads(t), asks, scales + first, count,
+                      out + (t - from) * ldo, ldo);
     }
+    if (uses_tiles) release_tiles();
 }
 
 // Rounds n tokens x, (n, size), and multiplies them with the leading `outputs` of panels; out is (n, outputs). A scale of
