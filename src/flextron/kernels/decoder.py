@@ -113,7 +113,8 @@ class NativeStep:
             decoder: in float32 on the CPU.
             page_size: tokens of a page of the KV cache.
             weights: `int8` reads an eight-bit copy of all matrices, a scale a row (norms and biases stay as they are);
-                `int4` one of four bits, a scale for 32 columns of a row, with `o`, `down` and the head in eight.
+                `int4` one of four bits, a scale for 32 columns of a row, with `o`, `down` and the head in eight. What
+                eight bits are multiplied with is rounded token by token (`csrc/int8.h`).
             screens_head: keep an eight-bit copy of a float32 head, which finds the likeliest token at a quarter of the
                 bytes; see `num_full` of a call.
             adapts_threads: run on fewer threads than PyTorch has while that is faster.

@@ -36,6 +36,13 @@ inline Ints nearest(Vec v) {
 inline Ints pair_products(Shorts a, Shorts b) {
 #ifdef __AVX2__
     return (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)  // what compilers make of the general form is several times slower
+    __m128i halves[2], others[2];
+    std::memcpy(halves, &a, sizeof a), std::memcpy(others, &b, sizeof b);
+    for (int i = 0; i < 2; i++) halves[i] = _mm_madd_epi16(halves[i], others[i]);
+    Ints sums;
+    std::memcpy(&sums, halves, sizeof sums);
+    return sums;
 #else
     return ((Ints)a << 16 >> 16) * ((Ints)b << 16 >> 16) + ((Ints)a >> 16) * ((Ints)b >> 16);
 #endif
