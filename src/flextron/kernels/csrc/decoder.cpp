@@ -258,7 +258,7 @@ struct Step {
         }
     }
 
-    // Logits of the wanted rows. Where only the largest one of a row matters, and few rows do not hide the time to read
+    // Hidden states and logits of the wanted rows. Where only the largest one of a row matters, and few rows do not hide the time to read
     // the head, an eight-bit copy finds the tokens that may have it.
     void head(int id, int nt) {
         const long n = b.num_logits, V = s.vocab_size;
@@ -266,6 +266,8 @@ struct Step {
         const long full = screens ? b.num_full : n;
         for (long i = id; i < n; i += nt)
             normalize(&x[b.rows[i] * D], ends.final_norm, s.is_layer_norm, s.norm_eps, D, &xn[i * D]);
+        for (long i = id; i < b.num_hidden; i += nt)
+            normalize(&x[b.hidden_rows[i] * D], ends.final_norm, s.is_layer_norm, s.norm_eps, D, &b.hidden[i * D]);
 #pragma omp barrier
         const long first = V * id / nt, last = V * (id + 1) / nt;
         if (full) vocabulary<E>(ends.head, first, last, 0, full);
