@@ -203,7 +203,7 @@ class Runner:
         if native is None:
             hidden_ND = self._with_operators(tokens_N, positions_N, chunks)
             chosen = [hidden_ND[torch.tensor(each, device=device, dtype=torch.long)] for each in (rows, shown)]
-            return Computed(self.decoder.logits(chosen[0]), chosen[1])
+            return Computed(self._logits(chosen[0], chunks), chosen[1])
         block_tables = [c.request.block_table for c in chunks for _ in c.tokens]
         widths_LN, groups_LN, offsets_LN = self._layout(chunks)
         adapters = None
@@ -230,6 +230,14 @@ class Runner:
             hidden_SD,
         )
         return Computed(logits_RV if wanted == rows else logits_RV[torch.tensor(order).argsort()], hidden_SD)
+
+    def _logits(self, hidden_RD: Tensor, chunks: Sequence[Chunk]) -> Tensor:
+        """Scores by PyTorch's operators, by each adapter's own head where one has that."""
+        outers = [None if c.network.adapter is None else c.network.adapter.outer for c in chunks]
+        if not any(outers):
+            return self.decoder.logits(hidden_RD)
+        parts = hidden_RD.split([c.num_logits for c in chunks])
+        return torch.cat([self.decoder.logits(part, outer) for part, outer in zip(parts, outers, strict=True)])
 
     def _with_operators(self, tokens_N: Tensor, positions_N: Tensor, chunks: Sequence[Chunk]) -> Tensor:
         """Final hidden states by PyTorch's operators; (N, D)."""
