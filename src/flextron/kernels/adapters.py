@@ -64,10 +64,10 @@ class NativeAdapter:
         if isinstance(bypass, Lora):
             return BypassPointers(**self._low_rank(bypass, bypass.b))
         if isinstance(bypass, Dora):
-            lora, factors = bypass.lora, bypass.factors
+            lora, lengths = bypass.lora, bypass.factors
             # out of a nested dimension the kernels put factors on the frozen product alone
-            b = lora.b * factors[:, None] if target in ("o", "down") else lora.b
-            return BypassPointers(**self._low_rank(lora, b), outputs=self._address(factors))
+            b: Tensor = lora.b * lengths[:, None] if target in ("o", "down") else lora.b
+            return BypassPointers(**self._low_rank(lora, b), outputs=self._address(lengths))
         assert isinstance(bypass, Ia3)
         factors = self._address(bypass.factors)
         return BypassPointers(inputs=factors) if bypass.on_input else BypassPointers(outputs=factors)

@@ -59,7 +59,7 @@ class Outer(nn.Module):
         """Embeddings of tokens, of which `x_ND` are the model's own."""
         if self.embedding is not None:
             x_ND = F.embedding(tokens_N, self.embedding).to(x_ND.dtype)
-        return x_ND if self.update is None else self.update(tokens_N, x_ND)  # type: ignore[no-any-return]
+        return x_ND if self.update is None else self.update(tokens_N, x_ND)
 
     def scores(self, hidden_ND: Tensor, head_VD: Tensor) -> Tensor:
         """Scores over the vocabulary before they are capped, (N, V); `head_VD` is the model's own head."""
