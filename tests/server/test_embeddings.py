@@ -198,14 +198,6 @@ def test_more_refusals(server: Running, model: ElasticModel) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_litellm(server: Running, stock: dict[float, Any], litellm: Any) -> None:
-    wanted = pooled(stock[0.6], server.service.tokenizer.encode(TEXTS[1]), "mean")
-    url = f"{server.url}/v1"
-    made = litellm.embedding("openai/tiny@0.6", input=TEXTS[1:2], api_base=url, api_key="none")
-    np.testing.assert_allclose(made.data[0]["embedding"], wanted / wanted.norm(), atol=1e-5)
-
-
-@pytest.mark.filterwarnings("ignore")
 def test_langchain(server: Running, stock: dict[float, Any]) -> None:
     langchain = pytest.importorskip("langchain_openai")
     wanted = pooled(stock[0.6], server.service.tokenizer.encode(TEXTS[1]), "mean")
