@@ -93,5 +93,5 @@ def grammar_cost() -> Figure:
         bar=1.05,
         peer={"name": "free answers, ms a step", "value": 1e3 * median(times["free"])[1]},
         spread=spread,
-        note=f"SmolLM2-135M, float32, {_BATCH} requests; {1e3 * median(times['grammar'])[1]:.2f} ms a step with a grammar",
+        note=f"SmolLM2-135M, {_BATCH} requests; {1e3 * median(times['grammar'])[1]:.2f} ms a step with a grammar",
     )
