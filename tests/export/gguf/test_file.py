@@ -43,7 +43,7 @@ GEMMA: dict[str, Any] = {"head_dim": 16, "query_pre_attn_scalar": 16, "pad_token
 FULL, SLIDING = "full_attention", "sliding_attention"
 LATER: dict[str, PretrainedConfig] = {
     "gemma2": Gemma2Config(**SIZES, **HEADS, **GEMMA, attn_logit_softcapping=3.0, final_logit_softcapping=4.0),
-    "gemma2-full": Gemma2Config(**SIZES, **HEADS, **GEMMA, layer_types=[FULL, SLIDING, FULL]),
+    "gemma2-other": Gemma2Config(**SIZES, **HEADS, **GEMMA, layer_types=[FULL, SLIDING, SLIDING]),
     "gemma3": Gemma3TextConfig(
         **SIZES | HEADS | {"num_hidden_layers": 4},
         **GEMMA,
@@ -86,7 +86,8 @@ TOKENS = random_tokens(1, 12)
 def uniform(case: str, *, all_groups: bool) -> SubnetSpec:
     config = random_source(WRITTEN[case]).decoder.config
     groups, layers = config.num_groups if all_groups else 1, config.num_hidden_layers
-    return SubnetSpec.uniform(num_hidden_layers=layers, intermediate_size=24, num_groups=groups, skip=[1])
+    skip = 2 if case == "gemma2" else 1  # which leaves both kinds of its layers
+    return SubnetSpec.uniform(num_hidden_layers=layers, intermediate_size=24, num_groups=groups, skip=[skip])
 
 
 def contents(path: Path) -> tuple[dict[str, object], dict[str, gguf.ReaderTensor]]:
@@ -117,7 +118,8 @@ def test_a_uniform_file_is_what_llama_cpps_rules_make_of_the_stock_checkpoint(ca
         assert found == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value), name
     if made.architecture in ("gemma2", "gemma3"):
         slides = [kind == SLIDING for kind in model.config.layer_types]
-        assert fields[f"{made.architecture}.attention.sliding_window_pattern"] == slides
+        usual = [True, False] if made.architecture == "gemma2" else None
+        assert fields.get(f"{made.architecture}.attention.sliding_window_pattern", usual) == slides
 
 
 @pytest.mark.parametrize("case", NOT_WRITTEN)
@@ -188,6 +190,25 @@ def test_padding_holds_what_no_architecture_does(case: str, tmp_path: Path) -> N
         return
     again = load_decoder(open_pretrained(made.path))
     assert again.widths.is_uniform
+    assert relative_error(our_logits(again, TOKENS), our_logits(source.decoder, TOKENS, spec)) <= 2e-6
+
+
+@pytest.mark.parametrize(
+    ("case", "skip"), [("gemma2", [1]), ("gemma2", [0, 2]), ("gemma2-other", [1, 2]), ("gemma3", [1, 2])]
+)
+def test_gemma_needs_both_kinds_of_layers(case: str, skip: list[int], tmp_path: Path) -> None:
+    source = random_source(LATER[case])
+    layers = source.decoder.config.num_hidden_layers
+    spec = SubnetSpec.uniform(num_hidden_layers=layers, intermediate_size=24, num_groups=2, skip=skip)
+    with pytest.raises(FlextronError, match="a layer with a sliding window and one without"):
+        export(source, tmp_path / "model.gguf", spec, format=GGUF)
+
+
+def test_gemma_3_without_windows(tmp_path: Path) -> None:
+    source = random_source(LATER["gemma3"])
+    spec = SubnetSpec.uniform(num_hidden_layers=4, intermediate_size=24, num_groups=2, skip=[0, 3])
+    export(source, tmp_path / "model.gguf", spec, format=GGUF, precision="float32")
+    again = load_decoder(open_pretrained(tmp_path / "model.gguf"))
     assert relative_error(our_logits(again, TOKENS), our_logits(source.decoder, TOKENS, spec)) <= 2e-6
 
 

@@ -211,6 +211,9 @@ def _gemma_obstacles(
     windows = {config.window_of(i) for i in spec.kept_layers}
     if len(windows - {None}) > 1:
         yield f"{name} has one size of windows"
+    # llama.cpp ends the process where its cache for either kind would hold no layer
+    if len(windows) == 1 and (None not in windows or "attention_cap" in architecture.traits):
+        yield f"{name} wants a layer with a sliding window and one without among those that are kept"
     whole, local = (
         {config.rope_of(i) for i in spec.kept_layers if (config.window_of(i) is None) == is_whole}
         for is_whole in (True, False)

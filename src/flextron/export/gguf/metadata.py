@@ -74,13 +74,13 @@ def _windows(architecture: Architecture, config: DecoderConfig, widths: SubnetSp
     """Sliding windows, and the rotation of the layers that have one."""
     windows = [config.window_of(i) for i in widths.kept_layers]
     sliding = [window is not None for window in windows]
-    out: dict[str, Any] = {}
-    if config.sliding_window is not None:
-        out["attention.sliding_window"] = config.sliding_window
+    if not any(sliding):
+        return {} if (rope := config.rope_of(widths.kept_layers[0])) is None else _rope(rope, config.head_dim)
+    out: dict[str, Any] = {"attention.sliding_window": config.sliding_window}
     # a file says which layers where its layers do not follow the architecture's own pattern
     period = 2 if architecture.name == "gemma2" else 6
     usual = [n % period < period - 1 for n in range(len(windows))]
-    if sliding != usual and (config.sliding_window is not None or architecture.name == "gemma2"):
+    if sliding != usual:
         out["attention.sliding_window_pattern"] = sliding
     ropes = {window is not None: config.rope_of(i) for window, i in zip(windows, widths.kept_layers, strict=True)}
     if (whole := ropes.get(False, config.rope)) is not None:
