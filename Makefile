@@ -11,7 +11,7 @@ OLDEST := .venv/oldest
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/pytest -q -n 2
 RUNNABLE_HERE := not gpu and not browser and not peer
 
-.PHONY: demo test test-browser test-isa test-isa-all test-oldest test-slow test-all check fix bench bench-core bench-routing bench-serving bench-coserving bench-quality docs clean
+.PHONY: demo test test-browser test-isa test-isa-all test-oldest test-slow test-all check fix bench bench-core bench-routing bench-serving bench-coserving bench-quality bench-ecosystem docs clean
 
 demo: $(READY)  ## Measure a small elastic model here and ask it for targets; MODEL= and DATA= convert and train others.
 	$(BIN)/flextron demo $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)")
@@ -55,7 +55,7 @@ fix: $(READY)  ## Mend what ruff can.
 bench: $(READY)  ## All benchmark suites; each writes benchmarks/results/<suite>.json.
 	$(BIN)/python -m benchmarks; status=$$?; $(BIN)/python -m benchmarks.readme; exit $$status
 
-bench-core bench-routing bench-serving bench-coserving bench-quality: bench-%: $(READY)  ## One suite alone.
+bench-core bench-routing bench-serving bench-coserving bench-quality bench-ecosystem: bench-%: $(READY)  ## One suite alone.
 	$(BIN)/python -m benchmarks $*; status=$$?; $(BIN)/python -m benchmarks.readme; exit $$status
 
 docs: $(DOCS_READY)  ## The documentation, into site/.

@@ -46,11 +46,11 @@ def _gguf(kind: Kind) -> Path:
 class LlamaCpp:
     """A process that holds a model; a context manager."""
 
-    def __init__(self, kind: Kind, num_slots: int = 1) -> None:
+    def __init__(self, kind: Kind | Path, num_slots: int = 1) -> None:
         """Start it, with as many threads as PyTorch has here.
 
         Args:
-            kind: precision of the weights.
+            kind: precision of the weights; or the path of another file, in float32 if that is part of its name (`F32`).
             num_slots: sequences that run side by side.
 
         Raises:
@@ -60,7 +60,7 @@ class LlamaCpp:
             _interpreter(),
             str(_SCRIPT),
             "serve",
-            str(_gguf(kind)),
+            str(kind if isinstance(kind, Path) else _gguf(kind)),
             str(torch.get_num_threads()),
             str(num_slots),
         ]

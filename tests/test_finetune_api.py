@@ -80,7 +80,7 @@ def test_from_examples_to_an_adapter(model: ElasticModel, data: Path, tmp_path: 
     figures = json.loads((out / "finetuning.json").read_text())
     assert figures["losses"] == list(result.losses)
     assert figures["run"]["seed"] == 1
-    adapter = read_adapter(out, model.decoder.config)
+    adapter = read_adapter(out, model.decoder)
     assert adapter.has_mlp
     assert json.loads((out / "adapter_config.json").read_text())["r"] == 4
 
@@ -101,7 +101,7 @@ def test_validation(model: ElasticModel, data: Path, tmp_path: Path) -> None:
     assert [loss for loss in told if loss is not None] == [loss for _, loss, _ in result.validations]
     assert model.tokenizer is not None
     examples = read_dataset(held_out, model.tokenizer, Hyperparameters(), 128).examples
-    loss, accuracy = score(model.decoder, read_adapter(result.adapter, model.decoder.config), examples)
+    loss, accuracy = score(model.decoder, read_adapter(result.adapter, model.decoder), examples)
     assert result.validations[-1] == (9, pytest.approx(loss, abs=1e-4), pytest.approx(accuracy))
     figures = json.loads((result.adapter / "finetuning.json").read_text())
     assert figures["validations"] == [list(v) for v in result.validations]
@@ -190,7 +190,7 @@ def test_in_a_sub_network(data: Path, tmp_path: Path) -> None:
     assert narrow.spec == model.select(latency=0.6) != whole.spec
     assert narrow.losses[0] != whole.losses[0]
     assert narrow.losses[-1] < narrow.losses[0]
-    read_adapter(narrow.adapter, model.decoder.config)
+    read_adapter(narrow.adapter, model.decoder)
     with pytest.raises(FlextronError, match="latency"):
         flextron.finetune(model, data, tmp_path / "none", target=flextron.Target(latency=0.01), **CHOSEN)
 

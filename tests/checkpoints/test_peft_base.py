@@ -20,6 +20,7 @@ from flextron.checkpoints.origin import write_origin
 from flextron.checkpoints.peft.reading import read_adapter
 from flextron.checkpoints.peft.writing import write_adapter
 from flextron.checkpoints.weights import load_decoder, write_checkpoint
+from flextron.elastic.extract import extract
 from flextron.elastic.permute import permute
 from flextron.errors import FlextronError
 from flextron.files import write_json
@@ -82,17 +83,19 @@ def ia3_config(case: str) -> IA3Config:
 
 
 @pytest.mark.parametrize("case", LAYOUTS)
-@pytest.mark.parametrize("method", ["lora", "ia3"])
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+@pytest.mark.parametrize("method", ["lora", "dora", "outer", "ia3"])
 def test_an_adapter_goes_with_the_elastic_checkpoint_whichever_it_was_made_beside(
     case: str, method: str, here: Path
 ) -> None:
     model = original(case, here / "hf")
     decoder = elastic(here / "hf", here / "e")
     for base, name in ((model, "of-original"), (stock(here / "e"), "of-elastic")):
-        config = LoraConfig(**LORA, fan_in_fan_out=case.startswith("gpt2")) if method == "lora" else ia3_config(case)
-        theirs = randomized(get_peft_model(base, config))
+        more: dict[str, Any] = {"dora": {"use_dora": True}, "outer": {"modules_to_save": ["lm_head"]}}.get(method, {})
+        lora = LoraConfig(**LORA, **more, fan_in_fan_out=case.startswith("gpt2"))
+        theirs = randomized(get_peft_model(base, ia3_config(case) if method == "ia3" else lora))
         theirs.save_pretrained(here / name)
-        ours = adapted_logits(decoder, read_adapter(here / name, decoder.config))
+        ours = adapted_logits(decoder, read_adapter(here / name, decoder))
         assert relative_error(ours, hf_logits(theirs, TOKENS)) <= 1e-5
         assert relative_error(ours, adapted_logits(decoder, None)) > 1e-3
 
@@ -116,9 +119,9 @@ def test_the_original_is_known_by_its_name_or_its_weights(source: str, base: str
     decoder = elastic(here / "hf", here / "e", name=source)
     if base == "the/hub-id" != source:
         with pytest.raises(FlextronError, match=f"neither.*'{source}' if that was beside it"):
-            read_adapter(here / "a", decoder.config)
+            read_adapter(here / "a", decoder)
         return
-    ours = adapted_logits(decoder, read_adapter(here / "a", decoder.config))
+    ours = adapted_logits(decoder, read_adapter(here / "a", decoder))
     assert relative_error(ours, hf_logits(theirs, TOKENS)) <= 1e-5
 
 
@@ -129,7 +132,7 @@ def test_the_elastic_checkpoint_is_known_wherever_it_lies_and_after_training(her
     weights = load_file(here / "moved" / "model.safetensors")
     save_file({k: v + 0.01 for k, v in weights.items()}, here / "moved" / "model.safetensors", {"format": "pt"})
     saved_adapter(stock(here / "moved"), here / "a")
-    read, kept = read_adapter(here / "a", decoder.config), load_file(here / "a" / "adapter_model.safetensors")
+    read, kept = read_adapter(here / "a", decoder), load_file(here / "a" / "adapter_model.safetensors")
     key = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
     assert torch.equal(read.get_parameter("layers.0.down.a").t(), kept[key])
 
@@ -141,7 +144,7 @@ def test_any_other_base_is_refused(base: Any, here: Path) -> None:
     elastic(here / "other", here / "other-elastic")
     decoder = elastic(here / "hf", here / "e")
     with pytest.raises(FlextronError, match=r"names .* as its base model, which is neither"):
-        read_adapter(here / "a", decoder.config)
+        read_adapter(here / "a", decoder)
 
 
 def test_an_earlier_checkpoint_without_its_order_takes_only_its_own_adapters(here: Path) -> None:
@@ -151,9 +154,9 @@ def test_an_earlier_checkpoint_without_its_order_takes_only_its_own_adapters(her
     decoder = load_decoder(open_pretrained(here / "e"))
     saved_adapter(model, here / "a")
     with pytest.raises(FlextronError, match="earlier version, does not keep the order"):
-        read_adapter(here / "a", decoder.config)
+        read_adapter(here / "a", decoder)
     theirs = saved_adapter(stock(here / "e"), here / "b")
-    ours = adapted_logits(decoder, read_adapter(here / "b", decoder.config))
+    ours = adapted_logits(decoder, read_adapter(here / "b", decoder))
     assert relative_error(ours, hf_logits(theirs, TOKENS)) <= 1e-5
 
 
@@ -163,7 +166,7 @@ def test_what_is_written_here_is_known_again_whatever_its_base_is_called(here: P
     adapter = random_lora(decoder.config)
     # the name is of the original: written beside the elastic one all the same
     write_adapter(adapter, here / "a", base_model=str(here / "hf"))
-    ours = adapted_logits(decoder, read_adapter(here / "a", decoder.config))
+    ours = adapted_logits(decoder, read_adapter(here / "a", decoder))
     assert relative_error(ours, adapted_logits(decoder, adapter)) <= 1e-6
     theirs = PeftModel.from_pretrained(stock(here / "e"), here / "a").eval()
     assert relative_error(ours, hf_logits(theirs, TOKENS)) <= 1e-5
@@ -171,7 +174,7 @@ def test_what_is_written_here_is_known_again_whatever_its_base_is_called(here: P
     other = elastic(here / "other", here / "other-elastic")
     permute(other, shuffled(other, seed=9), source="other")
     with pytest.raises(FlextronError, match="made beside another elastic checkpoint"):
-        read_adapter(here / "a", other.config)
+        read_adapter(here / "a", other)
 
 
 def test_an_adapter_of_a_shorter_extract_is_refused_by_the_whole(here: Path) -> None:
@@ -181,8 +184,8 @@ def test_an_adapter_of_a_shorter_extract_is_refused_by_the_whole(here: Path) -> 
     adapter = random_lora(decoder.config).narrowed(spec)
     write_adapter(adapter, here / "a")
     with pytest.raises(FlextronError, match="or a part of this one"):
-        read_adapter(here / "a", decoder.config)
-    back = read_adapter(here / "a", decoder.config, spec)
+        read_adapter(here / "a", decoder)
+    back = read_adapter(here / "a", extract(decoder, spec))
     assert torch.equal(back.get_parameter("layers.2.down.a"), adapter.get_parameter("layers.2.down.a"))
 
 
@@ -195,11 +198,11 @@ def test_a_name_that_was_the_originals_before_is_refused(here: Path) -> None:
     decoder = load_decoder(open_pretrained(here / "m"))
     theirs = saved_adapter(stock(here / "m"), here / "a")
     with pytest.raises(FlextronError, match="where the original was before"):
-        read_adapter(here / "a", decoder.config)
+        read_adapter(here / "a", decoder)
     (here / "m").rename(here / "moved")
     path = here / "a" / "adapter_config.json"
     path.write_text(path.read_text().replace(str(here / "m"), str(here / "moved")))
-    ours = adapted_logits(decoder, read_adapter(here / "a", decoder.config))
+    ours = adapted_logits(decoder, read_adapter(here / "a", decoder))
     assert relative_error(ours, hf_logits(theirs, TOKENS)) <= 1e-5
 
 
@@ -224,7 +227,7 @@ def test_what_changes_the_weights_beside_it_is_refused_by_name(way: Any, here: P
     model = original("llama", here / "hf")
     saved_adapter(model, here / "a", init_lora_weights=way)
     with pytest.raises(FlextronError, match=f"init_lora_weights {way!r}, which changes the model's own weights"):
-        read_adapter(here / "a", load_decoder(open_pretrained(here / "hf")).config)
+        read_adapter(here / "a", load_decoder(open_pretrained(here / "hf")))
 
 
 @pytest.mark.parametrize("way", [True, False, "gaussian", "eva", "orthogonal", "mica"])
@@ -234,7 +237,7 @@ def test_what_leaves_the_weights_is_read(way: Any, here: Path) -> None:
     randomized(get_peft_model(original("llama", here / "hf"), config)).save_pretrained(here / "a")
     theirs = PeftModel.from_pretrained(stock(here / "hf"), here / "a").eval()
     decoder = load_decoder(open_pretrained(here / "hf"))
-    ours = adapted_logits(decoder, read_adapter(here / "a", decoder.config))
+    ours = adapted_logits(decoder, read_adapter(here / "a", decoder))
     assert relative_error(ours, hf_logits(theirs, TOKENS)) <= 1e-5
 
 
@@ -252,7 +255,7 @@ def test_a_pissa_adapter_that_peft_converted_is_read(here: Path) -> None:
     right = hf_logits(peft.eval(), TOKENS)
     peft.save_pretrained(here / "a", path_initial_model_for_weight_conversion=str(here / "initial"))
     decoder = elastic(here / "hf", here / "e")
-    ours = adapted_logits(decoder, read_adapter(here / "a", decoder.config))
+    ours = adapted_logits(decoder, read_adapter(here / "a", decoder))
     assert relative_error(ours, right) <= 1e-4
 
 
@@ -260,17 +263,17 @@ def test_a_pissa_adapter_that_peft_converted_is_read(here: Path) -> None:
 def test_settings_of_a_beginning_that_was_not_made_are_passed_over(left_over: str, here: Path) -> None:
     theirs = saved_adapter(original("llama", here / "hf"), here / "a", **{left_over: {"rho": 2.0}})
     decoder = load_decoder(open_pretrained(here / "hf"))
-    ours = adapted_logits(decoder, read_adapter(here / "a", decoder.config))
+    ours = adapted_logits(decoder, read_adapter(here / "a", decoder))
     assert relative_error(ours, hf_logits(theirs, TOKENS)) <= 1e-5
 
 
-# settings of peft that the other tests here and in test_peft_layout.py read, or that change no trained adapter
+# settings of peft that the other tests here and in test_peft*.py read, or that change no trained adapter
 READ = {
     *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules"),
     *("fan_in_fan_out", "feedforward_modules", "inference_mode", "init_ia3_weights", "init_lora_weights"),
     *("layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config"),
     *("megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision"),
-    *("target_modules", "task_type", "use_rslora"),
+    *("target_modules", "task_type", "use_rslora", "use_dora", "modules_to_save", "ensure_weight_tying"),
 }
 OTHERS = {field.name for config in (LoraConfig, IA3Config) for field in fields(config)} - READ
 
@@ -281,14 +284,14 @@ def test_every_other_setting_of_peft_is_refused_by_name(setting: str, tmp_path: 
     config = {"peft_type": "LORA", "r": 4, setting: "all" if setting == "bias" else True}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(FlextronError, match=f"was made with {setting}, which is not supported"):
-        read_adapter(tmp_path, random_decoder_of("llama").config)
+        read_adapter(tmp_path, random_decoder_of("llama"))
 
 
 @pytest.mark.parametrize("changes", [{"r": 8}, {"r": 8, "rank_pattern": {"q_proj": 2}}])
 def test_a_rank_that_the_config_does_not_say_is_refused(changes: dict[str, Any], here: Path) -> None:
     saved_adapter(original("llama", here / "hf"), here / "a", **changes)
     with pytest.raises(FlextronError, match="has rank 4, its config says"):
-        read_adapter(here / "a", load_decoder(open_pretrained(here / "hf")).config)
+        read_adapter(here / "a", load_decoder(open_pretrained(here / "hf")))
 
 
 def test_digests_are_of_the_matrices(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_answers_are_those_of_peft(case: str, tmp_path: Path) -> None:
     for i, adapter in enumerate(mixed_adapters(config)):
         write_adapter(adapter, tmp_path / f"{i}")
         write_adapter(adapter.narrowed(narrow), tmp_path / f"{i}-narrow")
-        read = read_adapter(tmp_path / f"{i}", config)
+        read = read_adapter(tmp_path / f"{i}", decoder)
         theirs: Any = PeftModel.from_pretrained(random_model(case), tmp_path / f"{i}").eval()
         asked.append((config.full_spec, read))
         wanted.append(hf_greedy(theirs, PROMPTS[i], 7))

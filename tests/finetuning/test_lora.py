@@ -185,7 +185,7 @@ def test_the_adapter_is_in_pefts_layout(tmp_path: Path) -> None:
     work.save_adapter(tmp_path)
     assert PeftConfig.from_pretrained(str(tmp_path)).base_model_name_or_path == "base"
     assert load_peft_weights(str(tmp_path))
-    again = read_adapter(tmp_path, decoder.config)
+    again = read_adapter(tmp_path, decoder)
     by_name: dict[str, Tensor] = dict(again.named_parameters())
     assert all(torch.equal(p, by_name[name]) for name, p in work.adapter.named_parameters())
 

@@ -81,6 +81,18 @@ CONFIGS: dict[str, PretrainedConfig] = {
     ),
     "smollm3": SmolLM3Config(**SIZES | HEADS | IDS | {"num_hidden_layers": 5}, pad_token_id=0),
     "phi3": Phi3Config(**SIZES, **HEADS, **IDS, pad_token_id=0, sliding_window=9, partial_rotary_factor=0.75),
+    "phi3-longrope": Phi3Config(
+        **SIZES,
+        **HEADS | {"max_position_embeddings": 256},
+        **IDS,
+        pad_token_id=0,
+        sliding_window=None,
+        original_max_position_embeddings=64,
+        rope_parameters={
+            **{"rope_type": "longrope", "rope_theta": 100.0, "partial_rotary_factor": 0.75},
+            **{"short_factor": [1.0, 1.1, 1.3], "long_factor": [1.0, 2.0, 4.0]},
+        },
+    ),
     "granite": GraniteConfig(
         **SIZES,
         **HEADS,
@@ -143,8 +155,8 @@ def test_names_values_and_logits_are_the_original_models(name: str, tmp_path: Pa
     assert not any(report[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     tokens = torch.arange(40).reshape(2, 20)
     with torch.no_grad():
-        # Llama 3's rope alone is not copied but worked out, from factors of 32 bits.
-        atol = 1e-5 if name.startswith(("llama-3", "gemma")) else 0
+        # Llama 3's rope is not copied but worked out, from factors of 32 bits; Phi-3's has such factors itself
+        atol = 1e-5 if name.startswith(("llama-3", "gemma", "phi3-longrope")) else 0
         torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits, rtol=0, atol=atol)
     assert (loaded.config.bos_token_id, loaded.config.eos_token_id) == (3, 5)
     assert found.hf_config["architectures"] == [type(model).__name__]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,10 @@ def to_gguf(tensors: Mapping[str, torch.Tensor], config: PretrainedConfig) -> Ar
             rows = rows + 1
         post_norm = config.model_type in ("gemma2", "gemma3_text", "olmo2")
         out[gguf_name(name, post_norm=post_norm)] = rows.contiguous().numpy()
+    if "longrope" in str(getattr(config, "rope_parameters", "")):
+        for length in ("long", "short"):
+            factors = config.rope_parameters[f"{length}_factor"]
+            out[f"rope_factors_{length}.weight"] = np.array(factors, dtype=np.float32)
     if "llama3" in str(getattr(config, "rope_parameters", "")):
         base = config.rope_parameters["rope_theta"] ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
         scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
@@ -112,7 +117,14 @@ def _own_fields(config: PretrainedConfig, rope: dict[str, Any]) -> dict[str, Any
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if config.model_type in ("phi3", "stablelm"):
         fields = {"rope.dimension_count": int(head_dim * rope["partial_rotary_factor"])}
-        return fields | ({"attention.sliding_window": config.sliding_window} if config.model_type == "phi3" else {})
+        if config.model_type == "phi3":
+            fields["attention.sliding_window"] = config.sliding_window or 0
+        if rope["rope_type"] == "longrope":
+            original = config.original_max_position_embeddings
+            scale = config.max_position_embeddings / original
+            fields["rope.scaling.original_context_length"] = original
+            fields["rope.scaling.attn_factor"] = math.sqrt(1 + math.log(scale) / math.log(original))
+        return fields
     if config.model_type == "granite":
         return {
             "attention.scale": config.attention_multiplier,

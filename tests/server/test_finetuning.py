@@ -108,7 +108,7 @@ def test_validation(model: ElasticModel, tmp_path: Path) -> None:
         assert sorted(c.step_number for c in checkpoints) == [3, 6, 8]
         for checkpoint in checkpoints:
             step = checkpoint.step_number
-            loss, accuracy = score(model.decoder, read_adapter(directories[step], model.decoder.config), examples)
+            loss, accuracy = score(model.decoder, read_adapter(directories[step], model.decoder), examples)
             metrics = checkpoint.metrics
             assert metrics.valid_loss == metrics.full_valid_loss == events[step]["valid_loss"]
             assert metrics.valid_mean_token_accuracy == metrics.full_valid_mean_token_accuracy

@@ -7,12 +7,14 @@ from typing import Any
 import httpx
 import pytest
 from openai.types import completion_create_params as completion_types
+from openai.types import embedding_create_params as embedding_types
 from openai.types.chat import completion_create_params as chat_types
 from openai.types.responses import response_create_params as response_types
 
 from flextron.protocols.bodies import ChatBody, CompletionBody
 from flextron.protocols.dialects.messages_body import MessagesBody
 from flextron.protocols.dialects.responses_body import ResponsesBody
+from flextron.protocols.embeddings import EmbeddingBody
 from flextron.protocols.keys import KEYS, Does, Key
 from tests.server.running import Running
 from tests.server.test_refusals import assert_refused
@@ -22,14 +24,22 @@ BODIES: dict[str, dict[str, Any]] = {
     "messages": {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1},
     "completions": {"model": "tiny", "prompt": "a", "max_tokens": 1},
     "chat": {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1},
+    "embeddings": {"model": "tiny", "input": "a"},
 }
 PATHS = {
     "completions": "/v1/completions",
     "chat": "/v1/chat/completions",
     "responses": "/v1/responses",
     "messages": "/v1/messages",
+    "embeddings": "/v1/embeddings",
 }
-SERVED = {"completions": CompletionBody, "chat": ChatBody, "responses": ResponsesBody, "messages": MessagesBody}
+SERVED = {
+    "completions": CompletionBody,
+    "chat": ChatBody,
+    "responses": ResponsesBody,
+    "messages": MessagesBody,
+    "embeddings": EmbeddingBody,
+}
 CLIENT = httpx.Client(timeout=30)
 VALUES: list[Any] = [True, False, 0, 1, -1, 0.5, 2, "a", "none", [], ["a"], [1], {}, {"a": 1}]
 VLLM = {
@@ -63,6 +73,7 @@ def test_the_table_has_all_keys_of_openai_and_vllm() -> None:
         assert names <= KEYS[endpoint].keys()
         assert KEYS[endpoint].keys() >= VLLM
     assert KEYS["chat"].keys() >= VLLM_CHAT
+    assert embedding_types.EmbeddingCreateParams.__annotations__.keys() <= KEYS["embeddings"].keys()
     kinds = response_types.ResponseCreateParamsBase, response_types.ResponseCreateParamsStreaming
     assert {name for kind in kinds for name in kind.__annotations__} <= KEYS["responses"].keys()
 

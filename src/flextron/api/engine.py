@@ -174,7 +174,7 @@ class Engine:
             return given
         path = Path(given).resolve()
         if path not in self._adapters:
-            self._adapters[path] = read_adapter(path, self.model.decoder.config, self.model.decoder.widths)
+            self._adapters[path] = read_adapter(path, self.model.decoder)
         return self._adapters[path]
 
     def _network(self, asked: Asked, router: str | None, adapter: Adapter | None) -> Network:

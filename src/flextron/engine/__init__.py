@@ -2,6 +2,7 @@
 
 from flextron.engine.coserving import CoServing, CoServingScheduler
 from flextron.engine.engine import EngineCore, StepOutput
+from flextron.engine.pooling import Pooling
 from flextron.engine.request import FinishReason, Network, Request
 from flextron.engine.scores import Logprobs
 from flextron.engine.settings import EngineSettings
@@ -15,6 +16,7 @@ __all__ = [
     "FinishReason",
     "Logprobs",
     "Network",
+    "Pooling",
     "Request",
     "Speculation",
     "StepOutput",

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from flextron.engine.pages import PagePool
+from flextron.engine.pooling import Pooled, Pooling
 from flextron.engine.request import Chunk, FinishReason, Network, Request
 from flextron.engine.runner import Runner, block_bytes, make_network
 from flextron.engine.scheduler import Scheduler
@@ -160,6 +161,7 @@ class EngineCore:
         params: SamplingParams,
         network: Network,
         constraint: Constraint | None = None,
+        pooling: Pooling | None = None,
     ) -> Request:
         """Queue a request.
 
@@ -169,6 +171,8 @@ class EngineCore:
             params: how tokens are chosen, and when to stop.
             network: a result of `network`.
             constraint: a grammar at its start, for this request alone; its end ends the answer.
+            pooling: how the prompt becomes a vector (`Request.pooled`), which is then all that is wanted; `params` must
+                ask for no token.
 
         Raises:
             PromptError: the prompt is empty, has unknown tokens, or is too long for the model or the KV cache.
@@ -186,6 +190,7 @@ class EngineCore:
             generator = torch.Generator(self.decoder.device).manual_seed(params.seed)
         request = Request(request_id, list(prompt), len(prompt), network, params, generator or self._generator)
         request.constraint = constraint
+        request.pooled = None if pooling is None else Pooled(pooling, self.decoder.config.logits_scale)
         self.scheduler.add(request)
         return request
 
@@ -207,11 +212,15 @@ class EngineCore:
         drafts = {} if self.speculator is None else self.speculator.draft(scheduled)
         chunks = [_chunk(s, n, drafts[s].tokens if s in drafts else []) for s, n in scheduled]
         began = perf_counter()
-        logits = iter(self.runner.run(chunks).split([c.num_logits for c in chunks]))
+        made = self.runner.run(chunks)
         seconds = perf_counter() - began
+        logits = made.logits_RV.split([c.num_logits for c in chunks])
+        hidden = made.hidden_SD.split([c.num_hidden for c in chunks])
         outputs: list[StepOutput] = []
         kept = []
-        for (request, num_new), chunk, logits_TV in zip(scheduled, chunks, logits, strict=True):
+        for (request, num_new), chunk, logits_TV, hidden_TD in zip(scheduled, chunks, logits, hidden, strict=True):
+            if request.pooled is not None:
+                request.pooled.add(chunk.start, hidden_TD)
             if request.scores_prompt:
                 request.score_prompt(chunk.start, logits_TV)
             if num_new < request.num_new:
@@ -225,7 +234,8 @@ class EngineCore:
                 logits_TV = logits_TV[-1:]
                 tokens = sample(request.choice_scores(logits_TV), request.params, request.generator).tolist()
             else:
-                request.finish_reason, tokens = FinishReason.LENGTH, []
+                request.finish_reason = FinishReason.LENGTH if request.pooled is None else FinishReason.STOP
+                tokens = []
             outputs += self._append(request, num_new, tokens, logits_TV)
         if self.speculator is not None and all(s.network is scheduled[0][0].network for s, _ in scheduled):
             self.speculator.learn(scheduled[0][0].network, sum(len(c.tokens) for c in chunks), seconds, kept)
@@ -263,7 +273,11 @@ def _chunk(request: Request, num_new: int, drafted: list[int]) -> Chunk:
     """The scheduled tokens of a request, and those that were drafted."""
     start = request.num_computed_tokens
     tokens = request.tokens[start : start + num_new] + drafted
-    num_logits = 1 + len(drafted) if num_new == request.num_new else 0
+    is_last = num_new == request.num_new
+    if request.pooled is not None:
+        num_hidden = request.pooled.num_wanted(len(tokens), is_last=is_last)
+        return Chunk(request, start, tokens, request.network, 0, num_hidden)
+    num_logits = 1 + len(drafted) if is_last else 0
     if request.scores_prompt:
         num_logits = len(tokens)
     return Chunk(request, start, tokens, request.network, num_logits)

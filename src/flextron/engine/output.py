@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from flextron.engine import FinishReason, Logprobs, StepOutput
@@ -31,6 +32,8 @@ class Delta:
     """Log-probabilities of the prompt's tokens after the first, if asked for; the first step brings them."""
     num_cached_tokens: int = 0
     """Tokens of the prompt that were in the cache."""
+    embedding: Tensor | None = None
+    """The prompt's vector, where one was asked for; the last step brings it."""
     started: float | None = None
     """When the request first ran, by `time.monotonic`."""
 
@@ -43,6 +46,7 @@ class Delta:
         self.mlp_shares += later.mlp_shares
         self.finish_reason = later.finish_reason
         self.prompt_logprobs = later.prompt_logprobs if self.prompt_logprobs is None else self.prompt_logprobs
+        self.embedding = later.embedding
         self.started = later.started
         self.num_cached_tokens = max(self.num_cached_tokens, later.num_cached_tokens)
 
@@ -75,6 +79,8 @@ class OutputProcessor:
         if not self.answer.token_ids and request.params.prompt_logprobs is not None:
             delta.prompt_logprobs = request.prompt_logprobs
         delta.num_cached_tokens, delta.started = request.num_cached_tokens or 0, request.started
+        if output.finish_reason is not None and request.pooled is not None:
+            delta.embedding = request.pooled.vector
         if output.token is not None:
             delta.offsets.append(self._detokenizer.position)
             delta.token_ids.append(output.token)

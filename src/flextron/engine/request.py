@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flextron.engine.pages import Page
+from flextron.engine.pooling import Pooled
 from flextron.engine.scores import Logprobs, prompt_logprobs
 from flextron.generation.constraints import Constraint
 from flextron.generation.processors import processed
@@ -66,6 +67,8 @@ class Request:
     """Keys of the leading full pages, as far as they were asked for."""
     constraint: Constraint | None = None
     """The grammar that the answer follows, if there is one; this request's own."""
+    pooled: Pooled | None = None
+    """The prompt's vector, which is wanted in the place of an answer."""
     prompt_logprobs: list[Logprobs] = field(default_factory=list)
     """Log-probabilities of the prompt's tokens after the first, if asked for, as far as they are computed."""
     mlp_share: float | None = None
@@ -91,6 +94,11 @@ class Request:
     def scores_prompt(self) -> bool:
         """Whether log-probabilities of the prompt are still to be computed."""
         return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt - 1
+
+    @property
+    def computes_prompt(self) -> bool:
+        """Whether all tokens of the prompt must run, also those whose keys and values are in the cache."""
+        return self.scores_prompt or (self.pooled is not None and self.pooled.needs_all)
 
     def score_prompt(self, start: int, logits_TV: Tensor) -> None:
         """Take log-probabilities of the prompt's next tokens from the scores after those from `start` on."""
@@ -139,6 +147,8 @@ class Chunk:
     """What they run in: the request's own, or one nested in it that uses the same pages."""
     num_logits: int
     """After how many of the tokens, counted from the last, the scores over the vocabulary are wanted."""
+    num_hidden: int = 0
+    """After how many, counted the same way, the final hidden states are wanted."""
 
     @property
     def needs_all_logits(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,10 +21,20 @@ from flextron.model.config import DecoderConfig
 from flextron.model.decoder import Decoder
 from flextron.spec import SubnetSpec
 
-__all__ = ["PagedAttention", "Runner", "block_bytes", "make_network", "nested_network"]
+__all__ = ["Computed", "PagedAttention", "Runner", "block_bytes", "make_network", "nested_network"]
 
 
 _COMPILED, _ADAPTED_MLP, _OTHER = "compiled", "adapted MLP", "other"
+
+
+class Computed(NamedTuple):
+    """What an iteration computed where its chunks want it, in their order."""
+
+    logits_RV: Tensor
+    """Scores over the vocabulary. Where a chunk does not need all, those that are certainly not the largest may be
+    minus infinity."""
+    hidden_SD: Tensor
+    """Final hidden states, normalised."""
 
 
 def block_bytes(decoder: Decoder, page_size: int) -> int:
@@ -155,27 +166,25 @@ class Runner:
         self._columns = used
 
     @torch.inference_mode()
-    def run(self, chunks: Sequence[Chunk], weights: Weights | None = None) -> Tensor:
+    def run(self, chunks: Sequence[Chunk], weights: Weights | None = None) -> Computed:
         """Compute tokens of different requests.
 
         Args:
             chunks: what to compute; pages must be there.
             weights: precision; the engine's by default.
-
-        Returns:
-            Scores over the vocabulary where the chunks want them, (positions, vocabulary), in their order. Where a
-            chunk does not need all, those that are certainly not the largest may be minus infinity.
         """
         native = self._native.get(weights or self._weights)
         groups = self._groups(chunks, native is not None)
         if len(groups) == 1:
             return self._run_group(chunks, native if _COMPILED in groups else None)
         logits: dict[int, Tensor] = {}
+        hidden: dict[int, Tensor] = {}
         for kind, members in groups.items():
             own = [chunks[i] for i in members]
-            parts = self._run_group(own, native if kind == _COMPILED else None).split([c.num_logits for c in own])
-            logits |= dict(zip(members, parts, strict=True))
-        return torch.cat([logits[i] for i in range(len(chunks))])
+            made = self._run_group(own, native if kind == _COMPILED else None)
+            logits |= zip(members, made.logits_RV.split([c.num_logits for c in own]), strict=True)
+            hidden |= zip(members, made.hidden_SD.split([c.num_hidden for c in own]), strict=True)
+        return Computed(*(torch.cat([found[i] for i in range(len(chunks))]) for found in (logits, hidden)))
 
     def _groups(self, chunks: Sequence[Chunk], has_native: bool) -> dict[str, list[int]]:
         """Which chunks run together, by index, so that how a request runs does not depend on what runs beside it."""
@@ -197,16 +206,18 @@ class Runner:
             self._adapters[adapter] = NativeAdapter(adapter) if runs else None
         return self._adapters[adapter]
 
-    def _run_group(self, chunks: Sequence[Chunk], native: NativeStep | None) -> Tensor:
+    def _run_group(self, chunks: Sequence[Chunk], native: NativeStep | None) -> Computed:
         """Run one group of chunks, compiled or by PyTorch's operators."""
         device = self.decoder.device
         tokens_N = torch.tensor([t for c in chunks for t in c.tokens], device=device)
         positions_N = torch.tensor([p for c in chunks for p in range(c.start, c.start + len(c.tokens))], device=device)
-        ends = accumulate(len(c.tokens) for c in chunks)
+        ends = list(accumulate(len(c.tokens) for c in chunks))
         rows = [row for end, c in zip(ends, chunks, strict=True) for row in range(end - c.num_logits, end)]
+        shown = [row for end, c in zip(ends, chunks, strict=True) for row in range(end - c.num_hidden, end)]
         if native is None:
             hidden_ND = self._with_operators(tokens_N, positions_N, chunks)
-            return self.decoder.logits(hidden_ND[torch.tensor(rows, device=device, dtype=torch.long)])
+            chosen = [hidden_ND[torch.tensor(each, device=device, dtype=torch.long)] for each in (rows, shown)]
+            return Computed(self._logits(chosen[0], chunks), chosen[1])
         block_tables = [c.request.block_table for c in chunks for _ in c.tokens]
         widths_LN, groups_LN, offsets_LN = self._layout(chunks)
         adapters = None
@@ -217,6 +228,7 @@ class Runner:
         full = [c.needs_all_logits for c in chunks for _ in range(c.num_logits)]
         order = sorted(range(len(rows)), key=lambda i: not full[i])
         wanted = [rows[i] for i in order]
+        hidden_SD = torch.empty(len(shown), self.decoder.config.hidden_size)
         logits_RV = native(
             tokens_N,
             positions_N,
@@ -228,8 +240,18 @@ class Runner:
             wanted,
             adapters,
             sum(full),
+            shown,
+            hidden_SD,
         )
-        return logits_RV if wanted == rows else logits_RV[torch.tensor(order).argsort()]
+        return Computed(logits_RV if wanted == rows else logits_RV[torch.tensor(order).argsort()], hidden_SD)
+
+    def _logits(self, hidden_RD: Tensor, chunks: Sequence[Chunk]) -> Tensor:
+        """Scores by PyTorch's operators, by each adapter's own head where one has that."""
+        outers = [None if c.network.adapter is None else c.network.adapter.outer for c in chunks]
+        if not any(outers):
+            return self.decoder.logits(hidden_RD)
+        parts = hidden_RD.split([c.num_logits for c in chunks])
+        return torch.cat([self.decoder.logits(part, outer) for part, outer in zip(parts, outers, strict=True)])
 
     def _with_operators(self, tokens_N: Tensor, positions_N: Tensor, chunks: Sequence[Chunk]) -> Tensor:
         """Final hidden states by PyTorch's operators; (N, D)."""

@@ -118,7 +118,7 @@ class Scheduler:
 
     def _admit(self, request: Request) -> bool:
         """Find what the cache has of a waiting request, and reserve pages for all its tokens; False if it must wait."""
-        if self._prefix_caching and not request.scores_prompt:
+        if self._prefix_caching and not request.computes_prompt:
             # the last token is always computed: its output is what comes next
             while (len(request.pages) + 1) * self._page_size < len(request.tokens):
                 if len(request.keys) == len(request.pages):

@@ -140,7 +140,7 @@ class Speculator:
             for s, d in drafts.items()
         ]
         began = perf_counter()
-        logits_BV = self._runner.run(chunks, self.settings.weights)
+        logits_BV = self._runner.run(chunks, self.settings.weights).logits_RV
         candidate.time.add(len(chunks), perf_counter() - began)
         for (s, d), logits_V in zip(drafts.items(), logits_BV, strict=True):
             own_BV = s.choice_scores(logits_V[None], d.tokens)

@@ -152,18 +152,20 @@ def _yarn(keys: RopeKeys, found: HfKeys, rotated: int) -> dict[str, Any]:
 
 
 def _longrope(keys: RopeKeys, found: HfKeys, rotated: int) -> dict[str, Any]:
-    short = _given(keys, "longrope", "short_factor", "long_factor")["short_factor"]
-    if len(short) != rotated // 2:
-        raise FlextronError(
-            f"rope scaling has {len(short)} numbers as short_factor where {rotated // 2} pairs of dimensions are "
-            "rotated; restore config.json"
-        )
+    factors = _given(keys, "longrope", "short_factor", "long_factor")
+    for name, own in factors.items():
+        if len(own) != rotated // 2:
+            raise FlextronError(
+                f"rope scaling has {len(own)} numbers as {name} where {rotated // 2} pairs of dimensions are "
+                "rotated; restore config.json"
+            )
     original = _original(keys, found)
     factor = keys.factor or needed(found, "max_position_embeddings") / original
     attention = keys.attention_factor
     if attention is None:
         attention = math.sqrt(1 + math.log(factor) / math.log(max(original, 2))) if factor > 1 else 1.0
-    return {"short_factor": tuple(short), "attention_factor": attention, "longest": original}
+    known = {name: tuple(own) for name, own in factors.items()}
+    return {**known, "attention_factor": attention, "longest": original}
 
 
 _SCALINGS: Mapping[str, Callable[[RopeKeys, HfKeys, int], dict[str, Any]]] = {

@@ -72,9 +72,10 @@ class Finetuning:
 
         Raises:
             FlextronError: `keep` names others, an example has fewer than two tokens or other than one weight a token,
-                nothing has weight, a text exceeds learned positions, or the adapter is for a narrower sub-network or
-                has nothing in this one.
+                nothing has weight, a text exceeds learned positions, or the adapter is for a narrower sub-network, has
+                nothing in this one, or changes the embedding or the head.
         """
+        adapter.check_inner("trained")
         self.spec = spec or decoder.widths
         use_kernels(decoder)
         self._decoder, self._adapter, self._keep = decoder, adapter, frozenset(keep)

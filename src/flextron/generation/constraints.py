@@ -70,9 +70,10 @@ class Constraint:
     def _mask(self) -> Tensor:
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         allowed = np.unpackbits(bits, bitorder="little", count=min(self._vocab_size, 8 * len(bits)))
-        mask_V = torch.zeros(self._vocab_size, dtype=torch.bool)
-        mask_V[: len(allowed)] = torch.from_numpy(allowed.view(np.bool_))
-        return mask_V
+        mask_V = torch.from_numpy(allowed.view(np.bool_))
+        if len(allowed) == self._vocab_size:
+            return mask_V
+        return torch.cat([mask_V, torch.zeros(self._vocab_size - len(allowed), dtype=torch.bool)])
 
 
 class Grammars:

@@ -31,9 +31,9 @@ def processed(
         answer: token ids after it.
         mask_V: true where a grammar allows the token; None if there is none.
     """
-    scores_V = logits_V.float().clone()
-    if mask_V is not None:
-        scores_V.masked_fill_(~mask_V.to(scores_V.device), -torch.inf)
+    scores_V = logits_V.float()
+    # a copy in either case, in one pass
+    scores_V = scores_V.clone() if mask_V is None else torch.where(mask_V.to(scores_V.device), scores_V, -torch.inf)
     if params.allowed_token_ids is not None:
         scores_V = _only(scores_V, params.allowed_token_ids)
     banned = _ends_of_bad_words(params.bad_words_ids, [*prompt, *answer]) if params.bad_words_ids else set()

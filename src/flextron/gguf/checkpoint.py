@@ -27,7 +27,7 @@ from flextron.errors import FlextronError
 from flextron.families.config import FAMILIES, TensorMap
 from flextron.families.pretrained import Pretrained
 from flextron.gguf.hf_config import hf_config_of
-from flextron.gguf.model import INTERLEAVED, MODEL_TYPES, ROPE_FREQS, GgufModel, read_model
+from flextron.gguf.model import INTERLEAVED, LONG_FACTORS, MODEL_TYPES, ROPE_FREQS, GgufModel, read_model
 from flextron.gguf.sampling import generation_config_from_metadata
 from flextron.gguf.tokenizer import tokenizer_from_metadata
 from flextron.gguf.vocabulary import end_ids, special_ids
@@ -89,7 +89,7 @@ def _targets(file: GgufModel) -> dict[str, tuple[str, TensorMap]]:
 def _stream(file: GgufModel, targets: Mapping[str, tuple[str, TensorMap]]) -> Iterator[tuple[str, Tensor]]:
     """Dequantise tensor after tensor, and lay each out as Hugging Face does."""
     for name, tensor in file.tensors.items():
-        if name != ROPE_FREQS:
+        if name not in (ROPE_FREQS, *LONG_FACTORS.values()):
             # a copy, because float32 tensors are views of the file, which is mapped read-only
             rows = torch.from_numpy(np.array(tensor.values(), dtype=np.float32))
             yield targets[name][0], _as_hugging_face(file, name, rows, targets[name][1])

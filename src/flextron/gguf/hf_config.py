@@ -10,9 +10,10 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from flextron.errors import FlextronError
 from flextron.families.config import FAMILIES
 from flextron.gguf.keys import Metadata
-from flextron.gguf.model import MODEL_TYPES, ROPE_FREQS, GgufModel
+from flextron.gguf.model import LONG_FACTORS, MODEL_TYPES, ROPE_FREQS, GgufModel
 from flextron.gguf.rope import rope_scaling, rotated_dimensions
 
 __all__ = ["hf_config_of"]
@@ -96,14 +97,18 @@ def _gemma_keys(file: GgufModel) -> dict[str, Any]:
     is_second = file.arch == "gemma2"
     # the largest of each generation alone scales queries by another size than the head's
     is_largest = sizes.num_layers == (46 if is_second else 62)
-    period = metadata.count("attention.sliding_window_pattern", 2 if is_second else 6)
-    window = metadata.count("attention.sliding_window", 4096 if is_second else None)
+    sliding = metadata.flags("attention.sliding_window_pattern", sizes.num_layers)
+    has_window = is_second or bool(metadata.get("attention.sliding_window"))
+    if not has_window:
+        sliding = [False] * sizes.num_layers
+    elif sliding is None:
+        period = metadata.count("attention.sliding_window_pattern", 2 if is_second else 6)
+        sliding = [i % period < period - 1 for i in range(sizes.num_layers)]
+    window = metadata.count("attention.sliding_window", 4096 if is_second else None) if has_window else sizes.context
     keys = _llama_keys(file) | {
         "query_pre_attn_scalar": sizes.hidden_size // sizes.num_heads if is_largest else sizes.head_dim,
         "sliding_window": window,
-        "layer_types": [
-            "sliding_attention" if i % period < period - 1 else "full_attention" for i in range(sizes.num_layers)
-        ],
+        "layer_types": ["sliding_attention" if slides else "full_attention" for slides in sliding],
         "final_logit_softcapping": _cap(metadata, "final_logit_softcapping", 30.0 if is_second else None),
     }
     if is_second:
@@ -151,12 +156,34 @@ def _stablelm_keys(file: GgufModel) -> dict[str, Any]:
 def _phi3_keys(file: GgufModel) -> dict[str, Any]:
     keys, rotated = _rotary_keys(file, may_be_partial=True)
     window = file.metadata.get("attention.sliding_window")
+    if found := [name for name in LONG_FACTORS.values() if name in file.tensors]:
+        keys |= _longrope(file, len(found), rotated)
+    elif file.metadata.get("rope.scaling.attn_factor", 1) not in (0, 1):
+        raise FlextronError(f"{file.metadata.path} scales its rotation and has no factors for it; convert it again")
     return keys | {
         "num_key_value_heads": file.sizes.num_kv_heads,
         "rms_norm_eps": file.metadata.positive("attention.layer_norm_rms_epsilon"),
         "rope_theta": file.metadata.positive("rope.freq_base", 10000.0),
         "partial_rotary_factor": _fraction(rotated, file.sizes.head_dim),
         "sliding_window": file.metadata.count("attention.sliding_window") if window else None,
+    }
+
+
+def _longrope(file: GgufModel, num_found: int, rotated: int) -> dict[str, Any]:
+    """Phi-3's scaling for long texts."""
+    metadata, shape = file.metadata, (rotated // 2,)
+    factors = {name: file.tensors[tensor] for name, tensor in LONG_FACTORS.items() if tensor in file.tensors}
+    if num_found < len(LONG_FACTORS) or any(tensor.shape != shape for tensor in factors.values()):
+        raise FlextronError(f"{metadata.path} needs {shape[0]} rope factors for short texts and as many for long ones")
+    original = metadata.count("rope.scaling.original_context_length", file.sizes.context)
+    return {
+        "original_max_position_embeddings": original,
+        "rope_scaling": {
+            "rope_type": "longrope",
+            **{name: [float(f"{f:.7g}") for f in tensor.values()] for name, tensor in factors.items()},
+            "attention_factor": metadata.positive("rope.scaling.attn_factor", 1.0),
+            "original_max_position_embeddings": original,
+        },
     }
 
 

@@ -36,6 +36,7 @@ _GEMMA = frozenset({"final_logit_softcapping", "attention.sliding_window_pattern
 _READ_OF: Mapping[str, frozenset[str]] = {
     "gemma2": _GEMMA | {"attn_logit_softcapping"},
     "gemma3": _GEMMA,
+    "phi3": frozenset({"rope.scaling.attn_factor"}),
     "granite": frozenset({"embedding_scale", "residual_scale", "logit_scale"}),
 }
 """Keys that are read in some architectures alone."""
@@ -119,6 +120,15 @@ class Metadata:
                 )
             return value[0].item()
         return value
+
+    def flags(self, name: str, num_layers: int) -> list[bool] | None:
+        """Yes or no for each layer; None where the value is no list."""
+        value = self.values.get(f"{self.arch}.{name}")
+        if not isinstance(value, np.ndarray):
+            return None
+        if value.dtype != np.bool_ or value.shape != (num_layers,):
+            raise self._wrong(name, f"true or false for each of {num_layers} layers", value.tolist())
+        return [bool(entry) for entry in value]
 
     def count(self, name: str, default: int | None = None) -> int:
         """A whole number, at least 1."""

@@ -18,7 +18,7 @@ from flextron.gguf.file import GgufTensor, read_file
 from flextron.gguf.keys import Metadata
 from flextron.gguf.shapes import Sizes, Slot, read_sizes, slots
 
-__all__ = ["INTERLEAVED", "MODEL_TYPES", "ROPE_FREQS", "GgufModel", "read_model"]
+__all__ = ["INTERLEAVED", "LONG_FACTORS", "MODEL_TYPES", "ROPE_FREQS", "GgufModel", "read_model"]
 
 MODEL_TYPES = {
     **{"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gpt2": "gpt2", "gptneox": "gpt_neox"},
@@ -29,6 +29,8 @@ MODEL_TYPES = {
 INTERLEAVED = ("llama", "granite", "smollm3")
 """Architectures whose queries and keys are rotated by neighbouring dimensions."""
 ROPE_FREQS = "rope_freqs.weight"
+LONG_FACTORS = {"short_factor": "rope_factors_short.weight", "long_factor": "rope_factors_long.weight"}
+"""Phi-3's factors of rotary frequencies, by Hugging Face's name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +87,8 @@ def _variant(metadata: Metadata, tensor: str) -> UnsupportedModelError:
 
 def _check_tensors(file: GgufModel) -> None:
     """Compare the tensors with those of a plain model."""
-    path, known = file.metadata.path, file.slots.keys() | ({ROPE_FREQS} if file.arch in INTERLEAVED else set())
+    path, factors = file.metadata.path, {"phi3": {*LONG_FACTORS.values()}}
+    known = file.slots.keys() | ({ROPE_FREQS} if file.arch in INTERLEAVED else factors.get(file.arch, set()))
     if unknown := sorted(file.tensors.keys() - known):
         raise _variant(file.metadata, unknown[0])
     for name, slot in file.slots.items():

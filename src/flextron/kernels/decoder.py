@@ -232,6 +232,8 @@ class NativeStep:
         rows: Sequence[int],
         adapters: Sequence[NativeAdapter | None] | None = None,
         num_full: int | None = None,
+        hidden_rows: Sequence[int] = (),
+        hidden_RD: Tensor | None = None,
     ) -> Tensor:
         """Run all tokens through the decoder.
 
@@ -247,13 +249,15 @@ class NativeStep:
             adapters: of each token, at least as wide as the token's sub-network, or None; none by default.
             num_full: of how many rows, the leading ones, all logits are wanted; all by default. Of the others only the
                 largest logit is sure to be there, and those that are certainly smaller may be minus infinity.
+            hidden_rows: tokens whose final hidden states, normalised, are wanted.
+            hidden_RD: is filled with them, float32; needed where there are any.
 
         Returns:
             Logits after these, (rows, vocabulary).
         """
         addresses = torch.tensor([t.data_ptr() for t in block_tables])
         lengths = torch.tensor([t.shape[1] for t in block_tables])
-        wanted = torch.tensor(rows, dtype=torch.int64)
+        wanted, shown = torch.tensor(rows, dtype=torch.int64), torch.tensor(hidden_rows, dtype=torch.int64)
         owned = None if adapters is None else torch.tensor([0 if a is None else a.address for a in adapters])
         logits_RV = torch.empty(len(rows), self._shape.vocab_size)
         rotations = self._rotations(positions_N)
@@ -276,6 +280,9 @@ class NativeStep:
             rows=_address(wanted),
             num_full=len(rows) if num_full is None else num_full,
             logits=_address(logits_RV),
+            num_hidden=len(hidden_rows),
+            hidden_rows=_address(shown),
+            hidden=_address(hidden_RD),
         )
         self._run(tokens, mlp_widths_LN)
         return logits_RV

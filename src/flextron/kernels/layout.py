@@ -118,6 +118,8 @@ class Tokens(ctypes.Structure):
         ("rows", _Pointer),
         ("num_full", _Number),
         ("logits", _Pointer),
+        ("num_hidden", _Number),
+        *((name, _Pointer) for name in ("hidden_rows", "hidden")),
     )
 
 

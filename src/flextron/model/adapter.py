@@ -10,6 +10,7 @@ from torch import nn
 from flextron.errors import FlextronError
 from flextron.model.bypass import Bypass, Ia3, Lora, Shape
 from flextron.model.config import DecoderConfig
+from flextron.model.outer import Outer
 from flextron.spec import LayerSpec, SubnetSpec
 
 __all__ = ["TARGETS", "Adapter", "linear_shapes"]
@@ -37,7 +38,11 @@ class Adapter(nn.Module):
     """Bypasses beside any of a decoder's linears: one task's parameters, trained, served and stored as one thing."""
 
     def __init__(
-        self, config: DecoderConfig, widths: SubnetSpec, make: Callable[[int, str, Shape], Bypass | None]
+        self,
+        config: DecoderConfig,
+        widths: SubnetSpec,
+        make: Callable[[int, str, Shape], Bypass | None],
+        outer: Outer | None = None,
     ) -> None:
         """Make the bypasses.
 
@@ -45,6 +50,7 @@ class Adapter(nn.Module):
             config: the decoder's.
             widths: the widest sub-network that the adapter is for.
             make: gives the bypass beside a linear (layer, target, shape), or None.
+            outer: what it has beside the embedding and the head, if anything.
 
         Raises:
             FlextronError: it gives none at all.
@@ -56,7 +62,8 @@ class Adapter(nn.Module):
             made = {t: make(i, t, shape) for t, shape in linear_shapes(config, layer).items()}
             layers.append(nn.ModuleDict({t: b for t, b in made.items() if b is not None}))
         self.layers = nn.ModuleList(layers)
-        if not any(len(layer) for layer in layers):
+        self.outer = outer
+        if outer is None and not any(len(layer) for layer in layers):
             raise FlextronError("the adapter has no bypass at all; name linears that the model has")
 
     @classmethod
@@ -125,6 +132,15 @@ class Adapter(nn.Module):
         """The linears of a layer that have a bypass and run in a sub-network."""
         return frozenset(self.at(layer)) & frozenset(linear_shapes(self.config, widths))
 
+    def check_inner(self, wanted: str) -> None:
+        """Raise if there is something beside the embedding or the head.
+
+        Raises:
+            FlextronError: there is, so that it cannot be `wanted`.
+        """
+        if self.outer is not None:
+            raise FlextronError(f"the adapter changes the embedding or the head; it can be served, but not {wanted}")
+
     @property
     def adapted_layers(self) -> tuple[int, ...]:
         """Layers that have a bypass, ascending."""
@@ -149,7 +165,10 @@ class Adapter(nn.Module):
         if not spec.is_nested_in(self.widths):
             raise FlextronError("the adapter is for a narrower sub-network; narrow it to one nested in its own widths")
         return Adapter(
-            self.config, spec, lambda i, t, shape: self.at(i)[t].narrowed(shape) if t in self.at(i) else None
+            self.config,
+            spec,
+            lambda i, t, shape: self.at(i)[t].narrowed(shape) if t in self.at(i) else None,
+            self.outer,
         )
 
 

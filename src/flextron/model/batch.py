@@ -21,6 +21,7 @@ from flextron.model.bypass import NO_BYPASSES, Bypass, Bypasses
 from flextron.model.config import DecoderConfig
 from flextron.model.low_rank import SharedLora
 from flextron.model.nested import Layout
+from flextron.model.outer import Outer
 from flextron.spec import SubnetSpec
 
 __all__ = ["Batch", "Segment", "TokenChoice"]
@@ -170,6 +171,16 @@ class Batch:
     def is_adapted(self) -> bool:
         """Whether any segment has an adapter."""
         return any(s.adapter is not None for s in self.segments)
+
+    @cached_property
+    def outer(self) -> list[tuple[slice, Outer]]:
+        """Tokens of the segments whose adapter has parts beside the embedding and the head, and these parts."""
+        found, start = [], 0
+        for segment, size in zip(self.segments, self.sizes, strict=True):
+            if segment.adapter is not None and segment.adapter.outer is not None:
+                found.append((slice(start, start + size), segment.adapter.outer))
+            start += size
+        return found
 
     @cached_property
     def shared_lora(self) -> Adapter | None:

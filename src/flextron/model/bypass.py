@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from flextron.model.nested import Block, Contraction, contract, expand
 
-__all__ = ["NO_BYPASSES", "Beside", "Bypass", "Bypasses", "Ia3", "Linear", "Lora", "Shape"]
+__all__ = ["NO_BYPASSES", "Beside", "Bypass", "Bypasses", "Dora", "Ia3", "Linear", "Lora", "Shape"]
 
 _WHOLE = slice(None)
 
@@ -124,6 +124,59 @@ class Ia3(Bypass):
     def reorder(self, inputs: Tensor | None, outputs: Tensor | None) -> None:
         """See `Bypass`."""
         self.factors = _picked(self.factors, inputs if self.on_input else outputs)
+
+
+class Dora(Bypass):
+    """LoRA with learned lengths of the weight's rows (DoRA, arXiv 2402.09353): f · (W x + scale · B A x) + bias.
+
+    The factors f are those lengths over the rows' own ones in the full model. So a sub-network is the leading part of
+    the model with the adapter merged in.
+    """
+
+    is_additive = False
+
+    def __init__(self, lora: Lora, lengths: Tensor) -> None:
+        """Take the low-rank update and the lengths of the rows, (outputs,); `settle` comes before any use."""
+        super().__init__()
+        self.lora = lora
+        self.factors = nn.Parameter(lengths)
+        self.shift: nn.Parameter | None = None
+        """What leaves the linear's bias as it is."""
+
+    @torch.no_grad()
+    def settle(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Turn lengths into factors.
+
+        Args:
+            weight: the full model's, (outputs, inputs).
+            bias: the linear's, if it has one.
+        """
+        own = self.lora
+        changed = weight.to(own.b) + own.scale * own.b @ own.a.t()
+        factors = self.factors / torch.linalg.vector_norm(changed, dim=1)
+        self.factors = nn.Parameter(factors)
+        self.shift = None if bias is None else nn.Parameter(bias.to(factors) * (1 - factors))
+
+    def read(self, x: Tensor, rows: slice) -> Tensor:
+        """See `Bypass`."""
+        return self.lora.read(x, rows)
+
+    def add(self, y: Tensor, z: Tensor | None, rows: slice) -> Tensor:
+        """See `Bypass`."""
+        y = self.lora.add(y, z, rows) * self.factors[rows].to(y.dtype)
+        return y if self.shift is None else y + self.shift[rows].to(y.dtype)
+
+    def narrowed(self, shape: Shape) -> Dora:
+        """See `Bypass`."""
+        out = Dora(self.lora.narrowed(shape), _leading(self.factors, shape.outputs))
+        out.shift = None if self.shift is None else _leading(self.shift, shape.outputs)
+        return out
+
+    def reorder(self, inputs: Tensor | None, outputs: Tensor | None) -> None:
+        """See `Bypass`."""
+        self.lora.reorder(inputs, outputs)
+        self.factors = _picked(self.factors, outputs)
+        self.shift = None if self.shift is None else _picked(self.shift, outputs)
 
 
 def _leading(parameter: Tensor, size: int) -> nn.Parameter:

@@ -16,6 +16,7 @@ from flextron.model.config import DecoderConfig
 from flextron.model.layers import Layer
 from flextron.model.losses import capped
 from flextron.model.norms import make_norm
+from flextron.model.outer import Outer
 from flextron.model.rope import rotary_tables
 from flextron.spec import SubnetSpec
 
@@ -64,6 +65,10 @@ class Decoder(nn.Module):
     def embed(self, batch: Batch) -> Tensor:
         """What enters the first layer, (N, hidden size)."""
         x_ND: Tensor = self.embedding(batch.tokens_N)
+        if batch.outer:
+            x_ND = x_ND.clone()
+            for rows, outer in batch.outer:
+                x_ND[rows] = outer.embedded(batch.tokens_N[rows], x_ND[rows])
         if self.config.embedding_scale != 1:
             # rounded as the weights are, which is what Gemma was trained with
             x_ND = x_ND * torch.tensor(self.config.embedding_scale, dtype=x_ND.dtype)
@@ -90,6 +95,13 @@ class Decoder(nn.Module):
         out: Tensor = self.final_norm(x_ND)
         return out
 
-    def logits(self, hidden_ND: Tensor) -> Tensor:
-        """Scores over the vocabulary, (N, vocabulary), of final hidden states."""
-        return capped(F.linear(hidden_ND, self.head_weight), self.config.logits_cap)
+    def logits(self, hidden_ND: Tensor, outer: Outer | None = None) -> Tensor:
+        """Scores over the vocabulary, (N, vocabulary), of final hidden states.
+
+        Args:
+            hidden_ND: the hidden states.
+            outer: what their tokens' adapter has beside the head, if anything.
+        """
+        head = self.head_weight
+        scores_NV = F.linear(hidden_ND, head) if outer is None else outer.scores(hidden_ND, head)
+        return capped(scores_NV, self.config.logits_cap)

@@ -124,6 +124,7 @@ class TensorParallel:
         Raises:
             FlextronError: the ranks cannot share its widths equally, or it has bypasses other than LoRA and IA3.
         """
+        adapter.check_inner("shared by ranks")
         return self._mapped(adapter, self.spec(adapter.widths), self._own)
 
     def gather(self, adapter: Adapter) -> Adapter:

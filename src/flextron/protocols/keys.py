@@ -229,6 +229,35 @@ _MESSAGES = [
     *_refused("anthropic", container=(), mcp_servers=([],), context_management=()),
 ]
 
+_EMBEDDINGS = [
+    *_keys("openai", Does.SERVE, "model", "input", "encoding_format", "dimensions"),
+    *_keys("flextron", Does.SERVE, "flextron", "pooling"),
+    *_keys("vllm", Does.SERVE, "add_special_tokens", "normalize"),
+    *_keys("openai", Does.IGNORE, "user"),
+    *_keys("vllm", Does.IGNORE, "request_id"),
+    *_keys("ollama", Does.IGNORE, "keep_alive"),
+    *_refused(
+        "vllm",
+        messages=(),
+        truncate_prompt_tokens=(),
+        truncation_side=(),
+        priority=(0,),
+        use_activation=(),
+        embed_dtype=("float32",),
+        endianness=("native", "little"),
+        chat_template=(),
+        chat_template_kwargs=({},),
+        add_generation_prompt=(False,),
+        continue_final_message=(False,),
+        mm_processor_kwargs=({},),
+        media_io_kwargs=({},),
+        cache_salt=(),
+    ),
+    *_refused("llama-server", content=(), embd_normalize=(2,)),
+    *_refused("ollama", prompt=(), options=({},), truncate=()),
+    *_refused("others", input_type=(), prompt_name=(), instruction=("",), task=(), embedding_type=("float",)),
+]
+
 KEYS: dict[str, dict[str, Key]] = {
     endpoint: {key.name: key for key in own}
     for endpoint, own in (
@@ -236,6 +265,7 @@ KEYS: dict[str, dict[str, Key]] = {
         ("chat", [*_BOTH, *_CHAT]),
         ("responses", _RESPONSES),
         ("messages", _MESSAGES),
+        ("embeddings", _EMBEDDINGS),
     )
 }
 """What happens to each key, by endpoint and name."""

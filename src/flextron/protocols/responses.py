@@ -7,9 +7,9 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -25,10 +25,11 @@ from flextron.serving.targets import Choice
 from flextron.serving.tokens import TokenNames
 from flextron.serving.worker import GenerationRequest
 
-__all__ = ["Form", "prompt_report", "respond", "token_report"]
+__all__ = ["CLIENT_LEFT", "Form", "collect", "prompt_report", "respond", "token_report", "unless_client_leaves"]
 
+_T = TypeVar("_T")
 _log = logging.getLogger("flextron.server")
-_CLIENT_LEFT = 499
+CLIENT_LEFT = 499
 """The status that nginx logs for it. Nobody reads the answer."""
 
 
@@ -148,13 +149,13 @@ async def respond(
     if body.stream:
         return _EventStream(session, _events(envelope, len(requests), wants_usage=body.wants_usage))
     try:
-        pieces = await _unless_client_leaves(request, _collect(session, len(requests)))
+        pieces = await unless_client_leaves(request, collect(session, len(requests)))
     finally:
         session.close()
-    return Response(status_code=_CLIENT_LEFT) if pieces is None else JSONResponse(envelope.whole(pieces))
+    return Response(status_code=CLIENT_LEFT) if pieces is None else JSONResponse(envelope.whole(pieces))
 
 
-async def _collect(session: Session, count: int) -> list[Delta]:
+async def collect(session: Session, count: int) -> list[Delta]:
     """All answers, whole."""
     pieces = [Delta() for _ in range(count)]
     async for index, delta in session.deltas():
@@ -162,7 +163,7 @@ async def _collect(session: Session, count: int) -> list[Delta]:
     return pieces
 
 
-async def _unless_client_leaves(request: Request, work: Any) -> list[Delta] | None:
+async def unless_client_leaves(request: Request, work: Coroutine[Any, Any, _T]) -> _T | None:
     """The result of a coroutine; None if the client was gone before, which ends the coroutine."""
 
     async def gone() -> None:

@@ -28,6 +28,7 @@ from flextron.protocols.dialects.messages import messages
 from flextron.protocols.dialects.messages_body import MessagesBody
 from flextron.protocols.dialects.responses import responses
 from flextron.protocols.dialects.responses_body import ResponsesBody
+from flextron.protocols.embeddings import EmbeddingBody, embeddings
 from flextron.protocols.sampling import RequestBody
 from flextron.protocols.tokenizing import DetokenizeBody, TokenizeBody, detokenize, tokenize
 from flextron.server.files import add_files
@@ -102,6 +103,7 @@ def create_app(
     _add_endpoint(app, service, "/v1/chat/completions", ChatBody, chat)
     _add_endpoint(app, service, "/v1/responses", ResponsesBody, responses)
     _add_endpoint(app, service, "/v1/messages", MessagesBody, messages)
+    _add_endpoint(app, service, "/v1/embeddings", EmbeddingBody, embeddings)
     _add_endpoint(app, service, "/tokenize", TokenizeBody, tokenize)
     _add_endpoint(app, service, "/detokenize", DetokenizeBody, detokenize)
     add_tokenizer(app, service)
@@ -111,6 +113,7 @@ def create_app(
         ChatBody,
         ResponsesBody,
         MessagesBody,
+        EmbeddingBody,
         TokenizeBody,
         DetokenizeBody,
     ]

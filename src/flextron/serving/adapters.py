@@ -196,7 +196,7 @@ def adapter_reader(decoder: Decoder) -> ReadAdapter:
     """A function that reads adapters for a decoder onto the device of its weights."""
 
     def read(directory: Path) -> Adapter:
-        adapter = read_adapter(directory, decoder.config, decoder.widths)
+        adapter = read_adapter(directory, decoder)
         return adapter.to(decoder.device, decoder.dtype).eval().requires_grad_(False)
 
     return read

@@ -14,7 +14,7 @@ from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
-from flextron.engine import CoServingScheduler, EngineCore, Request
+from flextron.engine import CoServingScheduler, EngineCore, Pooling, Request
 from flextron.engine.output import Delta, OutputProcessor
 from flextron.errors import FlextronError
 from flextron.generation.constraints import Constraint
@@ -58,6 +58,8 @@ class GenerationRequest:
     adapter: Adapter | None = None
     constraint: Constraint | None = None
     """A grammar at its start, this request's own."""
+    pooling: Pooling | None = None
+    """How the prompt becomes a vector, where that is wanted in the place of an answer."""
     includes_stop: bool = False
     """Whether the text keeps what ended it."""
     skip_special_tokens: bool = True
@@ -195,7 +197,7 @@ class Worker(threading.Thread):
             for request in requests:
                 network = self.core.network(request.spec, request.router, request.adapter)
                 request.engine_request = self.core.add(
-                    str(id(request)), request.prompt, request.params, network, request.constraint
+                    str(id(request)), request.prompt, request.params, network, request.constraint, request.pooling
                 )
                 processor = OutputProcessor(
                     self._tokenizer,

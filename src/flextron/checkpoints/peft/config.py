@@ -53,6 +53,8 @@ class _AdapterConfig(BaseModel):
     lora_alpha: _Alpha = 8
     alpha_pattern: Annotated[dict[_Pattern, _Alpha], Field(max_length=10_000)] | None = None
     use_rslora: bool | None = None
+    use_dora: bool | None = None
+    modules_to_save: Annotated[list[_Name], Field(max_length=1000)] | None = None
     target_modules: _Modules = None
     exclude_modules: _Modules = None
     layers_to_transform: int | list[int] | None = None

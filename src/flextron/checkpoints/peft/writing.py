@@ -32,8 +32,10 @@ def write_adapter(adapter: Adapter, directory: Path, *, base_model: str | None =
         overwrite: whether to replace an existing directory.
 
     Raises:
-        FlextronError: the directory exists, the disk is full, or the adapter mixes methods.
+        FlextronError: the directory exists, the disk is full, or the adapter mixes methods, is of another, or changes
+            the embedding or the head.
     """
+    adapter.check_inner("written")
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
@@ -41,8 +43,8 @@ def write_adapter(adapter: Adapter, directory: Path, *, base_model: str | None =
     names: list[str] = []
     turned = False
     kinds = {type(b) for i in adapter.adapted_layers for b in adapter.at(i).values()}
-    if len(kinds) != 1:
-        raise FlextronError("an adapter with several methods has no place in peft's layout; use one method")
+    if kinds not in ({Lora}, {Ia3}):
+        raise FlextronError("an adapter is written in peft's layout if all of it is LoRA or all IA3; use one of these")
     modules = list(modules_of(adapter.config, adapter.widths))
     every = [m.name for m in modules]
     for module in modules:

@@ -63,10 +63,17 @@ class Gguf:
 
     def notes(self, config: DecoderConfig) -> tuple[str, ...]:
         """How far the file is exact."""
-        tokens = context_length(config)
-        if tokens == config.max_position_embeddings:
-            return ()
-        return (f"llama.cpp has no sliding window for this architecture; up to {tokens} tokens of context are exact.",)
+        tokens, notes = context_length(own_architecture(config), config), []
+        if tokens != config.max_position_embeddings:
+            said = f"llama.cpp has no sliding window for this architecture; up to {tokens} tokens of context are exact."
+            notes.append(said)
+        scaling = None if config.rope is None else config.rope.scaling
+        if scaling is not None and scaling["rope_type"] == "longrope":
+            longest = scaling["longest"]
+            notes.append(
+                f"In a context of more than {longest} tokens (n_ctx) llama.cpp rotates all texts as long ones."
+            )
+        return tuple(notes)
 
     def write(self, decoder: Decoder, source: Source, order: Order) -> str:
         """Write the file; returns llama.cpp's name of the architecture.

@@ -52,6 +52,10 @@ def file_tensors(decoder: Decoder, architecture: Architecture) -> Iterator[FileT
     for hf_name, tensor_map in stock_maps(decoder, parameters):
         parts = [_Part(p, parameters[p].detach(), tensor_map.contracts) for p in tensor_map.ours]
         name = names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
+        if len(parts) > 1 and not architecture.is_fused:
+            for part in parts:
+                yield _file_tensor(_own_name(hf_name, part.letter), [part], config, architecture)
+            continue
         if architecture.is_fused and parts[0].letter in _QKV and len(parts) == 1:
             # one map for each of them here, one tensor there: q calls the others, which then are silent
             if parts[0].letter != "q":
@@ -64,10 +68,8 @@ def file_tensors(decoder: Decoder, architecture: Architecture) -> Iterator[FileT
     if architecture.needs_head and config.tie_word_embeddings:
         weight = decoder.embedding.weight.detach()
         yield FileTensor(name="output.weight", shape=tuple(weight.shape), values=lambda: weight)
-    if config.rope is not None and config.rope.scaling is not None and architecture.has_frequencies:
-        factors = _frequency_factors(config)
-        if factors is not None:
-            yield FileTensor(name="rope_freqs.weight", shape=tuple(factors.shape), values=lambda: factors)
+    for name, factors in _frequency_factors(config).items():
+        yield FileTensor(name=name, shape=tuple(factors.shape), values=partial(torch.clone, factors))
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,18 +94,24 @@ class _Part:
     def _is_turned(self) -> bool:
         return self.contracts and self.value.dim() == 2
 
-    def rows(self, architecture: Architecture, head_dim: int) -> Tensor:
-        """Its numbers as (out, in), in the file's order of rows."""
+    def rows(self, architecture: Architecture, config: DecoderConfig) -> Tensor:
+        """Its numbers as (out, in), in the file's order of rows; gains of norms with what the model adds to them."""
         rows = self.value.t() if self._is_turned else self.value
         if architecture.is_interleaved and self.letter in ("q", "k"):
-            rows = _neighbouring_pairs(rows, head_dim)
-        return rows
+            rows = _neighbouring_pairs(rows, config.head_dim)
+        return rows + config.norm_offset if config.norm_offset and self.letter.endswith("norm") else rows
 
 
 def _of(parameters: dict[str, torch.nn.Parameter], part: _Part, letter: str) -> _Part:
     """The same kind of parameter of another module of the attention."""
     name = part.name.replace(".q.", f".{letter}.")
     return _Part(name, parameters[name].detach(), part.contracts)
+
+
+def _own_name(hf_name: str, letter: str) -> str:
+    """The name of a linear that a checkpoint of the family fuses with others."""
+    layer, kind = hf_name.split(".")[2], hf_name.rsplit(".", 1)[-1]
+    return f"blk.{layer}.{'attn' if letter in _QKV else 'ffn'}_{letter}.{kind}"
 
 
 def _fused_name(hf_name: str) -> str:
@@ -116,7 +124,7 @@ def _file_tensor(name: str, parts: Sequence[_Part], config: DecoderConfig, archi
     return FileTensor(
         name=name,
         shape=shape,
-        values=lambda: torch.cat([part.rows(architecture, config.head_dim) for part in parts]).contiguous(),
+        values=lambda: torch.cat([part.rows(architecture, config) for part in parts]).contiguous(),
     )
 
 
@@ -136,18 +144,21 @@ def _missing_biases(decoder: Decoder, architecture: Architecture) -> Iterator[Fi
             yield FileTensor(name=f"blk.{i}.{name}.bias", shape=(size,), values=partial(torch.zeros, size))
 
 
-def _frequency_factors(config: DecoderConfig) -> Tensor | None:
-    """What each rotary frequency is divided by, (head_dim / 2,), under Llama 3's scaling; None for others.
+def _frequency_factors(config: DecoderConfig) -> dict[str, Tensor]:
+    """What each rotary frequency is divided by, (rotated / 2,), by name of tensor; none where they are left alone.
 
-    Waves that turn at least `high_freq_factor` times in the original context are left alone, those that turn less than
-    `low_freq_factor` times are stretched by the whole factor, and between them the share of either moves linearly.
+    Llama 3: waves that turn at least `high_freq_factor` times in the original context are left alone, those that turn
+    less than `low_freq_factor` times are stretched by the whole factor, and between them the share of either moves
+    linearly. Phi-3: numbers for short and for long texts.
     """
-    assert config.rope is not None
-    scaling = config.rope.scaling
-    if scaling is None or scaling["rope_type"] != "llama3":
-        return None
+    scaling = None if config.rope is None else config.rope.scaling
+    if config.rope is None or scaling is None or scaling["rope_type"] not in ("llama3", "longrope"):
+        return {}
+    if scaling["rope_type"] == "longrope":
+        both = {length: torch.tensor(scaling[f"{length}_factor"]) for length in ("short", "long")}
+        return {f"rope_factors_{length}.weight": factors for length, factors in both.items()}
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
     turns = scaling["original_max_position_embeddings"] * config.rope.theta**-exponents / (2 * math.pi)
     low, high, factor = scaling["low_freq_factor"], scaling["high_freq_factor"], scaling["factor"]
     kept = np.clip((turns - low) / (high - low), 0, 1)
-    return torch.from_numpy((1 / (kept + (1 - kept) / factor)).astype(np.float32))
+    return {"rope_freqs.weight": torch.from_numpy((1 / (kept + (1 - kept) / factor)).astype(np.float32))}

@@ -363,8 +363,8 @@ struct Step {
         }
     }
 
-    // Logits of the wanted rows. Where only the largest one of a row matters, and few rows do not hide the time to read
-    // the head, an eight-bit copy finds the tokens that may have it.
+    // Hidden states and logits of the wanted rows. Where only the largest one of a row matters, and few rows do not hide
+    // the time to read the head, an eight-bit copy finds the tokens that may have it.
     void head(int id, int nt) {
         const long n = b.num_logits, V = s.vocab_size;
         const bool screens = !kIsWhole && ends.screen.weight && n - b.num_full <= kScreened;
@@ -373,6 +373,8 @@ struct Step {
             normalize(&x[b.rows[i] * D], ends.final_norm, s.is_layer_norm, s.norm_eps, D, &xn[i * D]);
             if (kIsWhole) round_token(&xn[i * D], nullptr, D, D, 0, i, rounded);
         }
+        for (long i = id; i < b.num_hidden; i += nt)
+            normalize(&x[b.hidden_rows[i] * D], ends.final_norm, s.is_layer_norm, s.norm_eps, D, &b.hidden[i * D]);
 #pragma omp barrier
         const long panels = num_panels(V), first = panels * id / nt * kPanelRows;
         const long last = std::min(panels * (id + 1) / nt * kPanelRows, V);

@@ -84,6 +84,9 @@ struct Tokens {
     const int64_t* rows;                // (num_logits,): tokens after which logits are wanted
     int64_t num_full;                   // rows, the leading ones, of which all logits are wanted; else the largest one
     float* logits;                      // (num_logits, V)
+    int64_t num_hidden;
+    const int64_t* hidden_rows;         // (num_hidden,): tokens whose final hidden states are wanted
+    float* hidden;                      // (num_hidden, D)
 };
 }
 

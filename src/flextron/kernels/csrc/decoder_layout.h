@@ -34,7 +34,7 @@ inline std::string decoder_layout() {
              FIELD(Tokens, num_groups), FIELD(Tokens, block_tables), FIELD(Tokens, table_rows), FIELD(Tokens, block_offsets),
              FIELD(Tokens, cos), FIELD(Tokens, sin), FIELD(Tokens, adapters), FIELD(Tokens, max_rank),
              FIELD(Tokens, cache), FIELD(Tokens, num_logits), FIELD(Tokens, rows), FIELD(Tokens, num_full),
-             FIELD(Tokens, logits)});
+             FIELD(Tokens, logits), FIELD(Tokens, num_hidden), FIELD(Tokens, hidden_rows), FIELD(Tokens, hidden)});
     text += describe_struct("Bypass", sizeof(Bypass),
             {FIELD(Bypass, a), FIELD(Bypass, b), FIELD(Bypass, inputs), FIELD(Bypass, outputs), FIELD(Bypass, rank),
              FIELD(Bypass, scale)});
