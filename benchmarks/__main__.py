@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import core, coserving, quality, routing, serving
+from benchmarks import core, coserving, quality, routing, scale, serving
 
 SUITES = {
     "core": core.run,
@@ -12,6 +12,7 @@ SUITES = {
     "serving": serving.run,
     "coserving": coserving.run,
     "quality": quality.run,
+    "scale": scale.run,
 }
 
 

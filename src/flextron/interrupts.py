@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 __all__ = ["Interrupted", "held_interrupts"]
 
@@ -46,9 +47,9 @@ def held_interrupts(*, launched: bool = False) -> Iterator[Callable[[], bool]]:
             # not through a stream, whose lock the interrupted code may have
             os.write(_STDERR, b"\nafter this step the state is saved; Ctrl-C again ends at once\n")
 
-    usual = {signal.SIGINT: signal.default_int_handler}
+    usual: dict[signal.Signals, Any] = {signal.SIGINT: signal.default_int_handler}
     if launched:
-        usual |= {signal.SIGTERM: signal.SIG_DFL}
+        usual[signal.SIGTERM] = signal.SIG_DFL
     in_main = threading.current_thread() is threading.main_thread()
     mine = [number for number, handler in usual.items() if in_main and signal.getsignal(number) is handler]
     for number in mine:

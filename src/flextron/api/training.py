@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,9 +22,10 @@ from flextron.errors import FlextronError
 from flextron.model.adapter import Adapter
 from flextron.model.decoder import Decoder
 from flextron.progress import OnStep
-from flextron.routing import StaticRouter
+from flextron.routing import LatencyTable, StaticRouter
 from flextron.spec import SubnetSpec
 from flextron.texts.blocks import TokenBlocks, pack_tokens
+from flextron.training.processes import LostProcessError, Processes
 from flextron.training.recipe import TrainRecipe
 from flextron.training.router_joint import JointRouting
 from flextron.training.router_recipe import RouterRecipe
@@ -134,6 +136,9 @@ def _train_adapter(
         held.set_norms(student, base)
         result = run(student, frozen if teacher is None else _teacher(model, teacher), held.lora)
         adapter = held.with_norms_of(student, base)
+    except LostProcessError:
+        adapter = None  # with a process, a part of the weights is gone
+        raise
     finally:
         if adapter is not None:
             adapter.add_to(base)
@@ -155,9 +160,10 @@ def _joint_routing(model: MeasuredModel, router: StaticRouter | None, recipe: Tr
     """The router, with the costs of this device."""
     if router is None:
         raise FlextronError("the model has no router yet; run model.route() (flextron route) first")
+    table = Processes.join().from_first(lambda: model.measure_latencies().to_dict())
     return JointRouting(
         router=router,
-        table=model.measure_latencies(),
+        table=LatencyTable.from_dict(json.loads(json.dumps(table))),
         recipe=RouterRecipe(seed=recipe.seed),
         full_probability=recipe.full_probability,
     )
@@ -173,17 +179,23 @@ def _training_blocks(
     wanted = repr((texts if text is None or not named else str(text), recipe.tokens, recipe.context)).encode()
     digest = hashlib.sha256(wanted).hexdigest()[:16]
     stored = None if run_directory is None else run_directory / f"tokens-{digest}.npy"
-    if stored is not None and stored.exists():
-        return TokenBlocks.load(stored, seed=recipe.seed), digest
-    tokens = pack_tokens(
-        documents(texts, training_text),
-        needed(model.tokenizer),
-        num_tokens=recipe.tokens,
-        context=recipe.context,
-        vocab_size=model.decoder.config.vocab_size,
-    )
-    blocks = TokenBlocks.from_tokens(tokens, context=recipe.context, seed=recipe.seed)
-    if stored is not None:
-        stored.parent.mkdir(parents=True, exist_ok=True)
-        blocks.save(stored)
-    return blocks, digest
+
+    def pack() -> TokenBlocks:
+        tokens = pack_tokens(
+            documents(texts, training_text),
+            needed(model.tokenizer),
+            num_tokens=recipe.tokens,
+            context=recipe.context,
+            vocab_size=model.decoder.config.vocab_size,
+        )
+        return TokenBlocks.from_tokens(tokens, context=recipe.context, seed=recipe.seed)
+
+    def store(path: Path) -> None:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pack().save(path)
+
+    if stored is None:
+        return pack(), digest
+    Processes.join().from_first(lambda: store(stored))
+    return TokenBlocks.load(stored, seed=recipe.seed), digest

@@ -21,7 +21,7 @@ from torch import distributed as dist
 
 from flextron.errors import FlextronError
 
-__all__ = ["LostProcessError", "Processes", "is_first_launched", "may_speak"]
+__all__ = ["LostProcessError", "Processes", "is_first_launched", "is_loss", "leave", "may_speak", "num_launched"]
 
 _LOST = re.compile(
     r"gloo/|nccl|Connection (closed|reset|refused)|Broken pipe|heartbeat|Socket (closed|Timeout)|peer", re.IGNORECASE
@@ -49,7 +49,7 @@ class Processes:
     @classmethod
     def join(cls) -> Processes:
         """Meet the other processes, if a launcher started several; a second call gives the same."""
-        if dist.is_available() and not dist.is_initialized() and _launched_size() > 1:
+        if dist.is_available() and not dist.is_initialized() and num_launched() > 1:
             PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE)
         device = PartialState().device
         if dist.is_available() and dist.is_initialized():
@@ -122,12 +122,6 @@ class Processes:
         """Until all processes are here."""
         self.summed(torch.zeros(1))
 
-    def leave(self) -> None:
-        """Part from the others, when all are done; alone, nothing happens."""
-        if self.are_several and dist.is_initialized():
-            self.wait()
-            dist.destroy_process_group()
-
 
 def is_loss(error: BaseException) -> bool:
     """Whether an error says that another process is gone."""
@@ -136,14 +130,14 @@ def is_loss(error: BaseException) -> bool:
     )
 
 
-def _launched_size() -> int:
+def num_launched() -> int:
     """Processes that a launcher says it started."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
 
 
 def is_first_launched() -> bool:
     """Whether this is the first process of a launcher, or the only one; needs no contact with the others."""
-    return _launched_size() == 1 or os.environ.get("RANK", "0") == "0"
+    return num_launched() == 1 or os.environ.get("RANK", "0") == "0"
 
 
 def may_speak() -> bool:
@@ -156,3 +150,10 @@ def may_speak() -> bool:
         return int(store.add("flextron/errors", 1)) == 1
     except (RuntimeError, dist.DistError):
         return dist.get_rank() == 0
+
+
+def leave() -> None:
+    """Part from the other processes when all are done; alone, nothing happens."""
+    if num_launched() > 1 and dist.is_initialized():
+        Processes.join().wait()
+        dist.destroy_process_group()
