@@ -14,10 +14,13 @@ from flextron.elastic.adapter import sharing
 from flextron.errors import FlextronError
 from flextron.model.adapter import Adapter
 from flextron.model.decoder import Decoder
+from flextron.routing import LatencyTable
 from flextron.spec import SearchSpace, SubnetSpec
 from flextron.texts.blocks import TokenBlocks
 from flextron.training.dealing import RouterSampler
 from flextron.training.recipe import TrainRecipe
+from flextron.training.router_recipe import RouterRecipe
+from flextron.training.routers import RouterResult, train_static_router
 from flextron.training.run import TrainingRun
 from flextron.training.state import RunDirectory
 from flextron.training.trainer import train
@@ -112,3 +115,19 @@ def refusal(_: torch.device | None, case: Case, directory: Path) -> str:
     except FlextronError as error:
         return str(error)
     return ""
+
+
+def routed(
+    _: torch.device | None,
+    decoder: Decoder,
+    space: SearchSpace,
+    table: LatencyTable,
+    blocks: TokenBlocks,
+    directory: Path,
+) -> tuple[RouterResult, dict[str, Tensor]]:
+    """What training the static router gives, and the weights of the model afterwards."""
+    own = copy.deepcopy(decoder)
+    recipe = RouterRecipe(num_measured=10, per_round=5, warm_steps=20, surrogate_steps=5, router_steps=3)
+    tokens_BT = blocks.batch(0, 3)
+    result = train_static_router(own, space, table, tokens_BT, recipe, run_directory=directory)
+    return result, weights({"decoder": own})

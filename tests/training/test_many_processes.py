@@ -21,10 +21,12 @@ from flextron.training.router_recipe import RouterRecipe
 from tests.random_decoders import random_decoder
 from tests.ranks import Ranks
 from tests.toy import SPACE, TABLE, toy_blocks, toy_recipe
-from tests.training.rank_work import Case, bytes_held, first_steps, next_steps, outcome, prepared, refusal
+from tests.training.rank_work import Case, bytes_held, first_steps, next_steps, outcome, prepared, refusal, routed
 
 SKIPPING = (SubnetSpec.of([8, 0, 24], [1, 0, 2]), SPACE.full)
 """The first skips a layer."""
+BOTH = [pytest.param({}, marks=pytest.mark.slow), {"lora_rank": 3}]
+"""All weights, and low rank, which shards all that the other does."""
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +109,7 @@ def test_whatever_the_model_and_the_cut(number: str, which: str, request: pytest
     assert_as_alone(request.getfixturevalue(number), case)
 
 
-@pytest.mark.parametrize("changes", [{}, {"lora_rank": 3}], ids=str)
+@pytest.mark.parametrize("changes", BOTH, ids=str)
 def test_layers_that_one_process_skips_and_the_other_does_not(pair: Ranks, changes: dict[str, Any]) -> None:
     # two sequences, each in a sub-network of its own
     assert_as_alone(pair, case_of(steps=4, batch_size=2, specs=SKIPPING, weight_decay=0.5, **changes))
@@ -131,7 +133,7 @@ def test_bf16_stays_near_that_of_one_process(pair: Ranks) -> None:
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.02)
 
 
-@pytest.mark.parametrize("changes", [{}, {"lora_rank": 3}], ids=str)
+@pytest.mark.parametrize("changes", BOTH, ids=str)
 def test_a_state_goes_on_with_any_number_of_processes(pair: Ranks, changes: dict[str, Any], tmp_path: Path) -> None:
     case = case_of(steps=8, batch_size=8, specs=(*SKIPPING, SPACE.smallest), **changes)
     alone = first_steps(None, case, tmp_path / "alone", 3)
@@ -157,6 +159,7 @@ def test_four_save_and_two_or_one_go_on(pair: Ranks, four: Ranks, changes: dict[
         assert [h["loss"] for h in history] == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_an_older_state_of_one_process_goes_on(pair: Ranks, tmp_path: Path) -> None:
     # two files of whole tensors, as they were written before states were made of shards
     case = case_of(steps=8, batch_size=8)
@@ -190,7 +193,7 @@ def test_a_state_that_lacks_a_shard_is_refused_by_all(pair: Ranks, tmp_path: Pat
         assert "remove it to start again" in said
 
 
-@pytest.mark.parametrize("changes", [{}, {"lora_rank": 3}], ids=str)
+@pytest.mark.parametrize("changes", BOTH, ids=str)
 def test_each_process_holds_its_share(pair: Ranks, changes: dict[str, Any]) -> None:
     case = case_of(steps=1, batch_size=2, **changes)
     whole = bytes_held(None, case)
@@ -200,3 +203,19 @@ def test_each_process_holds_its_share(pair: Ranks, changes: dict[str, Any]) -> N
 
 def test_batches_that_do_not_divide_are_refused(pair: Ranks, tmp_path: Path) -> None:
     assert all("among 2 processes" in said for said in pair.run(refusal, case_of(steps=1, batch_size=3), tmp_path))
+
+
+def test_the_static_router_measures_with_all_processes(pair: Ranks, tmp_path: Path) -> None:
+    decoder = random_decoder("llama")
+    parts = (decoder, SPACE, TABLE, toy_blocks())
+    expected, weights = routed(None, *parts, tmp_path / "alone")
+    for result, own in pair.run(routed, *parts, tmp_path / "pair"):
+        assert result.num_measured == expected.num_measured
+        assert result.spearman == pytest.approx(expected.spearman, abs=1e-6)
+        assert [h["error"] for h in result.history] == pytest.approx([h["error"] for h in expected.history], abs=1e-5)
+        for ours, theirs in zip(result.router.parameters(), expected.router.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        assert all(torch.equal(own[name], weights[name]) for name in weights)
+    alone, together = (json.loads((tmp_path / of / "losses.json").read_text()) for of in ("alone", "pair"))
+    assert together["identity"] == alone["identity"]
+    assert together["losses"] == pytest.approx(alone["losses"], abs=1e-6)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -18,10 +18,13 @@ from flextron.api.texts import (
     source_name,
     training_text,
 )
+from flextron.errors import FlextronError
 from flextron.progress import OnProgress, OnStep
-from flextron.routing import Frontier, compare_frontiers
+from flextron.routing import Frontier, LatencyTable, compare_frontiers
+from flextron.routing.frontier import FrontierPoint
 from flextron.routing.token_router import TokenRouter
 from flextron.texts.blocks import TokenBlocks, pack_tokens
+from flextron.training.processes import Processes
 from flextron.training.router_recipe import RouterRecipe
 from flextron.training.routers import RouterResult, train_static_router
 from flextron.training.token_recipe import TokenRouterRecipe
@@ -56,21 +59,43 @@ def route(
         context=context,
         vocab_size=model.decoder.config.vocab_size,
     )
+    processes = Processes.join()
     half = max(1, len(tokens_BT) // 2)
-    table = model.measure_latencies(on_progress=on_measure)
+    table = shared_latencies(model, on_measure)
     result = train_static_router(
         model.decoder, model.space, table, tokens_BT[:half], recipe, run_directory=run_directory, on_round=on_round
     )
-    points = compare_frontiers(
-        model.decoder,
-        model.space,
-        table,
-        tokens_BT[half:],
-        ROUTE_TARGETS,
-        router=result.router,
-        on_progress=on_compare,
-    )
+
+    def compare() -> list[FrontierPoint]:
+        return compare_frontiers(
+            model.decoder,
+            model.space,
+            table,
+            tokens_BT[half:],
+            ROUTE_TARGETS,
+            router=result.router,
+            on_progress=on_compare,
+        )
+
+    points = compare() if not processes.are_several else _points(processes, compare)
     return result, Frontier.of(table.device, source_name(text, "pydoc topics"), points)
+
+
+def shared_latencies(model: MeasuredModel, on_progress: OnProgress | None = None) -> LatencyTable:
+    """The latency table of the first process's device, for all processes."""
+    processes = Processes.join()
+    if not processes.are_several:
+        return model.measure_latencies(on_progress=on_progress)
+    table = LatencyTable.from_dict(
+        processes.from_first(lambda: model.measure_latencies(on_progress=on_progress).to_dict())
+    )
+    model.tables[table.name] = table
+    return table
+
+
+def _points(processes: Processes, compare: Callable[[], list[FrontierPoint]]) -> list[FrontierPoint]:
+    """What the first process measures, for all."""
+    return [FrontierPoint.from_dict(p) for p in processes.from_first(lambda: [p.to_dict() for p in compare()])]
 
 
 def route_tokens(
@@ -83,6 +108,8 @@ def route_tokens(
     on_step: OnStep | None,
 ) -> tuple[TokenRouterResult, TokenRouter]:
     """See `ElasticModel.route_tokens`; what training did, and the router."""
+    if Processes.join().are_several:
+        raise FlextronError("a token router trains in one process; run route --token without a launcher")
     recipe = recipe or TokenRouterRecipe()
     specs = {target: model.select(latency=target) for target in targets}
     table = model.measure_latencies()

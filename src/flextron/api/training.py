@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 
 from flextron.api.measured import MeasuredModel
 from flextron.api.packaged import checkpoint_at
+from flextron.api.routing import shared_latencies
 from flextron.api.texts import Texts, documents, needed, source_name, training_text
 from flextron.checkpoints.huggingface import open_pretrained
 from flextron.checkpoints.weights import load_decoder
@@ -22,7 +22,7 @@ from flextron.errors import FlextronError
 from flextron.model.adapter import Adapter
 from flextron.model.decoder import Decoder
 from flextron.progress import OnStep
-from flextron.routing import LatencyTable, StaticRouter
+from flextron.routing import StaticRouter
 from flextron.spec import SubnetSpec
 from flextron.texts.blocks import TokenBlocks, pack_tokens
 from flextron.training.processes import LostProcessError, Processes
@@ -160,10 +160,9 @@ def _joint_routing(model: MeasuredModel, router: StaticRouter | None, recipe: Tr
     """The router, with the costs of this device."""
     if router is None:
         raise FlextronError("the model has no router yet; run model.route() (flextron route) first")
-    table = Processes.join().from_first(lambda: model.measure_latencies().to_dict())
     return JointRouting(
         router=router,
-        table=LatencyTable.from_dict(json.loads(json.dumps(table))),
+        table=shared_latencies(model),
         recipe=RouterRecipe(seed=recipe.seed),
         full_probability=recipe.full_probability,
     )

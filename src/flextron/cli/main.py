@@ -28,7 +28,7 @@ from flextron.cli import (
 )
 from flextron.cli.console import message
 from flextron.errors import FlextronError
-from flextron.training.processes import leave, may_speak, num_launched
+from flextron.training.processes import is_loss, leave, may_speak, num_launched
 
 __all__ = ["app", "main"]
 
@@ -68,6 +68,8 @@ def _guarded(verb: Callable[..., object]) -> Callable[..., None]:
         except (FlextronError, OSError) as error:
             raise _fail(str(error)) from error
         except (MemoryError, RuntimeError) as error:
+            if num_launched() > 1 and is_loss(error):
+                raise _fail("another process was lost; the same command goes on from the last state") from error
             if not _is_out_of_memory(error):
                 raise
             raise _fail("out of memory; use a smaller model, context or batch, or a machine with more") from error

@@ -20,8 +20,18 @@ from torch import Tensor
 from torch import distributed as dist
 
 from flextron.errors import FlextronError
+from flextron.routing.sensitivity import Sensitivity
 
-__all__ = ["LostProcessError", "Processes", "is_first_launched", "is_loss", "leave", "may_speak", "num_launched"]
+__all__ = [
+    "LostProcessError",
+    "Processes",
+    "is_first_launched",
+    "is_loss",
+    "leave",
+    "may_speak",
+    "measure_agreed",
+    "num_launched",
+]
 
 _LOST = re.compile(
     r"gloo/|nccl|Connection (closed|reset|refused)|Broken pipe|heartbeat|Socket (closed|Timeout)|peer", re.IGNORECASE
@@ -121,6 +131,13 @@ class Processes:
     def wait(self) -> None:
         """Until all processes are here."""
         self.summed(torch.zeros(1))
+
+
+def measure_agreed(measure: Callable[[], Sensitivity], processes: Processes) -> Sensitivity:
+    """Sensitivities that the first process measures, for all: they decide which sub-networks are drawn."""
+    if not processes.are_several:
+        return measure()
+    return Sensitivity.from_dict(processes.from_first(lambda: measure().to_dict()))
 
 
 def is_loss(error: BaseException) -> bool:

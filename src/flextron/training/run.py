@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from flextron.errors import FlextronError
 from flextron.kernels.elementwise import use_kernels
@@ -24,11 +24,15 @@ from flextron.texts.blocks import TokenBlocks
 from flextron.training.dealing import Dealer, RouterSampler, Work, check_division
 from flextron.training.objective import Distillation, Objective, Teacher
 from flextron.training.optimizer import choose_trained, learning_rate, make_optimizer
-from flextron.training.processes import Processes
+from flextron.training.processes import Processes, measure_agreed
 from flextron.training.recipe import TrainRecipe
 from flextron.training.sampling import SubnetSampler
-from flextron.training.sharding import Sharded
 from flextron.training.state import RunDirectory
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+    from flextron.training.sharding import Sharded
 
 __all__ = ["TrainingRun"]
 
@@ -77,7 +81,11 @@ class TrainingRun:
         def measure() -> Sensitivity:
             return measure_sensitivity(measured, sample, space, seed=recipe.seed)
 
-        sensitivity = partial(self._agreed, measure if directory is None else partial(directory.sensitivity, measure))
+        sensitivity = partial(
+            measure_agreed,
+            measure if directory is None else partial(directory.sensitivity, measure),
+            self.processes,
+        )
         sampler = self._sampler(space, tuple(specs), sensitivity, is_routed=routing is not None)
         frozen = None
         if teacher is not None and recipe.needs_teacher:
@@ -86,6 +94,8 @@ class TrainingRun:
         self.module = Distillation(Objective(decoder, recipe, adapter), frozen)
         self.sharded: Sharded | None = None
         if self.processes.are_several:
+            from flextron.training.sharding import Sharded  # a second of imports, which one process need not wait for
+
             lowered = recipe.precision == "bf16"
             self.sharded = Sharded(self.module, self.processes, lowered=lowered)
             self.module = self.sharded.module
@@ -100,12 +110,6 @@ class TrainingRun:
             routing=routing,
             adapter=self.module.objective.adapter,
         )
-
-    def _agreed(self, measure: Callable[[], Sensitivity]) -> Sensitivity:
-        """What the first process measures; all must draw the same sub-networks."""
-        if not self.processes.are_several:
-            return measure()
-        return Sensitivity.from_dict(self.processes.from_first(lambda: measure().to_dict()))
 
     def _sampler(
         self,
@@ -186,8 +190,8 @@ class TrainingRun:
             FlextronError: it is no number.
         """
         norm = torch.nn.utils.clip_grad_norm_(list(self._model_parameters()), self.recipe.grad_clip)
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
+        if self.sharded is not None:
+            norm = cast("DTensor", norm).full_tensor()
         if not torch.isfinite(norm):
             raise FlextronError(f"the gradient of step {step} is not finite; lower the learning rate ({rate:.1e})")
 

@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -29,16 +30,58 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from flextron.model.batch import Batch
+from flextron.model.decoder import Decoder
 from flextron.spec import SubnetSpec
 from flextron.training.objective import Distillation
 from flextron.training.processes import Processes
 
-__all__ = ["Sharded"]
+__all__ = ["Sharded", "in_shards"]
 
 _MLP = ("gate", "up", "down")
 
 
-class Sharded:
+class _Loan:
+    """A copy of a module whose parameters take the place of the module's, until they are given back."""
+
+    def __init__(self, whole: nn.Module, kept: Sequence[Tensor] = ()) -> None:
+        """Copy modules, and share parameters and the tensors that are `kept`."""
+        self._lent = dict(whole.named_parameters())
+        shared = {id(t): t for t in (*self._lent.values(), *kept)}
+        self._copy = copy.deepcopy(whole, shared)
+
+    def give_up(self) -> None:
+        """Free the memory of the lender's parameters, once the copy has them in shards."""
+        for p in self._lent.values():
+            p.data = p.new_empty(0)
+
+    @torch.no_grad()
+    def give_back(self) -> None:
+        """Gather all parameters into the modules that lent them; on every process."""
+        for name, p in self._lent.items():
+            held = self._copy.get_parameter(name)
+            p.data = (held.full_tensor() if isinstance(held, DTensor) else held.detach()).to(p.device)
+
+
+@contextmanager
+def in_shards(decoder: Decoder, processes: Processes) -> Iterator[Decoder]:
+    """A frozen decoder for forward passes that all processes make, each of its own sub-networks.
+
+    Meanwhile the decoder has no parameters; it has them back in the end, unless an error came.
+    """
+    loan = _Loan(decoder)
+    copied = cast("Decoder", loan._copy)
+    mesh = init_device_mesh(processes.device.type, (processes.size,))
+    for layer in copied.layers:
+        fully_shard(layer, mesh=mesh)
+    # the head is read after the pass
+    fully_shard(copied, mesh=mesh, reshard_after_forward=False)
+    loan.give_up()
+    yield copied
+    cast("FSDPModule", copied).reshard()
+    loan.give_back()
+
+
+class Sharded(_Loan):
     """A distillation whose parameters lie in shards on all processes."""
 
     def __init__(self, whole: Distillation, processes: Processes, *, lowered: bool) -> None:
@@ -49,15 +92,11 @@ class Sharded:
             processes: among which the parameters are dealt.
             lowered: gather layers of float32 weights in bfloat16.
         """
-        self._lent = dict(whole.named_parameters())
-        kept = {id(p): p for p in self._lent.values()}
-        if whole.teacher is not None:
-            kept[id(whole.teacher.metric_DD)] = whole.teacher.metric_DD  # type: ignore[assignment]
-        self.module: Distillation = copy.deepcopy(whole, kept)
+        super().__init__(whole, () if whole.teacher is None else (whole.teacher.metric_DD,))
+        self.module = cast("Distillation", self._copy)
         self._specs: list[SubnetSpec] = []
         self._shard(processes, lowered=lowered)
-        for p in self._lent.values():
-            p.data = p.new_empty(0)
+        self.give_up()
 
     def run(self, specs: list[SubnetSpec], *args: Any, last: bool) -> dict[str, Tensor]:
         """The module's losses.
@@ -73,13 +112,6 @@ class Sharded:
             # a skipped layer gives back what it got; nothing is added to it in place
             warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
             return self.module(*args)  # type: ignore[no-any-return]
-
-    @torch.no_grad()
-    def give_back(self) -> None:
-        """Gather all parameters into the modules that lent them; on every process."""
-        for name, p in self._lent.items():
-            held = self.module.get_parameter(name)
-            p.data = (held.full_tensor() if isinstance(held, DTensor) else held.detach()).to(p.device)
 
     def _shard(self, processes: Processes, *, lowered: bool) -> None:
         mesh = init_device_mesh(processes.device.type, (processes.size,))

@@ -7,28 +7,25 @@ number of processes reads. A state of one process in the older form, whole tenso
 
 from __future__ import annotations
 
-import logging
-import math
 import shutil
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed import checkpoint
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from flextron.errors import FlextronError
 from flextron.files import checked, new_directory, read_json, write_json
 from flextron.routing.sensitivity import Sensitivity
-from flextron.training.processes import Processes
+from flextron.training.processes import Processes, is_loss
+
+if TYPE_CHECKING:
+    from flextron.training.shard_files import ShardFiles
 
 __all__ = ["RunDirectory"]
 
@@ -48,8 +45,8 @@ class _RunFile(BaseModel):
 
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_DAMAGES = (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError, AssertionError)
-"""What reading a damaged state raises, in the header or later."""
+_DAMAGES = (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError, AssertionError)
+"""What reading a damaged state raises."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,13 +93,13 @@ class RunDirectory:
             "updates": {name: count for name, count in updates.items() if count != step},
         }
         with self._new_state() as temporary:
-            with _plainly():
-                checkpoint.save(
-                    tensors,
-                    storage_writer=checkpoint.HuggingFaceStorageWriter(str(temporary), save_distributed=True),
-                    no_dist=not self.processes.are_several,
-                )
+            self._files(temporary).write(tensors)
             self.processes.from_first(lambda: write_json(temporary / "run.json", run))
+
+    def _files(self, directory: Path) -> ShardFiles:
+        from flextron.training.shard_files import ShardFiles  # a second of imports, for those alone who keep states
+
+        return ShardFiles(directory, alone=not self.processes.are_several)
 
     @contextmanager
     def _new_state(self) -> Iterator[Path]:
@@ -134,13 +131,14 @@ class RunDirectory:
                 "finish it with its own settings, or remove that directory to start again"
             )
         try:
-            reader = checkpoint.HuggingFaceStorageReader(str(self._state))
-            wanted = self._wanted(trained, reader.read_metadata().state_dict_metadata)
-            with _plainly():
-                checkpoint.load(wanted, storage_reader=reader, no_dist=not self.processes.are_several)
+            files = self._files(self._state)
+            wanted = self._wanted(trained, files.shapes())
+            files.read(wanted)
         except FlextronError:
             raise
         except _DAMAGES as error:
+            if self.processes.are_several and is_loss(error):
+                raise
             said = " ".join(str(error).split())[:200]
             raise FlextronError(f"{self._state} is damaged ({said}); remove it to start again") from error
         for name, p in trained.items():
@@ -163,7 +161,7 @@ class RunDirectory:
         for name, p in trained.items():
             moments = [f"{name}:{key}" for key in _MOMENTS if f"{name}:{key}" in stored]
             for key in (name, *moments):
-                if len(moments) == 1 or not _is_whole(stored.get(key), p):
+                if len(moments) == 1 or stored.get(key) != (p.shape, p.dtype):
                     raise FlextronError(
                         f"{self._state} lacks {name} or has it in another shape; remove it to start again"
                     )
@@ -188,28 +186,3 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(path, measured.to_dict())
         return measured
-
-
-def _is_whole(stored: object, p: nn.Parameter) -> bool:
-    """Whether the stored pieces have the parameter's shape and cover it."""
-    if not isinstance(stored, TensorStorageMetadata) or stored.size != p.shape or stored.properties.dtype != p.dtype:
-        return False
-    return sum(math.prod(chunk.sizes) for chunk in stored.chunks) == p.numel()
-
-
-@contextmanager
-def _plainly() -> Iterator[None]:
-    """Let PyTorch's checkpoints raise what went wrong in the process where it did, and log nothing."""
-    logger = logging.getLogger("torch.distributed.checkpoint")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            # that one process writes alone
-            warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")
-            yield
-    except CheckpointException as error:
-        cause, _ = next(iter(error.failures.values()))
-        raise cause from error
-    finally:
-        logger.setLevel(before)
