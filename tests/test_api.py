@@ -25,7 +25,7 @@ from tests.toy import prose, same_weights, synthetic_latencies, weights_of
 TEXTS = [prose(3000, seed=s) for s in range(8)]
 RATIOS = (0.25, 0.5, 1.0)
 RECIPE = TrainRecipe(tokens=4 * 2 * 32, context=32, batch_size=2, micro_batch_size=2, lr=1e-4)
-SEARCH = SearchSettings(targets=(0.9, 0.8), rounds=1, mutations=1, num_uniform=3)
+SEARCH = SearchSettings(targets=(0.9, 0.8), rounds=1, refinements=1, num_uniform=3)
 
 
 @pytest.fixture(scope="module")

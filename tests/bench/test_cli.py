@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -26,11 +27,11 @@ def test_figures_as_table_and_as_json(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    output = tmp_path / "figures.json"
+    output, html = tmp_path / "figures.json", tmp_path / "figures.html"
     with serving(answering(first_s=0.05, gap_s=0.01)) as served:
         options = ["serve", "--url", served.url, "--model", "m", "--num-requests", 6, "--rate", 50]
         options += ["--prompt-tokens", "4-8", "--output-tokens", 4, "--target", "1.0, 0.6", "--seed", 5]
-        options += ["--slo-ttft-ms", 20_000, "--slo-tpot-ms", 20_000, "--output", output]
+        options += ["--slo-ttft-ms", 20_000, "--slo-tpot-ms", 20_000, "--output", output, "--html", html]
         code, out, err = run(capfd, monkeypatch, *options)
         assert code == 0
         for part in (
@@ -48,6 +49,10 @@ def test_figures_as_table_and_as_json(
         assert "6 of 6" in err
         written = json.loads(output.read_text())
         assert len(written["requests"]) == 6
+        assert (
+            json.loads(re.findall(r'<script type="application/json" id="data">(.*)</script>', html.read_text())[0])
+            == written
+        )
         assert (written["summary"]["attainment"], written["summary"]["num_ok"]) == (1.0, 6)
         assert sum(part["num_requests"] for part in written["by_target"].values()) == 6
         code, out, err = run(capfd, monkeypatch, *options, "--json")

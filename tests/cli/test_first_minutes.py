@@ -100,7 +100,7 @@ HUGE = 10**22
         ("profile", ("--batch-size", HUGE), "batch_size"),
         ("profile", ("--decode-context", HUGE), "decode_context"),
         ("profile", ("--rounds", HUGE), "rounds"),
-        ("profile", ("--mutations", HUGE), "mutations"),
+        ("profile", ("--refinements", HUGE), "refinements"),
         ("route", ("--num-tokens", 1), "num_tokens must be at least 256"),
         ("route", ("--num-measured", HUGE), "num_measured"),
         ("route", ("--seed", HUGE), "seed"),

@@ -168,7 +168,7 @@ def test_what_cannot_be_saved_says_so(base: Path, tmp_path: Path) -> None:
 
 
 def test_a_frontier_travels_without_its_latencies(base: Path, trained: flextron.ElasticModel, tmp_path: Path) -> None:
-    settings = flextron.SearchSettings(targets=(0.8,), rounds=1, mutations=0, num_uniform=2)
+    settings = flextron.SearchSettings(targets=(0.8,), rounds=1, refinements=0, num_uniform=2)
     frontier = trained.profile([prose(seed=1)], settings=settings, num_tokens=128, context=32)
     trained.save_adapter(tmp_path / "adapter")
     assert "latency" not in json.loads((tmp_path / "adapter" / "losses.json").read_text())["points"][0]

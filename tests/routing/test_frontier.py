@@ -33,7 +33,7 @@ def frontiers(draw: st.DrawFn) -> Frontier:
         points.append(
             FrontierPoint(
                 spec=SubnetSpec.of(sizes, (2, 2, 2)),
-                kind=draw(st.sampled_from(["uniform", "guided", "evolved"])),
+                kind=draw(st.sampled_from(["uniform", "guided", "refined"])),
                 params=100 + sum(sizes),
                 mem_bytes=4 * (100 + sum(sizes)),
                 latency_ms=ms,

@@ -12,7 +12,7 @@ from tests.checkpoints.families_cases import random_tokens
 from tests.toy import SPACE, TABLE, segment_logits, synthetic_ms, toy_decoder
 
 CALIBRATION, VALIDATION = random_tokens(2, 10, seed=1), random_tokens(6, 10, seed=2)
-SETTINGS = SearchSettings(targets=(0.9, 0.75, 0.6), rounds=2, mutations=2, num_uniform=3)
+SETTINGS = SearchSettings(targets=(0.9, 0.75, 0.6), rounds=2, refinements=2, num_uniform=3)
 DECODER = toy_decoder()
 
 
@@ -50,13 +50,13 @@ def test_points_are_measured_sub_networks_of_the_space() -> None:
 
 
 def test_every_target_is_reached_and_every_way_of_finding_tried() -> None:
-    frontier = search(SearchSettings(targets=(0.9, 0.75, 0.6), rounds=2, mutations=3, num_uniform=3))
-    kinds = {kind: [p for p in frontier.points if p.kind == kind] for kind in ("uniform", "guided", "evolved")}
+    frontier = search(SearchSettings(targets=(0.9, 0.75, 0.6), rounds=2, refinements=3, num_uniform=3))
+    kinds = {kind: [p for p in frontier.points if p.kind == kind] for kind in ("uniform", "guided", "refined")}
     assert sum(map(len, kinds.values())) == len(frontier.points)
     assert all(kinds.values())
     assert all(p.spec.is_uniform for p in kinds["uniform"])
     for target in (0.9, 0.75, 0.6):
-        assert any(target - 0.2 < p.latency <= target + 1e-9 for p in kinds["guided"] + kinds["evolved"])
+        assert any(target - 0.2 < p.latency <= target + 1e-9 for p in kinds["guided"] + kinds["refined"])
 
 
 def test_the_search_depends_on_its_seed_alone() -> None:

@@ -98,6 +98,57 @@ def test_costs_are_the_fisher_quadratic_form(case: str) -> None:
                 assert table[width] > 0
 
 
+AROUND = SubnetSpec.of([24, 0, 8], [1, 0, 1])
+
+
+def changed_loss(decoder: Decoder, i: int, half: int, width: int, share: Tensor) -> Tensor:
+    """Mean loss of the next tokens if a share of each token's change by one half layer of `AROUND` is made, (N,)."""
+    x = decoder.embed(Batch.padded(TOKENS, AROUND)).detach()
+    for k, layer in enumerate(AROUND.layers):
+        entering = x
+        after, x = half_layers(decoder, k, entering, layer.num_groups, layer.intermediate_size)
+        if k != i:
+            continue
+        if half == 0:
+            other = half_layers(decoder, k, entering, width, layer.intermediate_size)[0]
+            after = after + share[:, None] * (other - after).detach()
+            mlp_input = entering if decoder.config.parallel_residual else after
+            batch = Batch.padded(TOKENS, decoder.widths)
+            size = layer.intermediate_size
+            x = after + layer_of(decoder, k).feed_forward(mlp_input, batch, [size]) if size else after
+        else:
+            other = half_layers(decoder, k, entering, layer.num_groups, width)[1]
+            x = x + share[:, None] * (other - x).detach()
+    logits = capped(decoder.final_norm(x) @ decoder.head_weight.t(), decoder.config.logits_cap)
+    logits = logits.unflatten(0, tuple(TOKENS.shape))[:, :-1].flatten(0, 1)
+    return F.cross_entropy(logits, TOKENS[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_around_a_sub_network_costs_have_both_orders(case: str) -> None:
+    decoder = toy_decoder(case=case)
+    space = space_for(decoder)
+    measured = measure_sensitivity(decoder, TOKENS, space, around=AROUND)
+    for i, own in enumerate(AROUND.layers):
+        tables = (measured.attention[i], own.num_groups), (measured.mlp[i], own.intermediate_size)
+        for half, (table, own_width) in enumerate(tables):
+            assert table[own_width] == 0
+            for width in set(table) - {own_width}:
+                share = torch.zeros(TOKENS.numel(), requires_grad=True)
+                (slope_N,) = torch.autograd.grad(changed_loss(decoder, i, half, width, share), share)
+                second = 0.5 * float((slope_N * len(share)).square().mean())
+                assert table[width] == pytest.approx(float(slope_N.sum()) + second, rel=1e-3, abs=1e-6)
+
+
+def test_the_mean_of_sensitivities_and_the_price_of_change() -> None:
+    first = Sensitivity(mlp=({0: 1.0, 4: 0.0},), attention=({0: 3.0, 1: 0.0},))
+    second = Sensitivity(mlp=({0: 2.0, 4: 0.0},), attention=({0: -1.0, 1: 0.5},))
+    mean = Sensitivity.mean([first, second])
+    assert mean == Sensitivity(mlp=({0: 1.5, 4: 0.0},), attention=({0: 1.0, 1: 0.25},))
+    priced = mean.with_price_of_change(SubnetSpec.of([4], [0]), 0.5)
+    assert priced == Sensitivity(mlp=({0: 2.0, 4: 0.0},), attention=({0: 1.0, 1: 0.75},))
+
+
 def test_the_same_seed_gives_the_same_costs_and_leaves_no_gradient() -> None:
     decoder = toy_decoder().requires_grad_(True)
     space = space_for(decoder)

@@ -9,9 +9,14 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
 from openai import OpenAI
+from torch import Tensor
 
-from flextron import ElasticModel, Engine, SamplingParams, Target
+from flextron import ElasticModel, Engine, SamplingParams, SubnetSpec, Target
+from flextron.model.batch import Batch
+from flextron.model.config import DecoderConfig
+from flextron.routing.token_router import PricedRouter
 from tests.server.running import Running
 
 PROMPTS = ["The city was", "In 1998", "Once upon a time there", "a"]
@@ -75,6 +80,44 @@ def test_routed_tokens(client: OpenAI, model: ElasticModel) -> None:
     assert answer.flextron["target"] == {"latency": latency, "router": "token"}
     named = complete(client, model=f"tiny@{latency}", extra_body={"flextron": {"router": "token"}})
     assert named.choices[0].text == wanted
+
+
+class Recorder:
+    """A token router that keeps what it chose."""
+
+    def __init__(self, router: PricedRouter) -> None:
+        self._router, self.chosen = router, list[Tensor]()
+
+    def __call__(self, layer: int, x_ND: Tensor) -> tuple[Tensor, Tensor | None]:
+        widths_N, gates_N = self._router(layer, x_ND)
+        self.chosen.append(widths_N)
+        return widths_N, gates_N
+
+    def check(self, config: DecoderConfig, spec: SubnetSpec) -> None:
+        self._router.check(config, spec)
+
+
+def test_shares_of_routed_tokens(client: OpenAI, model: ElasticModel) -> None:
+    assert model.token_router is not None
+    latency = next(iter(model.token_router.specs))
+    extra = {"flextron": {"latency": latency, "router": "token"}, "return_token_ids": True}
+    choice = complete(client, extra_body=extra, logprobs=0).choices[0]
+    tokens = [*choice.prompt_token_ids, *choice.token_ids]
+    recorder = Recorder(model.token_router.at(latency))
+    spec = model.token_router.static_spec(latency)
+    with torch.no_grad():
+        model.decoder(Batch.padded(torch.tensor([tokens]), spec, recorder))
+    share_T = torch.stack(recorder.chosen).sum(0) / sum(layer.intermediate_size for layer in model.space.full.layers)
+    # what chose a token is what its predecessor ran through
+    wanted = share_T[len(choice.prompt_token_ids) - 1 : -1].tolist()
+    assert choice.flextron["mlp_shares"] == pytest.approx(wanted, abs=1e-4)
+    assert len(set(choice.flextron["mlp_shares"])) > 1
+
+    streamed: list[float] = []
+    for chunk in complete(client, extra_body=extra, stream=True):
+        streamed += getattr(chunk.choices[0], "flextron", {}).get("mlp_shares", [])
+    assert streamed == choice.flextron["mlp_shares"]
+    assert not hasattr(complete(client, extra_body={"return_token_ids": True}).choices[0], "flextron")
 
 
 @pytest.mark.parametrize(

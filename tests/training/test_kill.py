@@ -64,7 +64,7 @@ def recipe_for(output: Path, sources: Path) -> Path:
         "text": text,
         "convert": {"calibration": text, "ratios": [0.5, 1.0]},
         "train": train,
-        "profile": {"text": text, "num_tokens": 256, "rounds": 1, "mutations": 0},
+        "profile": {"text": text, "num_tokens": 256, "rounds": 1, "refinements": 0},
     }
     path = output.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(data))

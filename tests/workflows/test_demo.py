@@ -47,7 +47,7 @@ def settings(sources: Path, output: Path, **changes: Any) -> DemoSettings:
         "minutes": 1e-6,
         "train": TrainRecipe(context=32, batch_size=2, micro_batch_size=2),
         "eval_tokens": 512,
-        "profile": ProfileStage(num_tokens=256, rounds=1, mutations=0),
+        "profile": ProfileStage(num_tokens=256, rounds=1, refinements=0),
     }
     return DemoSettings(**values | changes)
 

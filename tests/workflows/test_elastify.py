@@ -42,7 +42,7 @@ def recipe_data(sources: Path, output: Path, **changes: Any) -> dict[str, Any]:
         "text": text,
         "convert": {"calibration": text, "ratios": [0.25, 0.5, 1.0]},
         "train": {"tokens": 256, "context": 32, "batch_size": 2, "micro_batch_size": 2},
-        "profile": {"text": text, "num_tokens": 256, "rounds": 1, "mutations": 0},
+        "profile": {"text": text, "num_tokens": 256, "rounds": 1, "refinements": 0},
     }
     return data | changes
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from flextron.api.dense import Generates
@@ -106,20 +107,21 @@ class MeasuredModel(Generates):
             self.frontier = self.losses.priced(table)
             return self.frontier
         check_sequences(num_tokens, context)
-        validation_BT = sequences(
+        tokens_BT = sequences(
             documents(text, evaluation_text),
             self.tokenizer,
-            num_tokens=num_tokens + 2 * context,
+            num_tokens=2 * (num_tokens + context),
             context=context,
             vocab_size=self.decoder.config.vocab_size,
         )
+        validation = slice(2, 2 + num_tokens // context) if len(tokens_BT) > 2 else slice(0, 2)
         table = self.measure_latencies(batch_size=batch_size, context=decode_context, on_progress=on_measure)
         self.frontier = search_frontier(
             self.decoder,
             self.space,
             table,
-            calibration_BT=validation_BT[:2],
-            validation_BT=validation_BT[2:] if len(validation_BT) > 2 else validation_BT,
+            calibration_BT=torch.cat((tokens_BT[:2], tokens_BT[validation.stop :])),
+            validation_BT=tokens_BT[validation],
             text=source_name(text, "pydoc topics"),
             settings=settings,
             candidates=candidates,

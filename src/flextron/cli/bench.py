@@ -13,7 +13,8 @@ from flextron.bench.metrics import Objectives
 from flextron.bench.plan import Arrivals, Load
 from flextron.cli.console import Json, message, progress, show
 from flextron.errors import FlextronError
-from flextron.files import write_json
+from flextron.files import new_file, write_json
+from flextron.server.page.standalone import report_html
 
 __all__ = ["serve"]
 
@@ -77,6 +78,10 @@ def serve(
         str | None, typer.Option(envvar="FLEXTRON_API_KEY", help="Send this key as bearer token.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Write all figures and every request to this JSON file.")] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Write the report with charts of the distributions to this HTML file, which loads nothing."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Put a load on any OpenAI-compatible server, and report latencies, throughput and goodput as clients see them."""
@@ -87,8 +92,9 @@ def serve(
     from flextron.bench.client import Server
     from flextron.bench.serve import bench_serve
 
-    if output is not None and not output.parent.is_dir():
-        raise FlextronError(f"{output.parent} is not a directory; make it first")
+    for file in (output, html):
+        if file is not None and not file.parent.is_dir():
+            raise FlextronError(f"{file.parent} is not a directory; make it first")
     load = Load(
         arrivals=Arrivals(
             rate=rate,
@@ -128,6 +134,9 @@ def serve(
         )
     if output is not None:
         write_json(output, report.to_dict())
+    if html is not None:
+        with new_file(html) as path:
+            path.write_text(report_html(report.to_dict()), encoding="utf-8")
     show([report.facts()], title=f"{model} at {url}", as_json=as_json, result=report.to_dict(requests=False))
     if not as_json:
         show(report.latencies(), title="latencies in milliseconds", as_json=False)

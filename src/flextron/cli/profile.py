@@ -27,7 +27,7 @@ def profile(
     batch_size: Annotated[int, typer.Option(help="Sequences in the timed decode step.")] = 1,
     decode_context: Annotated[int, typer.Option(help="Tokens of context that each of these sequences holds.")] = 128,
     rounds: Annotated[int, typer.Option(help="Rounds of proposals at each target.")] = 2,
-    mutations: Annotated[int, typer.Option(help="Mutations of the best sub-network at each target.")] = 1,
+    refinements: Annotated[int, typer.Option(help="Refinements of the best sub-network at each target.")] = 1,
     as_json: Json = False,
 ) -> None:
     """Measure latencies on this device and search the frontier of loss over latency."""
@@ -37,7 +37,7 @@ def profile(
         "batch_size": batch_size,
         "decode_context": decode_context,
         "rounds": rounds,
-        "mutations": mutations,
+        "refinements": refinements,
     }
     stage = validate(ProfileStage, values, "profile")
     model = merged(directory)

@@ -24,6 +24,8 @@ class Delta:
     """One entry a token, where they were asked for."""
     offsets: list[int] = field(default_factory=list)
     """Where each token's text begins in the answer's, in characters."""
+    mlp_shares: list[float] = field(default_factory=list)
+    """With a token router, the share of the full model's MLP neurons that chose each token."""
     finish_reason: FinishReason | None = None
     prompt_logprobs: list[Logprobs] | None = None
     """Log-probabilities of the prompt's tokens after the first, if asked for; the first step brings them."""
@@ -38,6 +40,7 @@ class Delta:
         self.token_ids += later.token_ids
         self.logprobs += later.logprobs
         self.offsets += later.offsets
+        self.mlp_shares += later.mlp_shares
         self.finish_reason = later.finish_reason
         self.prompt_logprobs = later.prompt_logprobs if self.prompt_logprobs is None else self.prompt_logprobs
         self.started = later.started
@@ -77,6 +80,8 @@ class OutputProcessor:
             delta.token_ids.append(output.token)
             if output.logprobs is not None:
                 delta.logprobs.append(output.logprobs)
+            if request.mlp_share is not None:
+                delta.mlp_shares.append(request.mlp_share)
             text = self._detokenizer.push(output.token)
             is_early = len(self.answer.token_ids) < request.params.min_tokens
             delta.text = text if is_early else self._stops.push(text)

@@ -68,6 +68,8 @@ class Request:
     """The grammar that the answer follows, if there is one; this request's own."""
     prompt_logprobs: list[Logprobs] = field(default_factory=list)
     """Log-probabilities of the prompt's tokens after the first, if asked for, as far as they are computed."""
+    mlp_share: float | None = None
+    """With a token router, the share of the full model's MLP neurons that the last token ran through."""
     num_cached_tokens: int | None = None
     """Tokens that were found in the cache when it first ran."""
     started: float | None = None

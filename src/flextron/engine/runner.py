@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import torch
@@ -86,6 +86,20 @@ class PagedAttention:
         mask = window_mask(positions, torch.arange(end, device=device), self._config.window_of(layer))
         out = sdpa(q_NHd.transpose(0, 1)[None], kv[0], kv[1], mask=mask, cap=self._config.attention_cap)
         return out[0].transpose(0, 1)
+
+
+@dataclass(frozen=True)
+class _RoutedBatch(Batch):
+    """Keeps how many neurons each token ran through."""
+
+    neurons: list[Tensor] = field(default_factory=list)
+    """MLP widths of all tokens, (N,), of each layer that has run."""
+
+    def token_widths(self, layer: int, x_ND: Tensor, widths: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """See `Batch.token_widths`."""
+        chosen_N, gates_N = super().token_widths(layer, x_ND, widths)
+        self.neurons.append(chosen_N)
+        return chosen_N, gates_N
 
 
 class Runner:
@@ -219,7 +233,8 @@ class Runner:
 
     def _with_operators(self, tokens_N: Tensor, positions_N: Tensor, chunks: Sequence[Chunk]) -> Tensor:
         """Final hidden states by PyTorch's operators; (N, D)."""
-        batch = Batch.ragged(
+        is_routed = any(c.network.router is not None for c in chunks)
+        batch = (_RoutedBatch if is_routed else Batch).ragged(
             list(tokens_N.split([len(c.tokens) for c in chunks])),
             [c.network.spec for c in chunks],
             [c.start for c in chunks],
@@ -229,7 +244,17 @@ class Runner:
         left = iter(chunks)
         segments = [[next(left) for _ in segment.lengths] for segment in batch.segments]
         hidden: Tensor = self.decoder(batch, PagedAttention(self.decoder.config, self.cache, segments))
+        if isinstance(batch, _RoutedBatch):
+            self._note_mlp_shares(chunks, batch.neurons)
         return hidden
+
+    def _note_mlp_shares(self, chunks: Sequence[Chunk], neurons: Sequence[Tensor]) -> None:
+        """Tell routed requests how much of the full model's MLPs ran for their last token."""
+        whole = sum(layer.intermediate_size for layer in self.decoder.widths.layers)
+        shares = (torch.stack(list(neurons)).sum(0) / whole).tolist()
+        for chunk, end in zip(chunks, accumulate(len(c.tokens) for c in chunks), strict=True):
+            if chunk.network.router is not None:
+                chunk.request.mlp_share = shares[end - 1]
 
     def _layout(self, chunks: Sequence[Chunk]) -> tuple[Tensor, Tensor, Tensor]:
         """Neurons, groups and first blocks of every token in every layer, (layers, N); kept for the next iteration."""

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from flextron.engine.output import Delta
 from flextron.generation.templates import ChatTemplate, TemplateError
 from flextron.protocols.bodies import ChatBody, Message
-from flextron.protocols.responses import prompt_report, respond
+from flextron.protocols.responses import prompt_report, respond, token_report
 from flextron.protocols.structured.history import as_read, with_tools
 from flextron.protocols.structured.tools import Calls, Reading
 from flextron.serving.errors import bad_request
@@ -159,7 +159,7 @@ class _ChatForm:
         return choice | (self._ids(piece) if piece.token_ids else {})
 
     def _ids(self, piece: Delta) -> dict[str, Any]:
-        return {"token_ids": piece.token_ids} if self._body.return_token_ids else {}
+        return token_report(piece) if self._body.return_token_ids else {}
 
     def _logprobs(self, piece: Delta) -> dict[str, Any] | None:
         if not self._has_logprobs:

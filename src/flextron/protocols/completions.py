@@ -12,7 +12,7 @@ from flextron.engine import Logprobs
 from flextron.engine.output import Delta
 from flextron.generation.detokenize import Detokenizer
 from flextron.protocols.bodies import CompletionBody
-from flextron.protocols.responses import prompt_report, respond
+from flextron.protocols.responses import prompt_report, respond, token_report
 from flextron.serving.service import Service
 
 __all__ = ["completions"]
@@ -84,7 +84,7 @@ class _CompletionForm:
             "finish_reason": None if piece.finish_reason is None else piece.finish_reason.value,
         }
         if self._body.return_token_ids:
-            choice["token_ids"] = piece.token_ids
+            choice |= token_report(piece)
             choice |= {"prompt_token_ids": self._prompts[number]} if is_first else {}
         if self._body.prompt_logprobs is not None:
             count = self._body.prompt_logprobs

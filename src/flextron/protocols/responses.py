@@ -25,7 +25,7 @@ from flextron.serving.targets import Choice
 from flextron.serving.tokens import TokenNames
 from flextron.serving.worker import GenerationRequest
 
-__all__ = ["Form", "prompt_report", "respond"]
+__all__ = ["Form", "prompt_report", "respond", "token_report"]
 
 _log = logging.getLogger("flextron.server")
 _CLIENT_LEFT = 499
@@ -213,6 +213,12 @@ async def _events(envelope: _Envelope, count: int, *, wants_usage: bool) -> Asyn
 
 def _num_cached(pieces: Sequence[Delta]) -> int:
     return sum(piece.num_cached_tokens for piece in pieces)
+
+
+def token_report(piece: Delta) -> dict[str, Any]:
+    """The ids of a piece's tokens, as vLLM words them, and what a token router chose for each."""
+    routed = {"flextron": {"mlp_shares": [round(s, 4) for s in piece.mlp_shares]}} if piece.mlp_shares else {}
+    return {"token_ids": piece.token_ids, **routed}
 
 
 def prompt_report(prompt: Sequence[int], piece: Delta, count: int, names: TokenNames) -> list[dict[str, Any] | None]:

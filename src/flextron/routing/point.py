@@ -33,7 +33,7 @@ class KnownPoint:
 
     spec: SubnetSpec
     kind: str
-    """How it was found: `uniform`, `guided`, `evolved`, `router`, `mix'n'match` or `random`."""
+    """How it was found: `uniform`, `guided`, `refined`, `router`, `mix'n'match` or `random`."""
     params: int
     """Parameters, embeddings included."""
     mem_bytes: int

@@ -3,12 +3,13 @@
 A model of the loss, additive over half layers, proposes; measurements decide and correct it. Its terms come from
 `Sensitivity`; how much narrowed MLPs, narrowed attention and skipped layers count against each other is refitted after
 every round to all losses measured so far. Proposals are the model's optimum for each target (a knapsack, solved by its
-Lagrangian, see `Allocator`) and mutations of the best sub-networks found (evolution). Uniform ones are measured beside.
+Lagrangian, see `Allocator`). The best one at each target is then refined: sensitivities are measured around it, and the
+optimum of that model, with a price on every half layer that changes, is measured at several prices. Uniform ones are
+measured beside.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -23,9 +24,14 @@ from flextron.routing.frontier import Frontier, FrontierPoint
 from flextron.routing.latency import LatencyTable
 from flextron.routing.sensitivity import Sensitivity, measure_sensitivity
 from flextron.scoring.mean_loss import mean_loss
-from flextron.spec import LayerSpec, SearchSpace, SubnetSpec
+from flextron.spec import SearchSpace, SubnetSpec
 
 __all__ = ["SearchSettings", "measure_point", "search_frontier", "uniform_specs"]
+
+_PRICES_OF_CHANGE = (4e-3, 2e-3, 1e-3, 5e-4)
+"""Nats for each half layer that a refinement changes: its model is true of few changes only."""
+_CALIBRATION_SEQUENCES = 2
+"""Held in memory at once, with what a training step keeps for them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,12 +42,12 @@ class SearchSettings:
     """Latency fractions around which to look."""
     rounds: int = 2
     """Proposals from the fitted model, one a target and round."""
-    mutations: int = 1
-    """Mutations of the best sub-network of each target, after the rounds."""
+    refinements: int = 1
+    """Refinements of the best sub-network of each target, after the rounds; each measures up to four others."""
     num_uniform: int = 6
     """Uniform sub-networks measured for comparison."""
     seed: int = 0
-    """Seed of the mutations."""
+    """Seed of the sensitivities' draws."""
 
 
 def measure_point(
@@ -67,6 +73,7 @@ class _Search:
     space: SearchSpace
     table: LatencyTable
     sensitivity: Sensitivity
+    calibration_BT: Tensor
     validation_BT: Tensor
     budget: int
     on_progress: OnProgress | None
@@ -81,8 +88,14 @@ class _Search:
             self.on_progress(min(len(self.found), self.budget - 1), self.budget)
 
     def propose(self, target: float) -> SubnetSpec:
+        """The optimum within a latency fraction, as the refitted model of the full network's neighbourhood has it."""
+        return self.optimum(self.sensitivity, target, self.weights)
+
+    def optimum(
+        self, sensitivity: Sensitivity, target: float, weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    ) -> SubnetSpec:
         """The modelled optimum within a latency fraction."""
-        allocator = Allocator(self.space, self.sensitivity, self.table.layer_ms, self.weights)
+        allocator = Allocator(self.space, sensitivity, self.table.layer_ms, weights)
         return allocator.within(target * self.table.predict_ms(self.space.full) - self.table.base_ms)
 
     def refit(self) -> None:
@@ -101,24 +114,19 @@ class _Search:
         mlp, attention, skip = (solution / scale).tolist()
         self.weights = mlp, attention, skip
 
-    def mutate(self, target: float, rng: random.Random) -> SubnetSpec | None:
-        """A neighbour, within the target, of the best sub-network there: some layers drawn anew."""
+    def refine(self, target: float) -> bool:
+        """Measure changes of the best sub-network at a target; whether one of them is better."""
         within = [p for p in self.found.values() if p.latency <= target]
         if not within:
-            return None
-        parent = min(within, key=lambda p: p.loss).spec
-        for _ in range(50):
-            layers = list(parent.layers)
-            for i in rng.sample(range(len(layers)), k=min(len(layers), rng.choice((2, 3, 4)))):
-                layers[i] = LayerSpec(
-                    intermediate_size=rng.choice(self.space.intermediate_sizes),
-                    num_groups=rng.choice(self.space.num_groups),
-                )
-            child = SubnetSpec(layers=tuple(layers))
-            close = target - 0.03 <= self.table.predict(child) <= target
-            if close and child in self.space and child not in self.found:
-                return child
-        return None
+            return False
+        best = min(within, key=lambda p: p.loss)
+        parts = self.calibration_BT.split(_CALIBRATION_SEQUENCES)
+        around = Sensitivity.mean(
+            [measure_sensitivity(self.decoder, part, self.space, around=best.spec) for part in parts]
+        )
+        for price in _PRICES_OF_CHANGE:
+            self.measure(self.optimum(around.with_price_of_change(best.spec, price), target), "refined")
+        return min(p.loss for p in self.found.values() if p.latency <= target) < best.loss
 
 
 def uniform_specs(space: SearchSpace, count: int) -> list[SubnetSpec]:
@@ -147,7 +155,8 @@ def search_frontier(
         decoder: the full model.
         space: its sub-networks.
         table: latencies on this device.
-        calibration_BT: a few sequences for the sensitivities.
+        calibration_BT: sequences for the sensitivities, two at a time: two are enough around the full network, its
+            sub-networks want as many as the validation has.
         validation_BT: sequences on which losses are measured.
         text: name of the validation text, for the record.
         settings: targets and effort.
@@ -156,9 +165,14 @@ def search_frontier(
     """
     settings = settings or SearchSettings()
     per_round = len(settings.targets)
-    budget = settings.num_uniform + 2 + len(candidates) + per_round * (settings.rounds + settings.mutations)
-    sensitivity = measure_sensitivity(decoder, calibration_BT, space, seed=settings.seed)
-    search = _Search(decoder, space, table, sensitivity, validation_BT, budget, on_progress)
+    budget = (
+        settings.num_uniform
+        + 2
+        + len(candidates)
+        + per_round * (settings.rounds + settings.refinements * len(_PRICES_OF_CHANGE))
+    )
+    sensitivity = measure_sensitivity(decoder, calibration_BT[:_CALIBRATION_SEQUENCES], space, seed=settings.seed)
+    search = _Search(decoder, space, table, sensitivity, calibration_BT, validation_BT, budget, on_progress)
     for spec in [space.full, *uniform_specs(space, settings.num_uniform)]:
         search.measure(spec, "uniform")
     for spec in (space.smallest, *candidates):
@@ -167,12 +181,10 @@ def search_frontier(
         for target in settings.targets:
             search.measure(search.propose(target), "guided")
         search.refit()
-    rng = random.Random(settings.seed)
-    for _ in range(settings.mutations):
-        for target in settings.targets:
-            child = search.mutate(target, rng)
-            if child is not None:
-                search.measure(child, "evolved")
+    for target in settings.targets:
+        for _ in range(settings.refinements):
+            if not search.refine(target):
+                break
     if on_progress is not None:
         on_progress(budget, budget)
     return Frontier.of(table.device, text, search.found.values())

@@ -7,7 +7,7 @@ network cares). The e of every choice is computed exactly, one half layer at a t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
@@ -21,7 +21,7 @@ from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
 from flextron.model.layers import Layer
 from flextron.model.losses import cross_entropy
-from flextron.model.rope import Tables, rotary_tables
+from flextron.model.rope import rotary_tables
 from flextron.spec import SearchSpace, SubnetSpec
 from flextron.spec.subnet import MAX_LAYERS
 
@@ -47,7 +47,7 @@ class _SensitivityFile(BaseModel):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sensitivity:
-    """Expected rise of the loss, in nats, if one half layer alone is narrowed; width 0 is the skipped half."""
+    """Expected rise of the loss, in nats, if one half layer alone has another width; width 0 is the skipped half."""
 
     mlp: tuple[dict[int, float], ...]
     """Sensitivities of each layer by MLP width."""
@@ -72,6 +72,19 @@ class Sensitivity:
         )
         return cls(mlp=mlp, attention=attention)
 
+    @classmethod
+    def mean(cls, parts: Sequence[Sensitivity]) -> Sensitivity:
+        """The mean of what was measured on equally long texts."""
+
+        def of(tables: Iterable[dict[int, float]]) -> dict[int, float]:
+            several = list(tables)
+            return {width: sum(table[width] for table in several) / len(several) for width in several[0]}
+
+        return cls(
+            mlp=tuple(of(tables) for tables in zip(*(part.mlp for part in parts), strict=True)),
+            attention=tuple(of(tables) for tables in zip(*(part.attention for part in parts), strict=True)),
+        )
+
     def terms(self, spec: SubnetSpec) -> tuple[float, float, float]:
         """Sums over the layers: of narrowed MLPs, of narrowed attention, and of skipped layers."""
         mlp = attention = skipped = 0.0
@@ -82,6 +95,19 @@ class Sensitivity:
             else:
                 mlp, attention = mlp + m, attention + a
         return mlp, attention, skipped
+
+    def with_price_of_change(self, spec: SubnetSpec, price: float) -> Sensitivity:
+        """The same, and `price` nats for each half layer whose width is not that of `spec`."""
+        return Sensitivity(
+            mlp=tuple(
+                {width: cost + price * (width != layer.intermediate_size) for width, cost in table.items()}
+                for table, layer in zip(self.mlp, spec.layers, strict=True)
+            ),
+            attention=tuple(
+                {groups: cost + price * (groups != layer.num_groups) for groups, cost in table.items()}
+                for table, layer in zip(self.attention, spec.layers, strict=True)
+            ),
+        )
 
 
 def fisher_gradients(
@@ -114,57 +140,97 @@ def _own_targets(decoder: Decoder, h_ND: Tensor, generator: torch.Generator, num
     return torch.cat(drawn, 1).to(h_ND.device)
 
 
-def measure_sensitivity(decoder: Decoder, tokens_BT: Tensor, space: SearchSpace, *, seed: int = 0) -> Sensitivity:
+def measure_sensitivity(
+    decoder: Decoder, tokens_BT: Tensor, space: SearchSpace, *, around: SubnetSpec | None = None, seed: int = 0
+) -> Sensitivity:
     """Measure on calibration sequences.
+
+    A full model is near its own optimum: only the second order counts. A sub-network is not, so `around` one the first
+    order counts, too, and the gradient is that of the text's next tokens. Its choices then cost nothing, others may
+    cost less than that.
 
     Args:
         decoder: the full model.
         tokens_BT: a few sequences; memory is that of a training step on them.
         space: the choices.
-        seed: seed of the drawn targets.
+        around: sub-network of which one half layer at a time is changed; by default the full one.
+        seed: seed of the full model's drawn targets.
     """
-    batch = Batch.padded(tokens_BT.to(decoder.device), decoder.widths)
-    ropes = rotary_tables(decoder.config, batch.positions_N, decoder.dtype)
-    core = CausalAttention(decoder.config)
+    tokens_BT = tokens_BT.to(decoder.device)
+    spec = around or space.full
+    batch = Batch.padded(tokens_BT, spec)
+    halves = _Halves(decoder, batch)
     with torch.enable_grad():
         x = decoder.embed(batch).detach().requires_grad_()
         stream = [x]  # the residual stream before and after each half layer
-        for i, layer in enumerate(decoder.layers):
-            assert isinstance(layer, Layer)
-            after = x + layer.attend(x, batch, [space.num_groups[-1]], i, ropes[i], core)
-            x = after + layer.feed_forward(x if layer.parallel else after, batch, [space.intermediate_sizes[-1]])
+        for i, layer in enumerate(spec.layers):
+            # a skipped half adds nothing, but what it would add is asked for
+            after = x + halves.attention(i, x, layer.num_groups)
+            x = after + halves.mlp(i, x, after, layer.intermediate_size)
             stream += [after, x]
-        h = decoder.final_norm(x)
-        (gradients,) = fisher_gradients(decoder, h, stream[1:], torch.Generator().manual_seed(seed))
-    return _sweep(decoder, batch, space, [s.detach() for s in stream], gradients, ropes, core)
+        h_ND = decoder.final_norm(x)
+        if around is None:
+            (gradients,) = fisher_gradients(decoder, h_ND, stream[1:], torch.Generator().manual_seed(seed))
+        else:
+            gradients = _text_gradients(decoder, h_ND, tokens_BT, stream[1:])
+    return _sweep(halves, space, spec, [s.detach() for s in stream], gradients, first_order=around is not None)
+
+
+def _text_gradients(decoder: Decoder, h_ND: Tensor, tokens_BT: Tensor, stream: list[Tensor]) -> tuple[Tensor, ...]:
+    """Gradient of the mean loss of the next tokens, times N, by each tensor of the stream."""
+    h_BTD = h_ND.unflatten(0, tuple(tokens_BT.shape))
+    predicting, targets = h_BTD[:, :-1].flatten(0, 1), tokens_BT[:, 1:].flatten()
+    loss = cross_entropy(predicting, decoder.head_weight.detach(), targets, decoder.config.logits_cap)
+    return torch.autograd.grad(loss * len(h_ND), stream)
+
+
+class _Halves:
+    """What a half layer of a given width adds to the residual stream; width 0 adds nothing."""
+
+    def __init__(self, decoder: Decoder, batch: Batch) -> None:
+        self._layers, self._batch = decoder.layers, batch
+        self._ropes = rotary_tables(decoder.config, batch.positions_N, decoder.dtype)
+        self._core = CausalAttention(decoder.config)
+
+    def attention(self, i: int, x_ND: Tensor, num_groups: int) -> Tensor:
+        layer = self._layers[i]
+        assert isinstance(layer, Layer)
+        if num_groups == 0:
+            return torch.zeros_like(x_ND)
+        return layer.attend(x_ND, self._batch, [num_groups], i, self._ropes[i], self._core)
+
+    def mlp(self, i: int, x_ND: Tensor, after_ND: Tensor, intermediate_size: int) -> Tensor:
+        layer = self._layers[i]
+        assert isinstance(layer, Layer)
+        if intermediate_size == 0:
+            return torch.zeros_like(x_ND)
+        return layer.feed_forward(x_ND if layer.parallel else after_ND, self._batch, [intermediate_size])
 
 
 @torch.no_grad()
 def _sweep(
-    decoder: Decoder,
-    batch: Batch,
+    halves: _Halves,
     space: SearchSpace,
+    spec: SubnetSpec,
     stream: list[Tensor],
     gradients: tuple[Tensor, ...],
-    ropes: Sequence[Tables | None],
-    core: CausalAttention,
+    *,
+    first_order: bool,
 ) -> Sensitivity:
     mlp, attention = [], []
 
     def cost(change_ND: Tensor, gradient_ND: Tensor) -> float:
-        return 0.5 * float((change_ND.float() * gradient_ND.float()).sum(-1).square().mean())
+        change_N = (change_ND.float() * gradient_ND.float()).sum(-1)
+        second = 0.5 * float(change_N.square().mean())
+        return second + float(change_N.mean()) if first_order else second
 
-    for i, layer in enumerate(decoder.layers):
-        assert isinstance(layer, Layer)
+    for i, layer in enumerate(spec.layers):
         before, middle, after = stream[2 * i : 2 * i + 3]
         g_middle, g_after = gradients[2 * i : 2 * i + 2]
-        costs = {space.num_groups[-1]: 0.0, 0: cost(before - middle, g_middle)}
-        for g in space.num_groups[:-1]:
-            costs[g] = cost(before + layer.attend(before, batch, [g], i, ropes[i], core) - middle, g_middle)
-        attention.append(costs)
-        costs = {space.intermediate_sizes[-1]: 0.0, 0: cost(middle - after, g_after)}
-        for w in space.intermediate_sizes[:-1]:
-            out = middle + layer.feed_forward(before if layer.parallel else middle, batch, [w])
-            costs[w] = cost(out - after, g_after)
-        mlp.append(costs)
+        costs = {g: cost(before + halves.attention(i, before, g) - middle, g_middle) for g in (0, *space.num_groups)}
+        attention.append(costs | {layer.num_groups: 0.0})
+        costs = {
+            w: cost(middle + halves.mlp(i, before, middle, w) - after, g_after) for w in (0, *space.intermediate_sizes)
+        }
+        mlp.append(costs | {layer.intermediate_size: 0.0})
     return Sensitivity(mlp=tuple(mlp), attention=tuple(attention))

@@ -18,7 +18,7 @@ from flextron.jobs.driver import TrainingDriver
 from flextron.jobs.jobs import Jobs
 from flextron.serving.adapters import AdapterNames, LoadedAdapters, NamedAdapter, adapter_reader
 from flextron.serving.adaptive import INTERVAL_SECONDS, Adaptive, Objective
-from flextron.serving.errors import ApiError, bad_request, shutting_down
+from flextron.serving.errors import ApiError, bad_request, engine_died, shutting_down
 from flextron.serving.metrics import Metrics
 from flextron.serving.session import Session
 from flextron.serving.settings import ServerSettings
@@ -52,7 +52,7 @@ class Service:
         """
         if model.tokenizer is None:
             raise FlextronError("the checkpoint has no tokenizer; put the original's tokenizer.json into its directory")
-        self.settings, self.tokenizer = settings, model.tokenizer
+        self._model, self.settings, self.tokenizer = model, settings, model.tokenizer
         names = adapters or AdapterNames()
         self.catalog = Catalog(model, settings.name, settings.min_latency_target, names)
         self.adaptive: Adaptive | None = None
@@ -78,7 +78,7 @@ class Service:
         self.metrics = Metrics(settings.name, lambda: self.worker.load, lambda: self.cap, self._num_trained)
         self.started_at = int(time.time())
         self._most_requests = engine.max_num_seqs + settings.max_queue
-        self.is_draining = False
+        self.is_draining = self._is_measuring = False
         self._sessions: set[Session] = set()
         self._has_no_session = asyncio.Event()
         self._adapting: asyncio.Task[None] | None = None
@@ -116,6 +116,26 @@ class Service:
         self._encoder.shutdown()
         self._templates.shutdown(wait=False, cancel_futures=True)
         self.adapters.close()
+
+    async def measure(self) -> None:
+        """Measure here what targets need; requests wait meanwhile.
+
+        Raises:
+            ApiError: it is being measured already, or the engine died.
+        """
+        if self._is_measuring:
+            raise ApiError(409, "the model is being measured; wait until that is done", code="measuring")
+        self._is_measuring = True
+        measured = self.worker.call(self._model.profile_here)
+        try:
+            await asyncio.wrap_future(measured)
+        except asyncio.CancelledError as error:
+            if measured.cancelled():
+                raise engine_died() from error
+            raise
+        finally:
+            self._is_measuring = False
+        self.catalog.refresh()
 
     @property
     def is_healthy(self) -> bool:

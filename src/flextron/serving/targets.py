@@ -109,10 +109,15 @@ class Catalog:
         self._adapters = adapters or AdapterNames()
         if self._adapters.get(name) is not None:
             raise FlextronError(f"the model and an adapter are both called {name!r}; give each a name of its own")
-        self.rungs = (1.0, *(f for f in self._fractions() if f < 1))
+        self.rungs: tuple[float, ...] = ()
         """A few latency targets that can be reached here, falling."""
+        self.refresh()
         # one object a target, because the engine tells routers apart by identity
         self._routed: dict[float | None, tuple[SubnetSpec, PricedRouter]] = {}
+
+    def refresh(self) -> None:
+        """Learn of latencies that were measured since."""
+        self.rungs = (1.0, *(f for f in self._fractions() if f < 1))
 
     def choose(self, model_id: str, body: TargetBody | None = None, cap: float = 1.0) -> Choice:
         """What a request runs in.

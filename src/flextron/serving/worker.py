@@ -7,6 +7,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
@@ -127,6 +128,18 @@ class Worker(threading.Thread):
         """Let go of an adapter that no request will name any more."""
         self._commands.put(partial(self.core.forget, adapter))
 
+    def call(self, work: Callable[[], None]) -> Future[None]:
+        """Do something between two iterations; all requests wait meanwhile.
+
+        Returns:
+            What becomes of it; cancelled if the thread ends before.
+        """
+        future: Future[None] = Future()
+        self._commands.put(partial(self._call, work, future))
+        if self._has_ended:
+            future.cancel()
+        return future
+
     def wake(self) -> None:
         """There is something to train."""
         self._commands.put(lambda: None)
@@ -152,6 +165,8 @@ class Worker(threading.Thread):
                 command = self._commands.get()
                 if isinstance(command, partial) and command.func == self._add:
                     self._post([(request, Sign.DIED) for request in command.args[0]])
+                elif isinstance(command, partial) and command.func == self._call:
+                    command.args[1].cancel()
 
     def _obey(self) -> bool:
         """Carry out what is queued; waits for a command if there is nothing else to do. False: end."""
@@ -164,6 +179,16 @@ class Worker(threading.Thread):
             command()
             must_wait = False
         return True
+
+    def _call(self, work: Callable[[], None], future: Future[None]) -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            work()
+        except Exception as error:
+            future.set_exception(error)
+        else:
+            future.set_result(None)
 
     def _add(self, requests: Sequence[GenerationRequest]) -> None:
         try:

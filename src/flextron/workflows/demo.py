@@ -58,7 +58,7 @@ class DemoSettings:
     train: TrainRecipe = field(default_factory=lambda: TrainRecipe(batch_size=2, micro_batch_size=2, lr=4e-4))
     """All but the number of tokens, which follows from the minutes."""
     eval_tokens: int = 6144
-    profile: ProfileStage = field(default_factory=lambda: ProfileStage(num_tokens=1536, rounds=2, mutations=0))
+    profile: ProfileStage = field(default_factory=lambda: ProfileStage(num_tokens=1536, rounds=2, refinements=0))
 
 
 def default_model() -> str:
@@ -129,7 +129,7 @@ class _Demo:
             frontier = model.profile(
                 search,
                 settings=SearchSettings(
-                    targets=_search_targets(self.settings.targets), rounds=rounds, mutations=stage.mutations
+                    targets=_search_targets(self.settings.targets), rounds=rounds, refinements=stage.refinements
                 ),
                 candidates=candidates,
                 num_tokens=stage.num_tokens,

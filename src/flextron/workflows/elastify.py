@@ -95,8 +95,8 @@ class ProfileStage(_Strict):
     """Tokens that each of these sequences holds."""
     rounds: int = Field(2, gt=0, le=1000)
     """Rounds of proposals at each target."""
-    mutations: int = Field(1, ge=0, le=1000)
-    """Mutations of the best sub-network at each target."""
+    refinements: int = Field(1, ge=0, le=1000)
+    """Refinements of the best sub-network at each target."""
 
 
 class ElastifyRecipe(_Strict):
@@ -248,7 +248,7 @@ def run_profile(model: ElasticModel, stage: ProfileStage, progress: Progress, te
     with progress("measuring latencies") as measure, progress("searching the frontier") as search:
         model.profile(
             text or stage.text,
-            settings=SearchSettings(rounds=stage.rounds, mutations=stage.mutations),
+            settings=SearchSettings(rounds=stage.rounds, refinements=stage.refinements),
             num_tokens=stage.num_tokens,
             batch_size=stage.batch_size,
             decode_context=stage.decode_context,

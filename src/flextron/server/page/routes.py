@@ -11,6 +11,7 @@ from flextron.jobs.jobs import Jobs
 from flextron.server.page.facts import facts
 from flextron.server.page.files import PREFIX, Asset, assets
 from flextron.server.page.live import Live
+from flextron.serving.errors import ApiError
 from flextron.serving.service import Service
 
 __all__ = ["add_page", "open_paths"]
@@ -61,6 +62,14 @@ def add_page(app: FastAPI, model: ElasticModel, service: Service, jobs: Jobs | N
 
     @app.get(PREFIX + "facts", include_in_schema=False)
     def get_facts() -> JSONResponse:
+        return JSONResponse(facts(model, service, jobs))
+
+    @app.post(PREFIX + "measure", include_in_schema=False)
+    async def measure(request: Request) -> JSONResponse:
+        # of a page elsewhere, browsers send this kind only after asking, and nobody answers them
+        if request.headers.get("content-type") != "application/json":
+            raise ApiError(415, "the body must be application/json")
+        await service.measure()
         return JSONResponse(facts(model, service, jobs))
 
     @app.get(PREFIX + "live", include_in_schema=False)

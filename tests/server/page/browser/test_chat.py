@@ -79,6 +79,36 @@ def test_the_slider_gives_the_text_of_another_target(browser: Browser, server: R
             assert bars == pytest.approx([32 * a / b for a, b in zip(spec[key], full[key], strict=True)])
 
 
+def test_routed_tokens_are_underlined_by_width(browser: Browser, server: Running, model: ElasticModel) -> None:
+    assert model.token_router is not None
+    target = {"latency": max(model.token_router.specs), "router": "token"}
+    with visiting(browser, server.url) as visit:
+        greedy(visit)
+        column = visit.column()
+        column.get_by_label("Target", exact=True).fill(str(target["latency"]))
+        column.get_by_label("each token chooses").check()
+        visit.ask(PROMPT, 12)
+        visit.wait_until_answered()
+        spans = visit.answer().locator(".share")
+        body = {"model": "tiny", "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 12}
+        more = {"temperature": 0, "flextron": target, "return_token_ids": True}
+        choice = httpx.post(f"{server.url}/v1/chat/completions", json=body | more, timeout=60).json()["choices"][0]
+        assert " ".join("".join(spans.all_text_contents()).split()) == " ".join(choice["message"]["content"].split())
+        percents = [int(re.sub(r"\D.*", "", title)) for title in spans.evaluate_all("all => all.map(s => s.title)")]
+        shares = choice["flextron"]["mlp_shares"]
+        assert all(100 * min(shares) - 1 <= percent <= 100 * max(shares) + 1 for percent in percents)
+        classes = spans.evaluate_all("all => all.map(s => Number(s.className.slice(-1)))")
+        # the title is rounded, the class is not
+        for percent, shown_as in zip(percents, classes, strict=True):
+            assert min(4, (percent - 1) // 20) <= shown_as <= min(4, (percent + 1) // 20)
+        expect(column.get_by_text("Each token's part of the MLPs")).to_be_visible()
+        column.get_by_label("each token chooses").uncheck()
+        column.get_by_role("button", name="Retry").click()
+        visit.wait_until_answered()
+        expect(visit.answer().locator(".share")).to_have_count(0)
+        expect(column.get_by_text("Each token's part of the MLPs")).to_be_hidden()
+
+
 def test_two_columns_answer_one_prompt_at_two_targets(browser: Browser, server: Running) -> None:
     with visiting(browser, server.url) as visit:
         greedy(visit)

@@ -26,6 +26,13 @@ export class Column {
     this.picker = new TargetPicker(facts, name);
     this.strip = specStrip(facts.full.spec);
     this.log = el("div", { class: "log", role: "region", "aria-label": `${name}: conversation`, tabindex: 0 });
+    const marks = ["0 to 20 %", "20 to 40 %", "40 to 60 %", "60 to 80 %", "80 to 100 %"];
+    this.spread = el(
+      "p",
+      { class: "hint shares", hidden: true },
+      "Each token's part of the MLPs: ",
+      ...marks.flatMap((mark, i) => [el("span", { class: `share share-${i}` }, mark), " "]),
+    );
     this.figures = {};
     const list = el("dl", { class: "figures" });
     const rows = { speed: "tokens/s", first: "first token", count: "tokens", params: "parameters", asked: "asked", given: "given" };
@@ -47,6 +54,7 @@ export class Column {
       field("Model", this.model),
       this.picker.element,
       this.log,
+      this.spread,
       list,
       this.strip.element,
       el("div", { class: "row" }, this.retryButton, ...this.copies),
@@ -135,7 +143,7 @@ export class Column {
         if (choice.finish_reason) reason = choice.finish_reason === "length" ? "length" : "complete";
         const text = choice.delta ? choice.delta.content : choice.text;
         if (choice.token_ids?.length) this.count(choice.token_ids.length);
-        if (text) this.append(bubble, text);
+        if (text) this.append(bubble, text, choice.flextron?.mlp_shares);
       }
       if (reason === "length") bubble.append(el("span", { class: "note" }, " (cut off at the token limit)"));
     } catch (error) {
@@ -158,16 +166,22 @@ export class Column {
 
   begin() {
     this.text = "";
+    this.spread.hidden = true;
     this.tokens = 0;
     this.begun = performance.now();
     this.firstAt = this.lastAt = null;
     for (const figure of Object.values(this.figures)) write(figure, "–");
   }
 
-  append(bubble, text) {
+  /** `shares`: with a token router, the parts of the MLPs that the text's tokens ran through. */
+  append(bubble, text, shares) {
     this.text += text;
     const isAtEnd = this.log.scrollHeight - this.log.scrollTop - this.log.clientHeight < 40;
-    bubble.append(text);
+    if (shares?.length) {
+      const mean = shares.reduce((sum, share) => sum + share, 0) / shares.length;
+      this.spread.hidden = false;
+      bubble.append(el("span", { class: `share share-${Math.min(4, Math.floor(mean * 5))}`, title: `${Math.round(100 * mean)} % of the MLPs` }, text));
+    } else bubble.append(text);
     if (isAtEnd) this.log.scrollTop = this.log.scrollHeight;
   }
 

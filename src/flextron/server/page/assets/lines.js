@@ -2,7 +2,7 @@
 import { el, svg, short, write } from "./dom.js";
 import { ticks } from "./chart.js";
 
-const MARGIN = { left: 42, right: 8, top: 6, bottom: 20 };
+const INSET = { left: 42, right: 8, top: 6, bottom: 20 };
 
 /**
  * A chart of some series.
@@ -22,20 +22,20 @@ export function lineChart(title, unit = "") {
     if (last === null) return;
     const { series, x: range, limit = null, isStacked = false, tick = short } = last;
     const width = Math.max(160, box.clientWidth), height = Math.max(80, box.clientHeight);
-    const inner = [width - MARGIN.left - MARGIN.right, height - MARGIN.top - MARGIN.bottom];
+    const inner = [width - INSET.left - INSET.right, height - INSET.top - INSET.bottom];
     const layers = isStacked ? stacked(series) : series.map(({ points }) => points.map(([x, y]) => [x, y, null]));
     const values = layers.flat().map((point) => point[1]).filter((y) => y !== null);
     const high = 1.08 * (Math.max(...values, limit ?? 0) || 1);
     const low = last.isFromLeast && values.length ? Math.min(...values) * 0.95 : 0;
     const [xLow, xHigh] = range;
-    const x = (value) => MARGIN.left + ((value - xLow) / (xHigh - xLow || 1)) * inner[0];
-    const y = (value) => MARGIN.top + (1 - (value - low) / (high - low || 1)) * inner[1];
+    const x = (value) => INSET.left + ((value - xLow) / (xHigh - xLow || 1)) * inner[0];
+    const y = (value) => INSET.top + (1 - (value - low) / (high - low || 1)) * inner[1];
     root.setAttribute("viewBox", `0 0 ${width} ${height}`);
     root.replaceChildren();
     for (const value of ticks(low, high, Math.max(2, inner[1] / 30))) {
       if (value > high) continue;
-      root.append(svg("line", { class: "grid", x1: MARGIN.left, x2: width - MARGIN.right, y1: y(value), y2: y(value) }));
-      root.append(svg("text", { x: MARGIN.left - 5, y: y(value) + 4, "text-anchor": "end" }, short(value)));
+      root.append(svg("line", { class: "grid", x1: INSET.left, x2: width - INSET.right, y1: y(value), y2: y(value) }));
+      root.append(svg("text", { x: INSET.left - 5, y: y(value) + 4, "text-anchor": "end" }, short(value)));
     }
     for (const value of [xLow, (xLow + xHigh) / 2, xHigh]) {
       const anchor = value === xLow ? "start" : value === xHigh ? "end" : "middle";
@@ -53,7 +53,7 @@ export function lineChart(title, unit = "") {
       }
     });
     if (limit !== null) {
-      root.append(svg("line", { class: "limit", x1: MARGIN.left, x2: width - MARGIN.right, y1: y(limit), y2: y(limit) }));
+      root.append(svg("line", { class: "limit", x1: INSET.left, x2: width - INSET.right, y1: y(limit), y2: y(limit) }));
     }
   }
 

@@ -48,7 +48,10 @@ function onTabKey(event) {
   tab(NAMES[next]).focus();
 }
 
+/** Make all parts anew; what was said in the chat is gone. */
 function fill(facts) {
+  parts.live?.stop();
+  parts.finetuning?.unwatch();
   write(document.getElementById("model-name"), facts.name);
   document.title = `${facts.name} – flextron`;
   parts.chat = new Chat(facts);
@@ -59,7 +62,7 @@ function fill(facts) {
     parts.chat.prompt.focus();
   };
   parts.finetuning = new Finetuning(facts, onChat, () => parts.chat.refreshModels());
-  parts.models = new Models(facts);
+  parts.models = new Models(facts, fill);
   for (const name of NAMES) document.getElementById(`panel-${name}`).replaceChildren(parts[name].element);
   look();
 }

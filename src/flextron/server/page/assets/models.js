@@ -1,6 +1,6 @@
 // What is served: base, sub-networks and adapters, the device and its latencies, and how the server was started.
 import { json } from "./api.js";
-import { copyButton, el, short, write } from "./dom.js";
+import { copyButton, el, say, short, write } from "./dom.js";
 import { inWords } from "./strip.js";
 
 function table(caption, head, rows) {
@@ -42,8 +42,10 @@ function latencies(found, here) {
 }
 
 export class Models {
-  constructor(facts) {
+  /** `onMeasured(facts)` hears of what was measured from here. */
+  constructor(facts, onMeasured) {
     this.facts = facts;
+    this.onMeasured = onMeasured;
     this.served = el("div", {}, el("p", { class: "hint" }, "…"));
     this.problem = el("p", { class: "error", role: "alert" });
     this.element = el("div", { class: "stack" }, this.problem, ...this.missing(), this.about(), this.frontier(), this.measured(), this.settings());
@@ -53,9 +55,28 @@ export class Models {
     if (!this.facts.missing.length) return [];
     const remedies = { "Measure once and keep it": "flextron profile DIRECTORY", "Or measure at each start": "flextron serve DIRECTORY --profile" };
     const lines = Object.entries(remedies).map(([when, command]) => el("p", {}, `${when}: `, el("code", {}, command), " ", copyButton("Copy", () => command)));
+    const duration = this.facts.frontier ? "half a minute" : "some minutes, for sub-networks are searched, too";
+    const button = el("button", { type: "button" }, "Measure now");
+    const state = el("span", { class: "hint" }, `It takes about ${duration}. All answers wait meanwhile, and what is measured is gone when the server ends.`);
+    button.addEventListener("click", () => this.measure(button, state));
     return [
-      el("section", { class: "card warning", "aria-label": "What is missing" }, el("h2", {}, "What is missing"), ...this.facts.missing.map((text) => el("p", {}, text)), ...lines),
+      el("section", { class: "card warning", "aria-label": "What is missing" }, el("h2", {}, "What is missing"), ...this.facts.missing.map((text) => el("p", {}, text)), el("p", {}, button, " ", state), ...lines),
     ];
+  }
+
+  async measure(button, state) {
+    button.disabled = true;
+    write(state, "Measuring…");
+    say("measuring");
+    try {
+      const facts = await json("page/measure", {});
+      say("measured");
+      this.onMeasured(facts);
+    } catch (error) {
+      write(this.problem, error.message);
+      write(state, "");
+      button.disabled = false;
+    }
   }
 
   about() {
