@@ -70,10 +70,7 @@ class TrainingRun:
             if model is not None:
                 use_kernels(model)
         decoder.gradient_checkpointing = recipe.gradient_checkpointing
-        if not self.processes.are_several:  # else layer by layer, each as it is sharded
-            for module in (decoder, teacher, adapter):
-                if module is not None:
-                    module.to(self.processes.device)
+        self._move((decoder, teacher, adapter))
         sample = blocks.batch(0, math.ceil(_SAMPLE_TOKENS / blocks.context))
         # without its adapter the student is no model
         measured = decoder if adapter is None or teacher is None else teacher
@@ -81,11 +78,8 @@ class TrainingRun:
         def measure() -> Sensitivity:
             return measure_sensitivity(measured, sample, space, seed=recipe.seed)
 
-        sensitivity = partial(
-            measure_agreed,
-            measure if directory is None else partial(directory.sensitivity, measure),
-            self.processes,
-        )
+        kept = measure if directory is None else partial(directory.sensitivity, measure)
+        sensitivity = partial(measure_agreed, kept, self.processes)
         sampler = self._sampler(space, tuple(specs), sensitivity, is_routed=routing is not None)
         frozen = None
         if teacher is not None and recipe.needs_teacher:
@@ -94,11 +88,7 @@ class TrainingRun:
         self.module = Distillation(Objective(decoder, recipe, adapter), frozen)
         self.sharded: Sharded | None = None
         if self.processes.are_several:
-            from flextron.training.sharding import Sharded  # a second of imports, which one process need not wait for
-
-            lowered = recipe.precision == "bf16"
-            self.sharded = Sharded(self.module, self.processes, lowered=lowered)
-            self.module = self.sharded.module
+            self._shard()
         self.router = None if routing is None else routing.router.to(self.processes.device).requires_grad_()
         self.trained = self._named_trained()
         self.optimizer = make_optimizer(list(self._model_parameters()), recipe, self.router)
@@ -110,6 +100,19 @@ class TrainingRun:
             routing=routing,
             adapter=self.module.objective.adapter,
         )
+
+    def _move(self, modules: Sequence[nn.Module | None]) -> None:
+        """To this process's device; those of several are moved layer by layer, as they are sharded."""
+        for module in modules:
+            if module is not None and not self.processes.are_several:
+                module.to(self.processes.device)
+
+    def _shard(self) -> None:
+        """Let a copy in shards take the module's place."""
+        from flextron.training.sharding import Sharded  # a second of imports, which one process need not wait for
+
+        self.sharded = Sharded(self.module, self.processes, lowered=self.recipe.precision == "bf16")
+        self.module = self.sharded.module
 
     def _sampler(
         self,
