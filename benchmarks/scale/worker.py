@@ -23,9 +23,9 @@ from flextron.elastic.adapter import ElasticAdapter, sharing
 from flextron.families.config import config_from_hf
 from flextron.interrupts import Interrupted
 from flextron.model.decoder import Decoder
+from flextron.parallel.processes import Processes, leave
 from flextron.spec import SearchSpace
 from flextron.texts.blocks import TokenBlocks
-from flextron.training.processes import Processes, leave
 from flextron.training.recipe import TrainRecipe
 from flextron.training.run import TrainingRun
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,12 +19,12 @@ from flextron.api.texts import (
     training_text,
 )
 from flextron.errors import FlextronError
+from flextron.parallel.processes import Processes
 from flextron.progress import OnProgress, OnStep
 from flextron.routing import Frontier, LatencyTable, compare_frontiers
 from flextron.routing.frontier import FrontierPoint
 from flextron.routing.token_router import TokenRouter
 from flextron.texts.blocks import TokenBlocks, pack_tokens
-from flextron.training.processes import Processes
 from flextron.training.router_recipe import RouterRecipe
 from flextron.training.routers import RouterResult, train_static_router
 from flextron.training.token_recipe import TokenRouterRecipe
@@ -59,7 +59,6 @@ def route(
         context=context,
         vocab_size=model.decoder.config.vocab_size,
     )
-    processes = Processes.join()
     half = max(1, len(tokens_BT) // 2)
     table = shared_latencies(model, on_measure)
     result = train_static_router(
@@ -77,25 +76,21 @@ def route(
             on_progress=on_compare,
         )
 
-    points = compare() if not processes.are_several else _points(processes, compare)
+    points = Processes.join().shared(
+        compare,
+        lambda found: [point.to_dict() for point in found],
+        lambda data: [FrontierPoint.from_dict(point) for point in data],
+    )
     return result, Frontier.of(table.device, source_name(text, "pydoc topics"), points)
 
 
 def shared_latencies(model: MeasuredModel, on_progress: OnProgress | None = None) -> LatencyTable:
     """The latency table of the first process's device, for all processes."""
-    processes = Processes.join()
-    if not processes.are_several:
-        return model.measure_latencies(on_progress=on_progress)
-    table = LatencyTable.from_dict(
-        processes.from_first(lambda: model.measure_latencies(on_progress=on_progress).to_dict())
+    table = Processes.join().shared(
+        lambda: model.measure_latencies(on_progress=on_progress), LatencyTable.to_dict, LatencyTable.from_dict
     )
     model.tables[table.name] = table
     return table
-
-
-def _points(processes: Processes, compare: Callable[[], list[FrontierPoint]]) -> list[FrontierPoint]:
-    """What the first process measures, for all."""
-    return [FrontierPoint.from_dict(p) for p in processes.from_first(lambda: [p.to_dict() for p in compare()])]
 
 
 def route_tokens(

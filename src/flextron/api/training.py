@@ -21,11 +21,11 @@ from flextron.elastic.adapter import ElasticAdapter, sharing
 from flextron.errors import FlextronError
 from flextron.model.adapter import Adapter
 from flextron.model.decoder import Decoder
+from flextron.parallel.processes import LostProcessError, Processes
 from flextron.progress import OnStep
 from flextron.routing import StaticRouter
 from flextron.spec import SubnetSpec
 from flextron.texts.blocks import TokenBlocks, pack_tokens
-from flextron.training.processes import LostProcessError, Processes
 from flextron.training.recipe import TrainRecipe
 from flextron.training.router_joint import JointRouting
 from flextron.training.router_recipe import RouterRecipe

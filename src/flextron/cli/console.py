@@ -15,7 +15,7 @@ from rich.text import Text
 
 from flextron.cli.bars import ProgressLine
 from flextron.cli.tables import print_one, print_rows
-from flextron.training.processes import is_first_launched
+from flextron.parallel.processes import is_first_launched
 from flextron.workflows.elastify import StepCallback
 
 __all__ = ["Json", "default_of", "message", "progress", "show"]

@@ -28,7 +28,7 @@ from flextron.cli import (
 )
 from flextron.cli.console import message
 from flextron.errors import FlextronError
-from flextron.training.processes import is_loss, leave, may_speak, num_launched
+from flextron.parallel.processes import is_loss, leave, may_speak, num_launched
 
 __all__ = ["app", "main"]
 

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from flextron.errors import FlextronError
 from flextron.model.adapter import Adapter
 from flextron.model.batch import Batch, Segment
+from flextron.parallel.processes import Processes
 from flextron.spec import SubnetSpec
 from flextron.texts.blocks import TokenBlocks
 from flextron.training.objective import Totals
-from flextron.training.processes import Processes
 from flextron.training.recipe import TrainRecipe
 from flextron.training.sampling import SubnetSampler
 

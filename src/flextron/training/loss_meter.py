@@ -12,9 +12,9 @@ from torch import Tensor
 
 from flextron.files import checked, read_json, write_json
 from flextron.model.decoder import Decoder
+from flextron.parallel.processes import Processes
 from flextron.scoring.mean_loss import mean_loss
 from flextron.spec import SubnetSpec
-from flextron.training.processes import Processes
 
 __all__ = ["LossMeter"]
 

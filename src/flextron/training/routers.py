@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flextron.model.decoder import Decoder
+from flextron.parallel.processes import Processes
 from flextron.progress import OnStep
 from flextron.routing.allocate import Allocator
 from flextron.routing.latency import LatencyTable
@@ -28,7 +29,6 @@ from flextron.routing.sensitivity import Sensitivity, measure_sensitivity
 from flextron.routing.surrogate import Surrogate, spearman
 from flextron.spec import SearchSpace, SubnetSpec
 from flextron.training.loss_meter import LossMeter
-from flextron.training.processes import Processes, measure_agreed
 from flextron.training.router_joint import latency_loss
 from flextron.training.router_recipe import RouterRecipe
 from flextron.training.sampling import random_subnet
@@ -160,9 +160,10 @@ def train_static_router(
         on_round: called after every round with rounds done, rounds in all, and figures.
     """
     recipe, processes = recipe or RouterRecipe(), Processes.join()
-    sensitivity = measure_agreed(
+    sensitivity = processes.shared(
         lambda: measure_sensitivity(decoder, calibration_BT[:_SENSITIVITY_SEQUENCES], space, seed=recipe.seed),
-        processes,
+        Sensitivity.to_dict,
+        Sensitivity.from_dict,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
@@ -176,7 +177,7 @@ def train_static_router(
     meter = LossMeter(decoder, calibration_BT, path, processes)
     if not processes.are_several:
         return _train(stage, meter, processes, on_round)
-    from flextron.training.sharding import in_shards  # a second of imports, which one process need not wait for
+    from flextron.parallel.sharding import in_shards  # a second of imports, which one process need not wait for
 
     with in_shards(decoder, processes) as shards:
         meter.decoder = shards
@@ -224,9 +225,11 @@ def _train(stage: _Stage, meter: LossMeter, processes: Processes, on_round: OnSt
 
 def _agreed(specs: list[SubnetSpec], processes: Processes) -> list[SubnetSpec]:
     """What the first process proposes: routers that train apart could part by rounding."""
-    if not processes.are_several:
-        return specs
-    return [SubnetSpec.from_dict(s) for s in processes.from_first(lambda: [s.to_dict() for s in specs])]
+    return processes.shared(
+        lambda: specs,
+        lambda proposed: [s.to_dict() for s in proposed],
+        lambda data: [SubnetSpec.from_dict(s) for s in data],
+    )
 
 
 def _relax(recipe: RouterRecipe, logits: Choices, progress: float, generator: torch.Generator) -> Choices:

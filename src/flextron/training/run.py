@@ -1,6 +1,6 @@
 """One training run: its parts, wherever they lie, and its optimizer step.
 
-Several processes share a step's sequences (`training/dealing.py`) and the parameters (`training/sharding.py`), and
+Several processes share a step's sequences (`training/dealing.py`) and the parameters (`parallel/sharding.py`), and
 train as one would: the losses are means over all that the step reads.
 """
 
@@ -18,13 +18,13 @@ from flextron.errors import FlextronError
 from flextron.kernels.elementwise import use_kernels
 from flextron.model.adapter import Adapter
 from flextron.model.decoder import Decoder
+from flextron.parallel.processes import Processes
 from flextron.routing.sensitivity import Sensitivity, measure_sensitivity
 from flextron.spec import SearchSpace, SubnetSpec
 from flextron.texts.blocks import TokenBlocks
 from flextron.training.dealing import Dealer, RouterSampler, Work, check_division
 from flextron.training.objective import Distillation, Objective, Teacher
 from flextron.training.optimizer import choose_trained, learning_rate, make_optimizer
-from flextron.training.processes import Processes, measure_agreed
 from flextron.training.recipe import TrainRecipe
 from flextron.training.sampling import SubnetSampler
 from flextron.training.state import RunDirectory
@@ -32,7 +32,7 @@ from flextron.training.state import RunDirectory
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-    from flextron.training.sharding import Sharded
+    from flextron.parallel.sharding import Roles, Sharded
 
 __all__ = ["TrainingRun"]
 
@@ -79,14 +79,14 @@ class TrainingRun:
             return measure_sensitivity(measured, sample, space, seed=recipe.seed)
 
         kept = measure if directory is None else partial(directory.sensitivity, measure)
-        sensitivity = partial(measure_agreed, kept, self.processes)
+        sensitivity = partial(self.processes.shared, kept, Sensitivity.to_dict, Sensitivity.from_dict)
         sampler = self._sampler(space, tuple(specs), sensitivity, is_routed=routing is not None)
         frozen = None
         if teacher is not None and recipe.needs_teacher:
             frozen = Teacher(teacher, sample, self.processes.tensor_from_first)
         choose_trained(decoder, adapter, recipe)
         self.module = Distillation(Objective(decoder, recipe, adapter), frozen)
-        self.sharded: Sharded | None = None
+        self.sharded: Sharded[Distillation] | None = None
         if self.processes.are_several:
             self._shard()
         self.router = None if routing is None else routing.router.to(self.processes.device).requires_grad_()
@@ -109,9 +109,11 @@ class TrainingRun:
 
     def _shard(self) -> None:
         """Let a copy in shards take the module's place."""
-        from flextron.training.sharding import Sharded  # a second of imports, which one process need not wait for
+        from flextron.parallel.sharding import Sharded  # a second of imports, which one process need not wait for
 
-        self.sharded = Sharded(self.module, self.processes, lowered=self.recipe.precision == "bf16")
+        kept = () if self.module.teacher is None else (self.module.teacher.metric_DD,)
+        lowered = self.recipe.precision == "bf16"
+        self.sharded = Sharded(self.module, _roles, self.processes, kept=kept, lowered=lowered)
         self.module = self.sharded.module
 
     def _sampler(
@@ -202,3 +204,9 @@ class TrainingRun:
         """Give the caller's modules all their parameters back."""
         if self.sharded is not None:
             self.sharded.give_back()
+
+
+def _roles(module: Distillation) -> Roles:
+    """The parts of a distillation that lie in shards in different ways."""
+    objective, teacher = module.objective, module.teacher
+    return objective.student, None if teacher is None else teacher.decoder, objective.adapter

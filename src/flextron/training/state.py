@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from flextron.errors import FlextronError
 from flextron.files import checked, new_directory, read_json, write_json
+from flextron.parallel.processes import Processes, is_loss
 from flextron.routing.sensitivity import Sensitivity
-from flextron.training.processes import Processes, is_loss
 
 if TYPE_CHECKING:
-    from flextron.training.shard_files import ShardFiles
+    from flextron.parallel.shard_files import ShardFiles
 
 __all__ = ["RunDirectory"]
 
@@ -97,7 +97,7 @@ class RunDirectory:
             self.processes.from_first(lambda: write_json(temporary / "run.json", run))
 
     def _files(self, directory: Path) -> ShardFiles:
-        from flextron.training.shard_files import ShardFiles  # a second of imports, for those alone who keep states
+        from flextron.parallel.shard_files import ShardFiles  # a second of imports, for those alone who keep states
 
         return ShardFiles(directory, alone=not self.processes.are_several)
 

@@ -18,11 +18,11 @@ import torch
 from flextron.interrupts import Interrupted, held_interrupts
 from flextron.model.adapter import Adapter
 from flextron.model.decoder import Decoder
+from flextron.parallel.processes import LostProcessError, Processes, is_loss
 from flextron.progress import OnStep
 from flextron.spec import SearchSpace, SubnetSpec
 from flextron.texts.blocks import TokenBlocks
 from flextron.training.dealing import RoutedDraw, RouterSampler
-from flextron.training.processes import LostProcessError, Processes, is_loss
 from flextron.training.recipe import TrainRecipe
 from flextron.training.run import TrainingRun
 from flextron.training.state import RunDirectory

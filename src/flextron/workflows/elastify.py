@@ -16,9 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from flextron.api import ElasticModel, Texts, convert, load
 from flextron.errors import FlextronError
 from flextron.files import read_text
+from flextron.parallel.processes import Processes
 from flextron.routing import SearchSettings
 from flextron.spec import SubnetSpec
-from flextron.training.processes import Processes
 from flextron.training.recipe import TrainRecipe
 from flextron.training.trainer import TrainResult
 

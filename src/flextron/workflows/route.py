@@ -9,7 +9,7 @@ from typing import Any
 from flextron.api import ElasticModel, Texts
 from flextron.errors import FlextronError
 from flextron.files import write_json
-from flextron.training.processes import Processes
+from flextron.parallel.processes import Processes
 from flextron.training.router_recipe import RouterRecipe
 from flextron.workflows.elastify import Progress, check_own
 from flextron.workflows.figure import can_draw, draw_kinds

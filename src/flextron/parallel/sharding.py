@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,13 +29,18 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from flextron.model.adapter import Adapter
 from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
+from flextron.parallel.processes import Processes
 from flextron.spec import SubnetSpec
-from flextron.training.objective import Distillation
-from flextron.training.processes import Processes
 
-__all__ = ["Sharded", "in_shards"]
+__all__ = ["Roles", "Sharded", "in_shards"]
+
+M = TypeVar("M", bound=nn.Module)
+Roles = tuple[Decoder, Decoder | None, Adapter | None]
+"""Student, teacher, and what trains beside the student's weights."""
+
 
 _MLP = ("gate", "up", "down")
 
@@ -81,21 +86,25 @@ def in_shards(decoder: Decoder, processes: Processes) -> Iterator[Decoder]:
     loan.give_back()
 
 
-class Sharded(_Loan):
-    """A distillation whose parameters lie in shards on all processes."""
+class Sharded(_Loan, Generic[M]):
+    """A module in training whose parameters lie in shards on all processes."""
 
-    def __init__(self, whole: Distillation, processes: Processes, *, lowered: bool) -> None:
+    def __init__(
+        self, whole: M, roles: Callable[[M], Roles], processes: Processes, *, kept: Sequence[Tensor], lowered: bool
+    ) -> None:
         """Shard a copy, and give up the memory of the original's parameters until `give_back`.
 
         Args:
             whole: the same on every process.
+            roles: finds student, teacher and adapter in it.
             processes: among which the parameters are dealt.
+            kept: tensors beside its parameters that need not be copied.
             lowered: gather layers of float32 weights in bfloat16.
         """
-        super().__init__(whole, () if whole.teacher is None else (whole.teacher.metric_DD,))
-        self.module = cast("Distillation", self._copy)
+        super().__init__(whole, kept)
+        self.module = cast("M", self._copy)
         self._specs: list[SubnetSpec] = []
-        self._shard(processes, lowered=lowered)
+        self._shard(*roles(self.module), processes, lowered=lowered)
         self.give_up()
 
     def run(self, specs: list[SubnetSpec], *args: Any, last: bool) -> dict[str, Tensor]:
@@ -113,20 +122,21 @@ class Sharded(_Loan):
             warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
             return self.module(*args)  # type: ignore[no-any-return]
 
-    def _shard(self, processes: Processes, *, lowered: bool) -> None:
+    def _shard(
+        self, student: Decoder, teacher: Decoder | None, adapter: Adapter | None, processes: Processes, *, lowered: bool
+    ) -> None:
         mesh = init_device_mesh(processes.device.type, (processes.size,))
-        objective = self.module.objective
-        lower = lowered and objective.adapter is None
+        lower = lowered and adapter is None
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if lower else None,
             reduce_dtype=torch.float32 if lower else None,
             cast_forward_inputs=False,
         )
-        students = list(objective.student.layers)
+        students = list(student.layers)
         for i, layer in enumerate(students):
-            if objective.adapter is not None:
-                layer.add_module("bypasses", objective.adapter.layers[i])
-        teachers = [] if self.module.teacher is None else list(self.module.teacher.decoder.layers)
+            if adapter is not None:
+                layer.add_module("bypasses", adapter.layers[i])
+        teachers = [] if teacher is None else list(teacher.layers)
         lenders = [_lender(layer, students) for layer in teachers]
         for layer in students:
             fully_shard(layer, mesh=mesh, mp_policy=policy)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -20,7 +20,6 @@ from torch import Tensor
 from torch import distributed as dist
 
 from flextron.errors import FlextronError
-from flextron.routing.sensitivity import Sensitivity
 
 __all__ = [
     "LostProcessError",
@@ -29,9 +28,10 @@ __all__ = [
     "is_loss",
     "leave",
     "may_speak",
-    "measure_agreed",
     "num_launched",
 ]
+
+T = TypeVar("T")
 
 _LOST = re.compile(
     r"gloo/|nccl|Connection (closed|reset|refused)|Broken pipe|heartbeat|Socket (closed|Timeout)|peer", re.IGNORECASE
@@ -106,6 +106,12 @@ class Processes:
             raise FlextronError(message["error"])
         return message["made"]
 
+    def shared(self, make: Callable[[], T], to_json: Callable[[T], Any], from_json: Callable[[Any], T]) -> T:
+        """What the first process makes, on all, by way of JSON; alone it is not written down."""
+        if not self.are_several:
+            return make()
+        return from_json(self.from_first(lambda: to_json(make())))
+
     def tensor_from_first(self, make: Callable[[], Tensor]) -> Tensor:
         """A float32 tensor that the first process computes, on all, where this one computes."""
         if not self.are_several:
@@ -131,13 +137,6 @@ class Processes:
     def wait(self) -> None:
         """Until all processes are here."""
         self.summed(torch.zeros(1))
-
-
-def measure_agreed(measure: Callable[[], Sensitivity], processes: Processes) -> Sensitivity:
-    """Sensitivities that the first process measures, for all: they decide which sub-networks are drawn."""
-    if not processes.are_several:
-        return measure()
-    return Sensitivity.from_dict(processes.from_first(lambda: measure().to_dict()))
 
 
 def is_loss(error: BaseException) -> bool:
