@@ -116,16 +116,17 @@ def resumed_of_low_rank() -> Figure:
 
 def _memory(rank: int | None, what: str) -> Figure:
     one, four = (launched("memory", n, rank=rank) for n in (1, 4))
-    measured = four["measured"] / one["measured"]
+    ratios = {kind: four[kind] / one[kind] for kind in one}
     return Figure(
         name=f"model and optimizer, {what}: bytes of the fullest of 4 processes over those of 1",
-        value=max(four["counted"] / one["counted"], measured),
+        value=max(ratios["counted"], ratios["live"]),
         unit="ratio",
         op="<=",
         bar=0.3,
         peer={"name": "one process, MB counted", "value": one["counted"] / 1e6},
-        note=f"shards counted {four['counted'] / one['counted']:.3f}; grown by, measured {measured:.3f} "
-        f"({four['measured'] / 1e6:.0f} of {one['measured'] / 1e6:.0f} MB); the larger is the value",
+        note=f"shards counted {ratios['counted']:.3f}; all tensors that live between two steps {ratios['live']:.3f}; "
+        f"the process, with what its allocator keeps of the steps' buffers, {ratios['grown']:.3f} "
+        f"({four['grown'] / 1e6:.0f} of {one['grown'] / 1e6:.0f} MB)",
     )
 
 

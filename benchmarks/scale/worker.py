@@ -72,25 +72,35 @@ def medium_run(rank: int | None, **changes: Any) -> TrainingRun:
 
 
 def memory(rank: int | None) -> dict[str, int]:
-    """Bytes of parameters and moments that a process holds after two steps, counted and measured; the largest of all.
+    """Bytes of a process after two steps, the largest of all processes.
 
-    The measured ones are what the process has grown by since its imports, after a step that warmed them up.
+    `counted` are the shards of parameters and moments, `live` all tensors that are left between two steps, whoever
+    holds them, `grown` what the process has grown by since a smaller run warmed it up, with what its allocator keeps.
     """
     medium_run(rank, context=8, tokens=64).step(0)
     _settle()
-    before = status("VmRSS")
+    before = status("VmRSS"), _bytes(_tensors())
     run = medium_run(rank)
     for step in range(2):
         run.step(step)
     _settle()
-    measured = status("VmRSS") - before
-    tensors = [*run.module.parameters(), *(t for s in run.optimizer.state.values() for t in s.values())]
-    local = [getattr(t, "_local_tensor", t) for t in tensors]
-    counted = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in local}.values())
-    largest = torch.tensor([counted, measured])
+    held = [*run.module.parameters(), *(t for s in run.optimizer.state.values() for t in s.values())]
+    found = [_bytes(held), _bytes(_tensors()) - before[1], status("VmRSS") - before[0]]
+    largest = torch.tensor(found)
     if Processes.join().are_several:
         dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return dict(zip(("counted", "measured"), largest.tolist(), strict=True))
+    return dict(zip(("counted", "live", "grown"), largest.tolist(), strict=True))
+
+
+def _tensors() -> list[torch.Tensor]:
+    """All tensors of the process."""
+    return [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor)]
+
+
+def _bytes(tensors: list[torch.Tensor]) -> int:
+    """Bytes of their storages here, each once."""
+    local = [getattr(t, "_local_tensor", t) for t in tensors]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in local}.values())
 
 
 def _settle() -> None:
