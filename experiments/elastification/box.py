@@ -55,7 +55,7 @@ def main() -> None:
     curve = read_json(args.curve)
     frontier = model.profile(
         validation,
-        settings=SearchSettings(refinements=0),
+        settings=SearchSettings(refinements=2),
         candidates=[SubnetSpec.from_dict(spec) for row in curve for spec in row["specs"].values()],
         num_tokens=args.tokens,
         context=_CONTEXT,

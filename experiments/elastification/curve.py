@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from flextron.model.cost import layer_parameters, num_parameters
 from flextron.model.decoder import Decoder
 from flextron.model.likelihoods import token_losses
 from flextron.routing.allocate import Allocator
-from flextron.routing.sensitivity import measure_sensitivity
+from flextron.routing.refine import proposals_around
+from flextron.routing.sensitivity import Sensitivity, measure_sensitivity
 from flextron.scoring.mean_loss import mean_loss
 from flextron.spec import SearchSpace, SubnetSpec
 from flextron.workflows.demo import default_model
@@ -38,6 +40,7 @@ SIZES = (1.0, 0.9, 0.75, 0.6, 0.5, 0.4)
 """Weights of a sub-network, embeddings included, over the full network's."""
 _SKIP_WEIGHTS = (0.5, 1.0, 2.0, 4.0)
 """Of skipped layers in the loss model: one proposal each."""
+_REFINEMENTS = 2
 _CONTEXT = 256
 
 
@@ -89,23 +92,44 @@ def choose(
     sizes: Sequence[float] = SIZES,
     known: Mapping[float, Iterable[SubnetSpec]] | None = None,
 ) -> dict[float, SubnetSpec]:
-    """For each size the best of a few proposals and of what is known, by the loss on `search_BT`."""
-    config = decoder.config
+    """For each size the best of a few proposals and of what is known, refined, by the loss on half of `search_BT`."""
+    half = len(search_BT) // 2
     sensitivity = measure_sensitivity(decoder, search_BT[:2], space)
+    return {
+        size: space.full
+        if size == 1
+        else _best(decoder, space, sensitivity, search_BT[:half], search_BT[half:], size, (known or {}).get(size, ()))
+        for size in sizes
+    }
+
+
+def _best(
+    decoder: Decoder,
+    space: SearchSpace,
+    sensitivity: Sensitivity,
+    calibration_BT: Tensor,
+    validation_BT: Tensor,
+    size: float,
+    known: Iterable[SubnetSpec],
+) -> SubnetSpec:
+    config = decoder.config
     total = num_parameters(config, space.full)
-    rest = total - sum(layer_parameters(config, layer) for layer in space.full.layers)
-    chosen = {}
-    for size in sizes:
-        if size == 1:
-            chosen[size] = space.full
-            continue
-        proposals = {
-            Allocator(space, sensitivity, lambda w: layer_parameters(config, w), (1, 1, w)).within(size * total - rest)
-            for w in _SKIP_WEIGHTS
-        }
-        proposals.update((known or {}).get(size, ()))
-        chosen[size] = min(proposals, key=lambda spec: mean_loss(decoder, search_BT[2:], spec))
-    return chosen
+    budget = (size - 1) * total + sum(layer_parameters(config, layer) for layer in space.full.layers)
+    losses: dict[SubnetSpec, float] = {}
+
+    def optimum(terms: Sensitivity, skip_weight: float = 1.0) -> SubnetSpec:
+        return Allocator(space, terms, partial(layer_parameters, config), (1.0, 1.0, skip_weight)).within(budget)
+
+    def best(proposals: Iterable[SubnetSpec]) -> SubnetSpec:
+        for spec in proposals:
+            if spec not in losses:
+                losses[spec] = mean_loss(decoder, validation_BT, spec)
+        return min(losses, key=losses.__getitem__)
+
+    found = best([*known, *(optimum(sensitivity, weight) for weight in _SKIP_WEIGHTS)])
+    for _ in range(_REFINEMENTS):
+        found = best(proposals_around(decoder, space, found, calibration_BT, optimum))
+    return found
 
 
 def main() -> None:
@@ -135,7 +159,7 @@ def measure(
     """One row of the curve, after others."""
     tokenizer = needed(model.tokenizer)
     validation = wikitext(data, "wt2.valid.tokens.txt.zst")
-    search_BT = sequences([validation], tokenizer, num_tokens=10 * _CONTEXT, context=_CONTEXT)
+    search_BT = sequences([validation], tokenizer, num_tokens=20 * _CONTEXT, context=_CONTEXT)
     known = {size: [SubnetSpec.from_dict(row["specs"][str(size)]) for row in rows] for size in SIZES}
     chosen = choose(model.decoder, model.space, search_BT, known=known)
     losses = {

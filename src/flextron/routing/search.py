@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,16 +23,12 @@ from flextron.progress import OnProgress
 from flextron.routing.allocate import Allocator
 from flextron.routing.frontier import Frontier, FrontierPoint
 from flextron.routing.latency import LatencyTable
+from flextron.routing.refine import CALIBRATION_SEQUENCES, PRICES_OF_CHANGE, proposals_around
 from flextron.routing.sensitivity import Sensitivity, measure_sensitivity
 from flextron.scoring.mean_loss import mean_loss
 from flextron.spec import SearchSpace, SubnetSpec
 
 __all__ = ["SearchSettings", "measure_point", "search_frontier", "uniform_specs"]
-
-_PRICES_OF_CHANGE = (4e-3, 2e-3, 1e-3, 5e-4)
-"""Nats for each half layer that a refinement changes: its model is true of few changes only."""
-_CALIBRATION_SEQUENCES = 2
-"""Held in memory at once, with what a training step keeps for them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,10 +86,10 @@ class _Search:
 
     def propose(self, target: float) -> SubnetSpec:
         """The optimum within a latency fraction, as the refitted model of the full network's neighbourhood has it."""
-        return self.optimum(self.sensitivity, target, self.weights)
+        return self.optimum(target, self.sensitivity, self.weights)
 
     def optimum(
-        self, sensitivity: Sensitivity, target: float, weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
+        self, target: float, sensitivity: Sensitivity, weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
     ) -> SubnetSpec:
         """The modelled optimum within a latency fraction."""
         allocator = Allocator(self.space, sensitivity, self.table.layer_ms, weights)
@@ -120,12 +117,9 @@ class _Search:
         if not within:
             return False
         best = min(within, key=lambda p: p.loss)
-        parts = self.calibration_BT.split(_CALIBRATION_SEQUENCES)
-        around = Sensitivity.mean(
-            [measure_sensitivity(self.decoder, part, self.space, around=best.spec) for part in parts]
-        )
-        for price in _PRICES_OF_CHANGE:
-            self.measure(self.optimum(around.with_price_of_change(best.spec, price), target), "refined")
+        optimum = partial(self.optimum, target)
+        for spec in proposals_around(self.decoder, self.space, best.spec, self.calibration_BT, optimum):
+            self.measure(spec, "refined")
         return min(p.loss for p in self.found.values() if p.latency <= target) < best.loss
 
 
@@ -169,9 +163,9 @@ def search_frontier(
         settings.num_uniform
         + 2
         + len(candidates)
-        + per_round * (settings.rounds + settings.refinements * len(_PRICES_OF_CHANGE))
+        + per_round * (settings.rounds + settings.refinements * len(PRICES_OF_CHANGE))
     )
-    sensitivity = measure_sensitivity(decoder, calibration_BT[:_CALIBRATION_SEQUENCES], space, seed=settings.seed)
+    sensitivity = measure_sensitivity(decoder, calibration_BT[:CALIBRATION_SEQUENCES], space, seed=settings.seed)
     search = _Search(decoder, space, table, sensitivity, calibration_BT, validation_BT, budget, on_progress)
     for spec in [space.full, *uniform_specs(space, settings.num_uniform)]:
         search.measure(spec, "uniform")
