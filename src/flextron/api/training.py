@@ -191,8 +191,9 @@ def _training_blocks(
 
     def store(path: Path) -> None:
         if not path.exists():
+            blocks = pack()  # text that is none leaves nothing behind
             path.parent.mkdir(parents=True, exist_ok=True)
-            pack().save(path)
+            blocks.save(path)
 
     if stored is None:
         return pack(), digest
