@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from benchmarks import smollm2
-from flextron.kernels.decoder import Weights
+from flextron.kernels.decoder import NativeStep, Weights
 from flextron.kernels.quantization import GROUP, column_scales, quantize_groups, quantize_rows
 from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
 
-__all__ = ["perplexity", "round_matrices", "rounded_head"]
+__all__ = ["compiled_perplexity", "perplexity", "round_matrices", "rounded_head"]
 
 
 @torch.inference_mode()
@@ -27,6 +27,38 @@ def perplexity(decoder: Decoder, weights: Weights, num_tokens: int = 4096) -> fl
         round_matrices(model, weights)
     losses = [_losses(model, head, tokens) for tokens in smollm2.eval_sequences(num_tokens)]
     return math.exp(float(torch.cat(losses).mean()))
+
+
+@torch.inference_mode()
+def compiled_perplexity(decoder: Decoder, weights: Weights, num_tokens: int = 4096) -> float:
+    """The same by the compiled iteration, which rounds what eight-bit matrices are multiplied with, too."""
+    native = NativeStep(decoder, _PAGE, weights)
+    losses = []
+    for tokens in smollm2.eval_sequences(num_tokens):
+        losses.append(cross_entropy(_logits(native, decoder, tokens)[:-1], tokens[1:], reduction="none"))
+    return math.exp(float(torch.cat(losses).mean()))
+
+
+_PAGE = 16
+
+
+def _logits(native: NativeStep, decoder: Decoder, tokens_T: Tensor) -> Tensor:
+    """Scores after each token of a sequence, in one iteration; (T, vocabulary)."""
+    config, length = decoder.config, len(tokens_T)
+    heads = config.kv_rows(config.num_groups) // config.head_dim
+    layers = torch.arange(config.num_hidden_layers, dtype=torch.int32)[:, None].expand(-1, length)
+    blocks = heads * config.num_hidden_layers
+    table = torch.arange(-(-length // _PAGE) * blocks, dtype=torch.int32).view(-1, blocks)
+    return native(
+        tokens_T,
+        torch.arange(length),
+        torch.full_like(layers, config.intermediate_size).contiguous(),
+        torch.full_like(layers, config.num_groups).contiguous(),
+        [table] * length,
+        (layers * heads).contiguous(),
+        torch.zeros(table.numel(), 2, _PAGE, config.head_dim),
+        range(length),
+    )
 
 
 @torch.no_grad()

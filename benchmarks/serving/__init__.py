@@ -15,6 +15,7 @@ from benchmarks.serving.decode import (
     int8_against_llamacpp,
     self_speculation,
 )
+from benchmarks.serving.eight_bits import batch_of_16, batch_of_64, products, prompt, rounded_tokens
 from benchmarks.serving.head import equal_tokens, screened_head
 from benchmarks.serving.iteration import batch_cost, overhead
 from benchmarks.serving.neighbours import beside_four, beside_one
@@ -41,6 +42,11 @@ def run() -> bool:
             mixed_batch,
             small_mixed_batch,
             self_speculation,
+            batch_of_16,
+            batch_of_64,
+            prompt,
+            products,
+            rounded_tokens,
             screened_head,
             equal_tokens,
             kv_memory,

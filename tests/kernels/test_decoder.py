@@ -23,7 +23,14 @@ from flextron.model.losses import capped
 from flextron.spec import LayerSpec, SubnetSpec
 from tests.checkpoints.families_cases import CASES, HEADS, SIZES
 from tests.model.adapter_cases import random_ia3, random_lora
-from tests.random_decoders import ragged_specs, random_decoder, rounded, rounded_decoder
+from tests.random_decoders import (
+    ragged_specs,
+    random_decoder,
+    rounded,
+    rounded_decoder,
+    rounded_tokens,
+    whole_number_products,
+)
 
 PAGE = 4
 LENGTHS = (7, 1, 13, 9)
@@ -77,13 +84,14 @@ def test_iterations_agree_with_the_decoder(name: str) -> None:
 @compiled
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "neox"])
-def test_quantized_iterations_agree_with_the_rounded_weights(name: str, weights: Weights) -> None:
+def test_quantized_iterations_agree_with_rounded_weights_and_tokens(name: str, weights: Weights) -> None:
     decoder = random_decoder(name)
     reference = rounded_decoder(decoder, weights)
     native = NativeStep(decoder, PAGE, weights)
-    assert_iterations_agree(native, decoder, reference)
-    for adapters in adapters_of(decoder.config):
-        assert_iterations_agree(native, decoder, reference, adapters)
+    with whole_number_products(decoder, reference, weights):
+        assert_iterations_agree(native, decoder, reference)
+        for adapters in adapters_of(decoder.config):
+            assert_iterations_agree(native, decoder, reference, adapters)
 
 
 @cache
@@ -120,9 +128,10 @@ def test_int4_with_any_number_of_tokens(num_tokens: int) -> None:
         torch.full((2 * 5 * units, 2, PAGE, config.head_dim), float("nan")),
         range(num_tokens),
     )
-    head = rounded(decoder.head_weight, "int8")
-    wanted = reference(Batch.ragged(sequences, specs[: len(sequences)])) @ head.t()
-    torch.testing.assert_close(got, wanted, rtol=5e-4, atol=5e-4 * float(wanted.abs().max()))
+    with whole_number_products(decoder, reference, "int4"):
+        hidden_ND = rounded_tokens(reference(Batch.ragged(sequences, specs[: len(sequences)])))
+    wanted = hidden_ND @ rounded(decoder.head_weight, "int8").t()
+    assert_near_after_rounding(got, wanted)
 
 
 @compiled
@@ -132,6 +141,16 @@ def test_int4_needs_whole_groups() -> None:
     NativeStep(decoder, PAGE, "int8")
     with pytest.raises(FlextronError, match="multiple of 32, not 40; use int8"):
         NativeStep(decoder, PAGE, "int4")
+
+
+def assert_near_after_rounding(got: Tensor, wanted: Tensor) -> None:
+    """The last digit of a sum can turn a number between two steps, of which 127 reach a token's largest.
+
+    That moves some tokens by more than the arithmetic does; with four bits, 16-bit numbers do it often.
+    """
+    errors = (got - wanted).abs().amax(1) / float(wanted.abs().max())
+    assert float(errors.min()) <= 1e-3
+    assert float(errors.max()) <= 2e-2
 
 
 def adapters_of(config: DecoderConfig) -> list[list[Adapter | None]]:
@@ -153,6 +172,8 @@ def assert_iterations_agree(
     # a tied head is rounded, the embedding that is looked up is not
     head = decoder.head_weight if native.weights == "float32" else rounded(decoder.head_weight, "int8")
     hidden_ND = reference(Batch.ragged(sequences, specs, adapters=adapters)).detach()
+    if native.weights != "float32":
+        hidden_ND = rounded_tokens(hidden_ND)
     wanted = capped(hidden_ND @ head.t(), decoder.config.logits_cap)
     natives = [None if a is None else NativeAdapter(a) for a in adapters]
     pages = Pages(decoder, specs)
@@ -176,7 +197,12 @@ def assert_iterations_agree(
         )
         for t, row in zip(wished, scores, strict=True):
             got[owners[t]].append((int(positions[t]), row))
-    near = 5e-4 if native.weights == "int4" else 1e-5  # int4: activations have 16 bits, in each layer
+    if native.weights == "int4":
+        rows = torch.cat([torch.stack([row for _, row in seen]) for seen in got])
+        places = [sum(LENGTHS[:i]) + position for i, seen in enumerate(got) for position, _ in seen]
+        assert_near_after_rounding(rows, wanted[places])
+        return
+    near = 1e-5 if native.weights == "float32" else 1e-3
     for seen, whole in zip(got, wanted.split(list(LENGTHS)), strict=True):
         assert seen
         for position, row in seen:

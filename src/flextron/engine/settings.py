@@ -30,7 +30,9 @@ class EngineSettings:
     """Whether to run the compiled CPU iteration; by default where it can."""
     weights: Weights = "float32"
     """Precision of the matrices; `int8` keeps a copy of eight bits and reads a quarter of the bytes, `int4` one of four
-    bits (head, `o` and `down`: eight) and reads about a fifth. Both run in the compiled CPU iteration only."""
+    bits (head, `o` and `down`: eight) and reads about a fifth. Both run in the compiled CPU iteration only. Matrices of
+    eight bits meet tokens that are rounded one by one, in whole numbers: with `int8` and without adapters, scores do
+    not depend on what else runs."""
     screens_head: bool = True
     """Whether greedy answers find the next token with a copy of the float32 head in eight bits, a quarter of its bytes.
     All tokens that may be the likeliest are then scored exactly, so the answer is the same."""

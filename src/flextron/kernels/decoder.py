@@ -33,8 +33,10 @@ from flextron.kernels.layout import (
 from flextron.kernels.pace import ThreadPace
 from flextron.kernels.quantization import (
     GROUP,
+    PANEL_ROWS,
     column_scales,
     pack_groups,
+    pack_panels,
     quantize_groups,
     quantize_rows,
     row_errors,
@@ -111,7 +113,8 @@ class NativeStep:
             decoder: in float32 on the CPU.
             page_size: tokens of a page of the KV cache.
             weights: `int8` reads an eight-bit copy of all matrices, a scale a row (norms and biases stay as they are);
-                `int4` one of four bits, a scale for 32 columns of a row, with `o`, `down` and the head in eight.
+                `int4` one of four bits, a scale for 32 columns of a row, with `o`, `down` and the head in eight. What
+                eight bits are multiplied with is rounded token by token (`csrc/int8.h`).
             screens_head: keep an eight-bit copy of a float32 head, which finds the likeliest token at a quarter of the
                 bytes; see `num_full` of a call.
             adapts_threads: run on fewer threads than PyTorch has while that is faster.
@@ -201,14 +204,21 @@ class NativeStep:
             weight = weight / columns
         if weights == "int8" or sums_rows:
             numbers, scales = quantize_rows(weight)
-            linear = Linear(_address(numbers), bias, scales=_address(scales), column_scales=_address(columns))
-        else:
-            numbers, scales = quantize_groups(weight)
-            numbers = pack_groups(numbers)
-            scales = pad(scales.flatten(), (1, LANES))  # the kernels read vectors around them
-            linear = Linear(_address(numbers), bias, group_scales=_address(scales[1:]), column_scales=_address(columns))
-        self._made += [numbers, scales, *([] if columns is None else [columns])]
-        return linear
+            panels = self._keep(pack_panels(numbers.t() if sums_rows else numbers))
+            linear = Linear(_address(panels), bias, panel_quads=panels.shape[1])
+            linear.scales = _address(self._keep(pad(scales, (0, -len(scales) % PANEL_ROWS))))
+            if columns is not None:
+                linear.column_scales = _address(self._keep(pad(columns, (0, -len(columns) % PANEL_ROWS))))
+            return linear
+        numbers, scales = quantize_groups(weight)
+        packed = self._keep(pack_groups(numbers))
+        scales = self._keep(pad(scales.flatten(), (1, LANES)))  # the kernels read vectors around them
+        return Linear(_address(packed), bias, group_scales=_address(scales[1:]))
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        """The tensor, which lives as long as this object."""
+        self._made.append(tensor)
+        return tensor
 
     def __call__(
         self,

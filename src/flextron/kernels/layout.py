@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 from flextron.errors import FlextronError
-from flextron.kernels.quantization import GROUP
+from flextron.kernels.quantization import GROUP, PANEL_ROWS, QUAD
 from flextron.model.adapter import TARGETS
 
 __all__ = [
@@ -53,7 +53,10 @@ class Norm(ctypes.Structure):
 class Linear(ctypes.Structure):
     """`Linear` in `csrc/decoder.h`."""
 
-    _fields_ = tuple((name, _Pointer) for name in ("weight", "bias", "scales", "group_scales", "column_scales"))
+    _fields_ = (
+        *((name, _Pointer) for name in ("weight", "bias", "scales", "group_scales", "column_scales")),
+        ("panel_quads", _Number),
+    )
 
 
 class LayerWeights(ctypes.Structure):
@@ -156,7 +159,7 @@ def expected_layout(source: Source) -> list[str]:
         lines = [_struct(struct.__name__, struct) for struct in (Norm, Linear, LayerWeights, Ends, Shape, Tokens)]
         lines += [_struct("Bypass", BypassPointers)]
         lines += [_enum("Target", TARGETS), _enum("Weights", WEIGHTS), _enum("Activation", ACTIVATIONS)]
-        lines += [f"constant group {GROUP}"]
+        lines += [f"constant group {GROUP}", f"constant panel_rows {PANEL_ROWS}", f"constant quad {QUAD}"]
     return [*lines, f"constant lanes {LANES}"]
 
 

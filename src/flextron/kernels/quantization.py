@@ -9,10 +9,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["GROUP", "column_scales", "pack_groups", "quantize_groups", "quantize_rows", "row_errors"]
+__all__ = [
+    "GROUP",
+    "PANEL_ROWS",
+    "QUAD",
+    "column_scales",
+    "pack_groups",
+    "pack_panels",
+    "quantize_groups",
+    "quantize_rows",
+    "row_errors",
+]
 
 GROUP = 32
 """Columns that share a scale of four-bit weights."""
+PANEL_ROWS, QUAD = 16, 4
+"""Outputs of a panel of eight-bit weights, and inputs of an output that lie beside each other in it."""
 _STEPS = (-8.0, -7.4, -8.7, -6.9, 7.6, -9.5)
 """What the number of largest magnitude in a group becomes, before rounding, in the scales that are tried."""
 _BLOCK = 2**16
@@ -129,3 +141,18 @@ def pack_groups(numbers: Tensor) -> Tensor:
     parts = filled.to(torch.uint8).view(len(numbers), -1, 4, GROUP // 2)
     low, high = parts[:, :, 0] | parts[:, :, 2] << 4, parts[:, :, 3] | parts[:, :, 1] << 4
     return torch.stack([low, high], -1).flatten(1)
+
+
+def pack_panels(numbers: Tensor) -> Tensor:
+    """Eight-bit numbers as products of whole numbers read them.
+
+    Args:
+        numbers: (outputs, inputs) int8.
+
+    Returns:
+        (panels of 16 outputs, fours of inputs, 16, 4) uint8: numbers + 128, and 128 where there is nothing.
+    """
+    outputs, inputs = numbers.shape
+    filled = torch.nn.functional.pad(numbers, (0, -inputs % QUAD, 0, -outputs % PANEL_ROWS))
+    parts = filled.view(torch.uint8).bitwise_xor(128).view(-1, PANEL_ROWS, filled.shape[1] // QUAD, QUAD)
+    return parts.transpose(1, 2).contiguous()

@@ -13,11 +13,12 @@
 extern "C" {
 
 struct Linear {
-    const void* weight;           // rows nested; float, int8 with scales, or four bits with scales of groups
+    const void* weight;           // rows nested; float, panels of eight bits, or four bits with scales of groups
     const float* bias;            // of the outputs, or null
-    const float* scales;          // of the rows, or null
+    const float* scales;          // of the rows, or null; of panels filled up to a multiple of 16
     const uint16_t* group_scales; // or null
-    const float* column_scales;   // by which sums over rows are multiplied at the end, or null
+    const float* column_scales;   // by which sums over rows are multiplied at the end, filled up as well, or null
+    int64_t panel_quads;          // fours of inputs of a panel; 0 where there are none
 };
 
 struct Norm {
@@ -41,7 +42,7 @@ struct Ends {
     const float* positions;  // learned, (P, D), or null
     Norm final_norm;
     Linear head;           // (V, D)
-    Linear screen;         // the head in eight bits, or null
+    Linear screen;         // the head in eight bits, row by row, or null
     const float* errors;   // (V,): what `screen` and rounding are away from the head, in norms of rows
 };
 
@@ -151,26 +152,26 @@ struct Order {
     }
 };
 
-// Calls f(start, stop, users) on this thread's share of rows [0, widest), chunk by chunk. Rows of one number of users
-// are cut into one stretch a thread, which memory reads best.
-template <class F>
+// Calls f(start, stop, users) on this thread's share of rows [0, widest), up to kMost at a time. Rows of one number of
+// users are cut into one stretch a thread, which memory reads best. Chunks begin at multiples of kPiece rows of their
+// stretch; where these are panels, which lie whole in memory, stretches begin at panels, and users may need fewer rows.
+template <long kPiece, long kMost, bool kIsPanels, class F>
 inline void share_rows(const Order& order, long rows_each, int thread, int threads, F f) {
     const long end = order.widest() * rows_each;
     for (long row = 0; row < end;) {
         long until;
-        const long n = order.users(row, rows_each, &until), pieces = (until - row + 11) / 12;
-        const long a = row + std::min(until - row, pieces * thread / threads * 12);
-        const long e = row + std::min(until - row, pieces * (thread + 1) / threads * 12);
-        for (long chunk = a; chunk < e; chunk += kChunk) f(chunk, std::min(chunk + kChunk, e), n);
+        const long n = order.users(row, rows_each, &until);
+        if (kIsPanels) until = std::min(end, (until + kPiece - 1) / kPiece * kPiece);
+        const long pieces = (until - row + kPiece - 1) / kPiece;
+        const long a = row + std::min(until - row, pieces * thread / threads * kPiece);
+        const long e = row + std::min(until - row, pieces * (thread + 1) / threads * kPiece);
+        for (long chunk = a; chunk < e; chunk += kMost) f(chunk, std::min(chunk + kMost, e), n);
         row = until;
     }
 }
 
-// Multiplies what rows first to first + rows gave by their scales and adds their biases; out is (n, ldo).
-inline void finish(const Linear& linear, long first, long rows, long n, float* out, long ldo) {
-    if (linear.scales)
-        for (long t = 0; t < n; t++)
-            for (long r = 0; r < rows; r++) out[t * ldo + r] *= linear.scales[first + r];
+// Adds the biases of rows first to first + rows; out is (n, ldo).
+inline void add_bias(const Linear& linear, long first, long rows, long n, float* out, long ldo) {
     if (linear.bias)
         for (long t = 0; t < n; t++)
             for (long r = 0; r < rows; r++) out[t * ldo + r] += linear.bias[first + r];

@@ -1,7 +1,7 @@
 // The layout of what the decoder's iteration is given.
 #pragma once
 
-#include "int4.h"
+#include "int8.h"
 #include "layout.h"
 #include "lora.h"
 
@@ -12,7 +12,7 @@ inline std::string decoder_layout() {
     text += describe_struct("Norm", sizeof(Norm), {FIELD(Norm, weight), FIELD(Norm, bias)});
     text += describe_struct("Linear", sizeof(Linear),
             {FIELD(Linear, weight), FIELD(Linear, bias), FIELD(Linear, scales), FIELD(Linear, group_scales),
-             FIELD(Linear, column_scales)});
+             FIELD(Linear, column_scales), FIELD(Linear, panel_quads)});
     text += describe_struct("LayerWeights", sizeof(LayerWeights),
             {FIELD(LayerWeights, attention_norm), FIELD(LayerWeights, mlp_norm),
              FIELD(LayerWeights, attention_post_norm), FIELD(LayerWeights, mlp_post_norm), FIELD(LayerWeights, q),
@@ -44,6 +44,8 @@ inline std::string decoder_layout() {
     text += describe_enum("Activation", kNumActivations,
             {{"silu", kSilu}, {"gelu", kGelu}, {"gelu_tanh", kGeluTanh}, {"relu", kRelu}});
     text += describe_constant("group", kGroup);
+    text += describe_constant("panel_rows", kPanelRows);
+    text += describe_constant("quad", kQuad);
     return text + describe_constant("lanes", kLanes);
 }
 

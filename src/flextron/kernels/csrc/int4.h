@@ -27,14 +27,22 @@ inline Vec magnitudes(Vec v) { return (Vec)((Ints)v & 0x7FFFFFFF); }
 inline Ints nearest(Vec v) {
 #ifdef __AVX2__
     return (Ints)_mm256_cvtps_epi32((__m256)v);
-#else
-    return __builtin_convertvector(v + (v > 0 ? Vec{} + 0.5f : Vec{} - 0.5f), Ints);
+#else  // ties to even, too: the last bits of numbers up to 2^22 beside a large one are whole
+    const Vec large = Vec{} + 12582912.0f;
+    return (Ints)(v + large) - (Ints)large;
 #endif
 }
 // Sums of two neighbours' products.
 inline Ints pair_products(Shorts a, Shorts b) {
 #ifdef __AVX2__
     return (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)  // what compilers make of the general form is several times slower
+    __m128i halves[2], others[2];
+    std::memcpy(halves, &a, sizeof a), std::memcpy(others, &b, sizeof b);
+    for (int i = 0; i < 2; i++) halves[i] = _mm_madd_epi16(halves[i], others[i]);
+    Ints sums;
+    std::memcpy(&sums, halves, sizeof sums);
+    return sums;
 #else
     return ((Ints)a << 16 >> 16) * ((Ints)b << 16 >> 16) + ((Ints)a >> 16) * ((Ints)b >> 16);
 #endif

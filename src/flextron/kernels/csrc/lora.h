@@ -104,14 +104,14 @@ struct Bypasses {
         }
     }
 
-    // From this thread's tokens, which it has just normalised, (order.size(), D).
-    void read(long l, std::initializer_list<Target> targets, const Order& order, const float* x, int id, int nt) {
+    // From place i's token x, (D,), which has just been normalised.
+    void read(long l, std::initializer_list<Target> targets, const Order& order, long i, const float* x) {
         for (Target target : targets)
-            each(l, target, order, id, nt, order.size(), [&](long i, const Bypass& own) {
+            each(l, target, order, i, 1, i + 1, [&](long, const Bypass& own) {
                 if (!own.a) return;
                 float* z = low.data() + (target * N + i) * rank;
                 std::fill(z, z + own.rank, 0.0f);
-                multiply(x + i * D, own.a, D, own.rank, z);
+                multiply(x, own.a, D, own.rank, z);
             });
     }
 
@@ -142,20 +142,33 @@ struct Bypasses {
         });
     }
 
-    // To place i's token x, (D,), which has all threads' dense products `partial`, (nt, N, D), and the bias already.
-    void add_whole(long l, Target target, const Order& order, long i, const float* partial, const float* bias, int nt,
-                   float* x) {
+    // From place i's inputs h, `rows` of them: the same for a whole token at once. It leaves one part.
+    void read_token(long l, Target target, const Order& order, long i, long rows, float* h) {
+        each(l, target, order, i, 1, i + 1, [&](long, const Bypass& own) {
+            float* z = parts.data() + i * rank;
+            if (own.a) {
+                std::fill(z, z + own.rank, 0.0f);
+                multiply(h, own.a, rows, own.rank, z);
+            }
+            if (own.inputs)
+                for (long r = 0; r < rows; r++) h[r] *= own.inputs[r];
+        });
+    }
+
+    // To place i's token x, (D,), which has the dense products `partial`, (num_parts, N, D), and the bias already.
+    void add_whole(long l, Target target, const Order& order, long i, const float* partial, const float* bias,
+                   int num_parts, float* x) {
         each(l, target, order, i, 1, i + 1, [&](long, const Bypass& own) {
             if (own.b) {
                 float* z = parts.data() + i * rank;
-                for (int p = 1; p < nt; p++)
+                for (int p = 1; p < num_parts; p++)
                     for (long j = 0; j < own.rank; j++) z[j] += parts[(p * N + i) * rank + j];
                 for (long c = 0; c < D; c++) x[c] += own.scale * inner(own.b + c * own.rank, z, own.rank);
             }
             if (own.outputs)
                 for (long c = 0; c < D; c++) {
                     float y = bias ? bias[c] : 0.0f;
-                    for (int p = 0; p < nt; p++) y += partial[(p * N + i) * D + c];
+                    for (int p = 0; p < num_parts; p++) y += partial[(p * N + i) * D + c];
                     x[c] += y * (own.outputs[c] - 1.0f);
                 }
         });

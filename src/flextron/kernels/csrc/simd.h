@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <new>
 #include <vector>
-#ifdef __AVX2__
+#ifdef __SSE2__
 #include <immintrin.h>
 #endif
 
