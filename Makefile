@@ -11,7 +11,7 @@ OLDEST := .venv/oldest
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/pytest -q -n 2
 RUNNABLE_HERE := not gpu and not browser and not peer
 
-.PHONY: demo test test-browser test-isa test-isa-all test-oldest test-slow test-all check fix bench bench-core bench-routing bench-serving bench-coserving bench-quality bench-ecosystem docs clean
+.PHONY: demo test test-browser test-isa test-isa-all test-oldest test-slow test-all check fix bench bench-core bench-routing bench-serving bench-coserving bench-quality bench-ecosystem bench-scale docs clean
 
 demo: $(READY)  ## Measure a small elastic model here and ask it for targets; MODEL= and DATA= convert and train others.
 	$(BIN)/flextron demo $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)")
@@ -57,6 +57,9 @@ bench: $(READY)  ## All benchmark suites; each writes benchmarks/results/<suite>
 
 bench-core bench-routing bench-serving bench-coserving bench-quality bench-ecosystem: bench-%: $(READY)  ## One suite alone.
 	$(BIN)/python -m benchmarks $*; status=$$?; $(BIN)/python -m benchmarks.readme; exit $$status
+
+bench-scale: $(READY)  ## Several processes on this machine; also the tables of docs/scaling.md.
+	$(BIN)/python -m benchmarks scale; status=$$?; $(BIN)/python -m benchmarks.readme; $(BIN)/python -m benchmarks.scale.page; exit $$status
 
 docs: $(DOCS_READY)  ## The documentation, into site/.
 	$(BIN)/mkdocs build --strict

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import core, coserving, ecosystem, quality, routing, serving
+from benchmarks import core, coserving, ecosystem, quality, routing, scale, serving
 
 SUITES = {
     "core": core.run,
@@ -13,6 +13,7 @@ SUITES = {
     "coserving": coserving.run,
     "quality": quality.run,
     "ecosystem": ecosystem.run,
+    "scale": scale.run,
 }
 
 

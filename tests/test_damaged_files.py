@@ -99,19 +99,18 @@ def file_documents(directory: Path) -> dict[str, tuple[Path, bytes, Reader]]:
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     run = RunDirectory(directory / "run", {"a": 1})
-    run.save(2, model, optimizer, [{"loss": 1.0}])
+    run.save(2, dict(model.named_parameters()), optimizer, [{"loss": 1.0}])
     state = directory / "run" / "state"
 
     def resume(_: Path) -> None:
-        run.load(model, torch.optim.AdamW(model.parameters()))
+        run.load(dict(model.named_parameters()), torch.optim.AdamW(model.parameters()))
 
     readers: dict[str, tuple[Path, Reader]] = {
         "index": (index, lambda path: find_shards(path.parent)),
         "elastic": (directory / "elastic.json", lambda path: read_elastic(path.parent)),
         "recipe": (directory / "recipe.yaml", read_recipe),
         "state": (state / "run.json", resume),
-        "state weights": (state / "model.safetensors", resume),
-        "state moments": (state / "optimizer.safetensors", resume),
+        "state tensors": (next(state.glob("*.safetensors")), resume),
         "any JSON": (directory / "any.json", read_json),
     }
     (directory / "any.json").write_bytes(written(frontier()))

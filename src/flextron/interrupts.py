@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 __all__ = ["Interrupted", "held_interrupts"]
 
@@ -27,28 +28,34 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextmanager
-def held_interrupts() -> Iterator[Callable[[], bool]]:
+def held_interrupts(*, launched: bool = False) -> Iterator[Callable[[], bool]]:
     """Hold Ctrl-C back, and give a function that tells whether it was pressed; the second time it ends at once.
 
     Where another handler than Python's own is set, or in another thread than the main one, nothing is held back.
+
+    Args:
+        launched: among several processes of a launcher. It passes on what the terminal may have sent already, and ends
+            them with SIGTERM, so that is held back, too, and nothing ends at once.
     """
     pressed = threading.Event()
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
-    ):
-        yield pressed.is_set
-        return
 
     def hold(*_: object) -> None:
-        if pressed.is_set():
+        if pressed.is_set() and not launched:
             raise KeyboardInterrupt
         pressed.set()
-        # not through a stream, whose lock the interrupted code may have
-        os.write(_STDERR, b"\nafter this step the state is saved; Ctrl-C again ends at once\n")
+        if not launched:
+            # not through a stream, whose lock the interrupted code may have
+            os.write(_STDERR, b"\nafter this step the state is saved; Ctrl-C again ends at once\n")
 
-    signal.signal(signal.SIGINT, hold)
+    usual: dict[signal.Signals, Any] = {signal.SIGINT: signal.default_int_handler}
+    if launched:
+        usual[signal.SIGTERM] = signal.SIG_DFL
+    in_main = threading.current_thread() is threading.main_thread()
+    mine = [number for number, handler in usual.items() if in_main and signal.getsignal(number) is handler]
+    for number in mine:
+        signal.signal(number, hold)
     try:
         yield pressed.is_set
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in mine:
+            signal.signal(number, usual[number])

@@ -176,7 +176,7 @@ def interrupt(directory: Path, identity: dict[str, Any] | None = None) -> None:
         run(resumable(), run_directory=directory, identity=identity, on_step=stop)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "run.json"])
+@pytest.mark.parametrize("name", ["*.safetensors", "run.json"])
 def test_a_damaged_state_is_named(name: str, tmp_path: Path) -> None:
     interrupt(tmp_path)
     (file,) = tmp_path.rglob(name)
@@ -203,14 +203,7 @@ def test_a_gradient_that_is_no_number_stops_the_run() -> None:
 
 
 def test_bf16_stays_near_fp32() -> None:
-    # as in a process of its own: `accelerate` settles the precision once
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(True)
-    try:
-        _, half = run(toy_recipe(steps=3, precision="bf16"), student=4, space=FULL_ONLY)
-    finally:
-        AcceleratorState._reset_state(True)
+    _, half = run(toy_recipe(steps=3, precision="bf16"), student=4, space=FULL_ONLY)
     _, full = run(toy_recipe(steps=3), student=4, space=FULL_ONLY)
     for a, b in zip(full.history, half.history, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=0.05)

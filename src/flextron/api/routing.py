@@ -18,8 +18,11 @@ from flextron.api.texts import (
     source_name,
     training_text,
 )
+from flextron.errors import FlextronError
+from flextron.parallel.processes import Processes
 from flextron.progress import OnProgress, OnStep
-from flextron.routing import Frontier, compare_frontiers
+from flextron.routing import Frontier, LatencyTable, compare_frontiers
+from flextron.routing.frontier import FrontierPoint
 from flextron.routing.token_router import TokenRouter
 from flextron.texts.blocks import TokenBlocks, pack_tokens
 from flextron.training.router_recipe import RouterRecipe
@@ -57,20 +60,37 @@ def route(
         vocab_size=model.decoder.config.vocab_size,
     )
     half = max(1, len(tokens_BT) // 2)
-    table = model.measure_latencies(on_progress=on_measure)
+    table = shared_latencies(model, on_measure)
     result = train_static_router(
         model.decoder, model.space, table, tokens_BT[:half], recipe, run_directory=run_directory, on_round=on_round
     )
-    points = compare_frontiers(
-        model.decoder,
-        model.space,
-        table,
-        tokens_BT[half:],
-        ROUTE_TARGETS,
-        router=result.router,
-        on_progress=on_compare,
+
+    def compare() -> list[FrontierPoint]:
+        return compare_frontiers(
+            model.decoder,
+            model.space,
+            table,
+            tokens_BT[half:],
+            ROUTE_TARGETS,
+            router=result.router,
+            on_progress=on_compare,
+        )
+
+    points = Processes.join().shared(
+        compare,
+        lambda found: [point.to_dict() for point in found],
+        lambda data: [FrontierPoint.from_dict(point) for point in data],
     )
     return result, Frontier.of(table.device, source_name(text, "pydoc topics"), points)
+
+
+def shared_latencies(model: MeasuredModel, on_progress: OnProgress | None = None) -> LatencyTable:
+    """The latency table of the first process's device, for all processes."""
+    table = Processes.join().shared(
+        lambda: model.measure_latencies(on_progress=on_progress), LatencyTable.to_dict, LatencyTable.from_dict
+    )
+    model.tables[table.name] = table
+    return table
 
 
 def route_tokens(
@@ -83,6 +103,8 @@ def route_tokens(
     on_step: OnStep | None,
 ) -> tuple[TokenRouterResult, TokenRouter]:
     """See `ElasticModel.route_tokens`; what training did, and the router."""
+    if Processes.join().are_several:
+        raise FlextronError("a token router trains in one process; run route --token without a launcher")
     recipe = recipe or TokenRouterRecipe()
     specs = {target: model.select(latency=target) for target in targets}
     table = model.measure_latencies()

@@ -12,6 +12,7 @@ import torch
 
 from flextron.api.measured import MeasuredModel
 from flextron.api.packaged import checkpoint_at
+from flextron.api.routing import shared_latencies
 from flextron.api.texts import Texts, documents, needed, source_name, training_text
 from flextron.checkpoints.huggingface import open_pretrained
 from flextron.checkpoints.weights import load_decoder
@@ -20,6 +21,7 @@ from flextron.elastic.adapter import ElasticAdapter, sharing
 from flextron.errors import FlextronError
 from flextron.model.adapter import Adapter
 from flextron.model.decoder import Decoder
+from flextron.parallel.processes import LostProcessError, Processes
 from flextron.progress import OnStep
 from flextron.routing import StaticRouter
 from flextron.spec import SubnetSpec
@@ -134,6 +136,9 @@ def _train_adapter(
         held.set_norms(student, base)
         result = run(student, frozen if teacher is None else _teacher(model, teacher), held.lora)
         adapter = held.with_norms_of(student, base)
+    except LostProcessError:
+        adapter = None  # with a process, a part of the weights is gone
+        raise
     finally:
         if adapter is not None:
             adapter.add_to(base)
@@ -157,7 +162,7 @@ def _joint_routing(model: MeasuredModel, router: StaticRouter | None, recipe: Tr
         raise FlextronError("the model has no router yet; run model.route() (flextron route) first")
     return JointRouting(
         router=router,
-        table=model.measure_latencies(),
+        table=shared_latencies(model),
         recipe=RouterRecipe(seed=recipe.seed),
         full_probability=recipe.full_probability,
     )
@@ -173,17 +178,24 @@ def _training_blocks(
     wanted = repr((texts if text is None or not named else str(text), recipe.tokens, recipe.context)).encode()
     digest = hashlib.sha256(wanted).hexdigest()[:16]
     stored = None if run_directory is None else run_directory / f"tokens-{digest}.npy"
-    if stored is not None and stored.exists():
-        return TokenBlocks.load(stored, seed=recipe.seed), digest
-    tokens = pack_tokens(
-        documents(texts, training_text),
-        needed(model.tokenizer),
-        num_tokens=recipe.tokens,
-        context=recipe.context,
-        vocab_size=model.decoder.config.vocab_size,
-    )
-    blocks = TokenBlocks.from_tokens(tokens, context=recipe.context, seed=recipe.seed)
-    if stored is not None:
-        stored.parent.mkdir(parents=True, exist_ok=True)
-        blocks.save(stored)
-    return blocks, digest
+
+    def pack() -> TokenBlocks:
+        tokens = pack_tokens(
+            documents(texts, training_text),
+            needed(model.tokenizer),
+            num_tokens=recipe.tokens,
+            context=recipe.context,
+            vocab_size=model.decoder.config.vocab_size,
+        )
+        return TokenBlocks.from_tokens(tokens, context=recipe.context, seed=recipe.seed)
+
+    def store(path: Path) -> None:
+        if not path.exists():
+            blocks = pack()  # text that is none leaves nothing behind
+            path.parent.mkdir(parents=True, exist_ok=True)
+            blocks.save(path)
+
+    if stored is None:
+        return pack(), digest
+    Processes.join().from_first(lambda: store(stored))
+    return TokenBlocks.load(stored, seed=recipe.seed), digest

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from flextron.cli.bars import ProgressLine
 from flextron.cli.tables import print_one, print_rows
+from flextron.parallel.processes import is_first_launched
 from flextron.workflows.elastify import StepCallback
 
 __all__ = ["Json", "default_of", "message", "progress", "show"]
@@ -38,7 +39,13 @@ def message(text: str | Text) -> None:
 
 @contextmanager
 def progress(description: str) -> Iterator[StepCallback]:
-    """A bar with an estimate, on stderr, from the first step on; where stderr is a log, a line now and then."""
+    """A bar with an estimate, on stderr, from the first step on; where stderr is a log, a line now and then.
+
+    Of several processes the first alone shows it.
+    """
+    if not is_first_launched():
+        yield lambda done, total, figures=None, /: None
+        return
     bar = Progress(ProgressLine(_messages), console=_messages)
     task = bar.add_task(description, total=None, figures=())
     last: int | None = None
@@ -76,7 +83,9 @@ def _plain(value: Any) -> Any:
 
 
 def show(rows: list[dict[str, Any]], *, title: str, as_json: bool, result: Any = None) -> None:
-    """A table of rows on stdout, or `result` (the rows, by default) as JSON."""
+    """A table of rows on stdout, or `result` (the rows, by default) as JSON; of several processes the first does."""
+    if not is_first_launched():
+        return
     if as_json:
         typer.echo(json.dumps(_plain(rows if result is None else result), allow_nan=False))
         return

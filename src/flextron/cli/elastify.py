@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from flextron.cli.console import Json, progress, show
+from flextron.parallel.processes import is_first_launched
 from flextron.workflows.elastify import elastify as run
 from flextron.workflows.elastify import read_recipe
 from flextron.workflows.report import frontier_rows
@@ -23,4 +24,6 @@ def elastify(
 ) -> None:
     """Convert, train and profile from a recipe; what is done already is not done again."""
     model = run(read_recipe(recipe), progress)
+    if not is_first_launched():
+        return  # the first alone has profiled
     show(frontier_rows(model), title="best sub-networks on this device", as_json=as_json)

@@ -28,6 +28,7 @@ from flextron.cli import (
 )
 from flextron.cli.console import message
 from flextron.errors import FlextronError
+from flextron.parallel.processes import is_loss, leave, may_speak, num_launched
 
 __all__ = ["app", "main"]
 
@@ -46,23 +47,29 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _fail(reason: str) -> typer.Exit:
-    message(Text.assemble(("error:", "red"), " ", " ".join(reason.split())))
+    if may_speak():
+        message(Text.assemble(("error:", "red"), " ", " ".join(reason.split())))
     return typer.Exit(2)
 
 
 def _guarded(verb: Callable[..., object]) -> Callable[..., None]:
-    """The verb, with its errors told in one sentence."""
+    """The verb, with its errors told in one sentence, once."""
 
     @functools.wraps(verb)
     def run(*args: object, **kwargs: object) -> None:
         try:
+            _check_launch(verb)
             verb(*args, **kwargs)
+            leave()
         except KeyboardInterrupt as error:
-            message(str(error) or "interrupted")
+            if may_speak():
+                message(str(error) or "interrupted")
             raise typer.Exit(130) from None
         except (FlextronError, OSError) as error:
             raise _fail(str(error)) from error
         except (MemoryError, RuntimeError) as error:
+            if num_launched() > 1 and is_loss(error):
+                raise _fail("another process was lost; the same command goes on from the last state") from error
             if not _is_out_of_memory(error):
                 raise
             raise _fail("out of memory; use a smaller model, context or batch, or a machine with more") from error
@@ -86,6 +93,19 @@ _VERBS: dict[str, Callable[..., object]] = {
     "serve": serve.serve,
     "finetune": finetune.finetune,
 }
+_TOGETHER = (train.train, elastify.elastify, route.route)
+"""Verbs in which several processes work together."""
+
+
+def _check_launch(verb: Callable[..., object]) -> None:
+    """Refuse to do the same thing several times at once."""
+    if num_launched() > 1 and verb not in _TOGETHER:
+        raise FlextronError(
+            f"a launcher started {num_launched()} processes, but {verb.__name__} works in one; run it without torchrun "
+            "or accelerate launch"
+        )
+
+
 for _name, _verb in _VERBS.items():
     app.command(_name)(_guarded(_verb))
 

@@ -35,9 +35,12 @@ def norm_parameters(decoder: Decoder) -> dict[str, nn.Parameter]:
 
 
 def sharing(decoder: Decoder) -> Decoder:
-    """A decoder with norms of its own, in float32, and the very same parameters otherwise."""
-    own = {id(p) for p in norm_parameters(decoder).values()}
-    shared = {id(p): p for p in decoder.parameters() if id(p) not in own}
+    """A decoder with norms of its own, in float32, and the very same linears and tables otherwise.
+
+    They are shared as modules: what takes the place of a parameter in the one does so in the other.
+    """
+    kinds = (nn.Linear, nn.Embedding, Contraction)
+    shared = {id(module): module for module in decoder.modules() if isinstance(module, kinds)}
     out = copy.deepcopy(decoder, shared)
     for parameter in norm_parameters(out).values():
         parameter.data = parameter.data.float()

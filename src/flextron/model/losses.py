@@ -154,6 +154,7 @@ def vocabulary_losses(
     temperature: float = 1.0,
     cap: float | None = None,
     chunk: Callable[..., ChunkLosses] = chunk_losses,
+    totals: tuple[int, int] | None = None,
 ) -> VocabularyLosses:
     """Distance to a teacher and next-token loss, from one product with the head.
 
@@ -166,10 +167,13 @@ def vocabulary_losses(
         temperature: see `chunk_losses`.
         cap: see `capped`.
         chunk: `chunk_losses`, or what does the same.
+        totals: tokens and targets over which the means are taken, where these are but a part of them; there may then
+            be none at all.
     """
     theirs = None if teacher is None else matched(*(t.detach() for t in teacher))
-    num_targets = h_ND.new_ones(()) if targets_N is None else (targets_N >= 0).sum().clamp(min=1)
-    scales = (weights[0] / len(h_ND), weights[1] / num_targets)
+    num_targets: float | Tensor = 1 if targets_N is None else (targets_N >= 0).sum().clamp(min=1)
+    num_tokens, num_targets = (len(h_ND), num_targets) if totals is None else totals
+    scales = (weights[0] / num_tokens, weights[1] / num_targets)
 
     def chunk_loss(rows: slice, logits_NV: Tensor) -> ChunkLosses:
         teacher_NV = None if theirs is None else theirs[0][rows] @ theirs[1].t()
@@ -177,7 +181,7 @@ def vocabulary_losses(
         return chunk(logits_NV, teacher_NV, targets, scales=scales, temperature=temperature, cap=cap)
 
     anchor, kl, lm = _Vocabulary.apply(*matched(h_ND, w_VD), chunk_loss)  # type: ignore[no-untyped-call]
-    kl, lm = (kl / len(h_ND)).float(), (lm / num_targets).float()
+    kl, lm = (kl / num_tokens).float(), (lm / num_targets).float()
     return VocabularyLosses(total=anchor + weights[0] * kl + weights[1] * lm, kl=kl, lm=lm)
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from flextron.routing.latency import LatencyTable
 from flextron.routing.routers import Choices, StaticRouter, latency_ms, straight_through
+from flextron.training.dealing import RoutedDraw
 from flextron.training.router_recipe import RouterRecipe
-from flextron.training.trainer import RoutedDraw
 
 __all__ = ["JointRouting", "latency_loss"]
 

@@ -4,6 +4,7 @@ The router proposes sub-networks, the frozen model measures their loss on fixed 
 the surrogate learns to predict it. Whenever it predicted the newest measurements well, the router steps downhill on
 the surrogate's output and the table's latency, which costs no pass through the model. Proposals are drawn with Gumbel
 noise; the steps are taken on the probabilities themselves, whose sharpness rises. Then the surrogate is dropped.
+Several processes measure as many sub-networks at once, with the model in shards.
 
 The second stage is `training/router_joint.py`.
 """
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flextron.model.decoder import Decoder
+from flextron.parallel.processes import Processes
 from flextron.progress import OnStep
 from flextron.routing.allocate import Allocator
 from flextron.routing.latency import LatencyTable
@@ -157,17 +159,34 @@ def train_static_router(
         run_directory: where measured losses are kept; without one, a killed run is lost.
         on_round: called after every round with rounds done, rounds in all, and figures.
     """
-    recipe = recipe or RouterRecipe()
-    generator = torch.Generator().manual_seed(recipe.seed)
-    sensitivity = measure_sensitivity(decoder, calibration_BT[:_SENSITIVITY_SEQUENCES], space, seed=recipe.seed)
+    recipe, processes = recipe or RouterRecipe(), Processes.join()
+    sensitivity = processes.shared(
+        lambda: measure_sensitivity(decoder, calibration_BT[:_SENSITIVITY_SEQUENCES], space, seed=recipe.seed),
+        Sensitivity.to_dict,
+        Sensitivity.from_dict,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         router, surrogate = StaticRouter(space), Surrogate(space, sensitivity)
+    generator = torch.Generator().manual_seed(recipe.seed)
     lowest = max(recipe.min_target, table.predict(space.smallest))
     stage = _Stage(router, surrogate, table, recipe, generator, random.Random(recipe.seed), lowest)
     if recipe.warm_steps:
         stage.warm_start(sensitivity)
-    meter = LossMeter(decoder, calibration_BT, None if run_directory is None else run_directory / "losses.json")
+    path = None if run_directory is None else run_directory / "losses.json"
+    meter = LossMeter(decoder, calibration_BT, path, processes)
+    if not processes.are_several:
+        return _train(stage, meter, processes, on_round)
+    from flextron.parallel.sharding import in_shards  # a second of imports, which one process need not wait for
+
+    with in_shards(decoder, processes) as shards:
+        meter.decoder = shards
+        return _train(stage, meter, processes, on_round)
+
+
+def _train(stage: _Stage, meter: LossMeter, processes: Processes, on_round: OnStep | None) -> RouterResult:
+    """The rounds, and what they led to."""
+    recipe, router, surrogate, space = stage.recipe, stage.router, stage.surrogate, stage.router.space
     full = float(meter([space.full])[0])
     rounds = -(-recipe.num_measured // recipe.per_round)
     seen: list[SubnetSpec] = []
@@ -176,7 +195,7 @@ def train_static_router(
     router_rounds = 0
     for r in range(rounds):
         progress = r / max(1, rounds - 1)
-        new = stage.propose(progress)
+        new = _agreed(stage.propose(progress), processes)
         measured = meter(new) - full
         with torch.no_grad():
             error = (surrogate(router.one_hot(new)) - Surrogate.target(measured)).abs().mean()
@@ -187,7 +206,7 @@ def train_static_router(
             figures |= stage.route(progress)
             router_rounds += 1
         history.append(figures)
-        if on_round is not None:
+        if on_round is not None and processes.is_first:
             on_round(r + 1, rounds, figures)
     rng = random.Random(f"held out/{recipe.seed}")
     held_out = [space.heterogeneous(j / (_HELD_OUT - 1), rng) for j in range(_HELD_OUT)]
@@ -201,6 +220,15 @@ def train_static_router(
         num_measured=len(set(seen)),
         router_rounds=router_rounds,
         history=history,
+    )
+
+
+def _agreed(specs: list[SubnetSpec], processes: Processes) -> list[SubnetSpec]:
+    """What the first process proposes: routers that train apart could part by rounding."""
+    return processes.shared(
+        lambda: specs,
+        lambda proposed: [s.to_dict() for s in proposed],
+        lambda data: [SubnetSpec.from_dict(s) for s in data],
     )
 
 

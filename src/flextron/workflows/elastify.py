@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 import yaml
-from accelerate import PartialState
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flextron.api import ElasticModel, Texts, convert, load
 from flextron.errors import FlextronError
 from flextron.files import read_text
+from flextron.parallel.processes import Processes
 from flextron.routing import SearchSettings
 from flextron.spec import SubnetSpec
 from flextron.training.recipe import TrainRecipe
@@ -146,27 +146,41 @@ def validate(kind: type[M], data: Any, name: str) -> M:
 
 
 def elastify(recipe: ElastifyRecipe, progress: Progress) -> ElasticModel:
-    """Run the stages that are not done yet.
+    """Run the stages that are not done yet; of several processes, all train, and the first alone does the rest.
 
     Raises:
         FlextronError: as for the stages, or the output directory holds the result of another recipe.
     """
-    output = Path(recipe.output)
-    if output.exists():
-        model = load(output)
-        _check_same(model, recipe)
-    else:
-        with progress("converting"):
-            model = convert(recipe.source, **recipe.convert.model_dump())
-        marked = {**model.info.provenance, "elastify": _identity(recipe)}
-        model.info = replace(model.info, provenance=marked)
-        model.save(output)
+    output, processes = Path(recipe.output), Processes.join()
+    processes.from_first(lambda: _converted(recipe, progress))
+    model = load(output)
     if recipe.train is not None and not model.info.recipe:
         train_in_place(model, output, recipe.text, recipe.train, progress)
-    if model.frontier is None:
-        run_profile(model, recipe.profile, progress)
-        model.save_profile(output)
+
+    def profile() -> None:
+        if model.frontier is None:
+            run_profile(model, recipe.profile, progress)
+            model.save_profile(output)
+
+    processes.from_first(profile)
     return model
+
+
+def _converted(recipe: ElastifyRecipe, progress: Progress) -> None:
+    """See that the output directory holds the converted checkpoint, or a later stage of it.
+
+    Raises:
+        FlextronError: it holds the result of another recipe.
+    """
+    output = Path(recipe.output)
+    if output.exists():
+        _check_same(load(output), recipe)
+        return
+    with progress("converting"):
+        model = convert(recipe.source, **recipe.convert.model_dump())
+    marked = {**model.info.provenance, "elastify": _identity(recipe)}
+    model.info = replace(model.info, provenance=marked)
+    model.save(output)
 
 
 def train_in_place(
@@ -185,7 +199,7 @@ def train_in_place(
 
     Args:
         model: to train.
-        directory: directory of the model, or of the new elastic adapter.
+        directory: directory of the model, or of the new elastic adapter; all processes see the same.
         text: as for `ElasticModel.train`.
         recipe: settings.
         progress: opens the display.
@@ -206,9 +220,12 @@ def train_in_place(
             run_directory=run_directory,
             on_step=step,
         )
-    if PartialState().is_main_process:
+
+    def write() -> None:
         (model.save_adapter if as_adapter else model.save)(directory, overwrite=True)
         shutil.rmtree(run_directory)
+
+    Processes.join().from_first(write)
     return result
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from flextron.api import ElasticModel, Texts
 from flextron.errors import FlextronError
 from flextron.files import write_json
+from flextron.parallel.processes import Processes
 from flextron.training.router_recipe import RouterRecipe
 from flextron.workflows.elastify import Progress, check_own
 from flextron.workflows.figure import can_draw, draw_kinds
@@ -54,11 +55,16 @@ def run_route(
             on_round=training,
             on_compare=comparing,
         )
-    model.save_routers(directory)
-    model.save_profile(directory)
-    shutil.rmtree(run_directory, ignore_errors=True)
+
+    def write() -> None:
+        model.save_routers(directory)
+        model.save_profile(directory)
+        shutil.rmtree(run_directory, ignore_errors=True)
+
+    processes = Processes.join()
+    processes.from_first(write)
     rows = comparison_rows(model)
-    if picture is not None:
+    if picture is not None and processes.is_first:
         picture.mkdir(parents=True, exist_ok=True)
         facts = {"spearman": result.spearman, "surrogate_error": result.error, "num_measured": result.num_measured}
         frontier = _routed(model)
