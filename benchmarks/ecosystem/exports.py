@@ -25,8 +25,8 @@ from tests.export.sources import random_source
 
 __all__ = ["families_in_llamacpp", "heterogeneous_gguf", "round_trips"]
 
-_TIE = 2e-3
-"""Between two logits: llama.cpp looks GELU and SiLU up in a table of 16-bit numbers."""
+_TIE = 5e-3
+"""Between two logits of about 2: llama.cpp looks GELU and SiLU up in tables of 16-bit numbers, in each of three layers."""
 GGUF, HF = FORMATS["gguf"], FORMATS["hf"]
 _TEXTS = (
     "The river ran past the mill, and",
