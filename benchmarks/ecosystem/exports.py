@@ -26,7 +26,7 @@ from tests.export.sources import random_source
 __all__ = ["families_in_llamacpp", "heterogeneous_gguf", "round_trips"]
 
 _TIE = 5e-3
-"""Between two logits of about 2: llama.cpp looks GELU and SiLU up in tables of 16-bit numbers, in each of three layers."""
+"""Between logits of about 2: llama.cpp looks GELU and SiLU up in tables of 16-bit numbers, once in each of 3 layers."""
 GGUF, HF = FORMATS["gguf"], FORMATS["hf"]
 _TEXTS = (
     "The river ran past the mill, and",

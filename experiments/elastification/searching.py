@@ -28,7 +28,6 @@ _SETTINGS = {
     "2 rounds": SearchSettings(targets=_TARGETS, rounds=2, refinements=0),
     "6 rounds": SearchSettings(targets=_TARGETS, rounds=6, refinements=0),
     "2 rounds, 1 refinement": SearchSettings(targets=_TARGETS, rounds=2, refinements=1),
-    "2 rounds, 3 refinements": SearchSettings(targets=_TARGETS, rounds=2, refinements=3),
 }
 
 
