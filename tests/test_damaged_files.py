@@ -176,7 +176,7 @@ def attack_adapters(watch: Watch, rng: random.Random, num_inputs: int, directory
         is_json = path.suffix == ".json" and rng.random() < 0.8
         broken = written(damaged(rng, json.loads(content))) if is_json else damaged_bytes(rng, content)
         path.write_bytes(broken)
-        watch.read(path.name, partial(read_adapter, config=decoder.config), directory, broken[:400])
+        watch.read(path.name, partial(read_adapter, decoder=decoder), directory, broken[:400])
         path.write_bytes(content)
 
 
@@ -255,8 +255,8 @@ def test_damaged_gguf_files(tmp_path: Path, watch: Watch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("seed", range(1, 5))
-def test_a_hundred_thousand_damaged_inputs(seed: int, tmp_path: Path, elastic: Path, watch: Watch) -> None:
+@pytest.mark.parametrize("seed", [1, 2])
+def test_fifty_thousand_damaged_inputs(seed: int, tmp_path: Path, elastic: Path, watch: Watch) -> None:
     rng = random.Random(seed)
     attack_documents(watch, rng, 18_500)
     attack_files(watch, rng, 4500, tmp_path)

@@ -327,4 +327,4 @@ def test_a_restart_goes_on(model: ElasticModel, tmp_path: Path) -> None:
 
 
 def test_the_document_holds(served: Tuning) -> None:
-    assert check_operations(served.server, 10) == 27
+    assert check_operations(served.server, 10) == 28
