@@ -103,7 +103,10 @@ def test_eight_bits() -> None:
     rounded = rounded_decoder(decoder, "int8")
     with whole_number_products(decoder, rounded, "int8"):
         wanted = reference(rounded, list(range(20)), decoder.config.full_spec, "mean", None)
-    torch.testing.assert_close(vector(request), wanted, rtol=1e-3, atol=1e-3)
+    # where a number lies between two steps, the last bit of a float32 sum decides: a step is 1/127 of the largest
+    assert float((vector(request) - wanted).norm() / wanted.norm()) < 0.03
+    others = reference(rounded, list(range(20)), decoder.config.full_spec, "last", None)
+    assert float((vector(request) - others).norm() / wanted.norm()) > 0.3
 
 
 @pytest.mark.skipif(True not in PATHS, reason="no compiler")
