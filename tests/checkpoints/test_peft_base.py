@@ -13,6 +13,7 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from flextron.checkpoints.fingerprint import weights_digest
 from flextron.checkpoints.huggingface import open_pretrained
@@ -310,3 +311,28 @@ def test_digests_are_of_the_matrices(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "d" / "model.safetensors", {"format": "pt"})
     assert digest(tmp_path / "d") != digest(tmp_path / "a")
     assert hf_config_of(model)["model_type"] == "gpt2"
+
+
+def test_a_config_is_enough_where_no_weight_is_compared(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=67,
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    base = AutoModelForCausalLM.from_config(config)
+    base.save_pretrained(tmp_path / "hf")
+    decoder = load_decoder(open_pretrained(tmp_path / "hf"))
+    for name, options in (("lora", {}), ("dora", {"use_dora": True})):
+        model = get_peft_model(
+            AutoModelForCausalLM.from_pretrained(tmp_path / "hf"),
+            LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM", **options),
+        )
+        model.save_pretrained(tmp_path / name)
+    wanted, found = read_adapter(tmp_path / "lora", decoder), read_adapter(tmp_path / "lora", decoder.config)
+    assert [*found.state_dict()] == [*wanted.state_dict()]
+    assert all(torch.equal(found.state_dict()[key], value) for key, value in wanted.state_dict().items())
+    with pytest.raises(FlextronError, match="give read_adapter the decoder"):
+        read_adapter(tmp_path / "dora", decoder.config)

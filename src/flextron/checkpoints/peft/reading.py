@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -18,6 +18,7 @@ from flextron.errors import FlextronError
 from flextron.files import read_json
 from flextron.model.adapter import Adapter, linear_shapes
 from flextron.model.bypass import Bypass, Dora
+from flextron.model.config import DecoderConfig
 from flextron.model.decoder import Decoder
 from flextron.model.nested import Contraction
 
@@ -34,17 +35,33 @@ _HARMLESS = {
 """Settings that are read here, or that do not change what a trained adapter computes. Others must be unset."""
 
 
-def read_adapter(directory: Path, decoder: Decoder) -> Adapter:
+class _ConfigAlone:
+    """Stands for a decoder of which no weights are known."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        self.config, self.widths = config, config.full_spec
+
+    def __getattr__(self, name: str) -> Any:
+        raise FlextronError(
+            "the adapter cannot be read without its base's weights (DoRA and updates of embedding or head compare with "
+            "them); give read_adapter the decoder, not its config"
+        )
+
+
+def read_adapter(directory: Path, decoder: Decoder | DecoderConfig) -> Adapter:
     """Read an adapter that peft or `write_adapter` wrote.
 
     Args:
         directory: holds `adapter_config.json` and `adapter_model.safetensors`.
-        decoder: what the adapter is for; an extracted one holds less than the full model.
+        decoder: what the adapter is for; an extracted one holds less than the full model. The config of a full one is
+            enough for adapters that do not compare with its weights.
 
     Raises:
         FlextronError: files are missing or damaged, do not fit the model, or ask for what has no implementation; or it
             cannot be known whether the adapter was made beside an elastic checkpoint or its original.
     """
+    if isinstance(decoder, DecoderConfig):
+        decoder = cast("Decoder", _ConfigAlone(decoder))
     config, widths = decoder.config, decoder.widths
     data = check_adapter_config(read_json(directory / CONFIG), str(directory / CONFIG))
     settings = _check_settings(data, directory)
