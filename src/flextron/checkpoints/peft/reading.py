@@ -43,8 +43,8 @@ class _ConfigAlone:
 
     def __getattr__(self, name: str) -> Any:
         raise FlextronError(
-            "the adapter cannot be read without its base's weights (DoRA and updates of embedding or head compare with "
-            "them); give read_adapter the decoder, not its config"
+            "an adapter with DoRA, or beside embedding or head, cannot be read without its base's weights; give "
+            "read_adapter the decoder, not its config"
         )
 
 
@@ -54,7 +54,7 @@ def read_adapter(directory: Path, decoder: Decoder | DecoderConfig) -> Adapter:
     Args:
         directory: holds `adapter_config.json` and `adapter_model.safetensors`.
         decoder: what the adapter is for; an extracted one holds less than the full model. The config of a full one is
-            enough for adapters that do not compare with its weights.
+            enough for adapters beside its linears, without DoRA.
 
     Raises:
         FlextronError: files are missing or damaged, do not fit the model, or ask for what has no implementation; or it
@@ -67,6 +67,9 @@ def read_adapter(directory: Path, decoder: Decoder | DecoderConfig) -> Adapter:
     settings = _check_settings(data, directory)
     tensors, metadata = _read_tensors(directory / WEIGHTS)
     outer = read_outer(tensors, settings, directory, decoder)
+    if outer is not None:
+        # what stands beside a matrix is of no use without it
+        _ = decoder.head_weight
     found: dict[tuple[int, str], Bypass] = {}
     for module in modules_of(config, widths):
         shapes = linear_shapes(config, widths.layers[module.layer])
