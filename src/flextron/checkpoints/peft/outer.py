@@ -14,16 +14,35 @@ from flextron.checkpoints.peft.parts import MAGNITUDES, check_targeted, scale_of
 from flextron.errors import FlextronError
 from flextron.families.config import FAMILIES
 from flextron.model.bypass import Bypass, Dora, Lora, Shape
+from flextron.model.config import DecoderConfig
 from flextron.model.decoder import Decoder
 from flextron.model.outer import EmbeddingUpdate, Outer
 
-__all__ = ["MERGE", "read_outer"]
+__all__ = ["MERGE", "needed_weights", "read_outer"]
 
 MERGE = "merge it into a copy of its base model with peft's merge_and_unload, and convert that"
 
 
+def needed_weights(decoder: Decoder | None) -> Decoder:
+    """The decoder, whose weights are wanted.
+
+    Raises:
+        FlextronError: only its config is known.
+    """
+    if decoder is None:
+        raise FlextronError(
+            "an adapter with DoRA, or beside embedding or head, cannot be read without its base's weights; give "
+            "read_adapter the decoder, not its config"
+        )
+    return decoder
+
+
 def read_outer(
-    tensors: dict[str, Tensor], settings: Mapping[str, Any], directory: Path, decoder: Decoder
+    tensors: dict[str, Tensor],
+    settings: Mapping[str, Any],
+    directory: Path,
+    config: DecoderConfig,
+    decoder: Decoder | None,
 ) -> Outer | None:
     """Take the tensors beside the embedding and the head; None if there are none.
 
@@ -31,7 +50,7 @@ def read_outer(
         FlextronError: they are another model's, incomplete, or beside an embedding that the adapter keeps a copy of and
             that is not this model's.
     """
-    reader = _Reader(tensors, settings, directory, decoder)
+    reader = _Reader(tensors, settings, directory, config, decoder)
     outer = Outer(
         embedding_VD=reader.own("embedding"),
         update=reader.update(),
@@ -42,24 +61,33 @@ def read_outer(
     for part, matrix in (("embedding", outer.embedding), ("head", outer.head)):
         if matrix is None and any(name.endswith(s) for name in reader.names(part) for s in saved):
             raise FlextronError(f"the adapter in {directory} lacks the {part} that its config names; save it again")
-    if outer.embedding is not None and outer.head is None and decoder.config.tie_word_embeddings and not saved:
+    if outer.embedding is not None and outer.head is None and config.tie_word_embeddings and not saved:
         # peft loads it into the model itself, whose head is the same tensor
         outer.head = outer.embedding
-    return outer if any(True for _ in outer.parameters()) else None
+    if not any(True for _ in outer.parameters()):
+        return None
+    needed_weights(decoder)  # what stands beside a matrix is of no use without it
+    return outer
 
 
 class _Reader:
     """The tensors of one file."""
 
     def __init__(
-        self, tensors: dict[str, Tensor], settings: Mapping[str, Any], directory: Path, decoder: Decoder
+        self,
+        tensors: dict[str, Tensor],
+        settings: Mapping[str, Any],
+        directory: Path,
+        config: DecoderConfig,
+        decoder: Decoder | None,
     ) -> None:
-        self._tensors, self._settings, self._directory, self._decoder = tensors, settings, directory, decoder
-        self._shape = Shape(decoder.config.vocab_size, decoder.config.hidden_size)
+        self._tensors, self._settings, self._directory = tensors, settings, directory
+        self._config, self._decoder = config, decoder
+        self._shape = Shape(config.vocab_size, config.hidden_size)
 
     def names(self, part: str) -> list[str]:
         """Names of a module, in files of any version."""
-        maps = FAMILIES[self._decoder.config.family].tensors
+        maps = FAMILIES[self._config.family].tensors
         own = [m.hf.removesuffix(".weight") for m in maps if m.ours == (f"{part}.weight",)]
         return own + (["lm_head"] if part == "head" and "lm_head" not in own else [])
 
@@ -77,7 +105,8 @@ class _Reader:
         found = take(self._tensors, [f"{PREFIX}{name}.base_layer.weight"])
         if found is None:
             return
-        here = self._decoder.embedding.weight if part == "embedding" else self._decoder.head_weight
+        base = needed_weights(self._decoder)
+        here = base.embedding.weight if part == "embedding" else base.head_weight
         if found[0].shape != here.shape or not torch.equal(found[0], here.detach().cpu().to(found[0].dtype)):
             raise FlextronError(
                 f"the adapter in {self._directory} keeps a copy of {name} that differs from this model's: it was made "
@@ -95,7 +124,7 @@ class _Reader:
             factors = None
             if lengths is not None:
                 self._check(name, lengths.shape == (self._shape.outputs,))
-                changed = self._decoder.embedding.weight.detach().cpu().to(a) + scale * a.t() @ b.t()
+                changed = needed_weights(self._decoder).embedding.weight.detach().cpu().to(a) + scale * a.t() @ b.t()
                 factors = lengths / torch.linalg.vector_norm(changed, dim=0)
             return EmbeddingUpdate(a.t().contiguous(), b, scale, factors)
         return None
@@ -115,7 +144,7 @@ class _Reader:
                 return lora
             self._check(name, lengths.shape == (shape.outputs,))
             dora = Dora(lora, lengths)
-            dora.settle(self._decoder.head_weight.detach().cpu(), None)
+            dora.settle(needed_weights(self._decoder).head_weight.detach().cpu(), None)
             return dora
         return None
 

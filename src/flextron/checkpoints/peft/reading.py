@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from flextron.checkpoints.peft.base import MARK, check_initialisation, order_for, reordered
 from flextron.checkpoints.peft.config import check_adapter_config
 from flextron.checkpoints.peft.layout import CONFIG, PREFIX, WEIGHTS, modules_of
-from flextron.checkpoints.peft.outer import MERGE, read_outer
+from flextron.checkpoints.peft.outer import MERGE, needed_weights, read_outer
 from flextron.checkpoints.peft.parts import MAGNITUDES, bypasses_of, check_targeted, take
 from flextron.errors import FlextronError
 from flextron.files import read_json
@@ -35,19 +35,6 @@ _HARMLESS = {
 """Settings that are read here, or that do not change what a trained adapter computes. Others must be unset."""
 
 
-class _ConfigAlone:
-    """Stands for a decoder of which no weights are known."""
-
-    def __init__(self, config: DecoderConfig) -> None:
-        self.config, self.widths = config, config.full_spec
-
-    def __getattr__(self, name: str) -> Any:
-        raise FlextronError(
-            "an adapter with DoRA, or beside embedding or head, cannot be read without its base's weights; give "
-            "read_adapter the decoder, not its config"
-        )
-
-
 def read_adapter(directory: Path, decoder: Decoder | DecoderConfig) -> Adapter:
     """Read an adapter that peft or `write_adapter` wrote.
 
@@ -60,16 +47,14 @@ def read_adapter(directory: Path, decoder: Decoder | DecoderConfig) -> Adapter:
         FlextronError: files are missing or damaged, do not fit the model, or ask for what has no implementation; or it
             cannot be known whether the adapter was made beside an elastic checkpoint or its original.
     """
-    if isinstance(decoder, DecoderConfig):
-        decoder = cast("Decoder", _ConfigAlone(decoder))
-    config, widths = decoder.config, decoder.widths
+    base = decoder if isinstance(decoder, Decoder) else None
+    config, widths = (
+        (decoder, decoder.full_spec) if isinstance(decoder, DecoderConfig) else (decoder.config, decoder.widths)
+    )
     data = check_adapter_config(read_json(directory / CONFIG), str(directory / CONFIG))
     settings = _check_settings(data, directory)
     tensors, metadata = _read_tensors(directory / WEIGHTS)
-    outer = read_outer(tensors, settings, directory, decoder)
-    if outer is not None:
-        # what stands beside a matrix is of no use without it
-        _ = decoder.head_weight
+    outer = read_outer(tensors, settings, directory, config, base)
     found: dict[tuple[int, str], Bypass] = {}
     for module in modules_of(config, widths):
         shapes = linear_shapes(config, widths.layers[module.layer])
@@ -91,16 +76,16 @@ def read_adapter(directory: Path, decoder: Decoder | DecoderConfig) -> Adapter:
         order = order_for(directory, config, settings.get("base_model_name_or_path"), metadata.get(MARK))
         if order is not None:
             reordered(found, order, config)
-    _settle(found, decoder)
+    _settle(found, base)
     return Adapter(config, widths, lambda i, target, _: found.get((i, target)), outer)
 
 
-def _settle(found: Mapping[tuple[int, str], Bypass], decoder: Decoder) -> None:
+def _settle(found: Mapping[tuple[int, str], Bypass], base: Decoder | None) -> None:
     """Compare DoRA's lengths with those of the decoder's own rows."""
     for (layer, target), bypass in found.items():
         if isinstance(bypass, Dora):
             half = "attention" if target in "qkvo" else "mlp"
-            linear: Any = decoder.get_submodule(f"layers.{layer}.{half}.{target}")
+            linear: Any = needed_weights(base).get_submodule(f"layers.{layer}.{half}.{target}")
             weight = linear.weight.t() if isinstance(linear, Contraction) else linear.weight
             bypass.settle(weight.detach().cpu(), None if linear.bias is None else linear.bias.detach().cpu())
 
