@@ -6,13 +6,13 @@ Prompts are made here and not on the way, so that making them cannot delay a req
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from flextron.bench.arrivals import arrival_times
 from flextron.bench.dataset import Draft, read_dataset
 from flextron.bench.lengths import Lengths, Limits, Sizes
-from flextron.bench.prompts import PromptMaker
 from flextron.bench.traces import read_trace, slice_trace
 from flextron.errors import FlextronError
 
@@ -147,8 +147,12 @@ def _arrivals(load: Load) -> tuple[list[float] | None, list[Draft], str]:
     return times, drafts, f"gamma gaps of shape {arrivals.burstiness:g}, {arrivals.rate:g}/s"
 
 
-def make_plan(load: Load, make_prompt: PromptMaker) -> Plan:
+def make_plan(load: Load, make_prompt: Callable[[int, int], str]) -> Plan:
     """Lay down all requests; equal loads and makers give equal plans.
+
+    Args:
+        load: what is asked, and when.
+        make_prompt: makes the text of a request from its index and its number of tokens.
 
     Raises:
         FlextronError: a value is out of range, a file is broken, or options contradict each other.

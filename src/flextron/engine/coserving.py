@@ -18,14 +18,16 @@ import math
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
-from flextron.engine.engine import EngineCore, StepOutput
-from flextron.engine.request import Request
+from flextron.engine.counts import CountedRequest
+from flextron.engine.request import FinishReason
+from flextron.engine.scheduler import Scheduler
+from flextron.engine.settings import EngineSettings
 from flextron.engine.timing import TimeLine
 from flextron.errors import FlextronError
 
-__all__ = ["CoServing", "CoServingScheduler", "Work"]
+__all__ = ["CoServing", "CoServingScheduler", "Iterating", "Output", "Work"]
 
 _MOST_TOKENS = 512
 _PROBE_TOKENS = 32
@@ -58,6 +60,44 @@ class Work(Protocol):
         """Run the next unit with at most so many tokens."""
 
 
+class Output(Protocol):
+    """What an iteration did for a request."""
+
+    @property
+    def request(self) -> CountedRequest:
+        """The request."""
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why it ended; None if it goes on."""
+
+
+Out = TypeVar("Out", bound=Output)
+
+
+class Iterating(Protocol[Out]):
+    """An engine, as far as this policy sees it."""
+
+    @property
+    def settings(self) -> EngineSettings:
+        """Its sizes."""
+
+    @property
+    def scheduler(self) -> Scheduler[Any]:
+        """Its requests."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the last iteration computed."""
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether any request waits or runs."""
+
+    def step(self) -> list[Out]:
+        """One iteration."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CoServing:
     """What training must respect."""
@@ -77,11 +117,15 @@ class CoServing:
                 raise FlextronError(f"{name} must be a number above 0")
 
 
-class CoServingScheduler:
+class CoServingScheduler(Generic[Out]):
     """Decides what training may run, between iterations of an engine."""
 
     def __init__(
-        self, core: EngineCore, work: Work, settings: CoServing | None = None, now: Callable[[], float] = time.monotonic
+        self,
+        core: Iterating[Out],
+        work: Work,
+        settings: CoServing | None = None,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         """Take both sides.
 
@@ -102,10 +146,10 @@ class CoServingScheduler:
         """Seconds of the shortest iteration that decoded."""
         self._longest = 0.0
         """Seconds of the longest iteration lately: the next one may have somebody's prompt in it, too."""
-        self._tokens: dict[Request, tuple[float, float, int]] = {}
+        self._tokens: dict[CountedRequest, tuple[float, float, int]] = {}
         """When a running request got its first and last token, and how many it has."""
 
-    def step(self) -> list[StepOutput]:
+    def step(self) -> list[Out]:
         """An iteration of the engine, from whose time and outputs deadlines follow."""
         began = self._now()
         outputs = self.core.step()
@@ -123,7 +167,7 @@ class CoServingScheduler:
                 self._finished(output.request)
         return outputs
 
-    def forget(self, request: Request) -> None:
+    def forget(self, request: CountedRequest) -> None:
         """A request was aborted."""
         self._tokens.pop(request, None)
 
@@ -201,7 +245,7 @@ class CoServingScheduler:
         # even the smallest unit may take longer than the longest: then it waits for a pause
         return least if seconds == longest and least * a_token + fixed > longest else 0
 
-    def _finished(self, request: Request) -> None:
+    def _finished(self, request: CountedRequest) -> None:
         first, last, count = self._tokens.pop(request)
         is_late = first - request.arrived > (self.settings.ttft_ms or math.inf) / 1e3
         is_slow = count > 1 and (last - first) / (count - 1) > self.objective

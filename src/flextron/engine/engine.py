@@ -79,7 +79,7 @@ class EngineCore:
             screens_head=settings.screens_head,
             adapts_threads=settings.adapts_threads,
         )
-        self.scheduler = Scheduler(
+        self.scheduler: Scheduler[Request] = Scheduler(
             self.pool,
             page_size=settings.page_size,
             max_num_seqs=settings.max_num_seqs,

@@ -81,6 +81,11 @@ class Request:
     arrived: float = field(default_factory=time.monotonic)
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens of prompt and answer."""
+        return len(self.tokens)
+
+    @property
     def num_new(self) -> int:
         """Tokens still to compute; 1 while it decodes."""
         return len(self.tokens) - self.num_computed_tokens

@@ -97,7 +97,7 @@ class Speculator:
     _AGAIN = 50
     """Every so many rounds another candidate is tried again."""
 
-    def __init__(self, settings: Speculation, runner: Runner, scheduler: Scheduler) -> None:
+    def __init__(self, settings: Speculation, runner: Runner, scheduler: Scheduler[Request]) -> None:
         """Take what computes and what gives memory."""
         self.settings = settings
         self.num_drafted = 0

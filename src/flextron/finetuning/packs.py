@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 
+import torch
+
 from flextron.finetuning.example import Example
 from flextron.finetuning.layerwise import Finetuning
 from flextron.model.adapter import Adapter
 from flextron.model.decoder import Decoder
 from flextron.spec import SubnetSpec
 
-__all__ = ["Pass"]
+__all__ = ["Pass", "batch_of", "packs"]
 
 
 class Pass:
@@ -50,7 +52,7 @@ class Pass:
         total = float(sum(sum(e.mask) for e in examples))
 
         def made() -> Iterator[Finetuning]:
-            for pack in _packs(examples, pack_tokens):
+            for pack in packs(examples, pack_tokens):
                 keep = kept(sum(len(e.tokens) for e in pack)) if backward else ()
                 yield Finetuning(decoder, adapter, pack, spec=spec, total_weight=total, keep=keep, backward=backward)
 
@@ -88,8 +90,23 @@ class Pass:
             self._work = next(self._packs, None)
 
 
-def _packs(examples: Sequence[Example], num_tokens: int) -> Iterator[list[Example]]:
-    """Examples side by side up to so many tokens, in their order; a longer one is alone."""
+def batch_of(examples: Sequence[Example], batch_size: int, step: int, seed: int) -> list[Example]:
+    """Examples of a step: each epoch has all, in an order of its own.
+
+    Args:
+        examples: those of the job.
+        batch_size: examples of a step; an epoch's last one may have fewer.
+        step: steps before it.
+        seed: the job's.
+    """
+    epoch, index = divmod(step, -(-len(examples) // batch_size))
+    generator = torch.Generator().manual_seed(seed + epoch)
+    order = torch.randperm(len(examples), generator=generator).tolist()
+    return [examples[i] for i in order[index * batch_size : (index + 1) * batch_size]]
+
+
+def packs(examples: Sequence[Example], num_tokens: int) -> Iterator[list[Example]]:
+    """Deal examples into packs: side by side up to so many tokens, in their order; a longer one is alone."""
     pack: list[Example] = []
     size = 0
     for example in examples:

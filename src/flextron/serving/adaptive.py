@@ -74,6 +74,11 @@ class Cap:
         """The widest target, as a fraction of the full model's latency; 1 leaves every request as it is."""
         return self._rungs[self._at]
 
+    @property
+    def is_at_rest(self) -> bool:
+        """Whether it stays as it is while there is no load."""
+        return not (self._at or self._rest or self._calm)
+
     def update(self, load: float) -> None:
         """Go a rung down or up, or stay, after an interval with this load."""
         self._rest = max(0, self._rest - 1)
@@ -109,6 +114,15 @@ class Adaptive:
         """Record a token: the time since the one before it, or for the first one since the request's arrival."""
         (self._first if is_first else self._next).add(seconds)
 
+    def further_tokens(self, seconds: float, count: int) -> None:
+        """Record so many further tokens at once, whose times come to `seconds` in all."""
+        self._next.add(seconds, count)
+
+    @property
+    def is_at_rest(self) -> bool:
+        """Whether intervals without a request would change nothing."""
+        return self._cap.is_at_rest and not (self._tpot or self._was_waiting or self._first.count or self._next.count)
+
     def end_interval(
         self, seconds: float, *, num_running: int, num_waiting: int, oldest: float, training: float = 0.0
     ) -> None:
@@ -143,9 +157,9 @@ class _Mean:
     total: float = 0.0
     count: int = 0
 
-    def add(self, seconds: float) -> None:
+    def add(self, seconds: float, count: int = 1) -> None:
         self.total += seconds
-        self.count += 1
+        self.count += count
 
     @property
     def value(self) -> float:

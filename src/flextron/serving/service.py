@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from flextron.api import ElasticModel
-from flextron.engine import CoServing, CoServingScheduler, EngineCore, EngineSettings
+from flextron.engine import CoServing, CoServingScheduler, EngineCore, EngineSettings, StepOutput
 from flextron.errors import FlextronError, PromptError
 from flextron.generation.constraints import Constraint, Grammars, Kind
 from flextron.generation.encoding import bad_words_ids, encode
@@ -66,7 +66,7 @@ class Service:
         self.defaults = model.generation_defaults
         self.core = EngineCore(model.decoder, engine)
         self._driver: TrainingDriver | None = None
-        self._coserving: CoServingScheduler | None = None
+        self._coserving: CoServingScheduler[StepOutput] | None = None
         if jobs is not None:
             self._driver = TrainingDriver(jobs, lambda: self.worker.wake())
             objectives = CoServing(tpot_ms=settings.slo_tpot_ms, ttft_ms=settings.slo_ttft_ms)

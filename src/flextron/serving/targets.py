@@ -5,7 +5,6 @@ The sub-network is named by a suffix of the model's name (`name@0.6`), or by the
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -17,12 +16,12 @@ from flextron.errors import FlextronError
 from flextron.routing.token_router import PricedRouter
 from flextron.serving.adapters import AdapterNames, NamedAdapter, is_word
 from flextron.serving.errors import bad_request, not_found
+from flextron.serving.ladder import fractions, narrowed, rungs
 from flextron.spec import SubnetSpec, Target
 
 __all__ = ["Catalog", "Choice", "TargetBody"]
 
 _FRACTION = re.compile(r"\d{1,3}(\.\d{0,17})?|\.\d{1,17}")
-_MOST_LISTED = 8
 
 
 class TargetBody(BaseModel):
@@ -117,7 +116,7 @@ class Catalog:
 
     def refresh(self) -> None:
         """Learn of latencies that were measured since."""
-        self.rungs = (1.0, *(f for f in self._fractions() if f < 1))
+        self.rungs = rungs(self._fractions())
 
     def choose(self, model_id: str, body: TargetBody | None = None, cap: float = 1.0) -> Choice:
         """What a request runs in.
@@ -164,8 +163,8 @@ class Catalog:
         wanted = 1.0 if asked is None or asked.latency is None else asked.latency
         if is_fixed or least is None:
             return asked
-        narrowed = max(cap, least, self.rungs[-1])
-        return Target(latency=narrowed) if narrowed < wanted else asked
+        within = narrowed(wanted, cap, least, self.rungs)
+        return Target(latency=within) if within < wanted else asked
 
     def _sub_network(self, target: Target | None, is_routed: bool) -> tuple[SubnetSpec, PricedRouter | None]:
         if is_routed:
@@ -195,17 +194,14 @@ class Catalog:
         return [self.name, *(f"{self.name}@{fraction:g}" for fraction in self._fractions())]
 
     def _fractions(self) -> list[float]:
-        """Latencies of the frontier's points, rounded up, so that each reaches its point; few, spread evenly."""
+        """Latency targets that can be reached here, falling."""
         if self._model.frontier is None:
             return []
         try:
             self._model.select(latency=1.0)
         except FlextronError:  # measured on another device
             return []
-        found = {math.ceil(p.latency * 100 - 1e-6) / 100 for p in self._model.frontier.best() if p.latency <= 1}
-        ordered = sorted(found, reverse=True)
-        last, most = len(ordered) - 1, _MOST_LISTED - 1
-        return ordered if last <= most else [ordered[round(i * last / most)] for i in range(_MOST_LISTED)]
+        return fractions(p.latency for p in self._model.frontier.best())
 
 
 def _target(asked: TargetBody | None) -> Target | None:

@@ -14,7 +14,7 @@ from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
-from flextron.engine import CoServingScheduler, EngineCore, Pooling, Request
+from flextron.engine import CoServingScheduler, EngineCore, Pooling, Request, StepOutput
 from flextron.engine.output import Delta, OutputProcessor
 from flextron.errors import FlextronError
 from flextron.generation.constraints import Constraint
@@ -91,7 +91,10 @@ class Worker(threading.Thread):
     """Owns the engine from `start` on."""
 
     def __init__(
-        self, core: EngineCore, tokenizer: PreTrainedTokenizerBase, coserving: CoServingScheduler | None = None
+        self,
+        core: EngineCore,
+        tokenizer: PreTrainedTokenizerBase,
+        coserving: CoServingScheduler[StepOutput] | None = None,
     ) -> None:
         """Take the engine.
 
