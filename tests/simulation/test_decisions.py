@@ -281,7 +281,7 @@ def common(ours: Iterable[Any], theirs: Iterable[Any]) -> None:
 
 @pytest.mark.parametrize("adapts", [False, True], ids=["fixed", "elastic"])
 @pytest.mark.parametrize("trains", [False, True], ids=["serving", "coserving"])
-@pytest.mark.parametrize(("seed", "count", "num_pages"), [(0, 70, 100), (2, 60, 20)])
+@pytest.mark.parametrize(("seed", "count", "num_pages"), [(0, 80, 100), (2, 60, 20)])
 def test_the_real_engine_takes_the_same_decisions(
     seed: int, count: int, num_pages: int, *, trains: bool, adapts: bool
 ) -> None:

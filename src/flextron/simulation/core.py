@@ -187,8 +187,11 @@ class SimulatedCore:
         empty, or its first request found no room in the last step, and room only shrinks. What arrives meanwhile waits
         for the end of an iteration and cuts the leap there.
         """
-        running = self.scheduler.running
-        if (self.scheduler.waiting and not self._is_steady) or any(s.num_new != 1 for s in running):
+        running, now = self.scheduler.running, self.clock.ps
+        if self.scheduler.waiting and not self._is_steady:
+            return None
+        # one token to go may also be the last of a prompt
+        if any(s.num_new != 1 or s.last_ps != now for s in running):
             return None
         count = min((s.most_tokens - s.num_tokens for s in running), default=0) - 1
         while count > 1 and self._blocks_for(count) > self.pool.num_available:
