@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from flextron.api import Completion, DenseModel, ElasticModel, Engine, FinetuneResult, convert, finetune, load
     from flextron.generation.sampling import SamplingParams
     from flextron.routing import SearchSettings
+    from flextron.simulation import simulate
     from flextron.training.recipe import TrainRecipe
     from flextron.training.router_recipe import RouterRecipe
     from flextron.training.token_recipe import TokenRouterRecipe
@@ -36,6 +37,7 @@ __all__ = [
     "convert",
     "finetune",
     "load",
+    "simulate",
 ]
 
 # torch and transformers take seconds to import; specs and errors need neither
@@ -50,6 +52,7 @@ _LAZY = {
     "load": "flextron.api",
     "SamplingParams": "flextron.generation.sampling",
     "SearchSettings": "flextron.routing",
+    "simulate": "flextron.simulation",
     "RouterRecipe": "flextron.training.router_recipe",
     "TokenRouterRecipe": "flextron.training.token_recipe",
     "TrainRecipe": "flextron.training.recipe",

@@ -24,6 +24,7 @@ from flextron.cli import (
     profile,
     route,
     serve,
+    simulate,
     train,
 )
 from flextron.cli.console import message
@@ -91,6 +92,7 @@ _VERBS: dict[str, Callable[..., object]] = {
     "export": export.export,
     "eval": evaluate.evaluate,
     "serve": serve.serve,
+    "simulate": simulate.simulate,
     "finetune": finetune.finetune,
 }
 _TOGETHER = (train.train, elastify.elastify, route.route)

@@ -28,6 +28,15 @@ def profile(
     decode_context: Annotated[int, typer.Option(help="Tokens of context that each of these sequences holds.")] = 128,
     rounds: Annotated[int, typer.Option(help="Rounds of proposals at each target.")] = 2,
     refinements: Annotated[int, typer.Option(help="Refinements of the best sub-network at each target.")] = 1,
+    prompts: Annotated[
+        bool, typer.Option("--prompts", help="Time prompts as well, which flextron simulate needs.")
+    ] = False,
+    engine: Annotated[
+        Path | None,
+        typer.Option(
+            help="Time the engine and its finetuning, too, and write them to this file for flextron simulate."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure latencies on this device and search the frontier of loss over latency."""
@@ -42,5 +51,13 @@ def profile(
     stage = validate(ProfileStage, values, "profile")
     model = merged(directory)
     run_profile(model, stage, progress)
+    if prompts:
+        with progress("measuring prompts") as step:
+            model.measure_latencies(phase="prefill", on_progress=step)
     model.save_profile(directory)
+    if engine is not None:
+        from flextron.simulation.measure import measure
+
+        with progress("measuring the engine") as step:
+            measure(model, on_progress=step).write(engine)
     show(frontier_rows(model), title=f"{directory}: best sub-networks on this device", as_json=as_json)

@@ -37,6 +37,8 @@ class Policies:
     """Of a finetuning job that each replica trains without end; none for no job."""
     batch_size: int = 8
     """Examples of an optimizer step."""
+    pack_tokens: int = 1024
+    """Tokens of examples that are run side by side."""
     max_queue: int = 128
     """Requests of a replica that may wait while others run."""
     leaps: bool = True
@@ -169,7 +171,12 @@ class Cluster:
             narrowing = Narrowing(Adaptive(objective, steps), policies.min_latency_target, steps)
         if policies.examples and self._machine.training is not None:
             work = SimulatedTraining(
-                self._machine.training, clock, policies.examples, batch_size=policies.batch_size, seed=index
+                self._machine.training,
+                clock,
+                policies.examples,
+                batch_size=policies.batch_size,
+                pack_tokens=policies.pack_tokens,
+                seed=index,
             )
             limits = CoServing(tpot_ms=objectives.tpot_ms, ttft_ms=objectives.ttft_ms)
             finetuned = Finetuned(CoServingScheduler(core, work, limits, now=clock), work)

@@ -26,7 +26,7 @@ class Arrivals:
     """Seconds from one time to the next."""
     repeat: int
     num_clipped: int
-    """Requests of one time that are shorter than they were recorded, because the machine's context is."""
+    """Requests that are shorter than they were recorded, because the machine's context is."""
     process: str
     """Where they are from, in words."""
 
@@ -78,4 +78,10 @@ def planned(load: Load, machine: Machine, repeat: int = 1) -> Arrivals:
     count, last = len(requests), requests[-1].ps / PICOSECONDS
     # a gap of ordinary length after the last one
     period = last * count / max(1, count - 1) if last else 1.0
-    return Arrivals(tuple(requests), period, repeat, plan.num_clipped, plan.process)
+    return Arrivals(
+        tuple(requests),
+        period,
+        repeat,
+        plan.num_clipped * repeat,
+        plan.process if repeat == 1 else f"{plan.process}, {repeat} times",
+    )

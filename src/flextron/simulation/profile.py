@@ -28,21 +28,28 @@ _HEAD = 2.0
 """The head both ways, in products with its weights."""
 
 
-def machine_of(source: str | Path, kv_cache_gb: float = 1.0) -> Machine:
+def machine_of(source: str | Path, kv_cache_gb: float | None = None) -> Machine:
     """The numbers of a machine's file, or of a profiled elastic checkpoint.
 
     Args:
         source: the file or the directory.
-        kv_cache_gb: memory of keys and values, 10^9 bytes; a file says itself how much there is.
+        kv_cache_gb: memory of a checkpoint's keys and values, 10^9 bytes, by default 1; a file says itself how many
+            tokens there is room for.
 
     Raises:
         FlextronError: it is neither, or lacks what must be known.
     """
     path = Path(source).expanduser()
-    return _profiled(path, kv_cache_gb) if path.is_dir() else Machine.read(path)
+    if path.is_dir():
+        return _profiled(path, 1.0 if kv_cache_gb is None else kv_cache_gb)
+    if kv_cache_gb is not None:
+        raise FlextronError(f"{path} says itself how large its cache is; change kv_cache_tokens there")
+    return Machine.read(path)
 
 
 def _profiled(path: Path, kv_cache_gb: float) -> Machine:
+    if not 0 < kv_cache_gb <= 1e6:
+        raise FlextronError(f"kv_cache_gb is in gigabytes, above 0 and at most 1e6, not {kv_cache_gb:g}")
     info = read_elastic(path)
     if not (path / "frontier.json").exists():
         raise FlextronError(f"{path} has no measured frontier; run flextron profile {path} --prompts first")

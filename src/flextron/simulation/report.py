@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from flextron.bench.metrics import Objectives, Summary, summarize
 from flextron.bench.timeline import Timeline
 from flextron.simulation.cluster import Run
+from flextron.simulation.load import Arrivals
 from flextron.simulation.machine import Machine
 from flextron.simulation.replica import Served
 from flextron.simulation.times import PICOSECONDS
 
-__all__ = ["Simulated", "timeline"]
+__all__ = ["Simulated", "rows", "timeline"]
 
 
 def timeline(served: Served) -> Timeline:
@@ -37,6 +39,10 @@ def timeline(served: Served) -> Timeline:
 class Simulated:
     """Figures of one simulated load on some replicas."""
 
+    load: str
+    """Where the requests are from, in words."""
+    num_clipped: int
+    """Requests that were shortened to the limits or the machine's context."""
     num_replicas: int
     is_elastic: bool
     """Whether requests became narrower under load."""
@@ -59,7 +65,15 @@ class Simulated:
 
     @classmethod
     def of(
-        cls, run: Run, machine: Machine, objectives: Objectives, num_replicas: int, *, elastic: bool, finetuning: bool
+        cls,
+        run: Run,
+        machine: Machine,
+        arrivals: Arrivals,
+        objectives: Objectives,
+        num_replicas: int,
+        *,
+        elastic: bool,
+        finetuning: bool,
     ) -> Simulated:
         """Compute the figures of a run that was played to its end."""
         lines = [timeline(served) for served in run.served]
@@ -73,6 +87,8 @@ class Simulated:
         used = [(t, network) for t, network in zip(tokens, machine.networks, strict=True) if t]
         losses = [(t, network.loss) for t, network in used]
         return cls(
+            load=arrivals.process,
+            num_clipped=arrivals.num_clipped,
             num_replicas=num_replicas,
             is_elastic=elastic,
             is_finetuning=finetuning,
@@ -100,7 +116,7 @@ class Simulated:
         """A line of a table."""
         summary = self.summary
         ttft, tpot = summary.ttft_ms, summary.tpot_ms
-        row: dict[str, Any] = {
+        return {
             "replicas": self.num_replicas,
             "elastic": "yes" if self.is_elastic else "no",
             "attainment": summary.attainment,
@@ -110,7 +126,15 @@ class Simulated:
             "TPOT p99": tpot and tpot.p99,
             "refused": summary.num_requests - summary.num_ok,
             "mean target": self.mean_target,
+            "finetuned tokens/s": self.finetuned_tokens_per_s,
         }
-        if self.finetuned_tokens_per_s is not None:
-            row["finetuned/s"] = self.finetuned_tokens_per_s
-        return row
+
+
+def rows(results: Sequence[Simulated]) -> list[dict[str, Any]]:
+    """Lines of a table; columns in which nothing happened are left out."""
+    found = [result.row() for result in results]
+    empty: dict[str, tuple[object, ...]] = {"finetuned tokens/s": (None,), "attainment": (None,), "refused": (0,)}
+    if not any(result.is_elastic for result in results):
+        empty |= {"elastic": ("no",), "mean target": (1.0,)}
+    unused = {name for name, values in empty.items() if all(row[name] in values for row in found)}
+    return [{name: value for name, value in row.items() if name not in unused} for row in found]

@@ -127,7 +127,13 @@ class _Simulation:
             for trains in [False, True] if self._examples else [False]:
                 run = self._run(own, elastic=elastic, trains=trains)
                 yield Simulated.of(
-                    run, self._machine, self._scenario.objectives, own, elastic=elastic, finetuning=trains
+                    run,
+                    self._machine,
+                    self._arrivals,
+                    self._scenario.objectives,
+                    own,
+                    elastic=elastic,
+                    finetuning=trains,
                 )
 
     def _run(
