@@ -11,7 +11,7 @@ OLDEST := .venv/oldest
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/pytest -q -n 2
 RUNNABLE_HERE := not gpu and not browser and not peer
 
-.PHONY: demo test test-browser test-isa test-isa-all test-oldest test-slow test-all check fix bench bench-core bench-routing bench-serving bench-coserving bench-quality bench-ecosystem bench-scale docs clean
+.PHONY: demo test test-browser test-isa test-isa-all test-oldest test-slow test-all check fix bench bench-all bench-core bench-routing bench-serving bench-coserving bench-quality bench-ecosystem bench-scale docs clean
 
 demo: $(READY)  ## Measure a small elastic model here and ask it for targets; MODEL= and DATA= convert and train others.
 	$(BIN)/flextron demo $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)")
@@ -54,6 +54,9 @@ fix: $(READY)  ## Mend what ruff can.
 
 bench: $(READY)  ## All benchmark suites; each writes benchmarks/results/<suite>.json.
 	$(BIN)/python -m benchmarks; status=$$?; $(BIN)/python -m benchmarks.readme; exit $$status
+
+bench-all: $(READY)  ## All suites, added to benchmarks/results/history.jsonl; names ratios that are > 5 % worse than before.
+	$(BIN)/python -m benchmarks --history; status=$$?; $(BIN)/python -m benchmarks.readme; $(BIN)/python -m benchmarks.scale.page; exit $$status
 
 bench-core bench-routing bench-serving bench-coserving bench-quality bench-ecosystem: bench-%: $(READY)  ## One suite alone.
 	$(BIN)/python -m benchmarks $*; status=$$?; $(BIN)/python -m benchmarks.readme; exit $$status

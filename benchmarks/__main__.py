@@ -1,10 +1,19 @@
-"""`python -m benchmarks [suite …]`: run suites; all by default."""
+"""`python -m benchmarks [--history] [suite …]`: run suites; all by default.
+
+With `--history` the figures are added to `benchmarks/results/history.jsonl`, and ratios that have become more than 5 %
+worse since the last run on the same machine are named.
+"""
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 from benchmarks import core, coserving, ecosystem, quality, routing, scale, serving
+from benchmarks.harness import RESULTS
+from benchmarks.history import HISTORY, append, entries_of, read_history, worse
 
 SUITES = {
     "core": core.run,
@@ -17,15 +26,37 @@ SUITES = {
 }
 
 
+def keep(names: Sequence[str], results: Path = RESULTS) -> bool:
+    """Add what these suites have just measured to the history; whether no ratio has become worse."""
+    history = results / HISTORY.name
+    files = [results / f"{name}{suffix}.json" for name in names for suffix in ("", "-gpu")]
+    # a suite writes one of the two: the one of the machine it ran on
+    newest = {f.stem.removesuffix("-gpu"): f for f in sorted((f for f in files if f.exists()), key=_written)}
+    entries = [e for file in newest.values() for e in entries_of(json.loads(file.read_text(encoding="utf-8")))]
+    changes = worse(read_history(history), entries)
+    append(history, entries)
+    print(f"{len(entries)} figures added to {history}")
+    for change in changes:
+        print(f"worse: {change}")
+    return not changes
+
+
+def _written(path: Path) -> float:
+    return path.stat().st_mtime
+
+
 def main() -> int:
-    """Exit code 1 where a figure misses its bar."""
-    names = sys.argv[1:] or list(SUITES)
+    """Exit code 1 where a figure misses its bar, or a ratio has become worse."""
+    arguments = sys.argv[1:]
+    keeps = "--history" in arguments
+    names = [name for name in arguments if name != "--history"] or list(SUITES)
     unknown = [name for name in names if name not in SUITES]
     if unknown:
         print(f"unknown suite {unknown[0]}; there are {', '.join(SUITES)}", file=sys.stderr)
         return 2
     hold = [SUITES[name]() for name in names]
-    return 0 if all(hold) else 1
+    kept = keep(names) if keeps else True
+    return 0 if all(hold) and kept else 1
 
 
 if __name__ == "__main__":

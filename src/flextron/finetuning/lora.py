@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from flextron.checkpoints.peft.writing import write_adapter
 from flextron.errors import FlextronError
 from flextron.finetuning.hyperparameters import TARGET_MODULES
-from flextron.finetuning.packs import Pass, batch_of
+from flextron.finetuning.packs import Pass, epoch_order
 from flextron.finetuning.recompute import KEEPABLE, num_keepable
 from flextron.finetuning.trainer import StepMetrics, TrainingTask, not_finite
 from flextron.model.adapter import Adapter, linear_shapes
@@ -217,7 +217,9 @@ class LoraTrainer:
         self._pass = None
         if self._num_updates == self.num_steps:
             return
-        batch = batch_of(self._task.examples, self._chosen.batch_size, self._num_updates, self._task.seed)
+        epoch, index = divmod(self._num_updates, self._steps_of_epoch)
+        order, size = epoch_order(len(self._task.examples), epoch, self._task.seed), self._chosen.batch_size
+        batch = [self._task.examples[i] for i in order[index * size : (index + 1) * size]]
         self._pass = Pass(
             made_by.decoder, self.adapter, batch, made_by.pack_tokens, spec=made_by.spec, kept=made_by.kept
         )

@@ -12,7 +12,7 @@ from flextron.model.adapter import Adapter
 from flextron.model.decoder import Decoder
 from flextron.spec import SubnetSpec
 
-__all__ = ["Pass", "batch_of", "packs"]
+__all__ = ["Pass", "epoch_order", "packs"]
 
 
 class Pass:
@@ -90,19 +90,10 @@ class Pass:
             self._work = next(self._packs, None)
 
 
-def batch_of(examples: Sequence[Example], batch_size: int, step: int, seed: int) -> list[Example]:
-    """Examples of a step: each epoch has all, in an order of its own.
-
-    Args:
-        examples: those of the job.
-        batch_size: examples of a step; an epoch's last one may have fewer.
-        step: steps before it.
-        seed: the job's.
-    """
-    epoch, index = divmod(step, -(-len(examples) // batch_size))
+def epoch_order(num_examples: int, epoch: int, seed: int) -> list[int]:
+    """In which order an epoch of a job passes over its examples."""
     generator = torch.Generator().manual_seed(seed + epoch)
-    order = torch.randperm(len(examples), generator=generator).tolist()
-    return [examples[i] for i in order[index * batch_size : (index + 1) * batch_size]]
+    return torch.randperm(num_examples, generator=generator).tolist()
 
 
 def packs(examples: Sequence[Example], num_tokens: int) -> Iterator[list[Example]]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from flextron.bench.lengths import Lengths
 from flextron.finetuning.example import Example
 from flextron.finetuning.lora import UPDATE
-from flextron.finetuning.packs import batch_of, packs
+from flextron.finetuning.packs import epoch_order, packs
 from flextron.finetuning.units import Stage, Units
 from flextron.simulation.machine import TrainingTimes
 from flextron.simulation.times import PICOSECONDS, Clock
@@ -67,7 +67,7 @@ class SimulatedTraining:
         per_ms = PICOSECONDS / 1000
         units = {kind: getattr(times, kind) for kind in (*(s.value for s in Stage), UPDATE)}
         self._times = {k: (round(u.fixed_ms * per_ms), round(u.token_ms * per_ms)) for k, u in units.items()}
-        self._step = 0
+        self._step, self._order = 0, list[int]()
         self._packs: Iterator[Units] = iter(())
         """Packs of this step that have not begun."""
         self._units: Units | None = None
@@ -101,7 +101,11 @@ class SimulatedTraining:
             self._units = next(self._packs, None)
 
     def _begin(self) -> None:
-        batch = batch_of(self._examples, self._batch_size, self._step, self._seed)
+        size = self._batch_size
+        epoch, index = divmod(self._step, -(-len(self._examples) // size))
+        if index == 0:
+            self._order = epoch_order(len(self._examples), epoch, self._seed)
+        batch = [self._examples[i] for i in self._order[index * size : (index + 1) * size]]
         self._packs = (self._units_of(pack) for pack in packs(batch, self._pack_tokens))
         self._units = next(self._packs)
 
