@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,7 @@ def test_the_command_prints_a_table_and_json(tmp_path: Path, run: Any, monkeypat
     path = tmp_path / "machine.json"
     MACHINE.write(path)
     monkeypatch.setenv("COLUMNS", "80")
-    options = ("--rate", 12, "--num-requests", 200, "--slo-ttft-ms", 400, "--slo-tpot-ms", 20)
+    options = ("--rate", 20, "--num-requests", 40, "--slo-ttft-ms", 400, "--slo-tpot-ms", 20)
     options = (*options, "--min-latency-target", 0.5, "--finetune", "20-60")
     table = run("simulate", path, "--replicas", "1,2", *options)
     assert table.code == 0
@@ -196,6 +197,18 @@ def test_the_command_refuses_in_one_sentence(tmp_path: Path, run: Any, options: 
     path = tmp_path / "machine.json"
     MACHINE.write(path)
     assert_refused(run("simulate", path, *options), reason)
+
+
+def test_the_machine_of_the_guide_is_one(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "guides" / "simulate.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```json\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    machine = Machine.from_dict(json.loads(block))
+    # 13.5 GB of weights at 70 % of 3.35 TB/s, and 13.4 GFLOP a token at 40 % of 989 TFLOP/s
+    assert machine.networks[0].ms(1) == pytest.approx(13.5 / (0.7 * 3.35), rel=0.01)
+    assert machine.networks[0].ms(2048) == pytest.approx(2048 * 13.4 / (0.4 * 989), rel=0.01)
+    load = Load(arrivals=Arrivals(rate=20), num_requests=50)
+    found = simulate(machine, load, Scenario(objectives=TIGHT, min_latency_target=0.5, finetune="40-80"), replicas=1)
+    assert [r.is_finetuning for r in found] == [False, True, False, True]
 
 
 def test_a_missing_machine_is_refused(tmp_path: Path, run: Any) -> None:

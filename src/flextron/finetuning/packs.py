@@ -91,7 +91,7 @@ class Pass:
 
 
 def epoch_order(num_examples: int, epoch: int, seed: int) -> list[int]:
-    """In which order an epoch of a job passes over its examples."""
+    """The order in which an epoch of a job passes over its examples."""
     generator = torch.Generator().manual_seed(seed + epoch)
     return torch.randperm(num_examples, generator=generator).tolist()
 

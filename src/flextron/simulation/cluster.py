@@ -34,7 +34,7 @@ class Policies:
     min_latency_target: float | None = None
     """How narrow requests may become under load; None for not at all."""
     examples: Sequence[Example] = ()
-    """Of a finetuning job that each replica trains without end; none for no job."""
+    """Examples of a finetuning job that each replica trains without end; none for no job."""
     batch_size: int = 8
     """Examples of an optimizer step."""
     pack_tokens: int = 1024

@@ -18,7 +18,7 @@ from flextron.simulation.machine import Machine
 __all__ = ["PICOSECONDS", "Chunk", "Clock", "IterationTimes", "Leap"]
 
 PICOSECONDS = 10**12
-"""Of a second."""
+"""Picoseconds of a second."""
 
 
 class Clock:
