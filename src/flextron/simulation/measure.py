@@ -35,6 +35,8 @@ __all__ = ["measure", "measure_decoder"]
 
 _ANSWER = 12
 """Tokens of the answers that are timed."""
+_ITERATIONS = 64
+"""Iterations that the prompts of a group may take."""
 _UNIT_SIZES = (32, 128, 512)
 _OUTLIER = 2.0
 """Iterations that take more times as long as the fit were held up by something else."""
@@ -138,8 +140,8 @@ def _group(
     core: EngineCore, network: Network, size: int, rng: random.Random, clock: Callable[[], float]
 ) -> list[_Sample]:
     """Iterations of some requests, the first of which come one by one."""
-    config = core.decoder.config
-    longest = min(core.capacity(network.spec) // size, config.max_position_embeddings, 1024) - _ANSWER
+    config, most = core.decoder.config, _ITERATIONS * core.settings.max_num_batched_tokens
+    longest = min(min(core.capacity(network.spec), most) // size, config.max_position_embeddings) - _ANSWER
     waiting = [rng.randint(1, max(1, longest)) for _ in range(size)]
     samples = []
     while waiting or core.has_unfinished:
