@@ -24,7 +24,7 @@ from flextron.serving.adaptive import INTERVAL_SECONDS, Adaptive, Objective
 from flextron.simulation.cluster import Cluster, Policies
 from flextron.simulation.machine import Machine
 from flextron.simulation.replica import Arrival
-from flextron.simulation.times import PICOSECONDS, Chunk, Clock, IterationTimes
+from flextron.simulation.times import PICOSECONDS, Chunk, Clock, IterationTimes, Jitter
 from flextron.spec import SubnetSpec
 from tests.finetuning.test_lora import examples
 from tests.random_decoders import random_decoder
@@ -51,12 +51,14 @@ def machine(num_pages: int) -> Machine:
             "context": 64,
             "ms_per_1000_keys": 40.0,
             "ms_per_1000000_pairs": 3000.0,
+            "jitter": [0.9, 0.95, 1.0, 1.0, 1.05, 2.5],
             "training": {
                 "num_layers": CONFIG.num_hidden_layers,
                 "forward": unit,
                 "head": {"fixed_ms": 2.0, "token_ms": 0.7},
                 "backward": {"fixed_ms": 5.0, "token_ms": 2.3},
                 "update": {"fixed_ms": 11.0, "token_ms": 0.5},
+                "jitter": [0.8, 1.0, 1.0, 1.7],
             },
         }
     )
@@ -86,6 +88,11 @@ class TimedWork:
     clock: Clock
     machine: Machine
     log: Log
+    num_units: int = 0
+
+    def __post_init__(self) -> None:
+        assert self.machine.training is not None
+        self.jitter = Jitter(self.machine.training.jitter)
 
     @property
     def unit(self) -> str:
@@ -100,7 +107,9 @@ class TimedWork:
         self.log.append(("unit", kind, size))
         self.trainer.run(num_tokens)
         times = getattr(self.machine.training, kind)
-        self.clock.ps += round(times.fixed_ms * 1e9) + size * round(times.token_ms * 1e9)
+        ns = round(times.fixed_ms * 1e6) + size * round(times.token_ms * 1e6)
+        self.clock.ps += ns * self.jitter.at(self.num_units)
+        self.num_units += 1
 
 
 @dataclass
@@ -127,7 +136,8 @@ class Server:
         self.core = EngineCore(DECODER, self.settings)
         self.networks: list[Network] = [self.core.network(narrower(f)) for f in LATENCIES]
         self.requests: dict[Request, int] = {}
-        self.iteration_times = IterationTimes(self.machine)
+        self.iteration_times, self.num_iterations = IterationTimes(self.machine), 0
+        self.jitter = Jitter(self.machine.jitter)
         schedule = self.core.scheduler.schedule
 
         def recorded() -> list[tuple[Request, int]]:
@@ -135,7 +145,8 @@ class Server:
             if found:
                 self.log.append(("iteration", self.clock.ps, *sorted((self.requests[s], n) for s, n in found)))
                 chunks = [Chunk(self.networks.index(s.network), s.num_computed_tokens, n) for s, n in found]
-                self.seconds = self.iteration_times.iteration(chunks)
+                self.seconds = self.iteration_times.iteration(chunks) * self.jitter.at(self.num_iterations)
+                self.num_iterations += 1
             return found
 
         self.core.scheduler.schedule = recorded  # type: ignore[method-assign]

@@ -14,7 +14,7 @@ from flextron.engine import EngineSettings
 from flextron.simulation.cluster import Cluster, Policies
 from flextron.simulation.machine import Machine
 from flextron.simulation.replica import Arrival
-from flextron.simulation.times import PICOSECONDS, Leap
+from flextron.simulation.times import PICOSECONDS, Jitter, Leap
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Case:
     num_pages: int
     adapts: bool
     key_ms: float
+    jitters: bool
 
 
 CASES = st.builds(
@@ -37,6 +38,7 @@ CASES = st.builds(
     num_pages=st.integers(14, 80),
     adapts=st.booleans(),
     key_ms=st.sampled_from([0.0, 0.37]),
+    jitters=st.booleans(),
 )
 
 
@@ -51,6 +53,7 @@ def outcome(case: Case, *, leaps: bool) -> tuple[Any, int]:
             "context": 112,
             "ms_per_1000_keys": case.key_ms,
             "ms_per_1000000_pairs": 10.0,
+            "jitter": [0.8, 1.0, 1.1, 3.0] if case.jitters else [],
         }
     )
     rng = random.Random(case.seed)
@@ -90,12 +93,21 @@ def test_leaps_change_nothing(case: Case) -> None:
     assert len(stepped[0]) == 60
 
 
-@given(first=st.integers(1, 50), growth=st.integers(0, 9), count=st.integers(0, 40), ps=st.integers(0, 4000))
-def test_iterations_of_a_leap_are_those_that_a_loop_counts(first: int, growth: int, count: int, ps: int) -> None:
-    ends, now = [], 0
+@given(
+    first=st.integers(1, 50),
+    growth=st.integers(0, 9),
+    count=st.integers(0, 40),
+    index=st.integers(0, 20_000),
+    factors=st.lists(st.floats(0.1, 3), max_size=3),
+    ps=st.integers(0, 4_000_000),
+)
+def test_iterations_of_a_leap_are_those_that_a_loop_counts(
+    first: int, growth: int, count: int, index: int, factors: list[float], ps: int
+) -> None:
+    jitter, ends, now = Jitter(factors), [], 0
     for i in range(count):
-        now += first + growth * i
+        now += (first + growth * i) * jitter.at(index + i)
         ends.append(now)
-    leap = Leap(first, growth, count)
+    leap = Leap(first, growth, count, jitter, index)
     assert [leap.after(i + 1) for i in range(count)] == ends
     assert leap.num_within(ps) == sum(end < ps for end in ends)

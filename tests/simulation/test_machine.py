@@ -25,6 +25,7 @@ NUMBERS: dict[str, Any] = {
     ],
     "kv_cache_tokens": 1000,
     "context": 500,
+    "jitter": [0.9, 1.1],
     "training": {
         "num_layers": 3,
         "forward": {"fixed_ms": 1.0, "token_ms": 0.1},
@@ -62,7 +63,7 @@ def test_tokens_of_several_widths_share_the_rows_of_the_narrower_ones(counts: tu
     for upper, lower in zip(present, [*present[1:], 0.0], strict=True):
         as_wide = sum(count for share, count in zip(shares, counts, strict=True) if share >= upper)
         ms += (upper - lower) * full.ms(as_wide)
-    assert IterationTimes(machine).sizes(counts) == pytest.approx(ms * 1e9, abs=2)
+    assert IterationTimes(machine).sizes(counts) == pytest.approx(ms * 1e6, abs=2)
 
 
 def test_attention_is_counted_in_keys_and_pairs() -> None:
@@ -71,7 +72,7 @@ def test_attention_is_counted_in_keys_and_pairs() -> None:
     chunks = [Chunk(0, 9, 1), Chunk(2, 19, 1), Chunk(0, 4, 3)]
     # keys of the narrow one are a quarter as large; positions 4, 5 and 6 attend to 5, 6 and 7 keys
     expected = (10 * 3.0 + 20 * 3.0 / 4) / 1e3 + (5 + 6 + 7) * 500 / 1e6
-    assert times.iteration(chunks) - times.sizes((4, 0, 1)) == pytest.approx(expected * 1e9, abs=2)
+    assert times.iteration(chunks) - times.sizes((4, 0, 1)) == pytest.approx(expected * 1e6, abs=2)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +88,7 @@ def test_attention_is_counted_in_keys_and_pairs() -> None:
         ({"max_num_seqs": 300}, "must be at least max_num_seqs"),
         ({"training": {"num_layers": 3}}, "training.forward"),
         ({"speed": 3}, "speed"),
+        ({"jitter": [0.0]}, "jitter.0"),
         ({"name": None}, "name"),
     ],
 )

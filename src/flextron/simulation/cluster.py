@@ -17,11 +17,13 @@ from flextron.serving.ladder import fractions, rungs
 from flextron.simulation.core import SimulatedCore
 from flextron.simulation.machine import Machine
 from flextron.simulation.replica import Arrival, Finetuned, Narrowing, Replica, Served
-from flextron.simulation.times import PICOSECONDS, Clock, IterationTimes
+from flextron.simulation.times import PICOSECONDS, Clock, IterationTimes, Jitter
 from flextron.simulation.training import SimulatedTraining
 
 __all__ = ["Cluster", "Policies", "Run"]
 
+_APART = 1009
+"""Iterations by which replicas are apart in the sequence of jitter."""
 _REPORTS = 1000
 """Arrivals from one word on progress to the next."""
 
@@ -90,7 +92,7 @@ class Cluster:
                 f"{machine.name} has no times of finetuning; add the key training to its file, or leave finetuning out"
             )
         self._balancer = LeastOutstanding(num_replicas)
-        self._times = IterationTimes(machine)
+        self._times, self._jitter = IterationTimes(machine), Jitter(machine.jitter)
         self._home: dict[int, int] = {}
         """Replica of each open request."""
         self._served: list[Served] = []
@@ -162,7 +164,7 @@ class Cluster:
 
     def _replica(self, index: int) -> Replica:
         policies, clock = self._policies, Clock()
-        core = SimulatedCore(self._machine, self._settings, clock, self._times)
+        core = SimulatedCore(self._machine, self._settings, clock, self._times, self._jitter, _APART * index)
         objectives = policies.objectives
         narrowing = finetuned = None
         if policies.min_latency_target is not None:

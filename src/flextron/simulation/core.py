@@ -19,7 +19,7 @@ from flextron.engine.pages import Page, PagePool
 from flextron.engine.scheduler import Scheduler
 from flextron.errors import FlextronError
 from flextron.simulation.machine import Machine
-from flextron.simulation.times import Chunk, Clock, IterationTimes, Leap
+from flextron.simulation.times import Chunk, Clock, IterationTimes, Jitter, Leap
 
 __all__ = ["SimulatedCore", "SimulatedNetwork", "SimulatedOutput", "SimulatedRequest"]
 
@@ -111,7 +111,15 @@ def _chunk(request: SimulatedRequest, num_new: int) -> Chunk:
 class SimulatedCore:
     """Continuous batching over a paged cache, in time that only the machine's numbers make pass."""
 
-    def __init__(self, machine: Machine, settings: EngineSettings, clock: Clock, times: IterationTimes) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        settings: EngineSettings,
+        clock: Clock,
+        times: IterationTimes,
+        jitter: Jitter,
+        first_iteration: int = 0,
+    ) -> None:
         """Start with an empty cache.
 
         Args:
@@ -119,6 +127,8 @@ class SimulatedCore:
             settings: sizes; `kv_cache_gb` is not used.
             clock: moved by iterations.
             times: those of the machine's iterations; replicas may share one.
+            jitter: factors on them; replicas may share one and begin at different places.
+            first_iteration: number of the first iteration, by which it finds its factor.
 
         Raises:
             FlextronError: equal beginnings of prompts would be shared, which no recorded load tells of.
@@ -126,6 +136,7 @@ class SimulatedCore:
         if settings.prefix_caching:
             raise FlextronError("prefix caching is not simulated, since loads have no texts; set prefix_caching=False")
         self.settings, self.clock, self._times = settings, clock, times
+        self._jitter, self._index = jitter, first_iteration
         units = [max(1, round(_KV_UNITS * n.kv_share)) for n in machine.networks]
         common = reduce(gcd, units, _KV_UNITS)
         self.networks = [SimulatedNetwork(i, u // common) for i, u in enumerate(units)]
@@ -162,7 +173,9 @@ class SimulatedCore:
         self.num_tokens = sum(num_new for _, num_new in scheduled)
         if not scheduled:
             return []
-        self.clock.ps += self._times.iteration(_chunk(request, num_new) for request, num_new in scheduled)
+        nanoseconds = self._times.iteration(_chunk(request, num_new) for request, num_new in scheduled)
+        self.clock.ps += nanoseconds * self._jitter.at(self._index)
+        self._index += 1
         outputs = []
         self._is_steady = self.num_tokens == num_running and scheduler.num_preemptions == num_preemptions
         for request, num_new in scheduled:
@@ -196,11 +209,15 @@ class SimulatedCore:
         count = min((s.most_tokens - s.num_tokens for s in running), default=0) - 1
         while count > 1 and self._blocks_for(count) > self.pool.num_available:
             count //= 2
-        return self._times.leap([_chunk(request, 1) for request in running], count) if count > 1 else None
+        if count <= 1:
+            return None
+        chunks = [_chunk(request, 1) for request in running]
+        return Leap(self._times.iteration(chunks), self._times.growth(chunks), count, self._jitter, self._index)
 
     def take(self, leap: Leap, count: int) -> None:
         """Let the first iterations of a leap have happened."""
         self.clock.ps += leap.after(count)
+        self._index += count
         for request in self.scheduler.running:
             request.num_tokens += count
             request.num_computed_tokens += count

@@ -25,6 +25,7 @@ _Share = Annotated[float, Field(gt=0, le=1)]
 _Tokens = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}$")]
 _Count = Annotated[int, Field(ge=1, le=2**40)]
 _Curve = Annotated[dict[_Tokens, Annotated[float, Field(gt=0, le=1e9)]], Field(min_length=2, max_length=1000)]
+_Jitter = Annotated[list[Annotated[float, Field(gt=0, le=1000)]], Field(max_length=10_000)]
 UnitKind = Literal["forward", "head", "backward", "update"]
 
 
@@ -43,6 +44,7 @@ class _TrainingFile(BaseModel):
     head: _UnitFile
     backward: _UnitFile
     update: _UnitFile
+    jitter: _Jitter = []
 
 
 class _NetworkFile(BaseModel):
@@ -67,6 +69,7 @@ class _MachineFile(BaseModel):
     max_num_batched_tokens: Annotated[int, Field(ge=1, le=10_000_000)] = 256
     ms_per_1000_keys: _Ms = 0.0
     ms_per_1000000_pairs: _Ms = 0.0
+    jitter: _Jitter = []
     training: _TrainingFile | None = None
 
 
@@ -115,6 +118,8 @@ class TrainingTimes:
     backward: UnitTime
     update: UnitTime
     """A step of the optimizer, which has one token."""
+    jitter: tuple[float, ...] = ()
+    """Factors on the time of a unit, with equal chances; none for always the same time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,6 +143,8 @@ class Machine:
     """What an iteration takes longer for 1,000 keys that decoding requests attend to, over all layers."""
     ms_per_1000000_pairs: float = 0.0
     """What it takes longer for a million pairs of a prompt's token and a key."""
+    jitter: tuple[float, ...] = ()
+    """Factors on the time of an iteration, with equal chances; none for always the same time."""
     training: TrainingTimes | None = None
     """Times of finetuning, where they are known."""
 
@@ -202,11 +209,12 @@ class Machine:
         training = None
         if found.training is not None:
             units = {kind: UnitTime(**getattr(found.training, kind).model_dump()) for kind in UnitKind.__args__}  # type: ignore[attr-defined]
-            training = TrainingTimes(num_layers=found.training.num_layers, **units)
+            jitter = tuple(found.training.jitter)
+            training = TrainingTimes(num_layers=found.training.num_layers, jitter=jitter, **units)
         same = ("name", "source", "kv_cache_tokens", "context", "max_num_seqs", "max_num_batched_tokens")
         more = ("ms_per_1000_keys", "ms_per_1000000_pairs")
         values = {key: getattr(found, key) for key in (*same, *more)}
-        return cls(networks=tuple(networks), training=training, **values)
+        return cls(networks=tuple(networks), training=training, jitter=tuple(found.jitter), **values)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
@@ -224,11 +232,12 @@ class Machine:
             "max_num_batched_tokens": self.max_num_batched_tokens,
             "ms_per_1000_keys": self.ms_per_1000_keys,
             "ms_per_1000000_pairs": self.ms_per_1000000_pairs,
+            "jitter": list(self.jitter),
         }
         if self.training is not None:
             kinds = {kind: getattr(self.training, kind) for kind in ("forward", "head", "backward", "update")}
             units = {kind: {"fixed_ms": u.fixed_ms, "token_ms": u.token_ms} for kind, u in kinds.items()}
-            values["training"] = {"num_layers": self.training.num_layers, **units}
+            values["training"] = {"num_layers": self.training.num_layers, **units, "jitter": list(self.training.jitter)}
         return values
 
     def write(self, path: Path) -> None:

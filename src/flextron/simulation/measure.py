@@ -38,6 +38,9 @@ _ANSWER = 12
 _ITERATIONS = 64
 """Iterations that the prompts of a group may take."""
 _UNIT_SIZES = (32, 128, 512)
+_QUANTILES = 100
+_LONGEST = 10.0
+"""Largest factor of jitter."""
 _OUTLIER = 2.0
 """Iterations that take more times as long as the fit were held up by something else."""
 
@@ -101,7 +104,7 @@ def measure_decoder(
     """
     core = EngineCore(decoder, replace(settings or EngineSettings(), prefix_caching=False))
     full = core.network(wanted[0][2])
-    networks, slopes = [], (0.0, 0.0)
+    networks, slopes, ratios = [], (0.0, 0.0), list[float]()
     for i, (latency, loss, spec) in enumerate(wanted):
         network = core.network(spec)
         share = network.num_blocks / max(1, full.num_blocks)
@@ -109,6 +112,7 @@ def measure_decoder(
         points, found = _fit(samples, None if network is full else (slopes[0] * share, slopes[1] * share))
         slopes = found if network is full else slopes
         networks.append(NetworkTimes(latency=latency, loss=loss, kv_share=max(share, 1e-3), points=points))
+        ratios += [s.ms / _expected(networks[-1], found, s) for s in samples]
         on_progress(i + 1, len(wanted))
     return Machine(
         name=name,
@@ -120,6 +124,7 @@ def measure_decoder(
         max_num_batched_tokens=core.settings.max_num_batched_tokens,
         ms_per_1000_keys=slopes[0],
         ms_per_1000000_pairs=slopes[1],
+        jitter=_spread(ratios),
         training=_training(decoder, clock),
     )
 
@@ -179,12 +184,18 @@ def _fit(
         found = _nonnegative(rows, aims, [s.ms for s in kept])
         own = (found[-2], found[-1]) if slopes is None else slopes
         line = NetworkTimes(latency=1.0, points=_rising(knots, found))
-        kept = [
-            s
-            for s in kept
-            if s.ms <= _OUTLIER * (line.ms(s.num_tokens) + own[0] * s.keys / 1e3 + own[1] * s.pairs / 1e6)
-        ]
+        kept = [s for s in kept if s.ms <= _OUTLIER * _expected(line, own, s)]
     return line.points, own
+
+
+def _expected(line: NetworkTimes, slopes: tuple[float, float], sample: _Sample) -> float:
+    return line.ms(sample.num_tokens) + slopes[0] * sample.keys / 1e3 + slopes[1] * sample.pairs / 1e6
+
+
+def _spread(ratios: Sequence[float]) -> tuple[float, ...]:
+    """Some quantiles, evenly spaced."""
+    ordered = sorted(min(ratio, _LONGEST) for ratio in ratios)
+    return tuple(round(ordered[int((i + 0.5) / _QUANTILES * len(ordered))], 3) for i in range(_QUANTILES))
 
 
 def _rising(knots: Sequence[int], values: Sequence[float]) -> tuple[tuple[int, float], ...]:
@@ -239,7 +250,10 @@ def _training(decoder: Decoder, clock: Callable[[], float]) -> TrainingTimes:
         if trainer.step_number:
             times[kind].append((size, 1e3 * (clock() - began)))
     units = {kind: _unit(found) for kind, found in times.items()}
-    return TrainingTimes(num_layers=config.num_hidden_layers, **units)
+    ratios = [
+        ms / (units[kind].fixed_ms + units[kind].token_ms * size) for kind, found in times.items() for size, ms in found
+    ]
+    return TrainingTimes(num_layers=config.num_hidden_layers, jitter=_spread(ratios), **units)
 
 
 def _unit(times: Sequence[tuple[int, float]]) -> UnitTime:

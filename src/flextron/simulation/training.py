@@ -11,7 +11,7 @@ from flextron.finetuning.lora import UPDATE
 from flextron.finetuning.packs import epoch_order, packs
 from flextron.finetuning.units import Stage, Units
 from flextron.simulation.machine import TrainingTimes
-from flextron.simulation.times import PICOSECONDS, Clock
+from flextron.simulation.times import Clock, Jitter
 
 __all__ = ["SimulatedTraining", "drawn_examples"]
 
@@ -64,9 +64,10 @@ class SimulatedTraining:
         self._clock, self._examples, self._on_unit = clock, examples, on_unit
         self._batch_size, self._pack_tokens, self._seed = batch_size, pack_tokens, seed
         self._layers = range(times.num_layers)
-        per_ms = PICOSECONDS / 1000
+        per_ms = 1e6
         units = {kind: getattr(times, kind) for kind in (*(s.value for s in Stage), UPDATE)}
         self._times = {k: (round(u.fixed_ms * per_ms), round(u.token_ms * per_ms)) for k, u in units.items()}
+        self._jitter, self._num_units = Jitter(times.jitter, seed), 0
         self._step, self._order = 0, list[int]()
         self._packs: Iterator[Units] = iter(())
         """Packs of this step that have not begun."""
@@ -88,7 +89,8 @@ class SimulatedTraining:
         """Let the next unit have happened, with at most so many tokens."""
         kind, size = self.unit, min(num_tokens, self.num_left)
         fixed, a_token = self._times[kind]
-        self._clock.ps += fixed + a_token * size
+        self._clock.ps += (fixed + a_token * size) * self._jitter.at(self._num_units)
+        self._num_units += 1
         self._on_unit(kind, size)
         if self._units is None:
             self._step += 1
