@@ -7,10 +7,11 @@ does not count, on either side. Between requests the clock jumps to the next one
 from __future__ import annotations
 
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import torch
@@ -154,22 +155,27 @@ def compared(decoder: Decoder, seconds: float, *, share: float = 0.4) -> tuple[O
         share: part of the rate at which the engine could answer them at best.
     """
     with _one_thread():
-        spec = decoder.widths
-        machine = measure_decoder(
-            decoder, [(1.0, None, spec)], "here", engine(decoder).settings, clock=time.process_time
-        )
-        line = machine.networks[0]
-        most = machine.max_num_batched_tokens
+        before = _machine(decoder)
+        line, most = before.networks[0], before.max_num_batched_tokens
         probe, _ = arrivals(5.0, 60.0, decoder.config)
         tokens = sum(len(a.prompt) + a.num_tokens for a in probe) / len(probe)
         rate = share * most / (line.ms(most) / 1e3) / tokens
         objectives = Objectives(ttft_ms=40 * line.ms(most), tpot_ms=1.5 * line.ms(most))
         load, _ = arrivals(rate, seconds, decoder.config)
-        return (
-            _played(decoder, load, objectives, seconds),
-            _simulated(machine, decoder, load, objectives, seconds),
-            len(load),
-        )
+        real = _played(decoder, load, objectives, seconds)
+        # what the machine was like meanwhile lies between what it was before and what it is afterwards
+        machines = before, _machine(decoder)
+        return real, _mean([_simulated(m, decoder, load, objectives, seconds) for m in machines]), len(load)
+
+
+def _machine(decoder: Decoder) -> Machine:
+    settings = engine(decoder).settings
+    return measure_decoder(decoder, [(1.0, None, decoder.widths)], "here", settings, rounds=2, clock=time.process_time)
+
+
+def _mean(outcomes: Sequence[Outcome]) -> Outcome:
+    columns = zip(*(astuple(outcome) for outcome in outcomes), strict=True)
+    return Outcome(*(statistics.fmean(column) for column in columns))
 
 
 def agreement() -> Figure:

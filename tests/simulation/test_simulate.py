@@ -199,6 +199,19 @@ def test_the_command_refuses_in_one_sentence(tmp_path: Path, run: Any, options: 
     assert_refused(run("simulate", path, *options), reason)
 
 
+@pytest.mark.parametrize(
+    ("scenario", "key"),
+    [
+        (Scenario(objectives=TIGHT, min_latency_target=0.5), "sub_networks"),
+        (Scenario(objectives=TIGHT, finetune="40-80"), "training"),
+    ],
+)
+def test_what_the_machine_does_not_tell_is_refused(scenario: Scenario, key: str) -> None:
+    few = {k: v for k, v in NUMBERS.items() if k not in ("sub_networks", "training")}
+    with pytest.raises(FlextronError, match=f"add the key {key} to its file"):
+        simulate(Machine.from_dict(few), LOAD, scenario, replicas=1)
+
+
 def test_the_machine_of_the_guide_is_one(tmp_path: Path) -> None:
     text = (Path(__file__).parents[2] / "docs" / "guides" / "simulate.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"^```json\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)

@@ -115,6 +115,11 @@ class _Simulation:
         self._on_progress, self._settings = on_progress, scenario.settings(machine)
         longest = min(_LONGEST_EXAMPLE, machine.context)
         self._examples = () if scenario.finetune is None else drawn_examples(scenario.finetune, longest, 0)
+        if scenario.min_latency_target is not None and len(machine.networks) == 1:
+            raise FlextronError(
+                f"{machine.name} has no narrower sub-networks; add the key sub_networks to its file, profile the "
+                "checkpoint, or leave min_latency_target out"
+            )
         if self._examples and machine.training is None:
             raise FlextronError(
                 f"{machine.name} has no times of finetuning; add the key training to its file, or leave finetuning out"
