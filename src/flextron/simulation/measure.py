@@ -125,7 +125,7 @@ def measure_decoder(
         ms_per_1000_keys=slopes[0],
         ms_per_1000000_pairs=slopes[1],
         jitter=_spread(ratios),
-        training=_training(decoder, clock),
+        training=_training(core, full, clock),
     )
 
 
@@ -236,14 +236,20 @@ def _nonnegative(rows: Sequence[Sequence[float]], aims: Sequence[float], sizes: 
     return [found.get(i, 0.0) for i in range(a.shape[1])]
 
 
-def _training(decoder: Decoder, clock: Callable[[], float]) -> TrainingTimes:
-    """Times of units in two optimizer steps, of which the first warms the machine up."""
-    config = decoder.config
+def _training(core: EngineCore, network: Network, clock: Callable[[], float]) -> TrainingTimes:
+    """Times of units in some optimizer steps, of which the first warms the machine up.
+
+    An iteration runs before each, as when it serves: what a unit needs is not in the processor's caches then.
+    """
+    decoder, config = core.decoder, core.decoder.config
     examples = drawn_examples("lognormal:120:0.7", min(512, config.max_position_embeddings), 0)
     task = TrainingTask(hyperparameters=Hyperparameters(n_epochs=1), examples=examples[:32], seed=0)
     trainer, rng = LoraTrainers(decoder, "measured")(task), random.Random("units")
     times: dict[str, list[tuple[int, float]]] = {kind: [] for kind in (*(s.value for s in Stage), UPDATE)}
     while trainer.step_number < 3:
+        if not core.has_unfinished:
+            core.add("beside", [0], SamplingParams(max_tokens=_ANSWER), network)
+        core.step()
         kind, size = trainer.unit, min(rng.choice(_UNIT_SIZES), trainer.num_left)
         began = clock()
         trainer.run(size)
