@@ -23,7 +23,7 @@ from flextron.engine.scheduler import Scheduler
 from flextron.engine.scores import Logprobs, answer_logprobs
 from flextron.engine.settings import EngineSettings
 from flextron.engine.speculation import Speculator, verified
-from flextron.errors import FlextronError, PromptError
+from flextron.errors import FlextronError, LongPromptError
 from flextron.generation.constraints import Constraint
 from flextron.generation.decoding import block_offsets
 from flextron.generation.processors import check_named_tokens
@@ -181,7 +181,7 @@ class EngineCore:
         check_named_tokens(params, self.decoder.config.vocab_size)
         total = len(prompt) + params.max_tokens
         if total > self.capacity(network.spec):
-            raise PromptError(
+            raise LongPromptError(
                 f"prompt and answer come to {total} tokens, more than the KV cache of "
                 f"{self.settings.kv_cache_gb:g} GB holds; raise kv_cache_gb or lower max_tokens"
             )

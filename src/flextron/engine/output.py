@@ -28,6 +28,8 @@ class Delta:
     mlp_shares: list[float] = field(default_factory=list)
     """With a token router, the share of the full model's MLP neurons that chose each token."""
     finish_reason: FinishReason | None = None
+    stop: str | int | None = None
+    """The stop string, or the stop token, that ended the answer."""
     prompt_logprobs: list[Logprobs] | None = None
     """Log-probabilities of the prompt's tokens after the first, if asked for; the first step brings them."""
     num_cached_tokens: int = 0
@@ -44,7 +46,7 @@ class Delta:
         self.logprobs += later.logprobs
         self.offsets += later.offsets
         self.mlp_shares += later.mlp_shares
-        self.finish_reason = later.finish_reason
+        self.finish_reason, self.stop = later.finish_reason, later.stop
         self.prompt_logprobs = later.prompt_logprobs if self.prompt_logprobs is None else self.prompt_logprobs
         self.embedding = later.embedding
         self.started = later.started
@@ -95,7 +97,8 @@ class OutputProcessor:
             delta.text += self._stops.push(self._detokenizer.push(output.stop_token))
         if output.finish_reason is not None:
             delta.text += self._stops.push(self._detokenizer.finish()) + self._stops.finish()
-        if self._stops.found:
-            delta.finish_reason = FinishReason.STOP
+        delta.stop = output.stop_token
+        if self._stops.found is not None:
+            delta.finish_reason, delta.stop = FinishReason.STOP, self._stops.found
         self.answer.add(delta)
         return delta

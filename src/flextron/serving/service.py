@@ -10,7 +10,7 @@ from typing import Any
 
 from flextron.api import ElasticModel
 from flextron.engine import CoServing, CoServingScheduler, EngineCore, EngineSettings
-from flextron.errors import FlextronError, PromptError
+from flextron.errors import FlextronError, LongPromptError
 from flextron.generation.constraints import Constraint, Grammars, Kind
 from flextron.generation.encoding import bad_words_ids, encode
 from flextron.generation.templates import ChatTemplate
@@ -204,7 +204,7 @@ class Service:
 
         def run() -> list[int]:
             if len(written) > self.most_chars:
-                raise PromptError(
+                raise LongPromptError(
                     f"the prompt has {len(written)} characters, more than the model has positions for; shorten it"
                 )
             return encode(self.tokenizer, written, add_special_tokens=add_special_tokens)
