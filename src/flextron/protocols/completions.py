@@ -95,6 +95,10 @@ class _CompletionForm:
     def _logprobs(self, number: int, piece: Delta, *, is_first: bool) -> dict[str, Any]:
         tokens, found, offsets = piece.token_ids, [*piece.logprobs], piece.offsets
         before: list[None] = []
+        if self._body.echo and piece.end is not None:
+            # clients that score prompts count on the entry of the token that they had to ask for
+            end, own, offset = piece.end
+            tokens, found, offsets = [*tokens, end], [*found, own], [*offsets, offset]
         if self._body.echo:
             length = len(self._echo(number))
             offsets = [length + offset for offset in offsets]
