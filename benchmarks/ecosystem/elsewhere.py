@@ -59,7 +59,7 @@ def clients() -> Figure:
 def oldest_transformers() -> Figure:
     """Exports in the oldest transformers that is supported."""
     own = _environment("FLEXTRON_OLDEST", ".venv/oldest", "run `make test-oldest`")
-    note = "7 kinds of tokenizers and families: tokens, chat templates and logits equal to those of transformers 5"
+    note = "all families and kinds of tokenizers: tokens, chat templates and logits equal to those of transformers 5"
     here = ["-m", "peer", "tests/test_oldest_transformers.py"]
     return _tests(
         sys.executable, "exports in transformers 4.57", note, *here, FLEXTRON_OLDEST_PYTHON=str(own / "bin/python")
