@@ -8,12 +8,13 @@ BROWSER_READY := .venv/.browser-ready
 OLDEST := .venv/oldest
 CLIENTS := .venv/clients
 OPTIMUM := .venv/optimum
+AUDIT := .venv/audit
 
 # One thread a worker: the tests' models are so small that more threads only wait for each other.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/pytest -q -n 2
 RUNNABLE_HERE := not gpu and not browser and not peer
 
-.PHONY: demo test test-browser test-isa test-isa-all test-oldest test-clients test-optimum test-slow test-all check fix bench bench-core bench-routing bench-serving bench-coserving bench-quality bench-ecosystem bench-scale docs clean
+.PHONY: demo test test-browser test-isa test-isa-all test-oldest test-clients test-optimum test-slow test-all check fix bench bench-core bench-routing bench-serving bench-coserving bench-quality bench-ecosystem bench-scale audit docs clean
 
 demo: $(READY)  ## Measure a small elastic model here and ask it for targets; MODEL= and DATA= convert and train others.
 	$(BIN)/flextron demo $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)")
@@ -79,6 +80,14 @@ bench-core bench-routing bench-serving bench-coserving bench-quality bench-ecosy
 
 bench-scale: $(READY)  ## Several processes on this machine; also the tables of docs/scaling.md.
 	$(BIN)/python -m benchmarks scale; status=$$?; $(BIN)/python -m benchmarks.readme; $(BIN)/python -m benchmarks.scale.page; exit $$status
+
+audit: $(READY)  ## Known vulnerabilities of what is installed, and dist/sbom.json, the list of it; needs the network.
+	test -x $(AUDIT)/bin/python || $(BIN)/python -m venv $(AUDIT)
+	$(AUDIT)/bin/pip install -q pip-audit cyclonedx-bom
+	mkdir -p dist
+	$(AUDIT)/bin/cyclonedx-py environment $(BIN)/python --output-reproducible -o dist/sbom.json
+	$(BIN)/pip freeze --exclude-editable | grep -v '[@+]' > dist/installed.txt
+	$(AUDIT)/bin/pip-audit --no-deps --disable-pip -r dist/installed.txt
 
 docs: $(DOCS_READY)  ## The documentation, into site/.
 	$(BIN)/mkdocs build --strict

@@ -31,7 +31,7 @@ __all__ = ["run"]
 
 _RANK = 32
 _TEXTS = ("wikitext-2", "lambada")
-_TOKENS = 20_000
+_TOKENS = 10_000
 """Of each text."""
 _QUESTIONS = 400
 

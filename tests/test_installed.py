@@ -5,8 +5,10 @@ What needs a running server is in `tests/server/test_guide.py`; what needs files
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -32,12 +34,16 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The package as a wheel installs it."""
     pytest.importorskip("hatchling")
     root = tmp_path_factory.mktemp("installed")
-    code = f"from hatchling.build import build_wheel; print(build_wheel({str(root)!r}))"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
-    (wheel,) = root.glob("*.whl")
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(root / "site")]
-    subprocess.run([*pip, str(wheel)], check=True, capture_output=True)
+    subprocess.run([*pip, str(wheel(ROOT, root))], check=True, capture_output=True)
     return root / "site"
+
+
+def wheel(tree: Path, directory: Path) -> Path:
+    """Build the wheel of a tree into a directory."""
+    code = f"from hatchling.build import build_wheel; print(build_wheel({str(directory)!r}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tree, check=True, capture_output=True, text=True)
+    return directory / done.stdout.split()[-1]
 
 
 def run(installed: Path, directory: Path, *command: str) -> str:
@@ -51,6 +57,16 @@ def run(installed: Path, directory: Path, *command: str) -> str:
     done = subprocess.run(command, cwd=directory, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
+
+
+def test_the_wheel_is_the_same_each_time(tmp_path: Path) -> None:
+    """Also from another copy of the tree, whose files are younger."""
+    copy = tmp_path / "copy"
+    shutil.copytree(ROOT / "src", copy / "src", ignore=shutil.ignore_patterns("__pycache__"), copy_function=shutil.copy)
+    for name in ("pyproject.toml", "README.md", "LICENSE", ".gitignore"):
+        shutil.copy(ROOT / name, copy / name)
+    digests = {hashlib.sha256(wheel(root, tmp_path / root.name).read_bytes()).hexdigest() for root in (ROOT, copy)}
+    assert len(digests) == 1
 
 
 def test_it_is_the_wheel(installed: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import flextron
 from experiments.elastification.curve import wikitext
 from experiments.elastification.mix import SOURCES
 from flextron.api.packaged import boxed_adapter
+from flextron.api.stored import LOSSES_FILE
 from flextron.api.texts import needed, sequences
 from flextron.checkpoints.origin import PermutedFrom
 from flextron.files import read_json, write_json
@@ -54,10 +55,14 @@ def main() -> None:
     model.info = replace(model.info, provenance=model.info.provenance | {"source": _BASE})
     validation = [wikitext(args.data, "wt2.valid.tokens.txt.zst")]
     curve = read_json(args.curve)
+    tried = [SubnetSpec.from_dict(spec) for row in curve for spec in row["specs"].values()]
+    earlier: Path = args.output / LOSSES_FILE
+    if earlier.exists():  # what an earlier search found may be best still
+        tried += [point.spec for point in KnownLosses.from_dict(read_json(earlier)).points]
     frontier = model.profile(
         validation,
         settings=SearchSettings(targets=_TARGETS, refinements=1),
-        candidates=[SubnetSpec.from_dict(spec) for row in curve for spec in row["specs"].values()],
+        candidates=tried,
         num_tokens=args.tokens,
         context=_CONTEXT,
     )

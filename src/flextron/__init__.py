@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from flextron.errors import FlextronError, UnsupportedModelError
@@ -58,6 +59,8 @@ _LAZY = {
 
 def __getattr__(name: str) -> Any:
     """Import the heavy half of the package when it is first asked for."""
+    if name == "__version__":
+        return version("flextron")
     if name not in _LAZY:
         raise AttributeError(f"module 'flextron' has no attribute {name!r}")
     return getattr(import_module(_LAZY[name]), name)

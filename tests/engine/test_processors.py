@@ -59,13 +59,17 @@ def test_greedy_answers_are_those_of_plain_generation(native: bool, drafts: bool
 def test_drawn_answers_have_the_distribution_that_the_settings_say() -> None:
     """The second token after each first one, drafted by another network, against its exact probabilities."""
     params = SamplingParams(max_tokens=3, temperature=0.8, repetition_penalty=1.7, frequency_penalty=1.0, top_k=4)
-    core = engine(DECODER, num_pages=200, native=False, speculation=Speculation(drafts=(NARROW,), num_tokens=2))
+    speculation = Speculation(drafts=(NARROW,), num_tokens=2, max_num_seqs=20)
+    core = engine(
+        DECODER, num_pages=200, native=False, max_num_seqs=20, max_num_batched_tokens=80, speculation=speculation
+    )
     counts = torch.zeros(SIZE, SIZE)
-    for _ in range(700):
-        request = core.add("a", [5, 6, 7], params, core.network(FULL))
+    for _ in range(35):
+        requests = [core.add(f"{i}", [5, 6, 7], params, core.network(FULL)) for i in range(20)]
         while core.has_unfinished:
             core.step()
-        counts[request.answer[1], request.answer[2]] += 1
+        for request in requests:
+            counts[request.answer[1], request.answer[2]] += 1
     assert core.speculator is not None
     assert 0 < core.speculator.num_accepted < core.speculator.num_drafted
     wanted = torch.zeros(SIZE, SIZE)

@@ -23,6 +23,7 @@ from flextron.finetuning.trainer import StepMetrics, TrainingTask
 from flextron.model.adapter import Adapter
 from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
+from flextron.spec import SubnetSpec
 from tests.jobs.scoring import score
 from tests.random_decoders import ragged_specs, random_decoder
 
@@ -45,10 +46,13 @@ def trainer(
     resume: Path | None = None,
     validation: Sequence[Example] = (),
     chosen: Hyperparameters = CHOSEN,
+    spec: SubnetSpec | None = None,
     **options: object,
 ) -> LoraTrainer:
     made_by = LoraTrainers(decoder, "base", **options)  # type: ignore[arg-type]
-    return made_by(TrainingTask(hyperparameters=chosen, examples=data, validation=validation, seed=5, resume=resume))
+    return made_by(
+        TrainingTask(hyperparameters=chosen, examples=data, validation=validation, seed=5, spec=spec, resume=resume)
+    )
 
 
 def finish(work: LoraTrainer, sizes: Sequence[int]) -> list[StepMetrics]:
@@ -247,3 +251,16 @@ def test_a_linear_that_the_model_lacks_is_refused() -> None:
     only_gate = Hyperparameters(target_modules=("gate_proj",))
     with pytest.raises(FlextronError, match="no linear 'gate'"):
         trainer(random_decoder("gpt2"), examples(3), chosen=only_gate)
+
+
+def test_units_of_a_sub_network_are_of_other_kinds() -> None:
+    """They take other times, and the scheduler knows units by their kinds; the optimizer's step is the same."""
+    decoder, kinds = random_decoder("llama-3"), []
+    for spec in (None, decoder.config.full_spec, ragged_specs(decoder.config, 2)[0]):
+        work, found = trainer(decoder, examples(6), spec=spec), set()
+        while work.step_number < 1:
+            found.add(work.unit)
+            work.run(16)
+        kinds.append(found)
+    assert kinds[0] == kinds[1]
+    assert kinds[1] & kinds[2] == {UPDATE}

@@ -90,6 +90,7 @@ def test_directories_of_the_format_before(tmp_path: Path) -> None:
         for table, column in (
             ("jobs", "validation_file"),
             ("jobs", "is_deleted"),
+            ("jobs", "spec"),
             *((table, column) for table in ("steps", "checkpoints") for column in ("valid_loss", "valid_accuracy")),
         ):
             database.execute(f"ALTER TABLE {table} DROP COLUMN {column}")

@@ -66,8 +66,8 @@ def assert_close(ours: Tensor, expected: Tensor, what: str) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(
-    lengths=st.lists(st.integers(1, 150), min_size=1, max_size=4),
-    held=st.sampled_from([0, 0, 1, 17, 100, 200]),
+    lengths=st.lists(st.integers(1, 90), min_size=1, max_size=3),
+    held=st.sampled_from([0, 0, 1, 17, 100]),
     shape=st.tuples(st.integers(1, 3), st.sampled_from([1, 2, 3, 7, 50]), st.sampled_from([8, 16, 24, 40, 64])),
     window=st.none() | st.integers(1, 200),
     needs=st.tuples(st.booleans(), st.booleans(), st.booleans()),

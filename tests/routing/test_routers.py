@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import random
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from flextron.errors import FlextronError
 from flextron.routing import LatencyTable
 from flextron.routing.routers import StaticRouter, latency_ms, straight_through
 from flextron.routing.surrogate import spearman
-from flextron.spec import SearchSpace, SubnetSpec
+from flextron.spec import LayerSpec, SearchSpace, SubnetSpec
 
 SPACE = SearchSpace(
     num_hidden_layers=4,
@@ -52,6 +54,7 @@ def all_specs() -> list[SubnetSpec]:
 
 
 SPECS = all_specs()
+LATENCIES = {spec: TABLE.predict(spec) for spec in SPECS}
 LEAST = TABLE.predict(SPACE.smallest)
 
 
@@ -63,25 +66,27 @@ def test_the_answer_is_in_the_space_and_within_the_target(seed: int, target: flo
     assert TABLE.predict(spec) <= target * (1 + 1e-9)
 
 
-def log_likelihood(router: StaticRouter, spec: SubnetSpec, target: float) -> float:
+def log_likelihoods(router: StaticRouter, specs: Iterable[SubnetSpec], target: float) -> list[float]:
+    """What the router's distributions give each sub-network."""
     logits = router(torch.tensor([target]))
-    total = 0.0
-    for i, layer in enumerate(spec.layers):
-        keep = torch.log_softmax(logits.keep_BL2[0, i], -1)
+    keep, mlp, attention = (
+        torch.log_softmax(scores[0], -1).tolist() for scores in (logits.keep_BL2, logits.mlp_BLW, logits.attention_BLG)
+    )
+
+    def of_layer(i: int, layer: LayerSpec) -> float:
         if layer.is_skipped:
-            total += float(keep[1])
-            continue
-        total += float(keep[0])
-        total += float(
-            torch.log_softmax(logits.mlp_BLW[0, i], -1)[SPACE.intermediate_sizes.index(layer.intermediate_size)]
-        )
-        total += float(torch.log_softmax(logits.attention_BLG[0, i], -1)[SPACE.num_groups.index(layer.num_groups)])
-    return total
+            return float(keep[i][1])
+        width = mlp[i][SPACE.intermediate_sizes.index(layer.intermediate_size)]
+        return float(keep[i][0] + width + attention[i][SPACE.num_groups.index(layer.num_groups)])
+
+    return [sum(of_layer(i, layer) for i, layer in enumerate(spec.layers)) for spec in specs]
 
 
-def is_maximal(spec: SubnetSpec, target: float) -> bool:
-    """Whether nothing wider is within the target."""
-    return not any(spec != s and spec.is_nested_in(s) and TABLE.predict(s) <= target for s in SPECS)
+@functools.cache
+def maximal(target: float) -> list[SubnetSpec]:
+    """The sub-networks within a target that are part of no wider one within it."""
+    within = [spec for spec in SPECS if LATENCIES[spec] <= target]
+    return [spec for spec in within if not any(spec != s and spec.is_nested_in(s) for s in within)]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -89,10 +94,10 @@ def test_the_answer_spends_the_target_on_likely_widths(seed: int) -> None:
     router = random_router(seed)
     for target in (0.5, 0.7, 0.9):
         spec = router.spec(target, TABLE)
-        assert is_maximal(spec, target)
-        rivals = [s for s in SPECS if TABLE.predict(s) <= target and is_maximal(s, target)]
-        own = log_likelihood(router, spec, target)
-        assert sum(log_likelihood(router, s, target) > own for s in rivals) <= len(rivals) / 4
+        assert spec in maximal(target)
+        (own,) = log_likelihoods(router, [spec], target)
+        rivals = log_likelihoods(router, maximal(target), target)
+        assert sum(rival > own for rival in rivals) <= len(rivals) / 4
 
 
 def test_the_whole_budget_gives_the_full_network() -> None:

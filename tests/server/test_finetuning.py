@@ -15,8 +15,9 @@ import httpx
 import openai
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from flextron import ElasticModel
+from flextron import ElasticModel, Target, finetune
 from flextron.checkpoints.peft.reading import read_adapter
 from flextron.finetuning.dataset import read_dataset
 from flextron.finetuning.hyperparameters import Hyperparameters
@@ -118,6 +119,32 @@ def test_validation(model: ElasticModel, tmp_path: Path) -> None:
         assert "full_valid_loss" not in events[1]
 
 
+@pytest.mark.parametrize("body", [{"model": "tiny@0.6"}, {"flextron": {"latency": 0.6}}])
+def test_at_a_target(model: ElasticModel, tmp_path: Path, body: dict[str, Any]) -> None:
+    """The same adapter as is made at this target without a server, also after a restart."""
+    (tmp_path / "data.jsonl").write_bytes(jsonl(RECORDS))
+    target = Target(latency=0.6)
+    alone = finetune(model, tmp_path / "data.jsonl", tmp_path / "alone", target=target, seed=3, **SHORT)
+    maker = LoraTrainers(model.decoder, "tiny")
+    with tuning(model, tmp_path / "state", maker=maker) as served:
+        client = served.client()
+        created = httpx.post(
+            f"{served.server.url}/v1/fine_tuning/jobs",
+            json={"model": "tiny", "training_file": served.upload(client), "seed": 3, "hyperparameters": SHORT} | body,
+        ).json()
+        assert (created["model"], created["flextron"]) == ("tiny", {"spec": model.select(latency=0.6).to_dict()})
+        client.fine_tuning.jobs.pause(created["id"])
+    with tuning(model, tmp_path / "state", maker=maker) as served:
+        client = served.client()
+        client.fine_tuning.jobs.resume(created["id"])
+        served.wait(client, created["id"], "succeeded")
+        ((_, directory),) = served.adapters
+        made, wanted = (load_file(path / "adapter_model.safetensors") for path in (directory, alone.adapter))
+        for name, tensor in wanted.items():
+            # a server sizes units by the time they have, which changes the order of sums
+            assert torch.allclose(made[name], tensor, rtol=1e-3, atol=1e-5), name
+
+
 def test_bad_validation_files_fail_the_job(served: Tuning) -> None:
     client = served.client()
     files = {"training_file": served.upload(client), "validation_file": served.upload(client, [*RECORDS, {"a": 1}])}
@@ -167,7 +194,12 @@ def test_pages(model: ElasticModel, tmp_path: Path) -> None:
     ("changes", "status", "param"),
     [
         ({"model": "gpt"}, 404, "model"),
-        ({"model": "tiny@0.6"}, 404, "model"),
+        ({"model": "other@0.6"}, 404, "model"),
+        ({"model": "tiny@0.01"}, 400, "model"),
+        ({"flextron": {"latency": 0.01}}, 400, "flextron"),
+        ({"model": "tiny@0.6", "flextron": {"latency": 0.7}}, 400, "flextron"),
+        ({"flextron": {"latency": 0.6, "router": "token"}}, 400, "flextron"),
+        ({"flextron": {"latency": 0.6, "min_latency_target": 0.5}}, 400, "flextron"),
         ({"training_file": "file-nothing"}, 400, None),
         ({"training_file": "../lock"}, 400, None),
         ({"training_file": 3}, 400, "training_file"),

@@ -127,12 +127,13 @@ def finetune(
         state = directory / _STATE
         is_resumed = state.exists()
         progress = _read_progress(state / _PROGRESS) if is_resumed else _Progress()
-        trainers = LoraTrainers(loaded.decoder, _base_name(model, loaded), spec=spec)
+        trainers = LoraTrainers(loaded.decoder, _base_name(model, loaded))
         task = TrainingTask(
             hyperparameters=chosen,
             examples=dataset.examples,
             validation=scored,
             seed=seed,
+            spec=spec,
             resume=state / _TRAINER if is_resumed else None,
         )
         trainer = trainers(task)

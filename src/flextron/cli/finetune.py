@@ -88,7 +88,7 @@ def finetune(
     as_json: Json = False,
 ) -> None:
     """Train a LoRA adapter on examples: here, going on after a kill, or by a server, which serves it at once."""
-    is_here = bool(output or restart or target)
+    is_here = bool(output or restart)
     named = None if target_modules is None else [name.strip() for name in target_modules.split(",")]
     hyperparameters: dict[str, Any] = {
         "n_epochs": epochs,
@@ -121,9 +121,10 @@ def finetune(
         case [data] if server and model and not (is_here or job or cancel):
             client = RemoteFinetuning(server, api_key)
             file, held_out = client.upload(data), None if validation is None else client.upload(validation)
-            made = client.create(model, file, validation=held_out, suffix=suffix, seed=seed, hyperparameters=chosen)
+            asked = model if target is None else f"{model}@{target:g}"
+            made = client.create(asked, file, validation=held_out, suffix=suffix, seed=seed, hyperparameters=chosen)
             _watch(client, server, made["id"], as_json=as_json)
-        case [] if server and job and not (is_here or model or suffix or chosen or seed or validation):
+        case [] if server and job and not (is_here or model or suffix or chosen or seed or validation or target):
             client = RemoteFinetuning(server, api_key)
             # a job that there is, before anything is shown of it
             client.cancel(job) if cancel else client.job(job)

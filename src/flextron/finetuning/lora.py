@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from flextron.finetuning.recompute import KEEPABLE, num_keepable
 from flextron.finetuning.trainer import StepMetrics, TrainingTask, not_finite
 from flextron.model.adapter import Adapter, linear_shapes
 from flextron.model.bypass import Lora
+from flextron.model.cost import num_parameters
 from flextron.model.decoder import Decoder
 from flextron.spec import SubnetSpec
 
@@ -45,7 +47,6 @@ class LoraTrainers:
         decoder: Decoder,
         base_model: str,
         *,
-        spec: SubnetSpec | None = None,
         pack_tokens: int = 1024,
         saved_gb: float = 1.0,
     ) -> None:
@@ -54,21 +55,19 @@ class LoraTrainers:
         Args:
             decoder: frozen; others may use it at the same time.
             base_model: its name, for the adapters' configs.
-            spec: sub-network to train in; by default the full model.
             pack_tokens: tokens of examples that are run side by side, unless a single one has more.
             saved_gb: what may be kept of a pack to save time, 10^9 bytes. Without that, a quarter of it is.
         """
         self.decoder, self.base_model = decoder, base_model
-        self.spec = spec or decoder.config.full_spec
         self.pack_tokens, self.saved_gb = pack_tokens, saved_gb
 
     def __call__(self, task: TrainingTask) -> LoraTrainer:
         """See `MakeTrainer`."""
         return LoraTrainer(self, task)
 
-    def kept(self, num_tokens: int) -> frozenset[str]:
-        """What is kept of a pack of so many tokens, instead of computed again."""
-        num_bytes = num_keepable(self.decoder.config, self.spec) * num_tokens * self.decoder.dtype.itemsize
+    def kept(self, spec: SubnetSpec, num_tokens: int) -> frozenset[str]:
+        """What is kept of a pack of so many tokens in a sub-network, instead of computed again."""
+        num_bytes = num_keepable(self.decoder.config, spec) * num_tokens * self.decoder.dtype.itemsize
         return KEEPABLE if num_bytes <= self.saved_gb * 1e9 else frozenset()
 
 
@@ -83,6 +82,9 @@ class LoraTrainer:
         """
         self._made_by, self._task, self._chosen = made_by, task, task.hyperparameters
         hyperparameters, config = task.hyperparameters, made_by.decoder.config
+        self._spec = task.spec or config.full_spec
+        # units of different widths take different times
+        self._suffix = "" if self._spec == config.full_spec else f" in {num_parameters(config, self._spec)} parameters"
         named = {name.removesuffix("_proj") for name in hyperparameters.target_modules}
         present = linear_shapes(config, config.full_spec.layers[0]).keys()
         if hyperparameters.target_modules == TARGET_MODULES:
@@ -92,7 +94,7 @@ class LoraTrainer:
             self.adapter = Adapter.lora(
                 config, rank=hyperparameters.rank, alpha=hyperparameters.alpha, targets=sorted(named)
             ).to(made_by.decoder.device)
-        _leave_out(self.adapter, made_by.spec)
+        _leave_out(self.adapter, self._spec)
         self._parameters = dict(self.adapter.named_parameters())
         self._rate = hyperparameters.learning_rate * hyperparameters.learning_rate_multiplier
         self._optimizer = torch.optim.AdamW(self.adapter.parameters(), lr=self._rate, weight_decay=0.0, fused=True)
@@ -124,7 +126,7 @@ class LoraTrainer:
         """Kind of the next unit; units of one kind take about the same time a token."""
         if self._pass is None or self._pass.unit is None:
             return UPDATE
-        return self._pass.unit
+        return self._pass.unit + self._suffix
 
     @property
     def num_left(self) -> int:
@@ -210,7 +212,7 @@ class LoraTrainer:
                 self.adapter,
                 self._task.validation,
                 made_by.pack_tokens,
-                spec=made_by.spec,
+                spec=self._spec,
                 backward=False,
             )
             return
@@ -223,7 +225,12 @@ class LoraTrainer:
         size = self._chosen.batch_size
         batch = [self._task.examples[i] for i in order[index * size : (index + 1) * size]]
         self._pass = Pass(
-            made_by.decoder, self.adapter, batch, made_by.pack_tokens, spec=made_by.spec, kept=made_by.kept
+            made_by.decoder,
+            self.adapter,
+            batch,
+            made_by.pack_tokens,
+            spec=self._spec,
+            kept=partial(made_by.kept, self._spec),
         )
 
     def _update(self) -> StepMetrics:

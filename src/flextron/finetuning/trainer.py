@@ -11,6 +11,7 @@ from typing import Protocol
 from flextron.errors import FlextronError
 from flextron.finetuning.example import Example
 from flextron.finetuning.hyperparameters import Hyperparameters
+from flextron.spec import SubnetSpec
 
 __all__ = ["MakeTrainer", "StepMetrics", "Trainer", "TrainingTask", "not_finite"]
 
@@ -106,6 +107,8 @@ class TrainingTask:
     """Scored at the end of each epoch, at each checkpoint and at the end."""
     seed: int
     """Seed of all that is random."""
+    spec: SubnetSpec | None = None
+    """The sub-network to train in; None for the full one."""
     resume: Path | None = None
     """A directory that `Trainer.save_state` wrote for the same task, where training goes on; None to begin."""
 

@@ -18,7 +18,7 @@ from flextron.files import NoSpaceError
 
 __all__ = ["Store", "UnknownIdError"]
 
-_VERSION = 3
+_VERSION = 4
 _SCHEMA = """
 CREATE TABLE files (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, created_at INTEGER NOT NULL,
@@ -28,7 +28,7 @@ CREATE TABLE jobs (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, created_at INTEGER NOT NULL, finished_at INTEGER,
     status TEXT NOT NULL, model TEXT NOT NULL, suffix TEXT, fine_tuned_model TEXT, training_file TEXT NOT NULL,
     validation_file TEXT, hyperparameters TEXT NOT NULL, seed INTEGER NOT NULL, metadata TEXT NOT NULL, error TEXT,
-    result_file TEXT, is_deleted INTEGER NOT NULL DEFAULT 0
+    result_file TEXT, is_deleted INTEGER NOT NULL DEFAULT 0, spec TEXT
 );
 CREATE UNIQUE INDEX one_suffix ON jobs (model, suffix)
     WHERE suffix IS NOT NULL AND status NOT IN ('failed', 'cancelled') AND NOT is_deleted;
@@ -63,7 +63,10 @@ ALTER TABLE steps ADD COLUMN valid_accuracy REAL;
 ALTER TABLE checkpoints ADD COLUMN valid_loss REAL;
 ALTER TABLE checkpoints ADD COLUMN valid_accuracy REAL;
 """
-_CHANGES = {0: _SCHEMA, 2: _FROM_2}
+_FROM_3 = """
+ALTER TABLE jobs ADD COLUMN spec TEXT;
+"""
+_CHANGES = {0: _SCHEMA, 2: _FROM_2 + _FROM_3, 3: _FROM_3}
 """What brings a database of an older format, or an empty one, to this one."""
 
 

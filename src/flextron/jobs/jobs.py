@@ -22,6 +22,7 @@ from flextron.jobs.records import ALIVE, Job, JobCheckpoint, Status
 from flextron.jobs.repository import JobRepository
 from flextron.jobs.scheduler import JobScheduler
 from flextron.jobs.uploads import Uploads
+from flextron.spec import SubnetSpec
 
 __all__ = ["Jobs", "JobsSettings", "OnAdapter", "OnDeleted"]
 
@@ -144,8 +145,9 @@ class Jobs:
         hyperparameters: Hyperparameters | None = None,
         seed: int | None = None,
         metadata: dict[str, str] | None = None,
+        spec: SubnetSpec | None = None,
     ) -> Job:
-        """Take a job; its files are read soon after.
+        """Take a job; its files are read soon after. It trains in the sub-network `spec`, by default the full one.
 
         Raises:
             FlextronError: a file is unknown, the suffix taken, or a hyperparameter does not go with the model.
@@ -161,6 +163,7 @@ class Jobs:
             hyperparameters=chosen,
             seed=secrets.randbelow(2**31) if seed is None else seed,
             metadata=metadata or {},
+            spec=spec,
         )
         self.preparer.submit(job.id)
         return job

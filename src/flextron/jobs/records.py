@@ -10,6 +10,7 @@ from enum import Enum
 from typing import Any
 
 from flextron.finetuning.hyperparameters import Hyperparameters
+from flextron.spec import SubnetSpec
 
 __all__ = ["ALIVE", "ENDED", "File", "Job", "JobCheckpoint", "JobError", "JobEvent", "Status", "new_id"]
 
@@ -86,6 +87,8 @@ class Job:
     metadata: dict[str, str]
     error: JobError | None
     result_file: str | None
+    spec: SubnetSpec | None = None
+    """The sub-network that is trained in; None for the full one."""
 
     @classmethod
     def of(cls, row: sqlite3.Row) -> Job:
@@ -97,6 +100,7 @@ class Job:
             hyperparameters=Hyperparameters.from_dict(json.loads(row["hyperparameters"])),
             metadata=json.loads(row["metadata"]),
             error=None if row["error"] is None else JobError(**json.loads(row["error"])),
+            spec=None if row["spec"] is None else SubnetSpec.from_dict(json.loads(row["spec"])),
         )
 
     def name(self, step: int | None = None) -> str:

@@ -16,6 +16,7 @@ from flextron.finetuning.trainer import StepMetrics
 from flextron.jobs.database import Store, UnknownIdError
 from flextron.jobs.records import ALIVE, ENDED, File, Job, JobCheckpoint, JobError, JobEvent, Status, new_id
 from flextron.jobs.uploads import FINE_TUNE, insert_file
+from flextron.spec import SubnetSpec
 
 __all__ = ["JobRepository"]
 
@@ -41,6 +42,7 @@ class JobRepository:
         hyperparameters: Hyperparameters,
         seed: int,
         metadata: dict[str, str],
+        spec: SubnetSpec | None = None,
     ) -> Job:
         """Enter a job, to be validated.
 
@@ -59,6 +61,7 @@ class JobRepository:
             "hyperparameters": json.dumps(hyperparameters.to_dict()),
             "seed": seed,
             "metadata": json.dumps(metadata),
+            "spec": None if spec is None else json.dumps(spec.to_dict()),
         }
         try:
             with self._store.transaction() as database:

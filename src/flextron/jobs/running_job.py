@@ -50,6 +50,7 @@ class RunningJob:
             examples=prepared.examples,
             validation=prepared.validation,
             seed=job.seed,
+            spec=job.spec,
             resume=state if state.exists() else None,
         )
         self.trainer = make_trainer(task)

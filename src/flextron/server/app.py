@@ -122,7 +122,7 @@ def create_app(
     ]
     if jobs is not None:
         add_files(app, jobs.uploads, settings)
-        add_finetuning(app, jobs, settings)
+        add_finetuning(app, jobs, service.catalog, settings)
         _add_deletion(app, service, jobs)
         bodies.append(FineTuningBody)
     if settings.page:

@@ -21,6 +21,7 @@ from flextron.server.openapi import error_responses
 from flextron.server.paging import page_of, paged, parameters
 from flextron.serving.errors import bad_request, not_found
 from flextron.serving.settings import ServerSettings
+from flextron.serving.targets import Catalog, TargetBody
 
 __all__ = ["FineTuningBody", "add_finetuning"]
 
@@ -58,6 +59,8 @@ class FineTuningBody(_Strict):
     method: MethodBody | None = None
     suffix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    flextron: TargetBody | None = None
+    """The target whose sub-network is trained in; `model@0.6` names one, too. By default the full network."""
     metadata: (
         Annotated[
             dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
@@ -90,7 +93,7 @@ class FineTuningBody(_Strict):
         return new or old or {}
 
 
-def add_finetuning(app: FastAPI, jobs: Jobs, settings: ServerSettings) -> None:
+def add_finetuning(app: FastAPI, jobs: Jobs, catalog: Catalog, settings: ServerSettings) -> None:
     """Add the paths to an application."""
     max_bytes, seconds = int(settings.max_body_mb * 1e6), settings.client_seconds
 
@@ -98,7 +101,7 @@ def add_finetuning(app: FastAPI, jobs: Jobs, settings: ServerSettings) -> None:
     async def create_fine_tuning_job(request: Request) -> JSONResponse:
         """Begin a job."""
         body = await read_body(request, FineTuningBody, max_bytes, seconds)
-        return JSONResponse(await asyncio.to_thread(_create, jobs, body))
+        return JSONResponse(await asyncio.to_thread(_create, jobs, catalog, body))
 
     @app.get(_PATH, responses=error_responses(400, 401, 404), openapi_extra=_QUERY)
     def list_fine_tuning_jobs(request: Request) -> JSONResponse:
@@ -143,9 +146,12 @@ def _page(request: Request) -> Any:
     return page_of(request, default=_DEFAULT_LISTED, most=_MOST_LISTED)
 
 
-def _create(jobs: Jobs, body: FineTuningBody) -> dict[str, Any]:
-    if body.model != jobs.model:
+def _create(jobs: Jobs, catalog: Catalog, body: FineTuningBody) -> dict[str, Any]:
+    if body.model.partition("@")[0] != jobs.model:
         raise not_found(body.model, f"there is no model {body.model[:200]!r} to finetune; use {jobs.model!r}")
+    if body.flextron is not None and (body.flextron.router or body.flextron.min_latency_target is not None):
+        raise bad_request("a job trains in one sub-network; leave router and min_latency_target out", "flextron")
+    choice = catalog.choose(body.model, body.flextron)
     job = jobs.create(
         training_file=body.training_file,
         validation_file=body.validation_file,
@@ -153,6 +159,7 @@ def _create(jobs: Jobs, body: FineTuningBody) -> dict[str, Any]:
         hyperparameters=Hyperparameters.from_dict(body.chosen),
         seed=body.seed,
         metadata=body.metadata,
+        spec=None if choice.target is None else choice.spec,
     )
     return _written(jobs, job)
 
@@ -179,6 +186,7 @@ def _written(jobs: Jobs, job: Job) -> dict[str, Any]:
         "seed": job.seed,
         "estimated_finish": jobs.scheduler.estimated_finish(job.id),
         "integrations": [],
+        "flextron": {"spec": None if job.spec is None else job.spec.to_dict()},
         "metadata": job.metadata,
         "user_provided_suffix": job.suffix,
     }

@@ -124,7 +124,7 @@ def read_recipe(path: Path) -> ElastifyRecipe:
         raise FlextronError(f"recipe {path} does not exist")
     text = read_text(path, _LARGEST_RECIPE)
     try:
-        data = yaml.load(text, _PlainLoader)
+        data = yaml.load(text, _PlainLoader)  # noqa: S506 (safe, and without aliases)
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         # ValueError: numbers of thousands of digits, dates that are none
         raise FlextronError(f"recipe {path} cannot be read: {str(error).splitlines()[0]}") from error

@@ -16,6 +16,7 @@ from tests.jobs.making import CONTEXT, jsonl, tokenizer
 from tests.server.page.browser.visit import Visit, expect, visiting
 from tests.server.running import Running
 from tests.server.tuning import CHAT, Tuning
+from tests.trained import trained_model
 
 pytestmark = pytest.mark.browser
 
@@ -74,12 +75,12 @@ def drop(visit: Visit, content: bytes, name: str = "train.jsonl", place: int = 0
     return box.locator(".drop-state")
 
 
-def begin(visit: Visit, suffix: str, **settings: int) -> Locator:
+def begin(visit: Visit, suffix: str, **settings: float) -> Locator:
     """Start a job on conversations; gives its card."""
     visit.tab("Finetuning")
     expect(drop(visit, jsonl(CHAT))).to_contain_text(f"train.jsonl: {len(CHAT)} examples (conversations)")
     visit.page.get_by_label("Name of the adapter").fill(suffix)
-    labels = {"epochs": "Epochs", "batch_size": "Batch size", "every": "Checkpoint every"}
+    labels = {"epochs": "Epochs", "batch_size": "Batch size", "every": "Checkpoint every", "latency": "Train at"}
     for key, value in settings.items():
         visit.page.get_by_label(labels[key]).fill(str(value))
     visit.page.get_by_role("button", name="Start training").click()
@@ -92,12 +93,14 @@ def test_a_job_from_the_dropped_file_to_a_chat_beside_the_base(browser: Browser,
     with visiting(browser, tuned.server.url) as visit:
         visit.tab("Finetuning")
         expect(drop(visit, jsonl(CHAT[:2]), "held-out.jsonl", place=1)).to_contain_text("2 examples")
-        card = begin(visit, "yes-no", epochs=4, batch_size=2, every=3)
+        card = begin(visit, "yes-no", epochs=4, batch_size=2, every=3, latency=0.6)
         expect(card).to_have_attribute("data-status", "succeeded")
         expect(card.locator(".job-state")).to_contain_text("step 12 of 12")
         # the curves are the events' figures
         client = tuned.client()
         job = client.fine_tuning.jobs.list().data[0]
+        assert job.model_extra is not None
+        assert job.model_extra["flextron"]["spec"] == trained_model().select(latency=0.6).to_dict()
         events: list[Any] = [
             e.data for e in client.fine_tuning.jobs.list_events(job.id, limit=100) if e.type == "metrics"
         ]

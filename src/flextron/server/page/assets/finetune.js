@@ -100,6 +100,8 @@ export class Finetuning {
       this.inputs[name] = el("input", { type: "number", ...attributes });
       fields.push(field(label, this.inputs[name]));
     }
+    this.target = el("input", { type: "number", min: 0, max: 1, step: "any", placeholder: "full model" });
+    if (facts.has_latency) fields.push(field("Train at this part of the latency", this.target));
     this.start = el("button", { type: "button", class: "main", disabled: true, onclick: () => this.begin() }, "Start training");
     this.problem = el("p", { class: "error", role: "alert" });
     this.list = el("div", { class: "jobs" });
@@ -126,6 +128,7 @@ export class Finetuning {
       const body = { model: this.facts.finetuning.model, training_file: await upload(this.training.file), hyperparameters };
       if (this.validation.file) body.validation_file = await upload(this.validation.file);
       if (this.suffix.value) body.suffix = this.suffix.value;
+      if (this.target.value !== "") body.flextron = { latency: Number(this.target.value) };
       await json("v1/fine_tuning/jobs", body);
       say("the job has begun");
       this.training.clear();
