@@ -93,7 +93,7 @@ _VERBS: dict[str, Callable[..., object]] = {
     "serve": serve.serve,
     "finetune": finetune.finetune,
 }
-_TOGETHER = (train.train, elastify.elastify, route.route)
+_TOGETHER = (train.train, elastify.elastify, route.route, serve.serve)
 """Verbs in which several processes work together."""
 
 
