@@ -6,13 +6,15 @@ READY := .venv/.ready
 DOCS_READY := .venv/.docs-ready
 BROWSER_READY := .venv/.browser-ready
 OLDEST := .venv/oldest
+CLIENTS := .venv/clients
+OPTIMUM := .venv/optimum
 AUDIT := .venv/audit
 
 # One thread a worker: the tests' models are so small that more threads only wait for each other.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/pytest -q -n 2
 RUNNABLE_HERE := not gpu and not browser and not peer
 
-.PHONY: demo test test-browser test-isa test-isa-all test-oldest test-slow test-all check fix bench bench-all bench-core bench-routing bench-serving bench-coserving bench-quality bench-ecosystem bench-scale audit docs clean
+.PHONY: demo test test-browser test-isa test-isa-all test-oldest test-clients test-optimum test-slow test-all check fix bench bench-all bench-core bench-routing bench-serving bench-coserving bench-quality bench-ecosystem bench-scale audit docs clean
 
 demo: $(READY)  ## Measure a small elastic model here and ask it for targets; MODEL= and DATA= convert and train others.
 	$(BIN)/flextron demo $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)")
@@ -38,6 +40,23 @@ test-oldest: $(READY)  ## What is exported loads in the oldest transformers that
 	# all else, torch above all, is that of the first environment
 	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > $$($(OLDEST)/bin/python -c "import site; print(site.getsitepackages()[0])")/rest.pth
 	FLEXTRON_OLDEST_PYTHON=$(OLDEST)/bin/python $(PYTEST) -m peer tests/test_oldest_transformers.py
+
+# One after the other: their requirements on OpenAI's client exclude each other on paper.
+test-clients: $(READY)  ## Clients of the server that are no dependencies; needs npm. Records what they can do.
+	test -x $(CLIENTS)/bin/python || $(BIN)/python -m venv $(CLIENTS)
+	for name in langchain-openai langchain-anthropic instructor "pydantic-ai-slim[openai]" llama-index-llms-openai-like llm anthropic; do \
+	  $(CLIENTS)/bin/pip install -q "$$name" || exit 1; done
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > $$($(CLIENTS)/bin/python -c "import site; print(site.getsitepackages()[0])")/rest.pth
+	cp tests/server/clients/node/package.json $(CLIENTS)/ && npm install --prefix $(CLIENTS) --no-audit --no-fund --silent
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false FLEXTRON_RECORD_CLIENTS=1 FLEXTRON_NODE_CLIENTS=$(CURDIR)/$(CLIENTS) \
+	  $(CLIENTS)/bin/python -m pytest -q -m "" tests/server/clients
+	$(BIN)/python -m tools.defaults
+
+test-optimum: $(READY)  ## What is exported computes the same in ONNX Runtime and OpenVINO, by optimum's exporters.
+	test -x $(OPTIMUM)/bin/python || $(BIN)/python -m venv $(OPTIMUM)
+	$(OPTIMUM)/bin/pip install -q "optimum-onnx[onnxruntime]" optimum-intel openvino
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > $$($(OPTIMUM)/bin/python -c "import site; print(site.getsitepackages()[0])")/rest.pth
+	OMP_NUM_THREADS=1 $(OPTIMUM)/bin/python -m pytest -q -m peer tests/export/test_onnx_openvino.py
 
 test-all: $(READY)  ## Both.
 	$(PYTEST) -m "$(RUNNABLE_HERE)"

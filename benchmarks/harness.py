@@ -18,8 +18,18 @@ from typing import Literal
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
-__all__ = ["Figure", "LeftOutError", "interleaved", "interleaved_seconds", "median", "ratios", "run_suite"]
+__all__ = [
+    "Figure",
+    "LeftOutError",
+    "interleaved",
+    "interleaved_seconds",
+    "largest_difference",
+    "median",
+    "ratios",
+    "run_suite",
+]
 
 RESULTS = Path(__file__).parent / "results"
 _COMPARE: dict[str, Callable[[float, float], bool]] = {"<=": operator.le, ">=": operator.ge, "==": operator.eq}
@@ -48,6 +58,11 @@ class Figure:
     def holds(self) -> bool:
         """Whether the bar is reached."""
         return _COMPARE[self.op](self.value, self.bar)
+
+
+def largest_difference(found: Tensor, wanted: Tensor) -> float:
+    """The largest difference of two tensors of one shape, over the largest number that is wanted."""
+    return float((found - wanted).abs().max() / wanted.abs().max())
 
 
 def median(values: Sequence[float]) -> tuple[float, float, float]:

@@ -5,20 +5,23 @@ from __future__ import annotations
 import tempfile
 from functools import cache
 from pathlib import Path
+from random import Random
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from flextron.api import evaluation_text
+from flextron import ElasticModel, SubnetSpec
+from flextron.api import convert, evaluation_text
 from flextron.api.texts import sequences
 from flextron.checkpoints.huggingface import open_pretrained
 from flextron.checkpoints.weights import load_decoder, write_checkpoint
 from flextron.families.pretrained import Pretrained
 from flextron.model.decoder import Decoder
+from flextron.routing import Frontier, FrontierPoint, device_fingerprint
 from flextron.workflows.demo import default_model
 
-__all__ = ["checkpoint", "decoder", "eval_sequences", "peer", "pretrained", "sharded_checkpoint"]
+__all__ = ["checkpoint", "decoder", "elastic", "eval_sequences", "peer", "pretrained", "sharded_checkpoint"]
 
 
 @cache
@@ -46,6 +49,28 @@ def _written(name: str, shard_bytes: int) -> Path:
             decoder(), path, hf_config=source.hf_config, tokenizer=source.tokenizer, shard_bytes=shard_bytes
         )
     return path
+
+
+@cache
+def elastic() -> ElasticModel:
+    """As an elastic model, not trained; its sub-network for 0.6 is any heterogeneous one, and latencies are made up."""
+    model = convert(default_model(), calibration=["The river ran past the mill. " * 200] * 20)
+    device = device_fingerprint(model.decoder.device, model.decoder.dtype)
+    points = [_point(model, 1.0, model.space.full), _point(model, 0.6, model.space.heterogeneous(0.6, Random(1)))]
+    model.frontier = Frontier.of(device, "made up", points)
+    return model
+
+
+def _point(model: ElasticModel, latency: float, spec: SubnetSpec) -> FrontierPoint:
+    return FrontierPoint(
+        spec=spec,
+        kind="heterogeneous",
+        params=model.num_parameters(spec),
+        mem_bytes=4 * model.num_parameters(spec),
+        latency_ms=10 * latency,
+        latency=latency,
+        loss=4 - latency,
+    )
 
 
 def checkpoint() -> Path:

@@ -20,6 +20,7 @@ from flextron.api.packaged import tiny_model
 from flextron.export import FORMATS, export
 from flextron.spec import SubnetSpec
 from tests.checkpoints.families_cases import CASES
+from tests.export.gguf.test_file import WRITTEN, uniform
 from tests.export.sources import random_source
 from tests.tokenizers_zoo import KINDS, TEXTS, zoo_tokenizer
 
@@ -37,6 +38,16 @@ for path in sys.argv[2:]:
         logits = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(torch.tensor([ids[0]])).logits
     out[path] = {"ids": ids, "decoded": tokenizer.decode(ids[0]), "logits": logits[0, -1].tolist()}
     out[path]["chat"] = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+print(json.dumps(out))
+"""
+READ_LOGITS = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM
+out, ids = {}, torch.tensor([json.loads(sys.argv[1])])
+for path in sys.argv[2:]:
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+        out[path] = model(ids, use_cache=False).logits[0].tolist()
 print(json.dumps(out))
 """
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% endfor %}"
@@ -99,3 +110,26 @@ def test_the_packaged_model_loads_there() -> None:
     done = subprocess.run([OLDEST, "-c", code, str(tiny_model())], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout) == AutoTokenizer.from_pretrained(tiny_model())("a city")["input_ids"]
+
+
+def test_every_family_computes_the_same_there(tmp_path: Path) -> None:
+    """Exports of all families, with the settings of rotations, windows and scales that versions write differently."""
+    ids = [5, 9, 2]
+    for case, config in WRITTEN.items():
+        export(
+            random_source(config),
+            tmp_path / case,
+            uniform(case, all_groups=True),
+            format=FORMATS["hf"],
+            precision="float32",
+        )
+    paths = [str(tmp_path / case) for case in WRITTEN]
+    command = [OLDEST, "-c", READ_LOGITS, json.dumps(ids), *paths]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    for path in paths:
+        stock = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+        with torch.no_grad():
+            wanted = stock(torch.tensor([ids]), use_cache=False).logits[0]
+        torch.testing.assert_close(torch.tensor(found[path]), wanted, rtol=1e-4, atol=1e-4, msg=Path(path).name)

@@ -1,8 +1,8 @@
 """`python -m tools.defaults`: writes the tables of options and defaults in the documentation from the code.
 
 A table stands between a line `<!-- defaults: NAME -->` and a line `<!-- /defaults -->`. NAME is a settings class of
-`SETTINGS`, `flextron` and a verb of the command line, or `keys` and an endpoint of the server. With `--check` nothing
-is written, and the exit code is 1 if a table is out of date.
+`SETTINGS`, `flextron` and a verb of the command line, `keys` and an endpoint of the server, or `clients`. With
+`--check` nothing is written, and the exit code is 1 if a table is out of date.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = (
     "docs/guides/finetuning.md",
     "docs/guides/recipes.md",
+    "docs/reference/clients.md",
     "docs/reference/command-line.md",
     "docs/reference/request-keys.md",
 )
@@ -117,8 +118,18 @@ def _keys_table(endpoint: str) -> list[str]:
     return ["| key | of | what happens |", "|---|---|---|", *rows]
 
 
+def _clients_table() -> list[str]:
+    """What each client did with the server when the tests recorded it."""
+    found = json.loads((ROOT / "tests/server/clients/results.json").read_text(encoding="utf-8"))
+    rows = [
+        _row(name, entry["version"], "; ".join(feature for feature, passed in entry["features"].items() if passed))
+        for name, entry in found.items()
+    ]
+    return ["| client | version | what works |", "|---|---|---|", *rows]
+
+
 def table(name: str) -> str:
-    """The table of a settings class, of a verb or of an endpoint, as Markdown.
+    """The table of a settings class, of a verb, of an endpoint or of clients, as Markdown.
 
     Raises:
         KeyError: there is no such class, verb or endpoint.
@@ -126,6 +137,8 @@ def table(name: str) -> str:
     first, *words = name.split()
     if first == "keys":
         return "\n".join(_keys_table(words[0]))
+    if first == "clients":
+        return "\n".join(_clients_table())
     lines = _verb_table(words) if first == "flextron" else _settings_table(SETTINGS[first])
     return "\n".join(lines)
 

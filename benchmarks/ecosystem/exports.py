@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.harness import Figure
+from benchmarks import smollm2
+from benchmarks.harness import Figure, largest_difference
 from benchmarks.llamacpp import LlamaCpp
-from flextron.api import convert
 from flextron.checkpoints.huggingface import open_pretrained
 from flextron.checkpoints.weights import load_decoder
 from flextron.export import FORMATS, Source, export
@@ -19,7 +19,6 @@ from flextron.generation.generate import SamplingParams, generate
 from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
 from flextron.spec import SubnetSpec
-from flextron.workflows.demo import default_model
 from tests.export.gguf.test_file import LATER, WRITTEN, uniform
 from tests.export.sources import random_source
 
@@ -62,7 +61,7 @@ def _is_same(decoder: Decoder, spec: SubnetSpec, prompt: list[int], ours: list[i
 
 def heterogeneous_gguf() -> Figure:
     """Heterogeneous sub-networks of SmolLM2-135M in llama.cpp, greedy, float32."""
-    model, rng = convert(default_model(), calibration=["The river ran past the mill. " * 200] * 20), random.Random(1)
+    model, rng = smollm2.elastic(), random.Random(1)
     assert model.tokenizer is not None
     prompts = [model.tokenizer(text)["input_ids"] for text in _TEXTS]
     specs = [model.space.heterogeneous(size, rng) for size in (0.3, 0.6, 0.9)]
@@ -112,7 +111,7 @@ def round_trips() -> Figure:
             stock = AutoModelForCausalLM.from_pretrained(Path(folder) / "hf", attn_implementation="eager").eval()
             again = _logits(load_decoder(open_pretrained(Path(folder) / "a.gguf")), tokens)
             for found in (stock(tokens, use_cache=False).logits, again):
-                worst = max(worst, float((found - wanted).abs().max() / wanted.abs().max()))
+                worst = max(worst, largest_difference(found, wanted))
                 count += 1
     return Figure(
         name="exports read back: largest relative difference of logits",

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from benchmarks import smollm2
-from benchmarks.harness import Figure
+from benchmarks.harness import Figure, largest_difference
 from flextron.checkpoints.peft.reading import read_adapter
 from flextron.engine import EngineCore, EngineSettings, Pooling
 from flextron.generation.sampling import SamplingParams
@@ -47,7 +47,7 @@ def adapters_of_peft() -> Figure:
             wanted = theirs(tokens, use_cache=False).logits[0]
         batch = Batch.ragged([tokens[0]], [decoder.widths], adapters=[adapter])
         found = decoder.logits(decoder(batch), adapter.outer)
-        worst = max(worst, float((found - wanted).abs().max() / wanted.abs().max()))
+        worst = max(worst, largest_difference(found, wanted))
     return Figure(
         name="adapters that peft wrote: largest relative difference of logits from peft",
         value=worst,

@@ -1,11 +1,12 @@
-"""The scale suite: the same training on one, two and four processes, its states, and what each process holds.
+"""The scale suite: training on one, two and four processes, its states, what each holds; serving on two ranks.
 
-Processes are started by `torchrun` on this machine and talk by gloo.
+Processes run on this machine and talk by gloo; those that train are started by `torchrun`.
 """
 
 from __future__ import annotations
 
 from benchmarks.harness import run_suite
+from benchmarks.scale.serving import collectives_of_layers, same_answers
 from benchmarks.scale.simulated import agreement, day_of_many
 from benchmarks.scale.training import (
     curves,
@@ -32,6 +33,8 @@ def run() -> bool:
             memory,
             memory_of_low_rank,
             share_of_peak,
+            same_answers,
+            collectives_of_layers,
             agreement,
             day_of_many,
         ],

@@ -3,7 +3,7 @@
 The command line prints such an error without a traceback and exits with code 2; anything else that escapes is a bug.
 """
 
-__all__ = ["FlextronError", "PromptError", "UnsupportedModelError", "shown"]
+__all__ = ["FlextronError", "LongPromptError", "PromptError", "UnsupportedModelError", "shown"]
 
 _MOST_SHOWN = 100
 
@@ -14,6 +14,10 @@ class FlextronError(ValueError):
 
 class PromptError(FlextronError):
     """A prompt that the model, or the engine's memory, cannot take."""
+
+
+class LongPromptError(PromptError):
+    """A prompt that is too long, with what is to follow it."""
 
 
 class UnsupportedModelError(FlextronError):

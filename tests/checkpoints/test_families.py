@@ -98,7 +98,14 @@ def test_written_checkpoint_loads_in_stock_transformers(case: str, shard_bytes: 
     assert torch.equal(hf_logits(back, tokens), hf_logits(model, tokens))
 
 
-OLDER_ROPE_KEYS = {"rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_emb_base", "rotary_pct"}
+OLDER_ROPE_KEYS = {
+    "rope_theta",
+    "rope_scaling",
+    "partial_rotary_factor",
+    "rotary_emb_base",
+    "rotary_pct",
+    "rope_local_base_freq",
+}
 
 
 @pytest.mark.parametrize("case", CASES)

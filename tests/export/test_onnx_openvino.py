@@ -1,6 +1,6 @@
 """Uniform sub-networks go on to ONNX Runtime and OpenVINO by their own exporters, and compute the same there.
 
-Skipped without optimum-onnx or optimum-intel, which want an older transformers and so an environment of their own.
+`make test-optimum` makes an environment with optimum-onnx and optimum-intel, which want an older transformers.
 """
 
 from __future__ import annotations

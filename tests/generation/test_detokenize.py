@@ -117,7 +117,10 @@ def test_a_stop_string_ends_the_text(pieces: list[str], stop: list[str]) -> None
     for piece in pieces:
         given_out.append(stops.push(piece))
         so_far += piece
-        assert stops.found == any(s in so_far for s in stop)
+        assert (stops.found is not None) == any(s in so_far for s in stop)
+        if stops.found is not None:
+            assert stops.found in stop
+            assert so_far.startswith(wanted + stops.found)
         # nothing is given out that may have to be taken back, and nothing is held that need not be
         assert wanted.startswith("".join(given_out))
         if not stops.found:

@@ -152,7 +152,7 @@ def test_empty_and_overlong_prompts_are_refused() -> None:
     decoder = random_decoder_of("gpt2")
     with pytest.raises(FlextronError, match="prompt is empty"):
         generate(decoder, [[1, 2], []], decoder.widths, SamplingParams(max_tokens=2))
-    with pytest.raises(FlextronError, match="come to 65 tokens; the model has 64"):
+    with pytest.raises(FlextronError, match=r"come to 65 tokens, .* context length of 64"):
         generate(decoder, [[1] * 60], decoder.widths, SamplingParams(max_tokens=5))
     assert len(generate(decoder, [[1] * 60], decoder.widths, SamplingParams(max_tokens=4))[0]) == 4
 

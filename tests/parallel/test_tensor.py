@@ -6,7 +6,7 @@ The functions that take a device run on every rank at once.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -32,27 +32,15 @@ from tests.ranks import Collectives, Ranks
 BAR = 1e-10
 LENGTHS = (5, 3, 7, 4)
 
-needs_gpus = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
-]
-
-
-@pytest.fixture(scope="module", params=["gloo", pytest.param("nccl", marks=needs_gpus)])
-def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    workers = Ranks(request.param, 2, tmp_path_factory.mktemp("ranks"))
-    yield workers
-    workers.close()
-
 
 def specs_of(decoder: Decoder) -> list[SubnetSpec]:
-    """Sub-networks that two ranks can share, with halves and a layer skipped, one for each of `LENGTHS`."""
+    """Even and odd widths, halves and a layer skipped, one for each of `LENGTHS`; a rank lacks some of the narrow."""
     n, full = decoder.config.num_groups, decoder.config.intermediate_size
     return [
         decoder.widths,
-        SubnetSpec.of([8, 0, 24], [n, 2, 0]),
-        SubnetSpec.of([full, 0, 2], [2, 0, n]),
-        SubnetSpec.of([8, 8, 8], [2, 2, 2]),
+        SubnetSpec.of([7, 0, 23], [n, 1, 0]),
+        SubnetSpec.of([full, 0, 1], [1, 0, n]),
+        SubnetSpec.of([8, 8, 7], [2, 2, 2]),
     ]
 
 
@@ -99,7 +87,7 @@ def compare_in_mixed_batches(device: torch.device, case: str) -> None:
     adapters = mixed_adapters(decoder, device)
     shares = [a and ranks.adapter(a) for a in adapters]
     logits = decoder.logits(decoder(batch_of(specs, adapters, device)))
-    ours = shard.logits(shard(batch_of([ranks.spec(s) for s in specs], shares, device)))
+    ours = shard.logits(shard(batch_of(specs, shares, device)))
     assert relative_error(ours, logits) <= BAR
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(device)
     (logits * weights).sum().backward()
@@ -139,7 +127,7 @@ def compare_each_linear(device: torch.device, case: str) -> None:
             share = ranks.adapter(adapter)
             for spec in (decoder.widths, specs_of(decoder)[3]):
                 hidden = decoder(Batch.ragged([tokens], [spec], adapters=[adapter]))
-                ours = shard(Batch.ragged([tokens], [ranks.spec(spec)], adapters=[share]))
+                ours = shard(Batch.ragged([tokens], [spec], adapters=[share]))
                 assert relative_error(ours, hidden) <= BAR
                 hidden.square().sum().backward()
                 ours.square().sum().backward()
@@ -156,7 +144,7 @@ def test_each_linear_alone(ranks: Ranks, case: str) -> None:
 def count_collectives(device: torch.device, case: str, which: str | None) -> list[list[tuple[str, int]]]:
     """Of the forward pass, the backward pass and the sum of gradients, down to the embeddings."""
     decoder, ranks = whole_decoder(case, device), TensorParallel()
-    shard, specs = ranks.decoder(decoder), [ranks.spec(s) for s in specs_of(decoder)]
+    shard, specs = ranks.decoder(decoder), specs_of(decoder)
     shard.embedding.weight.requires_grad_()
     adapters: list[Adapter | None] = [None] * len(specs)
     if which == "mixed":
@@ -206,7 +194,7 @@ def train_in_chunks(device: torch.device, case: str, keep: tuple[str, ...]) -> l
             run(reference, [99], [99])
             loss = reference.loss
         with Collectives() as forward:
-            work = Finetuning(shard, share, examples, spec=ranks.spec(spec), keep=keep)
+            work = Finetuning(shard, share, examples, spec=spec, keep=keep)
             while work.stage is not Stage.BACKWARD:
                 work.run(10)  # 25 tokens: chunks of 10, 10 and 5
         with Collectives() as backward:
@@ -245,8 +233,7 @@ def compare_texts(device: torch.device) -> None:
     prompts = [row.tolist() for row in random_tokens(2, 5)]
     for spec in specs_of(decoder):
         whole, ours = (
-            generate(d, prompts, s, SamplingParams(max_tokens=6))
-            for d, s in ((decoder, spec), (shard, ranks.spec(spec)))
+            generate(d, prompts, s, SamplingParams(max_tokens=6)) for d, s in ((decoder, spec), (shard, spec))
         )
         assert ours == whole
 
@@ -297,8 +284,9 @@ def refusals(device: torch.device) -> list[str]:
     shift = Adapter(decoder.config, decoder.widths, lambda i, t, _: _Shift() if t == "q" else None)
     routed = Batch(tokens, torch.arange(3, device=device), (Segment(shard.widths, (3,), router=_AnyRouter()),))
     attempts: list[Callable[[], object]] = [
-        lambda: ranks.spec(SubnetSpec.of([8, 8, 5], [2, 2, 2])),
-        lambda: ranks.spec(SubnetSpec.of([8, 8, 8], [2, 1, 2])),
+        lambda: ranks.decoder(Decoder(decoder.config, SubnetSpec.of([8, 8, 1], [2, 2, 2]))),
+        lambda: ranks.decoder(Decoder(decoder.config, SubnetSpec.of([8, 8, 8], [2, 1, 2]))),
+        lambda: Finetuning(shard, random_lora(decoder.config), examples_of([3], seed=0), spec=specs_of(decoder)[1]),
         lambda: ranks.adapter(shift),
         lambda: shard(routed),
     ]
@@ -311,12 +299,10 @@ def refusals(device: torch.device) -> list[str]:
 
 
 def test_what_cannot_be_cut_is_refused(ranks: Ranks) -> None:
-    for neurons, groups, bypass, router in ranks.run(refusals):
-        assert neurons == (
-            "2 ranks cannot share the 5 MLP neurons of layer 2 equally; "
-            "choose widths that are multiples of 2, or use fewer ranks"
-        )
+    for neurons, groups, narrow, bypass, router in ranks.run(refusals):
+        assert neurons == "2 ranks cannot share the 1 MLP neurons of layer 2; use at most 1"
         assert "the 1 attention groups of layer 1" in groups
+        assert "2 ranks cannot train in widths of 1" in narrow
         assert "_Shift cannot be cut" in bypass
         assert "token routers cannot run" in router
 

@@ -24,9 +24,14 @@ from flextron.serving.service import Service
 from flextron.serving.settings import ServerSettings
 from tests.trained import trained_model
 
-__all__ = ["Running", "events", "running", "running_chat", "wait_until"]
+__all__ = ["KEY", "SHORT_TEMPLATE", "Running", "events", "running", "running_chat", "wait_until"]
 
 KEY = "a-key"
+SHORT_TEMPLATE = (
+    "{% for m in messages %}{{ m.content }} {% for c in m.tool_calls or [] %}{{ c.function.name }} {% endfor %}"
+    "{% endfor %}{% if tools %}{% endif %}:"
+)
+"""It is made for tools, and short: the model has few positions."""
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,47 @@ def test_the_answer_is_the_completion_of_the_template(client: OpenAI) -> None:
     assert same.choices == answer.choices
 
 
+def test_what_ended_an_answer_is_named(client: OpenAI, chat_server: Running) -> None:
+    text = ask(client).choices[0].message.content
+    word = text.split()[2]
+    ids = chat_server.service.tokenizer.encode(text, add_special_tokens=False)
+    for changes, wanted in (
+        ({}, None),
+        ({"stop": ["#", word]}, word),
+        ({"extra_body": {"stop_token_ids": [ids[3]]}}, ids[3]),
+        ({"extra_body": {"stop_token_ids": list(chat_server.service.defaults.ends)}}, None),
+    ):
+        assert ask(client, **changes).choices[0].stop_reason == wanted
+        *_, last = ask(client, stream=True, **changes)
+        assert last.choices[0].stop_reason == wanted
+        plain = client.completions.create(model="tiny@0.6", prompt=RENDERED, max_tokens=24, temperature=0, **changes)
+        assert plain.choices[0].stop_reason == wanted  # type: ignore[attr-defined]
+
+
+def test_usage_of_every_chunk(client: OpenAI) -> None:
+    options: Any = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = list(ask(client, stream=True, stream_options=options, logprobs=True))
+    so_far = 0
+    for chunk in chunks:
+        for choice in chunk.choices:
+            so_far += len(choice.logprobs.content) if choice.logprobs else 0
+        assert chunk.usage.completion_tokens == so_far
+    assert chunks[0].usage.prompt_tokens == chunks[-1].usage.prompt_tokens > 0
+    assert so_far == 24
+
+
+def test_spelled_out_defaults_change_nothing(client: OpenAI) -> None:
+    plain = ask(client, logprobs=False, top_logprobs=0, parallel_tool_calls=True, tools=[], tool_choice="auto")
+    assert plain.choices == ask(client).choices
+
+
+def test_too_long_has_openais_code(client: OpenAI) -> None:
+    for options in ({"max_completion_tokens": 127}, {"messages": [{"role": "user", "content": "a " * 400}]}):
+        with pytest.raises(openai.BadRequestError, match="longer than the model's context length") as refused:
+            ask(client, **options)
+        assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "messages")
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_stream_makes_up_the_whole(client: OpenAI, seed: int) -> None:
     options: dict[str, Any] = {"seed": seed, "temperature": 1.3, "n": 2, "stop": " a"}
@@ -54,7 +95,9 @@ def test_a_stream_makes_up_the_whole(client: OpenAI, seed: int) -> None:
     assert tokens == [c.logprobs.content for c in whole.choices]
     assert reasons == [c.finish_reason for c in whole.choices]
     assert roles == ["assistant"] * 2
-    assert last.usage == whole.usage
+    # what is cached grows with each request
+    for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
+        assert getattr(last.usage, name) == getattr(whole.usage, name)
     assert all(len(t.top_logprobs) == 2 for entries in tokens for t in entries)
 
 

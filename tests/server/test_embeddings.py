@@ -195,13 +195,3 @@ def test_more_refusals(server: Running, model: ElasticModel) -> None:
     assert len(embed(server, dimensions=size).json()["data"][0]["embedding"]) == size
     assert_refused(embed(server, model="other"), 404)
     assert assert_refused(httpx.post(f"{server.url}/v1/embeddings", json={"model": "tiny"}), 400)["param"] == "input"
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_langchain(server: Running, stock: dict[float, Any]) -> None:
-    langchain = pytest.importorskip("langchain_openai")
-    wanted = pooled(stock[0.6], server.service.tokenizer.encode(TEXTS[1]), "mean")
-    chain = langchain.OpenAIEmbeddings(
-        model="tiny@0.6", base_url=f"{server.url}/v1", api_key="none", check_embedding_ctx_length=False
-    )
-    np.testing.assert_allclose(chain.embed_documents(TEXTS)[1], wanted / wanted.norm(), atol=1e-5)

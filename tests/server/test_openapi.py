@@ -45,7 +45,7 @@ def check_operations(server: Running, max_examples: int) -> int:
 
 
 def test_the_document_holds(chat_server: Running) -> None:
-    assert check_operations(chat_server, 10) == 14
+    assert check_operations(chat_server, 10) == 16
 
 
 @pytest.mark.slow

@@ -86,6 +86,26 @@ def test_vllms_keys(server: Running, chat_server: Running, model: ElasticModel) 
     assert len(chat["choices"][0]["token_ids"]) == 2
 
 
+@pytest.mark.parametrize("num_before", [0, 2])
+def test_an_end_has_an_entry_beside_an_echo(server: Running, model: ElasticModel, num_before: int) -> None:
+    """lm-eval asks for one token and takes all entries but the last for the prompt's, also where that is an end."""
+    ids, end = server.service.tokenizer.encode(TEXT), server.service.tokenizer.eos_token_id
+    options: dict[str, Any] = {"prompt": ids, "temperature": 0, "echo": True, "logprobs": 1, "max_tokens": 9}
+    forced = {"logit_bias": {str(end): 100}, "min_tokens": num_before}
+    answer = post(server, **options, **forced).json()
+    (choice,) = answer["choices"]
+    entries, count = choice["logprobs"], len(ids) + num_before
+    assert (choice["finish_reason"], answer["usage"]["completion_tokens"]) == ("stop", num_before)
+    assert {len(found) for found in entries.values()} == {count + 1}
+    assert entries["text_offset"][-1] == len(choice["text"])
+    answered = post(server, **options | {"max_tokens": 9, "return_token_ids": True}, **forced).json()["choices"][0]
+    scores_TV = whole_pass(model, ids + answered["token_ids"])
+    assert entries["token_logprobs"][-1] == pytest.approx(float(scores_TV[-1, end]), abs=1e-4)
+    assert entries["token_logprobs"][len(ids) - 1] == pytest.approx(float(scores_TV[len(ids) - 2, ids[-1]]), abs=1e-4)
+    without = post(server, **options | {"echo": False}, **forced).json()["choices"][0]["logprobs"]
+    assert len(without["tokens"]) == num_before
+
+
 def test_tokens_over_http(chat_server: Running) -> None:
     tokenizer = chat_server.service.tokenizer
     found = post(chat_server, "/tokenize", prompt=TEXT, return_token_strs=True).json()

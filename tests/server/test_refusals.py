@@ -28,10 +28,11 @@ PATHS = ["/v1/completions", "/v1/chat/completions"]
 
 
 def assert_refused(answer: httpx.Response, status: int, said: str = "") -> dict[str, Any]:
-    """OpenAI's shape."""
+    """OpenAI's shape, and Anthropic's where its paths are."""
     assert answer.status_code == status
     error: dict[str, Any] = answer.json()["error"]
-    assert set(answer.json()) == {"error"}
+    frame = {"type": "error"} if answer.request.url.path.startswith("/v1/messages") else {}
+    assert answer.json() == {"error": error, **frame}
     assert set(error) == {"message", "type", "param", "code"}
     assert said in error["message"]
     return error

@@ -11,9 +11,8 @@ import jsonschema
 import pytest
 from openai import OpenAI
 
-from tests.server.running import Running, running_chat
+from tests.server.running import SHORT_TEMPLATE, Running, running_chat
 from tests.server.test_refusals import assert_refused
-from tests.server.test_structured_clients import TEMPLATE
 from tests.server.test_tools import SCHEMA
 
 TOOL: Any = {"type": "function", "name": "weather", "parameters": SCHEMA, "strict": True}
@@ -21,7 +20,7 @@ TOOL: Any = {"type": "function", "name": "weather", "parameters": SCHEMA, "stric
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    with running_chat(TEMPLATE) as made:
+    with running_chat(SHORT_TEMPLATE) as made:
         yield made
 
 
@@ -91,12 +90,52 @@ def test_a_schema(client: OpenAI) -> None:
     jsonschema.validate(json.loads(found.output_text), schema)
 
 
+def test_what_vllm_adds(client: OpenAI) -> None:
+    options: Any = {"model": "tiny", "input": "a", "max_output_tokens": 30, "metadata": {"run": "7"}}
+    chat: Any = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "max_tokens": 30}
+    more = {"seed": 3, "top_k": 4, "stop": ["e"], "repetition_penalty": 1.2}
+    found = client.responses.create(**options, extra_body=more)
+    wanted = client.chat.completions.create(**chat, extra_body=more)
+    assert found.output_text == wanted.choices[0].message.content
+    assert (found.status, found.metadata) == ("completed", {"run": "7"})
+
+
+def test_what_is_cut_is_incomplete(client: OpenAI) -> None:
+    options: Any = {"model": "tiny", "input": "a", "max_output_tokens": 3}
+    whole = client.responses.create(**options)
+    last = list(client.responses.create(stream=True, **options))[-1]
+    for answer in (whole, last.response):  # type: ignore[union-attr]
+        assert (answer.status, answer.output[0].status) == ("incomplete", "incomplete")  # type: ignore[union-attr]
+
+
+def test_what_it_counts_is_what_an_answer_reads(client: OpenAI) -> None:
+    asked: Any = {"model": "tiny", "input": "a b", "instructions": "c", "tools": [TOOL]}
+    usage = client.responses.create(**asked, max_output_tokens=1).usage
+    assert usage is not None
+    assert client.responses.input_tokens.count(**asked).input_tokens == usage.input_tokens
+
+
+def test_some_of_the_tools(client: OpenAI) -> None:
+    tools = [{"type": "function", "name": n, "parameters": {"type": "object", "maxProperties": 0}} for n in "fgh"]
+    choice = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "g"}]}
+    asked: Any = {"model": "tiny", "input": "a", "max_output_tokens": 60, "parallel_tool_calls": False}
+    (call,) = client.responses.create(**asked, tools=tools, tool_choice=choice).output
+    assert (call.type, call.name) == ("function_call", "g")  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "harmless", [{"include": ["reasoning.encrypted_content"]}, {"reasoning": {"effort": None, "summary": None}}]
+)
+def test_what_changes_nothing_is_taken(client: OpenAI, harmless: Any) -> None:
+    assert client.responses.create(model="tiny", input="a", max_output_tokens=1, **harmless).output_text
+
+
 @pytest.mark.parametrize(
     ("changes", "param"),
     [
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"input": [{"type": "reasoning"}]}, "input.0.type"),
-        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.0.message.content.0.type"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.0.content.0"),
         ({"temperature": 9}, "temperature"),
         ({"colour": 1}, "colour"),
     ],
@@ -104,4 +143,4 @@ def test_a_schema(client: OpenAI) -> None:
 def test_what_is_refused_is_named(server: Running, changes: dict[str, Any], param: str) -> None:
     body = {"model": "tiny", "input": "a", **changes}
     error = assert_refused(httpx.post(f"{server.url}/v1/responses", json=body), 400)
-    assert str(error["param"]).split(".")[0] == param.split(".")[0]
+    assert error["param"] == param

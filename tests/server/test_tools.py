@@ -49,6 +49,11 @@ def post(server: Running, **body: Any) -> httpx.Response:
     return httpx.post(f"{server.url}/v1/chat/completions", json=asked, timeout=60)
 
 
+def allowed(mode: str, *names: str) -> dict[str, Any]:
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
 def prompt_of(server: Running, **body: Any) -> str:
     answer = post(server, **{"return_token_ids": True, "max_tokens": 1, **body})
     assert answer.status_code == 200, answer.text
@@ -60,6 +65,8 @@ def prompt_of(server: Running, **body: Any) -> str:
     [
         ("required", {"weather", "time"}),
         ({"type": "function", "function": {"name": "time"}}, {"time"}),
+        (allowed("required", "time"), {"time"}),
+        (allowed("required", "time", "weather"), {"weather", "time"}),
     ],
 )
 def test_calls_that_must_come(knowing: Running, choice: Any, names: set[str]) -> None:
@@ -124,6 +131,11 @@ def test_auto_leaves_the_choice_and_none_takes_it(knowing: Running) -> None:
         for keys in ({"tools": [WEATHER], "tool_choice": "none"}, {})
     )
     assert none == without
+    some, all_of_them = (
+        post(knowing, tools=[WEATHER], tool_choice=choice, seed=1).json()["choices"][0]
+        for choice in (allowed("auto", "weather"), "auto")
+    )
+    assert some == all_of_them
 
 
 def test_the_template_gets_tools_calls_and_results(knowing: Running) -> None:
@@ -164,6 +176,9 @@ def test_more_for_the_template(knowing: Running) -> None:
     [
         ({"tool_choice": "required"}, "tool_choice", "needs tools"),
         ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice", "'x'"),
+        ({"tools": [WEATHER], "tool_choice": allowed("auto", "x")}, "tool_choice", "'x'"),
+        ({"tools": [WEATHER], "tool_choice": "any"}, "tool_choice", "'any' is none of"),
+        ({"tools": [WEATHER], "tool_choice": {"type": "custom"}}, "tool_choice", "'custom' is not supported"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name", "pattern"),
         ({"tools": [{"type": "browser"}]}, "tools.0.type", "'function'"),
         ({"tools": [{"type": "function", "function": {"name": "a", "parameters": {"type": "x"}}}]}, "tools", "type"),

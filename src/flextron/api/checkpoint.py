@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from flextron.api.model import ElasticModel
 from flextron.api.packaged import checkpoint_at
 from flextron.api.stored import LOSSES_FILE, ROUTERS_FILE, TOKEN_ROUTER_FILE
@@ -25,27 +27,30 @@ from flextron.routing.token_router import TokenRouter
 __all__ = ["load"]
 
 
-def load(source: str | Path, *, elastic: str | Path | None = None) -> ElasticModel:
+def load(
+    source: str | Path, *, elastic: str | Path | None = None, device: torch.device | str | None = None
+) -> ElasticModel:
     """Read an elastic checkpoint, or a pretrained one with an elastic adapter beside it.
 
     Args:
         source: directory of an elastic checkpoint, or `tiny` for the one that the package holds; with `elastic`, the
             base: hub id, local directory or `.gguf` file.
         elastic: elastic adapter for the base: directory or hub id.
+        device: where the weights go; by default to a GPU, if there is one.
 
     Raises:
         FlextronError: it is not one, or damaged, or the adapter is for another base.
     """
     if elastic is not None:
-        return _load_adapted(source, elastic)
+        return _load_adapted(source, elastic, device)
     path = Path(checkpoint_at(source)).expanduser()
     if not path.is_dir():
         raise FlextronError(f"{source} is not a directory; give an elastic checkpoint made with convert")
     if is_adapter(path):
-        return _load_adapted(read_adapter(path).base, path)
+        return _load_adapted(read_adapter(path).base, path, device)
     info = read_elastic(path)
     pretrained = open_pretrained(path)
-    decoder = load_decoder(pretrained).eval().requires_grad_(False).to(default_device())
+    decoder = load_decoder(pretrained).eval().requires_grad_(False).to(device or default_device())
     _check_space(info, decoder, path)
     tables = {f.stem: LatencyTable.from_dict(read_json(f)) for f in sorted((path / "latency").glob("*.json"))}
     for table in tables.values():
@@ -76,7 +81,7 @@ def _check_space(info: ElasticInfo, decoder: Decoder, path: Path) -> None:
         )
 
 
-def _load_adapted(base: str | Path, elastic: str | Path) -> ElasticModel:
+def _load_adapted(base: str | Path, elastic: str | Path, device: torch.device | str | None) -> ElasticModel:
     """A pretrained checkpoint, permuted, with an elastic adapter merged into its weights."""
     path = find_directory(elastic, "an elastic adapter")
     stored = read_adapter(path)
@@ -90,7 +95,7 @@ def _load_adapted(base: str | Path, elastic: str | Path) -> ElasticModel:
     check_sketch(decoder, stored.base_sketch, stored.base)
     adapter.add_to(decoder)
     model = ElasticModel(
-        decoder.to(default_device()),
+        decoder.to(device or default_device()),
         pretrained.tokenizer,
         pretrained.hf_config,
         stored.info,

@@ -83,6 +83,18 @@ class Engine:
         # and one a directory
         self._adapters: dict[Path, Adapter] = {}
 
+    def __enter__(self) -> Engine:
+        """The engine; it is closed at the end of the block."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self.close()
+
+    def close(self) -> None:
+        """End the processes of an engine on several ranks (`tensor_parallel`); they also end with this process."""
+        self.core.close()
+
     def generate(
         self,
         prompts: str | Sequence[str] | Sequence[Sequence[int]],

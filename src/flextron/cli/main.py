@@ -95,7 +95,7 @@ _VERBS: dict[str, Callable[..., object]] = {
     "simulate": simulate.simulate,
     "finetune": finetune.finetune,
 }
-_TOGETHER = (train.train, elastify.elastify, route.route)
+_TOGETHER = (train.train, elastify.elastify, route.route, serve.serve)
 """Verbs in which several processes work together."""
 
 

@@ -11,10 +11,12 @@ import typer
 from flextron import api
 from flextron.api.engine import speculation_of
 from flextron.cli.console import message, progress
-from flextron.engine import EngineSettings
+from flextron.engine import EngineSettings, follow
 from flextron.errors import FlextronError
 from flextron.jobs.jobs import JobsSettings
 from flextron.kernels.decoder import Weights
+from flextron.parallel.companions import check_ranks
+from flextron.parallel.processes import is_first_launched
 
 __all__ = ["serve"]
 
@@ -58,6 +60,9 @@ def serve(
         bool, typer.Option("--no-prefix-caching", help="Do not reuse the KV cache of equal prefixes.")
     ] = False,
     weights: Annotated[Weights, typer.Option(help="Store the weights in float32, int8 or int4.")] = "float32",
+    tensor_parallel: Annotated[
+        int, typer.Option(min=1, help="Share the model among this many ranks: a GPU each, or a part of the cores.")
+    ] = 1,
     speculate: Annotated[
         Weights | None,
         typer.Option(help="Decode speculatively, with drafts in this precision: faster with few requests."),
@@ -127,8 +132,13 @@ def serve(
         page=not no_page,
     )
     limits = JobsSettings(max_training=max_training)
+    _check_together(tensor_parallel, profile=profile, trains=state_directory is not None)
+    if not is_first_launched():
+        follow()
+        return
     message(f"loading {directory}")
-    model = api.load(str(directory))
+    # ranks take their parts from the whole model, which need not fit on one device
+    model = api.load(str(directory), device="cpu" if tensor_parallel > 1 else None)
     if profile:
         with progress("measuring latencies") as measure, progress("searching the frontier") as search:
             model.profile_here(on_measure=measure, on_search=search)
@@ -139,8 +149,9 @@ def serve(
         prefix_caching=not no_prefix_caching,
         weights=weights,
         speculation=None if speculate is None else speculation_of(model, speculate),
+        tensor_parallel=tensor_parallel,
     )
-    adapters = named_adapters(model, adapter or [])
+    adapters = named_adapters(model, adapter or [], tensor_parallel)
     with ExitStack() as stack:
         jobs = None
         if state_directory is not None:
@@ -149,6 +160,7 @@ def serve(
             )
             stack.callback(jobs.close)
         app = create_app(model, settings, engine, jobs, adapters)
+        stack.callback(app.state.service.core.close)
         if (said := model.generation_defaults.complaint) is not None:
             message(said)
         sock = listen(host, port)
@@ -160,3 +172,13 @@ def serve(
         url = f"http://{address}:{sock.getsockname()[1]}"
         message(f"serving {settings.name} at {url}/v1 (Ctrl-C ends it)" + ("" if no_page else f"; web page: {url}/"))
         run(app, sock)
+
+
+def _check_together(num_ranks: int, *, profile: bool, trains: bool) -> None:
+    """Refuse early what does not go on these ranks."""
+    check_ranks(num_ranks)
+    if num_ranks > 1 and (profile or trains):
+        raise FlextronError(
+            f"{'--profile' if profile else '--state-directory'} needs the whole model in one process; leave it out"
+            f"{' and run flextron profile before' if profile else ''}, or serve without --tensor-parallel"
+        )

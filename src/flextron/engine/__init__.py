@@ -3,6 +3,7 @@
 from flextron.engine.coserving import CoServing, CoServingScheduler
 from flextron.engine.engine import EngineCore, StepOutput
 from flextron.engine.pooling import Pooling
+from flextron.engine.ranks import follow
 from flextron.engine.request import FinishReason, Network, Request
 from flextron.engine.scores import Logprobs
 from flextron.engine.settings import EngineSettings
@@ -20,4 +21,5 @@ __all__ = [
     "Request",
     "Speculation",
     "StepOutput",
+    "follow",
 ]

@@ -7,7 +7,7 @@ rounding; what speculation draws is the same in distribution only).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
 from time import perf_counter
@@ -17,21 +17,22 @@ from torch import Tensor
 
 from flextron.engine.pages import PagePool
 from flextron.engine.pooling import Pooled, Pooling
+from flextron.engine.ranks import LeadingRunner
 from flextron.engine.request import Chunk, FinishReason, Network, Request
-from flextron.engine.runner import Runner, block_bytes, make_network
+from flextron.engine.runner import Runner, block_bytes
 from flextron.engine.scheduler import Scheduler
 from flextron.engine.scores import Logprobs, answer_logprobs
 from flextron.engine.settings import EngineSettings
 from flextron.engine.speculation import Speculator, verified
-from flextron.errors import FlextronError, PromptError
+from flextron.errors import FlextronError, LongPromptError
 from flextron.generation.constraints import Constraint
-from flextron.generation.decoding import block_offsets
 from flextron.generation.processors import check_named_tokens
 from flextron.generation.prompts import check_prompt
 from flextron.generation.sampling import SamplingParams, sample
 from flextron.model.adapter import Adapter
 from flextron.model.batch import Segment, TokenChoice
 from flextron.model.decoder import Decoder
+from flextron.parallel.companions import LostRankError
 from flextron.spec import SubnetSpec
 
 __all__ = ["EngineCore", "StepOutput"]
@@ -59,26 +60,18 @@ class EngineCore:
         """Reserve the KV cache.
 
         Args:
-            decoder: the full, frozen model; must not change while the engine runs.
+            decoder: the full, frozen model; must not change while the engine runs. On several ranks it is only read
+                here, and `decoder` is then this rank's shard.
             settings: sizes.
 
         Raises:
             FlextronError: the model cannot run as the settings ask.
         """
         self.settings = settings = settings or EngineSettings()
-        self.decoder = decoder
         num_blocks = int(settings.kv_cache_gb * 1e9) // block_bytes(decoder, settings.page_size)
         self.pool = PagePool(num_blocks)
-        self.runner = Runner(
-            decoder,
-            num_blocks=num_blocks,
-            page_size=settings.page_size,
-            native=settings.native,
-            weights=settings.weights,
-            draft_weights=None if settings.speculation is None else settings.speculation.weights,
-            screens_head=settings.screens_head,
-            adapts_threads=settings.adapts_threads,
-        )
+        self.runner = self._make_runner(decoder, num_blocks)
+        self.decoder = self.runner.decoder
         self.scheduler: Scheduler[Request] = Scheduler(
             self.pool,
             page_size=settings.page_size,
@@ -99,6 +92,32 @@ class EngineCore:
         """Networks with adapters that were forgotten while requests ran."""
         self._generator = torch.Generator(decoder.device)
         self._generator.seed()
+
+    def _make_runner(self, decoder: Decoder, num_blocks: int) -> Runner:
+        settings = self.settings
+        if settings.tensor_parallel > 1:
+            ranks, page_size = settings.tensor_parallel, settings.page_size
+            return LeadingRunner(decoder, ranks, num_blocks=num_blocks, page_size=page_size)
+        return Runner(
+            decoder,
+            num_blocks=num_blocks,
+            page_size=settings.page_size,
+            native=settings.native,
+            weights=settings.weights,
+            draft_weights=None if settings.speculation is None else settings.speculation.weights,
+            screens_head=settings.screens_head,
+            adapts_threads=settings.adapts_threads,
+        )
+
+    def close(self) -> None:
+        """End the other ranks; nothing can be computed afterwards. An engine without others needs no end."""
+        if isinstance(self.runner, LeadingRunner):
+            self.runner.close()
+
+    def on_loss(self, listener: Callable[[LostRankError], None]) -> None:
+        """Have something called, in a thread of its own, when another rank dies, also while nothing is computed."""
+        if isinstance(self.runner, LeadingRunner) and self.runner.companions is not None:
+            self.runner.companions.on_loss(listener)
 
     @property
     def has_unfinished(self) -> bool:
@@ -127,7 +146,7 @@ class EngineCore:
             if adapter is not None and adapter.config != config:
                 raise FlextronError("the adapter is for another model; give one that was made for this one")
             Segment(spec, (), router=router, adapter=adapter)  # refuses what does not fit together
-            self._networks[key] = make_network(config, spec, router, f"{next(self._names)}", adapter)
+            self._networks[key] = self.runner.network(spec, router, f"{next(self._names)}", adapter)
         return self._networks[key]
 
     def forget(self, adapter: Adapter) -> None:
@@ -149,8 +168,7 @@ class EngineCore:
 
     def capacity(self, spec: SubnetSpec) -> int:
         """Tokens of one request in a sub-network that model and KV cache have room for; callable from any thread."""
-        config = self.decoder.config
-        *_, num_blocks = block_offsets(config, spec)
+        config, num_blocks = self.decoder.config, self.runner.num_page_blocks(spec)
         pages = self.pool.num_blocks // num_blocks if num_blocks else config.max_position_embeddings
         return min(config.max_position_embeddings, pages * self.settings.page_size)
 
@@ -181,7 +199,7 @@ class EngineCore:
         check_named_tokens(params, self.decoder.config.vocab_size)
         total = len(prompt) + params.max_tokens
         if total > self.capacity(network.spec):
-            raise PromptError(
+            raise LongPromptError(
                 f"prompt and answer come to {total} tokens, more than the KV cache of "
                 f"{self.settings.kv_cache_gb:g} GB holds; raise kv_cache_gb or lower max_tokens"
             )
@@ -203,7 +221,11 @@ class EngineCore:
 
     @torch.inference_mode()
     def step(self) -> list[StepOutput]:
-        """One iteration; the tokens of all requests that got some, those of one request in order."""
+        """One iteration; the tokens of all requests that got some, those of one request in order.
+
+        Raises:
+            LostRankError: another rank is gone.
+        """
         # neighbours of one network share a segment; their order decides how sums are rounded
         scheduled = sorted(self.scheduler.schedule(), key=lambda item: item[0].network.key)
         self.num_tokens = sum(n for _, n in scheduled)

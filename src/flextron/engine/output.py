@@ -28,6 +28,11 @@ class Delta:
     mlp_shares: list[float] = field(default_factory=list)
     """With a token router, the share of the full model's MLP neurons that chose each token."""
     finish_reason: FinishReason | None = None
+    stop: str | int | None = None
+    """The stop string, or the stop token, that ended the answer."""
+    end: tuple[int, Logprobs, int] | None = None
+    """The stop token that ended the answer and is no part of it, where log-probabilities were asked for: its id, its
+    log-probabilities, and where its text would begin."""
     prompt_logprobs: list[Logprobs] | None = None
     """Log-probabilities of the prompt's tokens after the first, if asked for; the first step brings them."""
     num_cached_tokens: int = 0
@@ -44,7 +49,7 @@ class Delta:
         self.logprobs += later.logprobs
         self.offsets += later.offsets
         self.mlp_shares += later.mlp_shares
-        self.finish_reason = later.finish_reason
+        self.finish_reason, self.stop, self.end = later.finish_reason, later.stop, later.end
         self.prompt_logprobs = later.prompt_logprobs if self.prompt_logprobs is None else self.prompt_logprobs
         self.embedding = later.embedding
         self.started = later.started
@@ -91,11 +96,14 @@ class OutputProcessor:
             text = self._detokenizer.push(output.token)
             is_early = len(self.answer.token_ids) < request.params.min_tokens
             delta.text = text if is_early else self._stops.push(text)
+        if output.stop_token is not None and output.logprobs is not None:
+            delta.end = (output.stop_token, output.logprobs, self._detokenizer.position)
         if output.stop_token is not None and self.includes_stop:
             delta.text += self._stops.push(self._detokenizer.push(output.stop_token))
         if output.finish_reason is not None:
             delta.text += self._stops.push(self._detokenizer.finish()) + self._stops.finish()
-        if self._stops.found:
-            delta.finish_reason = FinishReason.STOP
+        delta.stop = output.stop_token
+        if self._stops.found is not None:
+            delta.finish_reason, delta.stop = FinishReason.STOP, self._stops.found
         self.answer.add(delta)
         return delta

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from flextron.engine.request import Chunk, Network
-from flextron.generation.decoding import block_offsets
 from flextron.kernels.adapters import NativeAdapter, why_adapter_not_native
 from flextron.kernels.decoder import NativeStep, Weights, why_not_native
 from flextron.model.adapter import Adapter
@@ -21,7 +20,7 @@ from flextron.model.config import DecoderConfig
 from flextron.model.decoder import Decoder
 from flextron.spec import SubnetSpec
 
-__all__ = ["Computed", "PagedAttention", "Runner", "block_bytes", "make_network", "nested_network"]
+__all__ = ["Computed", "PagedAttention", "Runner", "block_bytes", "nested_network"]
 
 
 _COMPILED, _ADAPTED_MLP, _OTHER = "compiled", "adapted MLP", "other"
@@ -40,22 +39,6 @@ class Computed(NamedTuple):
 def block_bytes(decoder: Decoder, page_size: int) -> int:
     """Bytes of a block: keys and values of one KV head of one layer for a page's tokens."""
     return 2 * page_size * decoder.config.head_dim * decoder.dtype.itemsize
-
-
-def make_network(
-    config: DecoderConfig, spec: SubnetSpec, router: TokenChoice | None, name: str, adapter: Adapter | None = None
-) -> Network:
-    """How the engine runs a sub-network.
-
-    Args:
-        config: config of the decoder.
-        spec: the sub-network.
-        router: chooses the MLP widths of its tokens, if there is one.
-        name: differs for networks whose keys and values differ.
-        adapter: what stands beside its linears, if anything.
-    """
-    *offsets, num_blocks = block_offsets(config, spec)
-    return Network(spec, router, adapter, num_blocks=num_blocks, block_offsets=tuple(offsets), key=name.encode())
 
 
 def nested_network(own: Network, spec: SubnetSpec) -> Network:
@@ -158,6 +141,29 @@ class Runner:
         self._columns: dict[tuple[tuple[Network, int], ...], tuple[Tensor, Tensor, Tensor]] = {}
         self._adapters: dict[Adapter, NativeAdapter | None] = {}
         """Compiled forms of adapters; None for those that only PyTorch's operators can run."""
+
+    def network(
+        self, spec: SubnetSpec, router: TokenChoice | None, name: str, adapter: Adapter | None = None
+    ) -> Network:
+        """How the engine runs a sub-network.
+
+        Args:
+            spec: the sub-network.
+            router: chooses the MLP widths of its tokens, if there is one.
+            name: differs for networks whose keys and values differ.
+            adapter: what stands beside its linears, if anything.
+        """
+        *offsets, num_blocks = accumulate(self._kv_heads(self.decoder.held(spec)), initial=0)
+        return Network(spec, router, adapter, num_blocks=num_blocks, block_offsets=tuple(offsets), key=name.encode())
+
+    def num_page_blocks(self, spec: SubnetSpec) -> int:
+        """Blocks of a page of a sub-network; callable from any thread."""
+        return sum(self._kv_heads(spec))
+
+    def _kv_heads(self, spec: SubnetSpec) -> list[int]:
+        """KV heads of each layer."""
+        config = self.decoder.config
+        return [config.kv_rows(layer.num_groups) // config.head_dim for layer in spec.layers]
 
     def forget(self, adapter: Adapter) -> None:
         """Drop what is kept of an adapter and of networks with it."""

@@ -41,11 +41,22 @@ class EngineSettings:
     last digits of logits depend on the number of threads."""
     speculation: Speculation | None = None
     """Whether narrow sub-networks draft tokens that wider ones check."""
+    tensor_parallel: int = 1
+    """Ranks that share the model, each with a part of every sub-network and `kv_cache_gb` of its own. They run
+    PyTorch's operators, each on a GPU or on a part of the processor's cores."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         if self.weights not in get_args(Weights):
             raise FlextronError(f"weights must be one of {', '.join(get_args(Weights))}, not {self.weights!r}")
+        if self.tensor_parallel < 1:
+            raise FlextronError(f"tensor_parallel must be at least 1, not {self.tensor_parallel}")
+        drafts = "float32" if self.speculation is None else self.speculation.weights
+        if self.tensor_parallel > 1 and (self.native or self.weights != "float32" or drafts != "float32"):
+            raise FlextronError(
+                "several ranks run PyTorch's operators on float32 weights; leave out int8, int4 and native, or run on "
+                "one rank"
+            )
         if self.max_num_seqs < 1 or self.page_size < 1 or not self.kv_cache_gb > 0:
             raise FlextronError("max_num_seqs, page_size and kv_cache_gb must be above 0")
         if self.kv_cache_gb > 1e6:

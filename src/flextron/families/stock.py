@@ -63,14 +63,30 @@ def _layer_lists(config: DecoderConfig, widths: SubnetSpec, hf_config: Mapping[s
 
 
 def _rope_before_5(config: DecoderConfig, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of `rope_parameters` under the names that `transformers` 4 reads; none if they differ by layer."""
+    """The settings of `rope_parameters` under the names that `transformers` 4 reads."""
     family, rope = FAMILIES[config.family], config.rope
-    if rope is None or any(isinstance(value, Mapping) for value in given.values()):
+    if any(isinstance(value, Mapping) for value in given.values()):
+        return _kinds_before_5(given) if family.rope_by_kind else {}
+    if rope is None:
         return {}
-    scaling = {key: value for key, value in given.items() if key not in ("rope_theta", "partial_rotary_factor")}
     older = {"rope_theta": rope.theta} | ({"partial_rotary_factor": rope.fraction} if family.partly_rotary else {})
     named = {family.config_keys.get(key, key): value for key, value in older.items()}
+    if rope.scaling is not None and rope.scaling["rope_type"] == "longrope":
+        # three keys exactly, and the context before the extension beside them
+        if given.get("original_max_position_embeddings") is not None:
+            named["original_max_position_embeddings"] = given["original_max_position_embeddings"]
+        factors = {key: given[key] for key in ("short_factor", "long_factor")}
+        return named | {"rope_scaling": {"type": "longrope", **factors}}
+    scaling = {key: value for key, value in given.items() if key not in ("rope_theta", "partial_rotary_factor")}
     return named | {"rope_scaling": None if rope.scaling is None else scaling}
+
+
+def _kinds_before_5(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that differ by kind of layer, as Gemma 3 has them there."""
+    full, sliding = ({**(given.get(f"{kind}_attention") or {})} for kind in ("full", "sliding"))
+    older = {"rope_theta": full.pop("rope_theta", None), "rope_local_base_freq": sliding.get("rope_theta")}
+    older["rope_scaling"] = None if full.get("rope_type", "default") == "default" else full
+    return {key: value for key, value in older.items() if value is not None or key == "rope_scaling"}
 
 
 def _num_heads(config: DecoderConfig, num_groups: int) -> int:

@@ -73,10 +73,11 @@ class Finetuning:
         Raises:
             FlextronError: `keep` names others, an example has fewer than two tokens or other than one weight a token,
                 nothing has weight, a text exceeds learned positions, or the adapter is for a narrower sub-network, has
-                nothing in this one, or changes the embedding or the head.
+                nothing in this one, or changes the embedding or the head; or a rank would have no part of a layer.
         """
         adapter.check_inner("trained")
         self.spec = spec or decoder.widths
+        _check_shared(self.spec, decoder.num_ranks)
         use_kernels(decoder)
         self._decoder, self._adapter, self._keep = decoder, adapter, frozenset(keep)
         self._backward = backward
@@ -294,6 +295,15 @@ class Finetuning:
         pruned = PrunedBatch(batch.tokens_N, batch.positions_N, batch.segments, unread, known)
         y_ND: Tensor = self._decoder.layers[i](x_ND, pruned, i, self._packed.rope(i, start, stop), attention)
         return y_ND
+
+
+def _check_shared(spec: SubnetSpec, num_ranks: int) -> None:
+    """Raise unless every rank has a part of all that a sub-network runs: gradients are summed half by half."""
+    narrowest = min((w for w in (*spec.intermediate_sizes, *spec.num_groups) if w), default=num_ranks)
+    if narrowest < num_ranks:
+        raise FlextronError(
+            f"{num_ranks} ranks cannot train in widths of {narrowest}; choose wider ones, or fewer ranks"
+        )
 
 
 def _accumulator(like: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ class _OperatorSteps:
     ) -> None:
         self._decoder, self._spec, self._router = decoder, spec, router
         self._cache = CachedAttention(
-            decoder.config, [(spec, num_sequences)], capacity, dtype=decoder.dtype, device=decoder.device
+            decoder.config, [(decoder.held(spec), num_sequences)], capacity, dtype=decoder.dtype, device=decoder.device
         )
 
     def run(self, new: Sequence[Tensor], starts: Sequence[int]) -> Tensor:

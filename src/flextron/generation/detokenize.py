@@ -153,21 +153,22 @@ class StopStrings:
             raise FlextronError("a stop string is empty; give at least one character")
         self._stop, self._includes = tuple(stop), includes_stop
         self._held = ""
-        self.found = False
-        """Whether one was met; nothing is given out afterwards."""
+        self.found: str | None = None
+        """The one that was met; nothing is given out afterwards."""
 
     def push(self, text: str) -> str:
         """Add text; what is certain not to belong to a stop string."""
-        if self.found:
+        if self.found is not None:
             return ""
         if not self._stop:
             return text
         text = self._held + text
-        ends = [(i + len(s), i) for s in self._stop if (i := text.find(s)) >= 0]
+        ends = [(i + len(s), i, s) for s in self._stop if (i := text.find(s)) >= 0]
         if ends:
             # of those that end at the same place the longest counts
-            self.found, self._held = True, ""
-            return text[: min(ends)[0 if self._includes else 1]]
+            end, begin, self.found = min(ends)
+            self._held = ""
+            return text[: end if self._includes else begin]
         keep = max(self._begun(text, s) for s in self._stop)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flextron.errors import PromptError
+from flextron.errors import LongPromptError, PromptError
 from flextron.model.config import DecoderConfig
 
 __all__ = ["check_prompt"]
@@ -29,7 +29,7 @@ def check_prompt(config: DecoderConfig, prompt: Sequence[int], max_tokens: int) 
         )
     total = len(prompt) + max_tokens
     if total > config.max_position_embeddings:
-        raise PromptError(
-            f"prompt and answer come to {total} tokens; the model has {config.max_position_embeddings} positions: "
-            "shorten the prompt or lower max_tokens"
+        raise LongPromptError(
+            f"prompt and answer come to {total} tokens, which is longer than the model's context length of "
+            f"{config.max_position_embeddings} positions: shorten the prompt or lower max_tokens"
         )

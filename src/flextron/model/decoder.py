@@ -62,6 +62,10 @@ class Decoder(nn.Module):
         """Type of the parameters."""
         return self.embedding.weight.dtype
 
+    def held(self, spec: SubnetSpec) -> SubnetSpec:
+        """Widths of what this process runs of a sub-network: all of it, unless the decoder is a shard."""
+        return spec
+
     def embed(self, batch: Batch) -> Tensor:
         """What enters the first layer, (N, hidden size)."""
         x_ND: Tensor = self.embedding(batch.tokens_N)

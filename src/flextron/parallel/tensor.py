@@ -2,10 +2,10 @@
 
 The weights are cut as Megatron-LM cuts them (arXiv 1909.08053): q, k, v, gate and up along their outputs, o and down
 along their inputs, hence always along the nested dimension. Each half of a layer reads the same input on all ranks and
-ends with a sum over them (one all-reduce forward); the gradient by its input is summed likewise (one backward). Along
-the nested dimension, neuron or attention group j goes to rank j mod W with all its rows. So a rank's own ones are in
-nested order again, the leading w of the model are the leading w / W of every rank, and a shard is nothing but a decoder
-with narrower widths: batches, caches and chunked finetuning run on it, with specs of `TensorParallel.spec`.
+ends with a sum over them (one all-reduce forward); the gradient by its input is summed likewise (one backward). Which
+neurons and attention groups a rank holds is told in `flextron.parallel.shares`: some of every prefix, so that a rank's
+own ones are nested again. A shard takes the sub-networks of the whole model and runs its part of each. So all that
+chooses, compares and skips by widths does the same on all ranks, also where a rank holds nothing of a narrow half.
 
 Bypasses follow their linears (FlexLLM's dependent parallelization, arXiv 2402.18789). What lies along the nested
 dimension is cut as the weight is; the rest is whole on every rank. LoRA adds s · (x A) Bᵀ:
@@ -35,7 +35,7 @@ Shapes: N tokens, D hidden size, W ranks.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,17 +44,17 @@ from torch import distributed as dist
 
 from flextron.errors import FlextronError
 from flextron.model.adapter import Adapter
+from flextron.model.attention import Attention
 from flextron.model.batch import Batch
-from flextron.model.bypass import Bypass, Ia3, Lora, Shape
+from flextron.model.bypass import Dora
 from flextron.model.config import DecoderConfig
 from flextron.model.decoder import Decoder
 from flextron.model.layers import Layer
+from flextron.model.rope import Tables
+from flextron.parallel.shares import Share, cut_parameters, whole_parameters
 from flextron.spec import LayerSpec, SubnetSpec
 
 __all__ = ["TensorParallel"]
-
-_OUT_OF_NESTED = ("o", "down")
-"""Linears whose inputs are nested; the outputs of the others are."""
 
 
 class TensorParallel:
@@ -67,52 +67,41 @@ class TensorParallel:
             group: initialised process group, of a backend for the decoder's device; by default the world.
         """
         self._group = group
-        self.rank = dist.get_rank(group)
+        self.share = Share(dist.get_rank(group), dist.get_world_size(group))
+        """What this process holds."""
+
+    @property
+    def rank(self) -> int:
         """Rank of this process, from 0."""
-        self.size = dist.get_world_size(group)
+        return self.share.rank
+
+    @property
+    def size(self) -> int:
         """W."""
-
-    def spec(self, spec: SubnetSpec) -> SubnetSpec:
-        """A rank's share of a sub-network.
-
-        Raises:
-            FlextronError: the ranks cannot share a width equally.
-        """
-        for i, layer in enumerate(spec.layers):
-            for what, width in (("MLP neurons", layer.intermediate_size), ("attention groups", layer.num_groups)):
-                if width % self.size:
-                    raise FlextronError(
-                        f"{self.size} ranks cannot share the {width} {what} of layer {i} equally; "
-                        f"choose widths that are multiples of {self.size}, or use fewer ranks"
-                    )
-        sizes, groups = ([w // self.size for w in widths] for widths in (spec.intermediate_sizes, spec.num_groups))
-        return SubnetSpec.of(sizes, groups)
+        return self.share.size
 
     def decoder(self, decoder: Decoder) -> Decoder:
-        """This rank's shard of a decoder, frozen; with the shares of spec and adapters it returns what the whole does.
+        """This rank's shard of a decoder, frozen; with its shares of adapters it returns what the whole does.
 
         Args:
             decoder: the whole; parameters that are not cut are shared with it, not copied.
 
         Raises:
-            FlextronError: the ranks cannot share the decoder's widths equally, or a norm of all its heads.
+            FlextronError: a rank would hold nothing of a layer, or a norm is over all its heads.
         """
-        if decoder.config.qk_norm == "width" and self.size > 1:
-            raise FlextronError(
-                f"{decoder.config.family} normalises the queries of all heads as one, which ranks that share them "
-                "cannot; use one rank"
-            )
-        rows_each = _rows_each(decoder.config)
+        return self.shard(decoder.config, decoder.widths, dict(self.share.parameters(decoder)))
+
+    def shard(self, config: DecoderConfig, widths: SubnetSpec, parameters: Mapping[str, Tensor]) -> Decoder:
+        """This rank's shard, of parameters that `Share.parameters` gave.
+
+        Args:
+            config: the whole's.
+            widths: the whole's.
+            parameters: what the rank holds, by name; not copied.
+        """
         with torch.device("meta"):
-            out = _Shard(decoder.config, self.spec(decoder.widths), self)
-        held, state = out.state_dict(), {}
-        for name, tensor in decoder.state_dict().items():
-            target, kind = name.split(".")[-2:]
-            if target in rows_each and not (target in _OUT_OF_NESTED and kind == "bias"):
-                tensor = self._own(tensor, rows_each[target])
-            if name in held:
-                state[name] = tensor
-        out.load_state_dict(state, assign=True)
+            out = _Shard(config, widths, self)
+        out.load_state_dict(parameters, assign=True)
         return out.requires_grad_(False).eval()
 
     def adapter(self, adapter: Adapter) -> Adapter:
@@ -122,16 +111,28 @@ class TensorParallel:
             adapter: the whole, the same on every rank: a fresh one must be drawn with the same seed.
 
         Raises:
-            FlextronError: the ranks cannot share its widths equally, or it has bypasses other than LoRA and IA3.
+            FlextronError: it has bypasses other than LoRA, IA3 and DoRA.
         """
-        adapter.check_inner("shared by ranks")
-        return self._mapped(adapter, self.spec(adapter.widths), self._own)
+        return self.share.adapter(adapter)
 
     def gather(self, adapter: Adapter) -> Adapter:
-        """The whole adapter, on every rank, of the shares that `adapter` made; to be stored or served elsewhere."""
-        widths = adapter.widths
-        sizes, groups = ([w * self.size for w in own] for own in (widths.intermediate_sizes, widths.num_groups))
-        return self._mapped(adapter, SubnetSpec.of(sizes, groups), self._joined)
+        """The whole adapter, on every rank, of the shares that `adapter` made; to be stored or served elsewhere.
+
+        Args:
+            adapter: a share, of LoRA and IA3.
+
+        Raises:
+            FlextronError: it has DoRA.
+        """
+        out = copy.deepcopy(adapter)
+        for layer, target, name, rows in cut_parameters(adapter):
+            widths, bypass = adapter.widths.layers[layer], out.at(layer)[target]
+            if isinstance(bypass, Dora):
+                raise FlextronError("shares of DoRA are served, not put together; keep the whole adapter")
+            num_units = widths.num_groups if target in ("q", "k", "v", "o") else widths.intermediate_size
+            whole = self._joined(getattr(bypass, name).detach(), layer, num_units, rows)
+            setattr(bypass, name, nn.Parameter(whole))
+        return out
 
     @torch.no_grad()
     def sum_gradients(self, adapter: Adapter) -> None:
@@ -142,12 +143,14 @@ class TensorParallel:
         Args:
             adapter: a share that `adapter` made.
         """
-        partial = [p.grad for p in _whole_parameters(adapter) if p.grad is not None]
+        # a rank without a part of a narrow half has no term, where the others have one
+        partial = [torch.zeros_like(p) if p.grad is None else p.grad for p in whole_parameters(adapter)]
         if not partial:
             return
         flat = self.summed(torch.cat([g.flatten() for g in partial]))
-        for gradient, total in zip(partial, flat.split([g.numel() for g in partial]), strict=True):
-            gradient.copy_(total.view_as(gradient))
+        totals = flat.split([g.numel() for g in partial])
+        for p, gradient, total in zip(whole_parameters(adapter), partial, totals, strict=True):
+            p.grad = total.view_as(gradient)
 
     def summed(self, x: Tensor) -> Tensor:
         """The sum of all ranks' `x`, on every rank: one all-reduce."""
@@ -155,73 +158,42 @@ class TensorParallel:
         dist.all_reduce(total, group=self._group)
         return total
 
-    def _own(self, whole: Tensor, rows_each: int) -> Tensor:
-        """This rank's neurons or groups of the first dimension, of `rows_each` rows each."""
-        by_rank: Tensor = whole.unflatten(0, (-1, self.size, rows_each))
-        return by_rank[:, self.rank].flatten(0, 1).contiguous()
-
-    def _joined(self, own: Tensor, rows_each: int) -> Tensor:
-        """The inverse of `_own`."""
-        parts = [torch.empty_like(own) for _ in range(self.size)]
-        dist.all_gather(parts, own.contiguous(), group=self._group)
-        return torch.stack([p.unflatten(0, (-1, rows_each)) for p in parts], 1).flatten(0, 2)
-
-    def _mapped(self, adapter: Adapter, widths: SubnetSpec, change: Callable[[Tensor, int], Tensor]) -> Adapter:
-        """A copy whose cut parameters are changed."""
-        rows_each = _rows_each(adapter.config)
-
-        def make(layer: int, target: str, shape: Shape) -> Bypass | None:
-            if target not in adapter.at(layer):
-                return None
-            out = copy.deepcopy(adapter.at(layer)[target])
-            if (name := _cut_parameter(target, out)) is not None and target in rows_each:
-                setattr(out, name, nn.Parameter(change(getattr(out, name).detach(), rows_each[target])))
-            return out
-
-        return Adapter(adapter.config, widths, make)
-
-
-def _rows_each(config: DecoderConfig) -> dict[str, int]:
-    """Rows of one neuron or group in a linear's nested dimension, by target; linears that are whole are left out."""
-    rows = {"q": config.query_rows_per_group, "o": config.query_rows_per_group, "gate": 1, "up": 1, "down": 1}
-    return rows if config.is_multi_query else rows | {"k": config.head_dim, "v": config.head_dim}
-
-
-def _cut_parameter(target: str, bypass: Bypass) -> str | None:
-    """The parameter of a bypass that lies along its linear's nested dimension."""
-    is_input_nested = target in _OUT_OF_NESTED
-    if isinstance(bypass, Lora):
-        return "a" if is_input_nested else "b"
-    if isinstance(bypass, Ia3):
-        return "factors" if bypass.on_input == is_input_nested else None
-    raise FlextronError(f"{type(bypass).__name__} cannot be cut for tensor parallelism; use LoRA or IA3")
-
-
-def _whole_parameters(adapter: Adapter) -> Iterator[nn.Parameter]:
-    """Those that every rank holds whole, in the same order on all."""
-    nested = _rows_each(adapter.config).keys()
-    for i in adapter.adapted_layers:
-        for target, bypass in adapter.at(i).items():
-            cut = _cut_parameter(target, bypass) if target in nested else None
-            yield from (p for name, p in bypass.named_parameters() if name != cut)
+    def _joined(self, own: Tensor, layer: int, num_units: int, rows: int) -> Tensor:
+        """What the ranks hold of a parameter along a nested dimension, together."""
+        whole = own.new_empty(num_units * rows, *own.shape[1:])
+        for rank in range(self.size):
+            share = Share(rank, self.size)
+            shape = (share.width(num_units, layer) * rows, *own.shape[1:])
+            part = own.contiguous() if rank == self.rank else own.new_empty(shape)
+            dist.broadcast(part, group=self._group, group_src=rank)
+            share.put(part, whole, layer, rows)
+        return whole
 
 
 class _Shard(Decoder):
-    """A rank's share of a decoder."""
+    """A rank's share of a decoder, which takes the sub-networks of the whole."""
 
     def __init__(self, config: DecoderConfig, widths: SubnetSpec, ranks: TensorParallel) -> None:
-        super().__init__(config, widths)
+        super().__init__(config, ranks.share.spec(widths))
+        self.widths = widths
         self.num_ranks = ranks.size
-        self.layers = nn.ModuleList(_ShardLayer(config, own, ranks) for own in widths.layers)
+        self._share = ranks.share
+        self.layers = nn.ModuleList(
+            _ShardLayer(config, own, ranks, i) for i, own in enumerate(ranks.share.spec(widths).layers)
+        )
+
+    def held(self, spec: SubnetSpec) -> SubnetSpec:
+        """See `Decoder`."""
+        return self._share.spec(spec)
 
 
 class _ShardLayer(Layer):
-    """A layer between whose halves all ranks hold the same."""
+    """A layer between whose halves all ranks hold the same; its widths are those of the whole."""
 
-    def __init__(self, config: DecoderConfig, widths: LayerSpec, ranks: TensorParallel) -> None:
+    def __init__(self, config: DecoderConfig, widths: LayerSpec, ranks: TensorParallel, index: int) -> None:
         super().__init__(config, widths)
-        self._ranks = ranks
-        if ranks.rank:  # a sum has its bias once
+        self._ranks, self._index = ranks, index
+        if ranks.share.first(index):  # a sum has its bias once
             for half, name in (("attention", "o"), ("mlp", "down")):
                 if half in self._modules:
                     getattr(getattr(self, half), name).bias = None
@@ -229,6 +201,31 @@ class _ShardLayer(Layer):
     def read(self, x_ND: Tensor) -> Tensor:
         """See `Layer`."""
         return _read(x_ND, self._ranks)
+
+    def attend(
+        self,
+        x_ND: Tensor,
+        batch: Batch,
+        num_groups: Sequence[int],
+        layer: int,
+        rope: Tables | None,
+        attention: Attention,
+    ) -> Tensor:
+        """See `Layer`; where the rank has no heads, its term is zeros, without a gradient."""
+        own = self._own(num_groups)
+        if any(own):
+            return super().attend(x_ND, batch, own, layer, rope, attention)
+        return self.joining(self.complete(torch.zeros_like(x_ND), batch, layer, "o"), "attention")
+
+    def feed_forward(self, x_ND: Tensor, batch: Batch, widths: Sequence[int], layer: int | None = None) -> Tensor:
+        """See `Layer`."""
+        own = self._own(widths)
+        if any(own):
+            return super().feed_forward(x_ND, batch, own, layer)
+        return self.joining(self.complete(torch.zeros_like(x_ND), batch, layer, "down"), "mlp")
+
+    def _own(self, widths: Sequence[int]) -> list[int]:
+        return [self._ranks.share.width(w, self._index) for w in widths]
 
     def routed_feed_forward(self, x_ND: Tensor, batch: Batch, widths: Sequence[int], layer: int) -> Tensor:
         """Refuse."""

@@ -25,8 +25,8 @@ class StreamOptions(StrictBody):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
     """OpenAI's padding of streams; it is accepted, and none is sent."""
-    continuous_usage_stats: Literal[False] | None = None
-    """vLLM's key for the usage in every chunk; only false is accepted."""
+    continuous_usage_stats: bool | None = None
+    """vLLM's key: whether every chunk tells the numbers of tokens so far, beside `include_usage`."""
 
 
 class GenerationBody(SamplingBody, GrammarBody, RequestBody):
@@ -64,6 +64,11 @@ class GenerationBody(SamplingBody, GrammarBody, RequestBody):
     def wants_usage(self) -> bool:
         """Whether a stream ends with the numbers of tokens."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def wants_running_usage(self) -> bool:
+        """Whether each chunk tells the numbers of tokens so far."""
+        return self.wants_usage and self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
 
     @property
     def num_logprobs(self) -> int | None:
@@ -166,7 +171,7 @@ class ChatBody(GenerationBody):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> ChatBody:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise bad_value("top_logprobs needs logprobs; set logprobs to true", "top_logprobs")
         if self.continue_final_message and self.add_generation_prompt:
             raise bad_value(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -11,14 +11,14 @@ from starlette.responses import Response
 from flextron.engine.output import Delta
 from flextron.generation.templates import ChatTemplate, TemplateError
 from flextron.protocols.bodies import ChatBody, Message
-from flextron.protocols.responses import prompt_report, respond, token_report
+from flextron.protocols.responses import prompt_report, respond, stop_report, token_report
 from flextron.protocols.structured.history import as_read, with_tools
-from flextron.protocols.structured.tools import Calls, Reading
+from flextron.protocols.structured.tools import Calls, Reading, ToolBody
 from flextron.serving.errors import bad_request
 from flextron.serving.service import Service
 from flextron.serving.tokens import TokenNames
 
-__all__ = ["chat", "rendered"]
+__all__ = ["chat", "chat_prompt", "rendered"]
 
 _LEAST_LOGPROB = -9999.0
 _DEFAULT_TOKENS = 1024
@@ -34,28 +34,41 @@ async def chat(request: Request, service: Service, body: ChatBody) -> Response:
     choice = service.choose(body.model, body.flextron)
     asked = body.max_completion_tokens or body.max_tokens
     service.check(body.num_choices, asked)
-    tools = None if body.tool_choice == "none" else body.tools
+    tools = _told_tools(body)
     special = {t.content: i for i, t in service.tokenizer.added_tokens_decoder.items() if t.special}
     calls = Calls.of(tools, body.tool_choice, body.parallel_tool_calls, template_text(service, tools), special)
     if calls is not None and calls.layout.trigger in special:
         # the grammar lets no other special token into the answer
         body = body.model_copy(update={"skip_special_tokens": False})
     grammar = body.grammar_asked()
-    prompt = await service.encode(
+    prompt = await chat_prompt(service, body)
+    most = asked or min(service.room(len(prompt), choice), service.defaults.max_new_tokens or _DEFAULT_TOKENS)
+    form = _ChatForm(service.names, body, prompt, calls, service.defaults.ends)
+    asked_grammar = grammar if calls is None else calls.grammar(grammar)
+    return await respond(request, service, body, choice, [prompt], [most], form, asked_grammar)
+
+
+async def chat_prompt(service: Service, body: ChatBody) -> list[int]:
+    """The tokens that the model reads.
+
+    Raises:
+        ApiError: there is no chat template, or it does not take the messages.
+    """
+    return await service.encode(
         lambda: rendered(
             service,
             body.messages,
-            tools=[tool.model_dump(exclude_none=True) for tool in tools or ()],
+            tools=[tool.model_dump(exclude_none=True) for tool in _told_tools(body) or ()],
             variables=body.chat_template_kwargs,
             add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
             continue_final_message=bool(body.continue_final_message),
         ),
         add_special_tokens=bool(body.add_special_tokens),
     )
-    most = asked or min(service.room(len(prompt), choice), service.defaults.max_new_tokens or _DEFAULT_TOKENS)
-    form = _ChatForm(service.names, body, prompt, calls)
-    asked_grammar = grammar if calls is None else calls.grammar(grammar)
-    return await respond(request, service, body, choice, [prompt], [most], form, asked_grammar)
+
+
+def _told_tools(body: ChatBody) -> list[ToolBody] | None:
+    return None if body.tool_choice == "none" else body.tools
 
 
 def template_text(service: Service, tools: Sequence[Any] | None) -> str:
@@ -108,9 +121,11 @@ class _ChatForm:
 
     prefix, whole_object, piece_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, names: TokenNames, body: ChatBody, prompt: list[int], calls: Calls | None = None) -> None:
-        """Take the names of tokens, the conversation in tokens, and how answers may call tools."""
-        self._names, self._body, self._prompt = names, body, prompt
+    def __init__(
+        self, names: TokenNames, body: ChatBody, prompt: list[int], calls: Calls | None, ends: Collection[int]
+    ) -> None:
+        """Take the names of tokens, the conversation in tokens, how answers may call tools, and the ends of texts."""
+        self._names, self._body, self._prompt, self._ends = names, body, prompt, ends
         self._calls, self._readings = calls, dict[int, Reading]()
         self._has_logprobs = bool(body.logprobs)
 
@@ -130,7 +145,8 @@ class _ChatForm:
             message |= reading.message(piece.text)
             reason = _reason(reason, reading)
         choice = {"index": index, "message": message, "logprobs": self._logprobs(piece)}
-        return choice | {"finish_reason": reason, **self._ids(piece)}
+        ending = {"finish_reason": reason, **stop_report(piece, self._body, self._ends)}
+        return choice | ending | self._ids(piece)
 
     def opening(self, index: int) -> dict[str, Any]:
         """Who speaks."""
@@ -147,7 +163,8 @@ class _ChatForm:
         # what is told of tokens stands beside the first of what they mean
         parts = [self._part(index, delta, Delta() if i else piece, None) for i, delta in enumerate(deltas)]
         if piece.finish_reason is not None:
-            parts.append(self._part(index, {}, Delta(), _reason(piece.finish_reason.value, reading)))
+            last = self._part(index, {}, Delta(), _reason(piece.finish_reason.value, reading))
+            parts.append(last | stop_report(piece, self._body, self._ends))
         return parts
 
     def _reading(self, index: int) -> Reading | None:

@@ -12,7 +12,7 @@ from flextron.engine import Logprobs
 from flextron.engine.output import Delta
 from flextron.generation.detokenize import Detokenizer
 from flextron.protocols.bodies import CompletionBody
-from flextron.protocols.responses import prompt_report, respond, token_report
+from flextron.protocols.responses import prompt_report, respond, stop_report, token_report
 from flextron.serving.service import Service
 
 __all__ = ["completions"]
@@ -46,7 +46,7 @@ class _CompletionForm:
     def __init__(self, service: Service, body: CompletionBody, prompts: Sequence[list[int]]) -> None:
         """Take the prompts, with which answers may begin."""
         self._names, self._tokenizer, self._body, self._prompts = service.names, service.tokenizer, body, prompts
-        self._has_logprobs = body.logprobs is not None
+        self._has_logprobs, self._ends = body.logprobs is not None, service.defaults.ends
 
     def report(self, pieces: Sequence[Delta]) -> dict[str, Any]:
         """Nothing stands beside the choices."""
@@ -82,6 +82,7 @@ class _CompletionForm:
             "text": echo + piece.text,
             "logprobs": self._logprobs(number, piece, is_first=is_first) if self._has_logprobs else None,
             "finish_reason": None if piece.finish_reason is None else piece.finish_reason.value,
+            **stop_report(piece, self._body, self._ends),
         }
         if self._body.return_token_ids:
             choice |= token_report(piece)
@@ -94,6 +95,10 @@ class _CompletionForm:
     def _logprobs(self, number: int, piece: Delta, *, is_first: bool) -> dict[str, Any]:
         tokens, found, offsets = piece.token_ids, [*piece.logprobs], piece.offsets
         before: list[None] = []
+        if self._body.echo and piece.end is not None:
+            # clients that score prompts count on the entry of the token that they had to ask for
+            end, own, offset = piece.end
+            tokens, found, offsets = [*tokens, end], [*found, own], [*offsets, offset]
         if self._body.echo:
             length = len(self._echo(number))
             offsets = [length + offset for offset in offsets]

@@ -47,22 +47,33 @@ def _refused(origin: str, /, **neutral: tuple[Any, ...]) -> list[Key]:
     return [Key(name, Does.REFUSE, values, origin) for name, values in neutral.items()]
 
 
-_BOTH = [
-    *_keys("openai", Does.SERVE, "model", "stream", "stream_options", "max_tokens", "temperature", "top_p", "seed"),
-    *_keys("openai", Does.SERVE, "n", "stop", "logprobs", "frequency_penalty", "presence_penalty", "logit_bias"),
-    *_keys("flextron", Does.SERVE, "flextron"),
-    *_keys("vllm", Does.SERVE, "ignore_eos", "add_special_tokens", "top_k", "min_p", "repetition_penalty"),
+_SAMPLING = [
+    *_keys("openai", Does.SERVE, "temperature", "top_p", "seed", "stop"),
+    *_keys("openai", Does.SERVE, "frequency_penalty", "presence_penalty", "logit_bias"),
+    *_keys("vllm", Does.SERVE, "ignore_eos", "top_k", "min_p", "repetition_penalty", "allowed_token_ids", "bad_words"),
     *_keys("vllm", Does.SERVE, "stop_token_ids", "include_stop_str_in_output", "min_tokens", "skip_special_tokens"),
+]
+
+_BOTH = [
+    *_keys("openai", Does.SERVE, "model", "stream", "stream_options", "max_tokens", "n", "logprobs"),
+    *_SAMPLING,
+    *_keys("flextron", Does.SERVE, "flextron"),
+    *_keys("vllm", Does.SERVE, "add_special_tokens"),
     *_keys("openai", Does.SERVE, "response_format"),
     *_keys("vllm", Does.SERVE, "guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_json_object"),
     *_keys("vllm", Does.SERVE, "structured_outputs"),
     *_keys("llama-server", Does.SERVE, "json_schema", "grammar"),
-    *_keys("vllm", Does.SERVE, "allowed_token_ids", "bad_words", "prompt_logprobs", "return_token_ids"),
+    *_keys("vllm", Does.SERVE, "prompt_logprobs", "return_token_ids"),
     *_keys("openai", Does.IGNORE, "user", "metadata", "store", "service_tier", "safety_identifier"),
     *_keys("openai", Does.IGNORE, "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "prediction"),
-    *_keys("vllm", Does.IGNORE, "request_id"),
+    *_keys("vllm", Does.IGNORE, "request_id", "session_id", "stream_interval", "return_token_offsets"),
+    *_keys("vllm", Does.IGNORE, "return_mm_kwargs"),
     *_refused(
         "vllm",
+        watermarking=(False,),
+        logprob_token_ids=(),
+        routed_experts_prompt_start=(0,),
+        ec_transfer_params=({},),
         use_beam_search=(False,),
         length_penalty=(1,),
         early_stopping=(False,),
@@ -182,6 +193,7 @@ _CHAT = [
         mm_processor_kwargs=({},),
         media_io_kwargs=({},),
         include_reasoning=(True,),
+        return_prompt_text=(False,),
     ),
     *_refused(
         "llama-server",
@@ -195,12 +207,25 @@ _CHAT = [
 ]
 
 _RESPONSES = [
-    *_keys("openai", Does.SERVE, "model", "input", "instructions", "max_output_tokens", "temperature", "top_p"),
-    *_keys("openai", Does.SERVE, "stream", "text", "tools", "tool_choice", "parallel_tool_calls"),
+    *_keys("openai", Does.SERVE, "model", "input", "instructions", "max_output_tokens"),
+    *_keys("openai", Does.SERVE, "stream", "text", "tools", "tool_choice", "parallel_tool_calls", "metadata"),
+    *_SAMPLING,
     *_keys("flextron", Does.SERVE, "flextron"),
-    *_keys("openai", Does.IGNORE, "user", "metadata", "store", "service_tier", "safety_identifier"),
+    *_keys("openai", Does.IGNORE, "user", "store", "service_tier", "safety_identifier"),
     *_keys("openai", Does.IGNORE, "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"),
     *_keys("openai", Does.IGNORE, "stream_options"),
+    *_keys("vllm", Does.IGNORE, "request_id"),
+    *_refused(
+        "vllm",
+        mm_processor_kwargs=({},),
+        priority=(0,),
+        cache_salt=(),
+        enable_response_messages=(False,),
+        previous_input_messages=(),
+        previous_response=(),
+        structured_outputs=(),
+        vllm_xargs=({},),
+    ),
     *_refused(
         "openai",
         previous_response_id=(),
@@ -211,7 +236,8 @@ _RESPONSES = [
         access_programs=([],),
         image=(),
         context_management=([],),
-        include=([],),
+        # there is no reasoning that could be included
+        include=([], ["reasoning.encrypted_content"]),
         max_tool_calls=(),
         moderation=(),
         reasoning=({},),
@@ -224,9 +250,12 @@ _MESSAGES = [
     *_keys("anthropic", Does.SERVE, "model", "messages", "max_tokens", "system", "stop_sequences", "temperature"),
     *_keys("anthropic", Does.SERVE, "top_p", "top_k", "stream", "tools", "tool_choice"),
     *_keys("flextron", Does.SERVE, "flextron"),
-    *_keys("anthropic", Does.IGNORE, "metadata", "service_tier", "cache_control", "inference_geo"),
-    *_refused("anthropic", thinking=({"type": "disabled"},), output_config=({},), output_format=()),
+    *_keys("anthropic", Does.SERVE, "output_config"),
+    *_keys("anthropic", Does.IGNORE, "metadata", "service_tier", "cache_control", "inference_geo", "speed"),
+    *_keys("anthropic", Does.IGNORE, "user_profile_id", "workspace_id"),
+    *_refused("anthropic", thinking=({"type": "disabled"},), output_format=(), diagnostics=({},)),
     *_refused("anthropic", container=(), mcp_servers=([],), context_management=()),
+    *_refused("vllm", chat_template_kwargs=({},), kv_transfer_params=({},)),
 ]
 
 _EMBEDDINGS = [
@@ -242,6 +271,7 @@ _EMBEDDINGS = [
         truncate_prompt_tokens=(),
         truncation_side=(),
         priority=(0,),
+        padding=("do_not_pad",),
         use_activation=(),
         embed_dtype=("float32",),
         endianness=("native", "little"),
@@ -290,7 +320,9 @@ def check_keys(body: Mapping[str, Any], endpoint: str) -> dict[str, Any]:
 
 
 def is_neutral(value: Any, neutral: Iterable[Any]) -> bool:
-    """Whether a value is one of these; no number is true or false."""
+    """Whether a value is one of these; no number is true or false, and an object of nulls says nothing."""
+    if isinstance(value, dict) and value and all(entry is None for entry in value.values()):
+        value = {}
     return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in neutral)
 
 

@@ -7,7 +7,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Collection, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -25,7 +25,16 @@ from flextron.serving.targets import Choice
 from flextron.serving.tokens import TokenNames
 from flextron.serving.worker import GenerationRequest
 
-__all__ = ["CLIENT_LEFT", "Form", "collect", "prompt_report", "respond", "token_report", "unless_client_leaves"]
+__all__ = [
+    "CLIENT_LEFT",
+    "Form",
+    "collect",
+    "prompt_report",
+    "respond",
+    "stop_report",
+    "token_report",
+    "unless_client_leaves",
+]
 
 _T = TypeVar("_T")
 _log = logging.getLogger("flextron.server")
@@ -147,7 +156,7 @@ async def respond(
     session = await service.open(requests, choice)
     envelope = _Envelope(form, session, body.num_choices, f"{form.prefix}-{uuid.uuid4().hex}", int(time.time()))
     if body.stream:
-        return _EventStream(session, _events(envelope, len(requests), wants_usage=body.wants_usage))
+        return _EventStream(session, _events(envelope, len(requests), body))
     try:
         pieces = await unless_client_leaves(request, collect(session, len(requests)))
     finally:
@@ -179,16 +188,22 @@ async def unless_client_leaves(request: Request, work: Coroutine[Any, Any, _T]) 
         leaving.cancel()
 
 
-async def _events(envelope: _Envelope, count: int, *, wants_usage: bool) -> AsyncIterator[str]:
+async def _events(envelope: _Envelope, count: int, body: GenerationBody) -> AsyncIterator[str]:
     """A stream of server-sent events; an error in the middle is one of them, and the last."""
-    empty = {"usage": None} if wants_usage else {}
     form, num_tokens, is_first = envelope.form, 0, True
     pending = [Delta() for _ in range(count)]
     num_cached = [0] * count
+
+    def usage() -> dict[str, Any]:
+        return envelope.usage(num_tokens, sum(num_cached[:: envelope.num_choices]))
+
+    def beside() -> dict[str, Any]:
+        return {"usage": usage() if body.wants_running_usage else None} if body.wants_usage else {}
+
     try:
         openings = [o for i in range(count) if (o := form.opening(i)) is not None]
         if openings:
-            yield _event(envelope.first(openings, **empty))
+            yield _event(envelope.first(openings, **beside()))
             is_first = False
         async for index, delta in envelope.session.deltas():
             num_tokens += len(delta.token_ids)
@@ -199,11 +214,10 @@ async def _events(envelope: _Envelope, count: int, *, wants_usage: bool) -> Asyn
             for part in form.part(index, pending[index]):
                 make = envelope.first if is_first else envelope.chunk
                 is_first = False
-                yield _event(make([part], **empty))
+                yield _event(make([part], **beside()))
             pending[index] = Delta()
-        if wants_usage:
-            usage = envelope.usage(num_tokens, sum(num_cached[:: envelope.num_choices]))
-            yield _event(envelope.chunk([], usage=usage))
+        if body.wants_usage:
+            yield _event(envelope.chunk([], usage=usage()))
         yield "data: [DONE]\n\n"
     except ApiError as error:
         yield _event(error.body())
@@ -220,6 +234,12 @@ def token_report(piece: Delta) -> dict[str, Any]:
     """The ids of a piece's tokens, as vLLM words them, and what a token router chose for each."""
     routed = {"flextron": {"mlp_shares": [round(s, 4) for s in piece.mlp_shares]}} if piece.mlp_shares else {}
     return {"token_ids": piece.token_ids, **routed}
+
+
+def stop_report(piece: Delta, body: GenerationBody, ends: Collection[int]) -> dict[str, Any]:
+    """What ended an answer, as vLLM words it: a stop string, or a stop token that the request named and no end."""
+    is_named = isinstance(piece.stop, str) or (piece.stop not in ends and piece.stop in (body.stop_token_ids or ()))
+    return {"stop_reason": piece.stop if is_named else None}
 
 
 def prompt_report(prompt: Sequence[int], piece: Delta, count: int, names: TokenNames) -> list[dict[str, Any] | None]:

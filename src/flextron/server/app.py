@@ -17,16 +17,16 @@ from starlette.responses import JSONResponse, Response
 
 from flextron.api import ElasticModel
 from flextron.engine import EngineSettings
-from flextron.errors import FlextronError, PromptError
+from flextron.errors import FlextronError, LongPromptError, PromptError
 from flextron.files import NoSpaceError
 from flextron.jobs.database import UnknownIdError
 from flextron.jobs.jobs import Jobs
 from flextron.protocols.bodies import ChatBody, CompletionBody
 from flextron.protocols.chat import chat
 from flextron.protocols.completions import completions
-from flextron.protocols.dialects.messages import messages
-from flextron.protocols.dialects.messages_body import MessagesBody
-from flextron.protocols.dialects.responses import responses
+from flextron.protocols.dialects.messages import count_tokens, messages
+from flextron.protocols.dialects.messages_body import CountBody, MessagesBody
+from flextron.protocols.dialects.responses import input_tokens, responses
 from flextron.protocols.dialects.responses_body import ResponsesBody
 from flextron.protocols.embeddings import EmbeddingBody, embeddings
 from flextron.protocols.sampling import RequestBody
@@ -102,7 +102,9 @@ def create_app(
     _add_endpoint(app, service, "/v1/completions", CompletionBody, completions)
     _add_endpoint(app, service, "/v1/chat/completions", ChatBody, chat)
     _add_endpoint(app, service, "/v1/responses", ResponsesBody, responses)
+    _add_endpoint(app, service, "/v1/responses/input_tokens", ResponsesBody, input_tokens)
     _add_endpoint(app, service, "/v1/messages", MessagesBody, messages)
+    _add_endpoint(app, service, "/v1/messages/count_tokens", CountBody, count_tokens)
     _add_endpoint(app, service, "/v1/embeddings", EmbeddingBody, embeddings)
     _add_endpoint(app, service, "/tokenize", TokenizeBody, tokenize)
     _add_endpoint(app, service, "/detokenize", DetokenizeBody, detokenize)
@@ -113,6 +115,7 @@ def create_app(
         ChatBody,
         ResponsesBody,
         MessagesBody,
+        CountBody,
         EmbeddingBody,
         TokenizeBody,
         DetokenizeBody,
@@ -160,7 +163,8 @@ def _add_endpoint(
         try:
             return await answer(request, service, asked)
         except PromptError as error:
-            raise bad_request(str(error), asked.prompt_key) from error
+            code = "context_length_exceeded" if isinstance(error, LongPromptError) else None
+            raise ApiError(400, str(error), param=asked.prompt_key, code=code) from error
 
     app.post(
         path,
@@ -173,20 +177,20 @@ def _add_endpoint(
 
 
 def _from_api(request: Request, error: Exception) -> Response:
-    return answer_error(cast(ApiError, error))
+    return answer_error(cast(ApiError, error), request.url.path)
 
 
 def _from_input(request: Request, error: Exception) -> Response:
     """Answer an error that the model, the engine or a check below raised."""
-    return answer_error(bad_request(str(error)))
+    return answer_error(bad_request(str(error)), request.url.path)
 
 
 def _from_id(request: Request, error: Exception) -> Response:
-    return answer_error(ApiError(404, str(error), code="not_found"))
+    return answer_error(ApiError(404, str(error), code="not_found"), request.url.path)
 
 
 def _from_disk(request: Request, error: Exception) -> Response:
-    return answer_error(ApiError(507, str(error), kind="server_error", code="no_space"))
+    return answer_error(ApiError(507, str(error), kind="server_error", code="no_space"), request.url.path)
 
 
 def _from_http(request: Request, error: Exception) -> Response:
@@ -194,7 +198,7 @@ def _from_http(request: Request, error: Exception) -> Response:
     refused = cast(HTTPException, error)
     told = {404: f"there is no {request.url.path[:200]!r}", 405: f"{request.method} is not possible here"}
     message = told.get(refused.status_code, str(refused.detail))
-    return answer_error(ApiError(refused.status_code, message, headers=refused.headers))
+    return answer_error(ApiError(refused.status_code, message, headers=refused.headers), request.url.path)
 
 
 _HANDLERS: dict[int | type[Exception], Any] = {

@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from flextron.protocols.dialects import messages
 from flextron.server.browsers import check_host, check_origin
 from flextron.serving.errors import ApiError, bad_request, invalid_body, too_slow
 
@@ -33,9 +34,10 @@ _PATIENCE = 8
 B = TypeVar("B", bound=BaseModel)
 
 
-def answer_error(error: ApiError) -> JSONResponse:
-    """A refusal over HTTP."""
-    return JSONResponse(error.body(), error.status, error.headers)
+def answer_error(error: ApiError, path: str) -> JSONResponse:
+    """A refusal over HTTP, in the form of the path's protocol."""
+    body = messages.refusal(error) if path.startswith("/v1/messages") else error.body()
+    return JSONResponse(body, error.status, error.headers)
 
 
 class RequestMiddleware:
@@ -85,14 +87,14 @@ class RequestMiddleware:
 
         try:
             refusal = self._refusal(scope, headers)
-            app = self._app if refusal is None else answer_error(refusal)
+            app = self._app if refusal is None else answer_error(refusal, scope["path"])
             # what has GET has HEAD, with the same headers
             await app(dict(scope, method="GET") if is_head else scope, receive, tagged)
         except Exception:
             _log.exception("request %s failed", request_id)
             if not status:
                 failure = ApiError(500, "an unexpected error; the server's log says more", kind="server_error")
-                await answer_error(failure)(scope, receive, tagged)
+                await answer_error(failure, scope["path"])(scope, receive, tagged)
         finally:
             seconds = time.monotonic() - arrived
             # repr: a path may hold line breaks

@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import sys
+import threading
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -20,6 +21,8 @@ from flextron.serving.service import Service
 
 __all__ = ["DrainingServer", "listen", "serve", "server_config"]
 
+_LOSS_SECONDS = 15.0
+"""The most time between the loss of a rank and the end of the process."""
 _CLOSE_SECONDS = 5
 """Time for connections to close after the last answer."""
 
@@ -40,9 +43,16 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def serve(app: FastAPI, sock: socket.socket) -> None:
-    """Serve until a signal (Ctrl-C or SIGTERM) and until running answers have ended; a second one exits at once."""
+    """Serve until a signal (Ctrl-C or SIGTERM) and until running answers have ended; a second one exits at once.
+
+    Raises:
+        LostRankError: another rank is gone.
+    """
     _log_to_stderr()
-    asyncio.run(DrainingServer(server_config(app), app.state.service).serve(sockets=[sock]))
+    service: Service = app.state.service
+    asyncio.run(DrainingServer(server_config(app), service).serve(sockets=[sock]))
+    if service.loss is not None:
+        raise service.loss
 
 
 def server_config(app: FastAPI) -> uvicorn.Config:
@@ -68,12 +78,14 @@ class DrainingServer(uvicorn.Server):
         self._service = service
         self._drain: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._ending: asyncio.Task[None] | None = None
         self._was_asked = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Remember the loop."""
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
+        self._ending = asyncio.ensure_future(self._exit_on_loss())
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal came."""
@@ -84,6 +96,15 @@ class DrainingServer(uvicorn.Server):
             self.should_exit = True
             return
         self._loop.call_soon_threadsafe(self._begin_draining)
+
+    async def _exit_on_loss(self) -> None:
+        """Without one of the ranks there is nothing to wait for."""
+        await self._service.lost()
+        # threads that hang in a collective may not let Python end
+        deadline = threading.Timer(_LOSS_SECONDS, os._exit, (2,))
+        deadline.daemon = True
+        deadline.start()
+        self.should_exit = True
 
     def _begin_draining(self) -> None:
         self._drain = asyncio.ensure_future(self._drain_and_exit())

@@ -33,17 +33,18 @@ def missing_measurements(model: ElasticModel) -> list[str]:
     ]
 
 
-def named_adapters(model: ElasticModel, given: Sequence[str]) -> AdapterNames:
+def named_adapters(model: ElasticModel, given: Sequence[str], num_ranks: int = 1) -> AdapterNames:
     """Adapters that the operator names.
 
     Args:
         model: that they are for.
         given: `NAME=DIRECTORY` each.
+        num_ranks: ranks that will share the model.
 
     Raises:
         FlextronError: one is not of this form, its name does not fit, or there is no adapter for this model.
     """
-    names, read = AdapterNames(), adapter_reader(model.decoder)
+    names, read = AdapterNames(), adapter_reader(model.decoder, has_weights=num_ranks == 1)
     for entry in given:
         name, sign, directory = entry.partition("=")
         if not sign or not directory:

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from flextron.checkpoints.peft.outer import BaseNeededError
 from flextron.checkpoints.peft.reading import read_adapter
 from flextron.errors import FlextronError
 from flextron.jobs.records import JobCheckpoint
@@ -192,11 +193,22 @@ class LoadedAdapters:
             self._on_drop(loading.result())
 
 
-def adapter_reader(decoder: Decoder) -> ReadAdapter:
-    """A function that reads adapters for a decoder onto the device of its weights."""
+def adapter_reader(decoder: Decoder, *, has_weights: bool = True) -> ReadAdapter:
+    """A function that reads adapters for a decoder onto the device of its weights.
+
+    Args:
+        decoder: what they are for.
+        has_weights: whether all its weights are in this process, as DoRA and embeddings need for the reading.
+    """
 
     def read(directory: Path) -> Adapter:
-        adapter = read_adapter(directory, decoder)
+        try:
+            adapter = read_adapter(directory, decoder if has_weights else decoder.config)
+        except BaseNeededError as error:
+            raise FlextronError(
+                f"the adapter in {directory} has DoRA, or parts beside embedding or head, which cannot be served on "
+                "several ranks; serve it without --tensor-parallel"
+            ) from error
         return adapter.to(decoder.device, decoder.dtype).eval().requires_grad_(False)
 
     return read

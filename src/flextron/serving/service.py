@@ -10,12 +10,13 @@ from typing import Any
 
 from flextron.api import ElasticModel
 from flextron.engine import CoServing, CoServingScheduler, EngineCore, EngineSettings, StepOutput
-from flextron.errors import FlextronError, PromptError
+from flextron.errors import FlextronError, LongPromptError
 from flextron.generation.constraints import Constraint, Grammars, Kind
 from flextron.generation.encoding import bad_words_ids, encode
 from flextron.generation.templates import ChatTemplate
 from flextron.jobs.driver import TrainingDriver
 from flextron.jobs.jobs import Jobs
+from flextron.parallel.companions import LostRankError
 from flextron.serving.adapters import AdapterNames, LoadedAdapters, NamedAdapter, adapter_reader
 from flextron.serving.adaptive import INTERVAL_SECONDS, Adaptive, Objective
 from flextron.serving.errors import ApiError, bad_request, engine_died, shutting_down
@@ -30,6 +31,8 @@ __all__ = ["Service"]
 
 _MOST_CHARS = 1_000_000
 """The most characters of a prompt, for models with a short context."""
+_LOSS_SECONDS = 2.0
+"""How long a server that lost a rank waits for the engine's thread."""
 _MOST_TEMPLATES = 8
 """How many chat templates run at once."""
 
@@ -48,13 +51,20 @@ class Service:
         """Reserve the KV cache; the arguments are those of `create_app`.
 
         Raises:
-            FlextronError: the model has no tokenizer, its name does not fit, or there is an objective and no frontier.
+            FlextronError: the model has no tokenizer, its name does not fit, there is an objective and no frontier, or
+                the ranks cannot be had.
         """
         if model.tokenizer is None:
             raise FlextronError("the checkpoint has no tokenizer; put the original's tokenizer.json into its directory")
+        num_ranks = engine.tensor_parallel
+        if jobs is not None and num_ranks > 1:
+            raise FlextronError("finetuning needs the whole model in one process; leave it out, or serve on one rank")
         self._model, self.settings, self.tokenizer = model, settings, model.tokenizer
         names = adapters or AdapterNames()
         self.catalog = Catalog(model, settings.name, settings.min_latency_target, names)
+        self.core = EngineCore(model.decoder, engine)
+        # of the ranks, none keeps the whole
+        model.decoder = self.core.decoder
         self.adaptive: Adaptive | None = None
         if settings.slo_tpot_ms is not None or settings.slo_ttft_ms is not None:
             objective = Objective(tpot_ms=settings.slo_tpot_ms, ttft_ms=settings.slo_ttft_ms)
@@ -64,23 +74,24 @@ class Service:
                 self.adaptive = Adaptive(objective, self.catalog.rungs)
         self.names = TokenNames(self.tokenizer)
         self.defaults = model.generation_defaults
-        self.core = EngineCore(model.decoder, engine)
         self._driver: TrainingDriver | None = None
         self._coserving: CoServingScheduler[StepOutput] | None = None
         if jobs is not None:
             self._driver = TrainingDriver(jobs, lambda: self.worker.wake())
             objectives = CoServing(tpot_ms=settings.slo_tpot_ms, ttft_ms=settings.slo_ttft_ms)
             self._coserving = CoServingScheduler(self.core, self._driver, objectives)
-        self.worker = Worker(self.core, self.tokenizer, self._coserving)
-        self.adapters = LoadedAdapters(
-            names, adapter_reader(model.decoder), settings.max_loaded_adapters, self.worker.forget
-        )
+        self.worker = Worker(self.core, self.tokenizer, self._coserving, self._hear_of_loss)
+        reader = adapter_reader(model.decoder, has_weights=num_ranks == 1)
+        self.adapters = LoadedAdapters(names, reader, settings.max_loaded_adapters, self.worker.forget)
         self.metrics = Metrics(settings.name, lambda: self.worker.load, lambda: self.cap, self._num_trained)
         self.started_at = int(time.time())
         self._most_requests = engine.max_num_seqs + settings.max_queue
         self.is_draining = self._is_measuring = False
         self._sessions: set[Session] = set()
-        self._has_no_session = asyncio.Event()
+        self._has_no_session, self._has_loss = asyncio.Event(), asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.loss: LostRankError | None = None
+        """Why nothing can be answered any more, once a rank is lost."""
         self._adapting: asyncio.Task[None] | None = None
         # one thread: a tokenizer's settings are not safe to use from several
         self._encoder = ThreadPoolExecutor(1, "flextron-tokenizer")
@@ -96,7 +107,9 @@ class Service:
     def start(self) -> None:
         """Start the engine's thread and training. Call it in the event loop."""
         self._has_no_session.set()
-        self.worker.begin(asyncio.get_running_loop())
+        self._loop = asyncio.get_running_loop()
+        self.worker.begin(self._loop)
+        self.core.on_loss(self._hear_of_loss)
         if self.tokenizer.chat_template:
             self._templates.submit(ChatTemplate.warm_up)
         if self._driver is not None:
@@ -109,7 +122,8 @@ class Service:
         if self._adapting is not None:
             self._adapting.cancel()
         self.worker.shut_down()
-        await asyncio.to_thread(self.worker.join)
+        # with a rank lost, a collective may never end
+        await asyncio.to_thread(self.worker.join, None if self.loss is None else _LOSS_SECONDS)
         if self._driver is not None:
             # after the worker, in whose hands a step may be
             await asyncio.to_thread(self._driver.stop)
@@ -121,8 +135,10 @@ class Service:
         """Measure here what targets need; requests wait meanwhile.
 
         Raises:
-            ApiError: it is being measured already, or the engine died.
+            ApiError: it is being measured already, or on several ranks, or the engine died.
         """
+        if self.core.settings.tensor_parallel > 1:
+            raise bad_request("a model on several ranks cannot be measured; run flextron profile before it is served")
         if self._is_measuring:
             raise ApiError(409, "the model is being measured; wait until that is done", code="measuring")
         self._is_measuring = True
@@ -189,6 +205,23 @@ class Service:
             for session in self._sessions:
                 session.fail(shutting_down())
 
+    async def lost(self) -> None:
+        """Wait until a rank is lost."""
+        await self._has_loss.wait()
+
+    def _hear_of_loss(self, error: LostRankError) -> None:
+        """Break all requests off, and take no more; callable from any thread."""
+
+        def lose() -> None:
+            if self.loss is None:
+                self.loss, self.is_draining = error, True
+                for session in list(self._sessions):
+                    session.fail(engine_died())
+                self._has_loss.set()
+
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(lose)
+
     async def encode(self, text: str | Callable[[], str], *, add_special_tokens: bool) -> list[int]:
         """Token ids of a text, or of the text that a function returns (such as a chat template).
 
@@ -204,7 +237,7 @@ class Service:
 
         def run() -> list[int]:
             if len(written) > self.most_chars:
-                raise PromptError(
+                raise LongPromptError(
                     f"the prompt has {len(written)} characters, more than the model has positions for; shorten it"
                 )
             return encode(self.tokenizer, written, add_special_tokens=add_special_tokens)

@@ -20,6 +20,7 @@ from flextron.errors import FlextronError
 from flextron.generation.constraints import Constraint
 from flextron.generation.sampling import SamplingParams
 from flextron.model.adapter import Adapter
+from flextron.parallel.companions import LostRankError
 from flextron.routing.token_router import PricedRouter
 from flextron.spec import SubnetSpec
 
@@ -95,6 +96,7 @@ class Worker(threading.Thread):
         core: EngineCore,
         tokenizer: PreTrainedTokenizerBase,
         coserving: CoServingScheduler[StepOutput] | None = None,
+        on_loss: Callable[[LostRankError], None] = lambda _: None,
     ) -> None:
         """Take the engine.
 
@@ -102,12 +104,13 @@ class Worker(threading.Thread):
             core: the engine.
             tokenizer: for the answers' text.
             coserving: gives training the time between iterations, if there is something to train.
+            on_loss: called, in this thread, when it ends because another rank is gone.
         """
         super().__init__(name="flextron-engine", daemon=True)
         self.core = core
         self.load = Load()
         """Replaced as a whole, so that other threads may read it."""
-        self._tokenizer, self._coserving = tokenizer, coserving
+        self._tokenizer, self._coserving, self._on_loss = tokenizer, coserving, on_loss
         self._loop: asyncio.AbstractEventLoop | None = None
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._requests: dict[Request, tuple[GenerationRequest, OutputProcessor]] = {}
@@ -161,6 +164,9 @@ class Worker(threading.Thread):
                 self._report()
                 if self._coserving is not None:
                     self._coserving.fill(lambda: not self._commands.empty())
+        except LostRankError as error:
+            _log.error("the engine has stopped: %s", error)
+            self._on_loss(error)
         except Exception:
             _log.exception("the engine has stopped")
         finally:

@@ -18,19 +18,23 @@ from flextron.model.config import DecoderConfig
 from flextron.model.decoder import Decoder
 from flextron.model.outer import EmbeddingUpdate, Outer
 
-__all__ = ["MERGE", "needed_weights", "read_outer"]
+__all__ = ["MERGE", "BaseNeededError", "needed_weights", "read_outer"]
 
 MERGE = "merge it into a copy of its base model with peft's merge_and_unload, and convert that"
+
+
+class BaseNeededError(FlextronError):
+    """An adapter cannot be read without the weights of its base."""
 
 
 def needed_weights(decoder: Decoder | None) -> Decoder:
     """The decoder, whose weights are wanted.
 
     Raises:
-        FlextronError: only its config is known.
+        BaseNeededError: only its config is known.
     """
     if decoder is None:
-        raise FlextronError(
+        raise BaseNeededError(
             "an adapter with DoRA, or beside embedding or head, cannot be read without its base's weights; give "
             "read_adapter the decoder, not its config"
         )

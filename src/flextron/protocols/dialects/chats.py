@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 from pydantic import ValidationError
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from flextron.protocols.bodies import ChatBody
-from flextron.serving.errors import invalid_body
+from flextron.serving.errors import ApiError, invalid_body
 
-__all__ = ["as_chat", "event", "function_tool", "retold", "text_of"]
+__all__ = ["as_chat", "check_parts", "event", "function_tool", "retold", "text_of"]
 
 
 class _Text(Protocol):
@@ -34,6 +34,20 @@ def as_chat(body: Mapping[str, Any]) -> ChatBody:
 def function_tool(name: str, description: str | None, parameters: dict[str, Any] | None) -> dict[str, Any]:
     """A chat's entry of `tools`."""
     return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
+
+
+def check_parts(content: Any, at: str, known: Collection[str]) -> None:
+    """Refuse a part of a message by its type, which a union of types cannot name.
+
+    Raises:
+        ApiError: there is a part that the server does not read.
+    """
+    for i, part in enumerate(content if isinstance(content, list) else ()):
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if isinstance(kind, str) and kind not in known:
+            param = f"{at}.{i}"
+            message = f"{param} is of type {kind[:50]}, which this server does not read; leave it out"
+            raise ApiError(400, message, param=param, code="unsupported_content_type")
 
 
 def text_of(content: str | Sequence[_Text]) -> str:

@@ -1,4 +1,4 @@
-"""Anthropic's `/v1/messages`: a chat's answer in its words, whole or event by event."""
+"""Anthropic's `/v1/messages`: a chat's answer in its words, whole or event by event, and refusals in its form."""
 
 from __future__ import annotations
 
@@ -11,26 +11,51 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from flextron.protocols.chat import chat
+from flextron.protocols.chat import chat, chat_prompt
 from flextron.protocols.dialects.chats import event, retold
-from flextron.protocols.dialects.messages_body import MessagesBody
+from flextron.protocols.dialects.messages_body import CountBody, MessagesBody
 from flextron.serving.errors import ApiError
 from flextron.serving.service import Service
 
-__all__ = ["messages"]
+__all__ = ["count_tokens", "messages", "refusal"]
 
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
-_ERRORS = {400: "invalid_request_error", 404: "not_found_error", 429: "rate_limit_error", 503: "overloaded_error"}
+_ERRORS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    415: "invalid_request_error",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+def refusal(error: ApiError) -> dict[str, Any]:
+    """A refusal in Anthropic's form, with OpenAI's `param` and `code` beside it."""
+    told = error.body()["error"] | {"type": _ERRORS.get(error.status, "api_error")}
+    return {"type": "error", "error": told}
 
 
 async def messages(request: Request, service: Service, body: MessagesBody) -> Response:
-    """Answer messages."""
-    try:
-        answer = await chat(request, service, body.to_chat())
-    except ApiError as error:
-        told = error.body()["error"] | {"type": _ERRORS.get(error.status, "api_error")}
-        return JSONResponse({"type": "error", "error": told}, error.status, error.headers)
+    """Answer messages.
+
+    Raises:
+        ApiError: the request cannot be answered.
+    """
+    answer = await chat(request, service, body.to_chat())
     return retold(answer, partial(_whole, body), partial(_events, body))
+
+
+async def count_tokens(request: Request, service: Service, body: CountBody) -> Response:
+    """Number of tokens of messages.
+
+    Raises:
+        ApiError: the model is unknown, or its chat template does not take the messages.
+    """
+    service.choose(body.model, None)
+    return JSONResponse({"input_tokens": len(await chat_prompt(service, body.to_chat()))})
 
 
 def _whole(body: MessagesBody, said: Mapping[str, Any]) -> dict[str, Any]:
@@ -40,11 +65,17 @@ def _whole(body: MessagesBody, said: Mapping[str, Any]) -> dict[str, Any]:
     content: list[dict[str, Any]] = [{"type": "text", "text": message["content"]}] if message["content"] else []
     for call in message.get("tool_calls", ()):
         content.append({**_use(call), "input": _arguments(call["function"]["arguments"])})
-    whole = _message(body, said["usage"]) | {"content": content, "stop_reason": _REASONS[choice["finish_reason"]]}
-    return whole | {"flextron": said["flextron"]}
+    return _message(body, said["usage"]) | {"content": content, **_ending(choice), "flextron": said["flextron"]}
 
 
-def _message(body: MessagesBody, usage: Mapping[str, Any] | None) -> dict[str, Any]:
+def _ending(choice: Mapping[str, Any]) -> dict[str, Any]:
+    """Why an answer ended."""
+    if isinstance(choice["stop_reason"], str):
+        return {"stop_reason": "stop_sequence", "stop_sequence": choice["stop_reason"]}
+    return {"stop_reason": _REASONS[choice["finish_reason"]], "stop_sequence": None}
+
+
+def _message(body: MessagesBody, usage: Mapping[str, Any]) -> dict[str, Any]:
     head = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "model": body.model}
     return head | {"content": [], "stop_reason": None, "stop_sequence": None, "usage": _usage(usage)}
 
@@ -61,34 +92,33 @@ def _arguments(text: str) -> Any:
         return {}
 
 
-def _usage(usage: Mapping[str, Any] | None) -> dict[str, Any]:
-    if usage is None:
-        return {"input_tokens": 0, "output_tokens": 0}
+def _usage(usage: Mapping[str, Any]) -> dict[str, Any]:
     cached = usage["prompt_tokens_details"]["cached_tokens"]
     counts = {"input_tokens": usage["prompt_tokens"] - cached, "cache_read_input_tokens": cached}
     return counts | {"output_tokens": usage["completion_tokens"]}
 
 
 async def _events(body: MessagesBody, chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
-    """Events of an answer out of a chat's; the counts of tokens come at the end."""
+    """Events of an answer out of a chat's. What was cached, and the answer's tokens, are told at the end."""
     blocks = _Blocks()
-    reason, usage, has_begun = "stop", None, False
+    ending: dict[str, Any] = {}
+    usage, has_begun = None, False
     async for said in chunks:
         if "error" in said:
             yield event("error", {"error": {"type": "api_error", "message": said["error"]["message"]}})
             return
         if not has_begun:
             has_begun = True
-            yield event("message_start", {"message": _message(body, None) | {"flextron": said["flextron"]}})
-        usage = said.get("usage") or usage
+            yield event("message_start", {"message": _message(body, said["usage"]) | {"flextron": said["flextron"]}})
+        usage = said["usage"]
         for choice in said["choices"]:
-            reason = choice["finish_reason"] or reason
+            ending = _ending(choice) if choice["finish_reason"] else ending
             for kind, fields in blocks.take(choice["delta"]):
                 yield event(kind, fields)
     for kind, fields in blocks.close():
         yield event(kind, fields)
-    end = {"stop_reason": _REASONS[reason], "stop_sequence": None}
-    yield event("message_delta", {"delta": end, "usage": _usage(usage)})
+    assert usage is not None
+    yield event("message_delta", {"delta": ending, "usage": _usage(usage)})
     yield event("message_stop", {})
 
 

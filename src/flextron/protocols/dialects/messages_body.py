@@ -6,13 +6,13 @@ import json
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from flextron.protocols.bodies import ChatBody
-from flextron.protocols.dialects.chats import as_chat, function_tool, text_of
+from flextron.protocols.dialects.chats import as_chat, check_parts, function_tool, text_of
 from flextron.protocols.sampling import RequestBody, StrictBody
 
-__all__ = ["MessagesBody"]
+__all__ = ["CountBody", "MessagesBody"]
 
 
 class TextBlock(StrictBody):
@@ -44,8 +44,22 @@ class ResultBlock(StrictBody):
     is_error: bool | None = None
     cache_control: dict[str, Any] | None = None
 
+    @property
+    def text(self) -> str:
+        """The result as the model reads it, failures named as such."""
+        return ("Error: " if self.is_error else "") + text_of(self.content or "")
+
 
 Block = Annotated[TextBlock | UseBlock | ResultBlock, Field(discriminator="type")]
+
+
+def _check_blocks(messages: Any) -> Any:
+    for i, message in enumerate(messages if isinstance(messages, list) else ()):
+        content, at = message.get("content") if isinstance(message, dict) else None, f"messages.{i}.content"
+        check_parts(content, at, ("text", "tool_use", "tool_result"))
+        for j, block in enumerate(content if isinstance(content, list) else ()):
+            check_parts(block.get("content") if isinstance(block, dict) else None, f"{at}.{j}.content", ("text",))
+    return messages
 
 
 class MessageIn(StrictBody):
@@ -53,6 +67,11 @@ class MessageIn(StrictBody):
 
     role: Literal["user", "assistant"]
     content: str | list[Block]
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it holds text alone."""
+        return isinstance(self.content, str) or all(isinstance(block, TextBlock) for block in self.content)
 
 
 class ToolIn(StrictBody):
@@ -63,6 +82,25 @@ class ToolIn(StrictBody):
     description: str | None = None
     input_schema: dict[str, Any]
     cache_control: dict[str, Any] | None = None
+    strict: bool | None = None
+    """Arguments follow the schema in any case."""
+    eager_input_streaming: bool | None = None
+    """Arguments are streamed as they come in any case."""
+    defer_loading: Literal[False] | None = None
+
+
+class OutputFormat(StrictBody):
+    """The schema of an answer."""
+
+    type: Literal["json_schema"]
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+
+
+class OutputConfig(StrictBody):
+    """What an answer is like; `effort` has no meaning here."""
+
+    effort: None = None
+    format: OutputFormat | None = None
 
 
 class ToolChoiceIn(StrictBody):
@@ -79,7 +117,7 @@ class MessagesBody(RequestBody):
     endpoint, prompt_key = "messages", "messages"
 
     model: str
-    messages: Annotated[list[MessageIn], Field(min_length=1)]
+    messages: Annotated[list[MessageIn], Field(min_length=1), BeforeValidator(_check_blocks)]
     max_tokens: Annotated[int, Field(ge=1)]
     system: str | list[TextBlock] | None = None
     stop_sequences: list[str] | None = None
@@ -89,6 +127,7 @@ class MessagesBody(RequestBody):
     stream: bool | None = None
     tools: list[ToolIn] | None = None
     tool_choice: ToolChoiceIn | None = None
+    output_config: OutputConfig | None = None
     flextron: dict[str, Any] | None = None
 
     def to_chat(self) -> ChatBody:
@@ -102,6 +141,8 @@ class MessagesBody(RequestBody):
         if asked is not None and asked.type == "tool":
             choice = {"type": "function", "function": {"name": asked.name}}
         single = asked is not None and asked.disable_parallel_tool_use
+        form = None if self.output_config is None else self.output_config.format
+        last = self.messages[-1]
         chat: dict[str, Any] = {
             "model": self.model,
             "messages": list(self._messages()),
@@ -111,10 +152,16 @@ class MessagesBody(RequestBody):
             "top_p": self.top_p,
             "top_k": self.top_k,
             "stream": self.stream,
-            "stream_options": {"include_usage": True} if self.stream else None,
+            # the first event tells the number of the prompt's tokens
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True} if self.stream else None,
             "tools": [function_tool(t.name, t.description, t.input_schema) for t in self.tools or ()] or None,
             "tool_choice": choice,
             "parallel_tool_calls": False if single else None,
+            "response_format": None
+            if form is None
+            else {"type": "json_schema", "json_schema": {"name": "answer", "schema": form.schema_}},
+            # an answer goes on with what the request begins
+            "continue_final_message": last.role == "assistant" and last.is_text,
             "flextron": self.flextron,
         }
         return as_chat(chat)
@@ -128,13 +175,19 @@ class MessagesBody(RequestBody):
                 continue
             for block in message.content:
                 if isinstance(block, ResultBlock):
-                    yield {"role": "tool", "tool_call_id": block.tool_use_id, "content": text_of(block.content or "")}
+                    yield {"role": "tool", "tool_call_id": block.tool_use_id, "content": block.text}
             text = text_of([block for block in message.content if isinstance(block, TextBlock)])
             calls = [_call(block) for block in message.content if isinstance(block, UseBlock)]
             if calls:
                 yield {"role": message.role, "content": text, "tool_calls": calls}
             elif text or not any(isinstance(block, ResultBlock) for block in message.content):
                 yield {"role": message.role, "content": text}
+
+
+class CountBody(MessagesBody):
+    """Body of `/v1/messages/count_tokens`: the same without an answer."""
+
+    max_tokens: Annotated[int, Field(ge=1)] = 1
 
 
 def _call(block: UseBlock) -> dict[str, Any]:

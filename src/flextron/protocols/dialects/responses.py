@@ -10,14 +10,14 @@ from functools import partial
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
-from flextron.protocols.chat import chat
+from flextron.protocols.chat import chat, chat_prompt
 from flextron.protocols.dialects.chats import event, retold
 from flextron.protocols.dialects.responses_body import ResponsesBody
 from flextron.serving.service import Service
 
-__all__ = ["responses"]
+__all__ = ["input_tokens", "responses"]
 
 
 async def responses(request: Request, service: Service, body: ResponsesBody) -> Response:
@@ -30,6 +30,17 @@ async def responses(request: Request, service: Service, body: ResponsesBody) -> 
     return retold(answer, partial(_whole, body), partial(_events, body))
 
 
+async def input_tokens(request: Request, service: Service, body: ResponsesBody) -> Response:
+    """Number of tokens of an input.
+
+    Raises:
+        ApiError: the model is unknown, or its chat template does not take the input.
+    """
+    service.choose(body.model, None)
+    count = len(await chat_prompt(service, body.to_chat()))
+    return JSONResponse({"object": "response.input_tokens", "input_tokens": count})
+
+
 def _whole(body: ResponsesBody, said: Mapping[str, Any]) -> dict[str, Any]:
     """An answer in one piece out of a chat's."""
     choice = said["choices"][0]
@@ -37,7 +48,7 @@ def _whole(body: ResponsesBody, said: Mapping[str, Any]) -> dict[str, Any]:
     message = choice["message"]
     calls = [{"index": i, **call} for i, call in enumerate(message.get("tool_calls", ()))]
     list(growing.take({"content": message["content"], "tool_calls": calls}))
-    list(growing.close_item())
+    list(growing.close_item(choice["finish_reason"]))
     return growing.response(choice["finish_reason"], said["usage"])
 
 
@@ -65,7 +76,7 @@ async def _events(body: ResponsesBody, chunks: AsyncIterator[dict[str, Any]]) ->
             for kind, fields in growing.take(choice["delta"]):
                 yield written(kind, fields)
     assert growing is not None
-    for kind, fields in growing.close_item():
+    for kind, fields in growing.close_item(reason):
         yield written(kind, fields)
     final = growing.response(reason, usage)
     yield written(f"response.{final['status']}", {"response": final})
@@ -125,12 +136,12 @@ class _Growing:
         added = json.loads(json.dumps(item))
         yield "response.output_item.added", {"output_index": len(self._output) - 1, "item": added}
 
-    def close_item(self) -> Iterator[_Event]:
-        """End what is open."""
+    def close_item(self, reason: str = "stop") -> Iterator[_Event]:
+        """End what is open, for a chat's reason."""
         if self._open is None:
             return
         item = self._open
-        item["status"] = "completed"
+        item["status"] = "incomplete" if reason == "length" else "completed"
         if item["type"] == "message":
             part = item["content"][0]
             text = {"text": part["text"], "logprobs": []}
@@ -167,7 +178,7 @@ class _Growing:
             "top_p": body["top_p"],
             "truncation": "disabled",
             "usage": None if usage is None else _usage(usage),
-            "metadata": {},
+            "metadata": body["metadata"] or {},
             "flextron": self._report,
         }
 

@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from flextron.protocols.bodies import ChatBody
-from flextron.protocols.dialects.chats import as_chat, function_tool, text_of
-from flextron.protocols.sampling import RequestBody, StrictBody
+from flextron.protocols.dialects.chats import as_chat, check_parts, function_tool, text_of
+from flextron.protocols.sampling import RequestBody, SamplingBody, StrictBody
+from flextron.protocols.structured.tools import check_choice
 from flextron.serving.errors import ApiError
 
 __all__ = ["ResponsesBody"]
@@ -68,6 +69,8 @@ def _check_items(given: Any) -> Any:
         if kind not in ("message", "function_call", "function_call_output"):
             message = f"input.{i} is of type {str(kind)[:50]}, which this server does not read; leave it out"
             raise ApiError(400, message, param=f"input.{i}.type", code="unsupported_content_type")
+        for name in ("content", "output"):
+            check_parts(item.get(name), f"input.{i}.{name}", ("input_text", "output_text", "text"))
     return [{"type": "message", **item} for item in given]
 
 
@@ -105,8 +108,22 @@ class NamedTool(StrictBody):
     name: str
 
 
-class ResponsesBody(RequestBody):
-    """Body of `/v1/responses`."""
+class AllowedTools(StrictBody):
+    """Some of the tools, and whether one of them must be called."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1)]
+
+
+ToolChoice = Annotated[
+    Literal["none", "auto", "required"] | Annotated[NamedTool | AllowedTools, Field(discriminator="type")],
+    BeforeValidator(check_choice),
+]
+
+
+class ResponsesBody(SamplingBody, RequestBody):
+    """Body of `/v1/responses`; OpenAI's own has fewer ways to draw tokens than the chat's, vLLM's has them all."""
 
     endpoint, prompt_key = "responses", "input"
 
@@ -114,13 +131,13 @@ class ResponsesBody(RequestBody):
     input: Annotated[str | list[Annotated[Item, Field(discriminator="type")]], BeforeValidator(_check_items)]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: float | None = None
-    top_p: float | None = None
     stream: bool | None = None
     text: TextOptions | None = None
     tools: list[FunctionTool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
+    metadata: dict[str, str] | None = None
+    """What the answer repeats."""
     flextron: dict[str, Any] | None = None
 
     def to_chat(self) -> ChatBody:
@@ -133,19 +150,25 @@ class ResponsesBody(RequestBody):
             "model": self.model,
             "messages": list(self._messages()),
             "max_completion_tokens": self.max_output_tokens,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
+            **self.model_dump(include=set(SamplingBody.model_fields)),
             "stream": self.stream,
             "stream_options": {"include_usage": True} if self.stream else None,
             "response_format": self._format(),
             "tools": [function_tool(t.name, t.description, t.parameters) for t in self.tools or ()] or None,
-            "tool_choice": self.tool_choice,
+            "tool_choice": self._choice(),
             "parallel_tool_calls": self.parallel_tool_calls,
             "flextron": self.flextron,
         }
-        if isinstance(self.tool_choice, NamedTool):
-            chat["tool_choice"] = {"type": "function", "function": {"name": self.tool_choice.name}}
         return as_chat(chat)
+
+    def _choice(self) -> str | dict[str, Any] | None:
+        asked = self.tool_choice
+        if isinstance(asked, NamedTool):
+            return _named(asked)
+        if isinstance(asked, AllowedTools):
+            allowed = {"mode": asked.mode, "tools": [_named(tool) for tool in asked.tools]}
+            return {"type": "allowed_tools", "allowed_tools": allowed}
+        return asked
 
     def _messages(self) -> Iterator[dict[str, Any]]:
         if self.instructions is not None:
@@ -174,3 +197,7 @@ class ResponsesBody(RequestBody):
         if asked is None or asked.type != "json_schema":
             return None if asked is None else {"type": asked.type}
         return {"type": "json_schema", "json_schema": {"name": asked.name, "schema": asked.schema_}}
+
+
+def _named(tool: NamedTool) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": tool.name}}

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from flextron.generation.tools import Call, Content, More, Tool, ToolCallReader, ToolFormat, tool_format, tool_grammar
 from flextron.protocols.sampling import StrictBody
@@ -16,7 +16,7 @@ from flextron.protocols.structured.grammars import Asked
 from flextron.protocols.structured.history import SHORT_ID
 from flextron.serving.errors import ApiError
 
-__all__ = ["Calls", "Reading", "ToolBody", "ToolCallBody", "ToolChoice"]
+__all__ = ["Calls", "Reading", "ToolBody", "ToolCallBody", "ToolChoice", "check_choice"]
 
 _Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.:-]{1,64}$")]
 
@@ -51,6 +51,20 @@ class NamedTool(StrictBody):
     function: NamedFunction
 
 
+class AllowedTools(StrictBody):
+    """Some of the tools, and whether one of them must be called."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1)]
+
+
+class AllowedChoice(StrictBody):
+    """A `tool_choice` that leaves some of the tools."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
 class CalledFunction(StrictBody):
     """A call in the history."""
 
@@ -76,7 +90,23 @@ class ToolCallBody(StrictBody):
         return {"id": self.id, "type": self.type, "function": function}
 
 
-ToolChoice = Literal["none", "auto", "required"] | NamedTool
+_CHOICES = "'none', 'auto', 'required', a function, or allowed_tools"
+
+
+def check_choice(given: Any) -> Any:
+    """Say what a choice may be, which a union of types cannot."""
+    if isinstance(given, str) and given not in ("none", "auto", "required"):
+        raise ValueError(f"{given[:50]!r} is none of {_CHOICES}")
+    if isinstance(given, dict) and given.get("type") not in ("function", "allowed_tools"):
+        raise ValueError(f"type {str(given.get('type'))[:50]!r} is not supported; give {_CHOICES}")
+    return given
+
+
+ToolChoice = Annotated[
+    Literal["none", "auto", "required"] | Annotated[NamedTool | AllowedChoice, Field(discriminator="type")],
+    BeforeValidator(check_choice),
+]
+"""What a request says of calls."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,16 +146,19 @@ class Calls:
                 raise _wrong_choice("tool_choice needs tools; give some or leave it out")
             return None
         offered = [t.function for t in tools]
-        if isinstance(choice, NamedTool):
-            offered = [f for f in offered if f.name == choice.function.name]
-            if not offered:
-                raise _wrong_choice(f"tool_choice names {choice.function.name[:64]!r}, which is none of the tools")
+        if isinstance(choice, NamedTool | AllowedChoice):
+            allowed = [choice] if isinstance(choice, NamedTool) else choice.allowed_tools.tools
+            names = {tool.function.name for tool in allowed}
+            if missing := names - {f.name for f in offered}:
+                raise _wrong_choice(f"tool_choice names {min(missing)[:64]!r}, which is none of the tools")
+            offered = [f for f in offered if f.name in names]
         found = tuple(Tool(name=f.name, parameters=f.parameters or {"type": "object"}) for f in offered)
         is_named = isinstance(choice, NamedTool)
+        mode = choice.allowed_tools.mode if isinstance(choice, AllowedChoice) else choice
         return cls(
             layout=tool_format(template),
             tools=found,
-            must_call=is_named or choice == "required",
+            must_call=is_named or mode == "required",
             parallel=parallel is not False and not is_named,
             special=special,
         )

@@ -18,6 +18,7 @@ from flextron import ElasticModel
 from flextron.evals.model import FlextronLM
 from flextron.evals.tasks import local_task
 from tests.evals.local_files import write_files
+from tests.server.clients.record import client
 from tests.server.running import Running
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -57,6 +58,7 @@ def tasks(folder: Path) -> list[Any]:
     return [local_task("piqa", folder), local_task("arc_easy", folder), rolling, last_word]
 
 
+@client("lm-eval", "likelihoods, multiple choice and rolling likelihoods")
 @pytest.mark.parametrize("name", ["tiny@0.6", "tiny"])
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_tasks_through_the_server_are_those_offline(
