@@ -11,9 +11,9 @@ from openai.types import embedding_create_params as embedding_types
 from openai.types.chat import completion_create_params as chat_types
 from openai.types.responses import response_create_params as response_types
 
+from flextron.dialects.messages_body import MessagesBody
+from flextron.dialects.responses_body import ResponsesBody
 from flextron.protocols.bodies import ChatBody, CompletionBody
-from flextron.protocols.dialects.messages_body import MessagesBody
-from flextron.protocols.dialects.responses_body import ResponsesBody
 from flextron.protocols.embeddings import EmbeddingBody
 from flextron.protocols.keys import KEYS, Does, Key
 from tests.server.running import Running

@@ -16,6 +16,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from flextron.api import ElasticModel
+from flextron.dialects.messages import count_tokens, messages
+from flextron.dialects.messages_body import CountBody, MessagesBody
+from flextron.dialects.responses import input_tokens, responses
+from flextron.dialects.responses_body import ResponsesBody
 from flextron.engine import EngineSettings
 from flextron.errors import FlextronError, LongPromptError, PromptError
 from flextron.files import NoSpaceError
@@ -24,10 +28,6 @@ from flextron.jobs.jobs import Jobs
 from flextron.protocols.bodies import ChatBody, CompletionBody
 from flextron.protocols.chat import chat
 from flextron.protocols.completions import completions
-from flextron.protocols.dialects.messages import count_tokens, messages
-from flextron.protocols.dialects.messages_body import CountBody, MessagesBody
-from flextron.protocols.dialects.responses import input_tokens, responses
-from flextron.protocols.dialects.responses_body import ResponsesBody
 from flextron.protocols.embeddings import EmbeddingBody, embeddings
 from flextron.protocols.sampling import RequestBody
 from flextron.protocols.tokenizing import DetokenizeBody, TokenizeBody, detokenize, tokenize

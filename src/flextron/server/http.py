@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from flextron.protocols.dialects import messages
+from flextron.dialects import messages
 from flextron.server.browsers import check_host, check_origin
 from flextron.serving.errors import ApiError, bad_request, invalid_body, too_slow
 

@@ -12,9 +12,9 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from flextron.dialects.chats import event, retold
+from flextron.dialects.responses_body import ResponsesBody
 from flextron.protocols.chat import chat, chat_prompt
-from flextron.protocols.dialects.chats import event, retold
-from flextron.protocols.dialects.responses_body import ResponsesBody
 from flextron.serving.service import Service
 
 __all__ = ["input_tokens", "responses"]

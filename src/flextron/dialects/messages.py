@@ -11,9 +11,9 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from flextron.dialects.chats import event, retold
+from flextron.dialects.messages_body import CountBody, MessagesBody
 from flextron.protocols.chat import chat, chat_prompt
-from flextron.protocols.dialects.chats import event, retold
-from flextron.protocols.dialects.messages_body import CountBody, MessagesBody
 from flextron.serving.errors import ApiError
 from flextron.serving.service import Service
 

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from flextron.dialects.chats import as_chat, check_parts, function_tool, text_of
 from flextron.protocols.bodies import ChatBody
-from flextron.protocols.dialects.chats import as_chat, check_parts, function_tool, text_of
 from flextron.protocols.sampling import RequestBody, StrictBody
 
 __all__ = ["CountBody", "MessagesBody"]
