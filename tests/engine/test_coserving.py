@@ -218,7 +218,7 @@ def _share_in_time(seed: int, tpot_ms: float, *, with_training: bool) -> float:
     return sum(tpot(t) <= tpot_ms / 1e3 for t in times.values()) / 30
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**20), tpot_ms=st.floats(25, 80))
 def test_random_arrivals_meet_what_inference_alone_would_meet(seed: int, tpot_ms: float) -> None:
     """Most of those that would be in time alone are in time beside training; all finish; nothing runs late for long."""

@@ -359,4 +359,4 @@ def test_a_restart_goes_on(model: ElasticModel, tmp_path: Path) -> None:
 
 
 def test_the_document_holds(served: Tuning) -> None:
-    assert check_operations(served.server, 10) == 28
+    assert check_operations(served.server, 10) == 30
