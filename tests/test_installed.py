@@ -22,7 +22,7 @@ PYTHON = re.compile(r"^(<!-- test -->\n)?```python\n(.*?)^```$", re.MULTILINE | 
 SHELL = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ELSEWHERE = re.compile(
     r"path/to|texts/|--url|--server|--model NAME"  # files and servers of the reader
-    r"|flextron (serve|demo$|demo --minutes)|pip |make |curl |_KEY="  # servers, long runs, the set-up
+    r"|flextron (serve|demo$|demo --minutes|demo --from-scratch)|pip |make |curl |_KEY="  # servers, long runs, set-up
     r"|torchrun |accelerate "  # machines with several devices; tests/training/test_many_processes.py runs them here
 )
 
