@@ -1,7 +1,7 @@
 """`python -m benchmarks.readme`: puts the measured figures into README.md and docs/benchmarks.md.
 
 Both files hold a block between a line `<!-- figures … -->` and a line `<!-- /figures -->`. This script makes what is
-between them from `benchmarks/results/*.json`: seven headline figures for the README, all figures for the documentation.
+between them from `benchmarks/results/*.json`: six headline figures for the README, all figures for the documentation.
 With `--check` it writes nothing, and the exit code is 1 if a file is out of date.
 """
 
@@ -59,12 +59,6 @@ HEADLINES = (
         figure="loss left at latency 0.5, adapter in the package; the worse of WikiText-2 and LAMBADA",
         title="of what that sub-network lost before training, it still loses",
         instead="the same layers and widths of the pretrained model",
-    ),
-    Headline(
-        suite="quality",
-        figure="full network with the adapter against without: largest rise of the loss on WikiText-2 and LAMBADA",
-        title="rise of the full network's loss through training",
-        instead="the pretrained model as it is",
     ),
     Headline(
         suite="serving",
