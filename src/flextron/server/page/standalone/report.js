@@ -48,8 +48,9 @@ const KINDS = { ttft_ms: "Time to first token", tpot_ms: "Time per output token"
 
 function spreads() {
   const spread = (found) => ["mean", "p50", "p90", "p99", "max"].map((key) => short(found[key]));
-  const parts = { "all": summary, ...report.by_target };
-  const rows = Object.entries(parts).flatMap(([target, part]) =>
+  // an object would put a target such as "1" before all others, whatever order it was given
+  const parts = [["all", summary], ...Object.entries(report.by_target)];
+  const rows = parts.flatMap(([target, part]) =>
     Object.entries(KINDS).filter(([key]) => part[key]).map(([key, title]) => [target, title, ...spread(part[key])]),
   );
   return table("Latencies in milliseconds", ["target", "latency", "mean", "p50", "p90", "p99", "most"], rows);
