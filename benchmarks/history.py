@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,28 +29,9 @@ _RATIO = re.compile(r"x|ratio|of (?!\d).*")
 """Units of ratios: also `of the limit`, but not counts such as `of 12`."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Entry:
-    """One figure of one run."""
+class Entry(BaseModel):
+    """One figure of one run, as a line has it."""
 
-    date: str
-    commit: str
-    machine: str
-    suite: str
-    figure: str
-    value: float
-    unit: str
-    op: str
-    """`>=` where more is better, `<=` where less is."""
-
-    @property
-    def is_ratio(self) -> bool:
-        """Whether it is compared with its last value."""
-        is_one = _RATIO.fullmatch(self.unit) is not None and self.op in (">=", "<=")
-        return is_one and math.isfinite(self.value) and self.value > 0
-
-
-class _Line(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     date: str
@@ -61,6 +42,13 @@ class _Line(BaseModel):
     value: float
     unit: str
     op: Literal["<=", ">=", "=="]
+    """`>=` where more is better, `<=` where less is."""
+
+    @property
+    def is_ratio(self) -> bool:
+        """Whether it is compared with its last value."""
+        is_one = _RATIO.fullmatch(self.unit) is not None and self.op in (">=", "<=")
+        return is_one and math.isfinite(self.value) and self.value > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,13 +101,13 @@ def read_history(path: Path) -> list[Entry]:
             data = json.loads(line)
         except ValueError as error:
             raise FlextronError(f"{what} is no JSON; {remedy}") from error
-        entries.append(Entry(**checked(_Line, data, what, remedy).model_dump()))
+        entries.append(checked(Entry, data, what, remedy))
     return entries
 
 
 def append(path: Path, entries: Iterable[Entry]) -> None:
     """Add lines at the end, in one write."""
-    lines = "".join(json.dumps(asdict(entry)) + "\n" for entry in entries)
+    lines = "".join(json.dumps(entry.model_dump()) + "\n" for entry in entries)
     with path.open("a", encoding="utf-8") as file:
         file.write(lines)
 

@@ -10,9 +10,11 @@ from pydantic import ValidationError
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from flextron.protocols.bodies import ChatBody
+from flextron.protocols.chat import chat_prompt
 from flextron.serving.errors import ApiError, invalid_body
+from flextron.serving.service import Service
 
-__all__ = ["as_chat", "check_parts", "event", "function_tool", "retold", "text_of"]
+__all__ = ["as_chat", "check_parts", "count", "event", "function_tool", "retold", "text_of"]
 
 
 class _Text(Protocol):
@@ -53,6 +55,16 @@ def check_parts(content: Any, at: str, known: Collection[str]) -> None:
 def text_of(content: str | Sequence[_Text]) -> str:
     """The text of a message, whole or in parts."""
     return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
+async def count(service: Service, model: str, body: ChatBody) -> int:
+    """Number of tokens of a conversation.
+
+    Raises:
+        ApiError: the model is unknown, or its chat template does not take the messages.
+    """
+    service.choose(model, None)
+    return len(await chat_prompt(service, body))
 
 
 def retold(

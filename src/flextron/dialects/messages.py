@@ -11,9 +11,9 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from flextron.dialects.chats import event, retold
+from flextron.dialects.chats import count, event, retold
 from flextron.dialects.messages_body import CountBody, MessagesBody
-from flextron.protocols.chat import chat, chat_prompt
+from flextron.protocols.chat import chat
 from flextron.serving.errors import ApiError
 from flextron.serving.service import Service
 
@@ -54,8 +54,7 @@ async def count_tokens(request: Request, service: Service, body: CountBody) -> R
     Raises:
         ApiError: the model is unknown, or its chat template does not take the messages.
     """
-    service.choose(body.model, None)
-    return JSONResponse({"input_tokens": len(await chat_prompt(service, body.to_chat()))})
+    return JSONResponse({"input_tokens": await count(service, body.model, body.to_chat())})
 
 
 def _whole(body: MessagesBody, said: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from flextron.dialects.chats import event, retold
+from flextron.dialects.chats import count, event, retold
 from flextron.dialects.responses_body import ResponsesBody
-from flextron.protocols.chat import chat, chat_prompt
+from flextron.protocols.chat import chat
 from flextron.serving.service import Service
 
 __all__ = ["input_tokens", "responses"]
@@ -36,9 +36,8 @@ async def input_tokens(request: Request, service: Service, body: ResponsesBody) 
     Raises:
         ApiError: the model is unknown, or its chat template does not take the input.
     """
-    service.choose(body.model, None)
-    count = len(await chat_prompt(service, body.to_chat()))
-    return JSONResponse({"object": "response.input_tokens", "input_tokens": count})
+    num_tokens = await count(service, body.model, body.to_chat())
+    return JSONResponse({"object": "response.input_tokens", "input_tokens": num_tokens})
 
 
 def _whole(body: ResponsesBody, said: Mapping[str, Any]) -> dict[str, Any]:
