@@ -1,4 +1,4 @@
-"""The scale suite: training on one, two and four processes, its states, what each holds; serving on two ranks.
+"""The scale suite: training on one, two and four processes, its states; serving on two ranks, and on replicas.
 
 Processes run on this machine and talk by gloo; those that train are started by `torchrun`.
 """
@@ -6,6 +6,7 @@ Processes run on this machine and talk by gloo; those that train are started by 
 from __future__ import annotations
 
 from benchmarks.harness import run_suite
+from benchmarks.scale.replicas import back_after_a_kill, failed_in_an_update, lost_in_a_kill
 from benchmarks.scale.serving import collectives_of_layers, same_answers
 from benchmarks.scale.simulated import agreement, day_of_many
 from benchmarks.scale.training import (
@@ -37,5 +38,8 @@ def run() -> bool:
             collectives_of_layers,
             agreement,
             day_of_many,
+            lost_in_a_kill,
+            back_after_a_kill,
+            failed_in_an_update,
         ],
     )

@@ -26,6 +26,7 @@ from pydantic import TypeAdapter, ValidationError
 from flextron.errors import FlextronError
 
 __all__ = [
+    "DirectoryInUseError",
     "NoSpaceError",
     "checked",
     "durable_directory",
@@ -50,6 +51,10 @@ _LARGEST_JSON = 64 * 1024**2
 
 class NoSpaceError(FlextronError):
     """The disk is full."""
+
+
+class DirectoryInUseError(FlextronError):
+    """Another process has the directory."""
 
 
 @contextmanager
@@ -235,7 +240,7 @@ def lock_directory(path: Path) -> Iterator[None]:
     """Keep other processes out of a directory.
 
     Raises:
-        FlextronError: another process has it, or it cannot be written.
+        FlextronError: another process has it (`DirectoryInUseError`), or it cannot be written.
     """
     try:
         # not inherited: a child must not keep the directory when this process has ended
@@ -246,7 +251,7 @@ def lock_directory(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise FlextronError(
+            raise DirectoryInUseError(
                 f"the directory {path} is in use by another process; give each one of its own"
             ) from error
         yield

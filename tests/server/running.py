@@ -90,7 +90,7 @@ def running(
     sizes = {"kv_cache_gb": 0.005, "max_num_seqs": 8, "max_num_batched_tokens": 64} | (engine or {})
     app = create_app(model, ServerSettings(**{"name": "tiny", **settings}), EngineSettings(**sizes), jobs, adapters)
     sock = socket.create_server(("127.0.0.1", port))
-    server = uvicorn.Server(server_config(app))
+    server = uvicorn.Server(server_config(app, app.state.service.settings.client_seconds))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
     thread.start()
     wait_until(lambda: server.started)

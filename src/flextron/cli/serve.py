@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -102,12 +103,23 @@ def serve(
         typer.Option(help="Seconds that a client may take to send a request, or to read its response."),
     ] = 60.0,
     no_page: Annotated[bool, typer.Option("--no-page", help="Offer no web page at /.")] = False,
+    replicas: Annotated[
+        int | None, typer.Option(min=1, help="Run this many equal servers behind the address, on Ray Serve.")
+    ] = None,
+    max_replicas: Annotated[
+        int | None, typer.Option(min=1, help="Start up to so many replicas under load. Default: no more.")
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Run the replicas on this Ray cluster. Default: a Ray of their own, here.")
+    ] = None,
 ) -> None:
     """Serve a model over HTTP as OpenAI does, with a web page at /; the sub-network is chosen request by request."""
     try:
+        from flextron.replicas.local import serve_replicas
+        from flextron.replicas.plan import Plan
         from flextron.server.app import create_app
         from flextron.server.browsers import is_loopback
-        from flextron.server.run import listen
+        from flextron.server.run import listen, told_address
         from flextron.server.run import serve as run
         from flextron.server.startup import missing_measurements, named_adapters, open_jobs
         from flextron.serving.settings import ServerSettings
@@ -136,21 +148,41 @@ def serve(
     if not is_first_launched():
         follow()
         return
+    sizes = EngineSettings(
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        kv_cache_gb=kv_cache_gb,
+        prefix_caching=not no_prefix_caching,
+        weights=weights,
+        tensor_parallel=tensor_parallel,
+    )
+    if replicas is None and (max_replicas is not None or ray_address is not None):
+        raise FlextronError("--max-replicas and --ray-address go with --replicas; give it, too")
+    if replicas is not None:
+        if profile:
+            raise FlextronError(
+                "--profile would measure each replica differently; leave it out and run flextron profile before"
+            )
+        plan = Plan(
+            directory=_absolute(directory),
+            server=settings,
+            engine=sizes,
+            speculate=speculate,
+            adapters=tuple(_absolute_adapter(given) for given in adapter or ()),
+            state_directory=None if state_directory is None else _absolute(state_directory, made_later=True),
+            jobs=limits,
+            replicas=replicas,
+            max_replicas=max_replicas,
+        )
+        serve_replicas(plan, host, port, ray_address, message)
+        return
     message(f"loading {directory}")
     # ranks take their parts from the whole model, which need not fit on one device
     model = api.load(str(directory), device="cpu" if tensor_parallel > 1 else None)
     if profile:
         with progress("measuring latencies") as measure, progress("searching the frontier") as search:
             model.profile_here(on_measure=measure, on_search=search)
-    engine = EngineSettings(
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        kv_cache_gb=kv_cache_gb,
-        prefix_caching=not no_prefix_caching,
-        weights=weights,
-        speculation=None if speculate is None else speculation_of(model, speculate),
-        tensor_parallel=tensor_parallel,
-    )
+    engine = replace(sizes, speculation=None if speculate is None else speculation_of(model, speculate))
     adapters = named_adapters(model, adapter or [], tensor_parallel)
     with ExitStack() as stack:
         jobs = None
@@ -168,9 +200,7 @@ def serve(
             message(missing)
         if api_key is None and not is_loopback(host):
             message(f"anyone who reaches {host} may use the model; --api-key asks for a key")
-        address = f"[{host}]" if ":" in host else host
-        url = f"http://{address}:{sock.getsockname()[1]}"
-        message(f"serving {settings.name} at {url}/v1 (Ctrl-C ends it)" + ("" if no_page else f"; web page: {url}/"))
+        message(told_address(settings, host, sock))
         run(app, sock)
 
 
@@ -182,3 +212,14 @@ def _check_together(num_ranks: int, *, profile: bool, trains: bool) -> None:
             f"{'--profile' if profile else '--state-directory'} needs the whole model in one process; leave it out"
             f"{' and run flextron profile before' if profile else ''}, or serve without --tensor-parallel"
         )
+
+
+def _absolute(path: Path, *, made_later: bool = False) -> str:
+    """The path for another process; a name that is no path, such as `tiny`, stays as it is."""
+    found = path.expanduser()
+    return str(found.resolve()) if made_later or found.exists() else str(path)
+
+
+def _absolute_adapter(given: str) -> str:
+    name, sign, directory = given.partition("=")
+    return f"{name}{sign}{_absolute(Path(directory))}" if directory else given

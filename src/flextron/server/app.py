@@ -42,7 +42,7 @@ from flextron.serving.errors import ApiError, bad_request
 from flextron.serving.service import Service
 from flextron.serving.settings import ServerSettings
 
-__all__ = ["create_app"]
+__all__ = ["app_of", "create_app"]
 
 _ANSWERS: dict[str, Any] = {"application/json": {}, "text/event-stream": {}}
 
@@ -67,8 +67,19 @@ def create_app(
     Raises:
         FlextronError: the model has no tokenizer, or its name does not fit.
     """
-    settings = settings or ServerSettings()
-    service = Service(model, settings, engine or EngineSettings(), adapters, jobs)
+    service = Service(model, settings or ServerSettings(), engine or EngineSettings(), adapters, jobs)
+    return app_of(model, service, jobs)
+
+
+def app_of(model: ElasticModel, service: Service, jobs: Jobs | None = None) -> FastAPI:
+    """An application in front of a service; it starts and stops it by ASGI's lifespan.
+
+    Args:
+        model: what the service serves.
+        service: what runs behind it.
+        jobs: finetuning, if it is offered.
+    """
+    settings = service.settings
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

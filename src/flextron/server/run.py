@@ -10,16 +10,18 @@ import sys
 import threading
 from functools import partial
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from flextron.errors import FlextronError
 from flextron.server.connection import Connection
 from flextron.serving.service import Service
+from flextron.serving.settings import ServerSettings
 
-__all__ = ["DrainingServer", "listen", "serve", "server_config"]
+__all__ = ["Drained", "DrainingServer", "listen", "log_to_stderr", "serve", "server_config", "told_address"]
 
 _LOSS_SECONDS = 15.0
 """The most time between the loss of a rank and the end of the process."""
@@ -42,22 +44,36 @@ def listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
+def told_address(settings: ServerSettings, host: str, sock: socket.socket) -> str:
+    """What is said once a server listens."""
+    address = f"[{host}]" if ":" in host else host
+    url = f"http://{address}:{sock.getsockname()[1]}"
+    page = f"; web page: {url}/" if settings.page else ""
+    return f"serving {settings.name} at {url}/v1 (Ctrl-C ends it){page}"
+
+
 def serve(app: FastAPI, sock: socket.socket) -> None:
     """Serve until a signal (Ctrl-C or SIGTERM) and until running answers have ended; a second one exits at once.
 
     Raises:
         LostRankError: another rank is gone.
     """
-    _log_to_stderr()
+    log_to_stderr()
     service: Service = app.state.service
-    asyncio.run(DrainingServer(server_config(app), service).serve(sockets=[sock]))
+    config = server_config(app, service.settings.client_seconds)
+    asyncio.run(DrainingServer(config, service).serve(sockets=[sock]))
     if service.loss is not None:
         raise service.loss
 
 
-def server_config(app: FastAPI) -> uvicorn.Config:
-    """How uvicorn runs an application of `create_app`."""
-    protocol: Any = partial(Connection, client_seconds=app.state.service.settings.client_seconds)
+def server_config(app: ASGIApp, client_seconds: float) -> uvicorn.Config:
+    """How uvicorn runs an application.
+
+    Args:
+        app: the application.
+        client_seconds: for a client to send a request's headers, and to take what waits for it.
+    """
+    protocol: Any = partial(Connection, client_seconds=client_seconds)
     return uvicorn.Config(
         app,
         http=protocol,
@@ -69,10 +85,20 @@ def server_config(app: FastAPI) -> uvicorn.Config:
     )
 
 
+class Drained(Protocol):
+    """What runs behind an application, as far as its end goes."""
+
+    async def drain(self) -> None:
+        """Take no new requests, and wait for those that run."""
+
+    async def lost(self) -> None:
+        """Wait until nothing can be answered any more."""
+
+
 class DrainingServer(uvicorn.Server):
     """Goes on listening while running answers end, so that new requests get an answer, too: 503."""
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(self, config: uvicorn.Config, service: Drained) -> None:
         """Take what is to be drained."""
         super().__init__(config)
         self._service = service
@@ -116,7 +142,7 @@ class DrainingServer(uvicorn.Server):
             self.should_exit = True
 
 
-def _log_to_stderr() -> None:
+def log_to_stderr() -> None:
     """Log a line for each request and each failure."""
     log = logging.getLogger("flextron.server")
     if not log.handlers:

@@ -33,18 +33,22 @@ def missing_measurements(model: ElasticModel) -> list[str]:
     ]
 
 
-def named_adapters(model: ElasticModel, given: Sequence[str], num_ranks: int = 1) -> AdapterNames:
+def named_adapters(
+    model: ElasticModel, given: Sequence[str], num_ranks: int = 1, into: AdapterNames | None = None
+) -> AdapterNames:
     """Adapters that the operator names.
 
     Args:
         model: that they are for.
         given: `NAME=DIRECTORY` each.
         num_ranks: ranks that will share the model.
+        into: where they are added; by default none are there before.
 
     Raises:
         FlextronError: one is not of this form, its name does not fit, or there is no adapter for this model.
     """
-    names, read = AdapterNames(), adapter_reader(model.decoder, has_weights=num_ranks == 1)
+    names = AdapterNames() if into is None else into
+    read = adapter_reader(model.decoder, has_weights=num_ranks == 1)
     for entry in given:
         name, sign, directory = entry.partition("=")
         if not sign or not directory:

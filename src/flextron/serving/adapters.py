@@ -24,10 +24,10 @@ from flextron.model.adapter import Adapter
 from flextron.model.decoder import Decoder
 from flextron.serving.errors import ApiError, not_found
 
-__all__ = ["AdapterNames", "LoadedAdapters", "NamedAdapter", "adapter_reader", "is_word"]
+__all__ = ["FINETUNED", "AdapterNames", "LoadedAdapters", "NamedAdapter", "adapter_reader", "is_word"]
 
 _log = logging.getLogger("flextron.server")
-_FINETUNED = "ft:"
+FINETUNED = "ft:"
 """The names of adapters that jobs made begin with it."""
 
 ReadAdapter = Callable[[Path], Adapter]
@@ -70,8 +70,8 @@ class AdapterNames:
         """
         if not is_word(name):
             raise FlextronError(f"the adapter's name {name!r} must be a word without @")
-        if name.startswith(_FINETUNED):
-            raise FlextronError(f"the adapter's name {name!r} begins with {_FINETUNED}, as only finetuned models' do")
+        if name.startswith(FINETUNED):
+            raise FlextronError(f"the adapter's name {name!r} begins with {FINETUNED}, as only finetuned models' do")
         read(directory)
         with self._lock:
             if name in self._named:

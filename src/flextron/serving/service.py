@@ -74,13 +74,11 @@ class Service:
                 self.adaptive = Adaptive(objective, self.catalog.rungs)
         self.names = TokenNames(self.tokenizer)
         self.defaults = model.generation_defaults
+        self.worker = Worker(self.core, self.tokenizer, on_loss=self._hear_of_loss)
         self._driver: TrainingDriver | None = None
         self._coserving: CoServingScheduler[StepOutput] | None = None
         if jobs is not None:
-            self._driver = TrainingDriver(jobs, lambda: self.worker.wake())
-            objectives = CoServing(tpot_ms=settings.slo_tpot_ms, ttft_ms=settings.slo_ttft_ms)
-            self._coserving = CoServingScheduler(self.core, self._driver, objectives)
-        self.worker = Worker(self.core, self.tokenizer, self._coserving, self._hear_of_loss)
+            self._prepare(jobs)
         reader = adapter_reader(model.decoder, has_weights=num_ranks == 1)
         self.adapters = LoadedAdapters(names, reader, settings.max_loaded_adapters, self.worker.forget)
         self.metrics = Metrics(settings.name, lambda: self.worker.load, lambda: self.cap, self._num_trained)
@@ -116,6 +114,18 @@ class Service:
             self._driver.start()
         if self.adaptive is not None:
             self._adapting = asyncio.create_task(self._adapt(self.adaptive))
+
+    def _prepare(self, jobs: Jobs) -> TrainingDriver:
+        settings = self.settings
+        self._driver = TrainingDriver(jobs, self.worker.wake)
+        objectives = CoServing(tpot_ms=settings.slo_tpot_ms, ttft_ms=settings.slo_ttft_ms)
+        self._coserving = CoServingScheduler(self.core, self._driver, objectives)
+        self.worker.train(self._coserving)
+        return self._driver
+
+    def attach(self, jobs: Jobs) -> None:
+        """Train jobs from now on, which a service without any may begin at any time. Call it in the event loop."""
+        self._prepare(jobs).start()
 
     async def stop(self) -> None:
         """End the engine's thread and training."""
@@ -157,6 +167,11 @@ class Service:
     def is_healthy(self) -> bool:
         """Whether requests can be answered."""
         return self.worker.is_alive() and not self.is_draining
+
+    @property
+    def progress(self) -> int | None:
+        """A number that grows while the engine works; None while it has nothing to do, or latencies are measured."""
+        return None if self.worker.is_resting or self._is_measuring else self.worker.num_turns
 
     @property
     def is_idle(self) -> bool:

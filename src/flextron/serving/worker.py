@@ -95,7 +95,6 @@ class Worker(threading.Thread):
         self,
         core: EngineCore,
         tokenizer: PreTrainedTokenizerBase,
-        coserving: CoServingScheduler[StepOutput] | None = None,
         on_loss: Callable[[LostRankError], None] = lambda _: None,
     ) -> None:
         """Take the engine.
@@ -103,14 +102,18 @@ class Worker(threading.Thread):
         Args:
             core: the engine.
             tokenizer: for the answers' text.
-            coserving: gives training the time between iterations, if there is something to train.
             on_loss: called, in this thread, when it ends because another rank is gone.
         """
         super().__init__(name="flextron-engine", daemon=True)
         self.core = core
         self.load = Load()
         """Replaced as a whole, so that other threads may read it."""
-        self._tokenizer, self._coserving, self._on_loss = tokenizer, coserving, on_loss
+        self.num_turns = 0
+        """How often the thread has looked for commands."""
+        self.is_resting = False
+        """Whether it waits for a command because there is nothing to do."""
+        self._tokenizer, self._on_loss = tokenizer, on_loss
+        self._coserving: CoServingScheduler[StepOutput] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._requests: dict[Request, tuple[GenerationRequest, OutputProcessor]] = {}
@@ -148,6 +151,10 @@ class Worker(threading.Thread):
             future.cancel()
         return future
 
+    def train(self, coserving: CoServingScheduler[StepOutput]) -> None:
+        """Give training the time between iterations from now on."""
+        self._commands.put(partial(setattr, self, "_coserving", coserving))
+
     def wake(self) -> None:
         """There is something to train."""
         self._commands.put(lambda: None)
@@ -183,8 +190,11 @@ class Worker(threading.Thread):
         """Carry out what is queued; waits for a command if there is nothing else to do. False: end."""
         has_training = self._coserving is not None and self._coserving.work.unit is not None
         must_wait = not self.core.has_unfinished and not has_training
+        self.num_turns += 1
         while must_wait or not self._commands.empty():
+            self.is_resting = must_wait
             command = self._commands.get()
+            self.is_resting = False
             if command is None:
                 return False
             command()

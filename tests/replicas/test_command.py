@@ -1,0 +1,107 @@
+"""`flextron serve --replicas` as users run it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import httpx
+import pytest
+from typer.testing import CliRunner
+
+from flextron.cli.main import app
+from tests.replicas.serving import Clients, pids
+from tests.server.running import wait_until
+
+REFUSED = [
+    (["--replicas", "2", "--tensor-parallel", "2"], "each replica runs on one device"),
+    (["--replicas", "2", "--profile"], "run flextron profile before"),
+    (["--replicas", "3", "--max-replicas", "2"], "max_replicas is 2"),
+    (["--max-replicas", "2"], "go with --replicas"),
+    (["--ray-address", "head:6379"], "go with --replicas"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED, ids=lambda value: " ".join(value)[:20])
+def test_what_does_not_go_together(options: list[str], message: str) -> None:
+    result = CliRunner().invoke(app, ["serve", "tiny", *options])
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+
+
+def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setitem(sys.modules, "ray.serve", None)
+    result = CliRunner().invoke(app, ["serve", "tiny", "--replicas", "2"])
+    assert (result.exit_code, " ".join(result.stderr.split())) == (
+        2,
+        "error: replicas need Ray Serve; install it with: pip install 'flextron[ray]'",
+    )
+
+
+class Command:
+    """The command in a process of its own."""
+
+    def __init__(self, *options: str) -> None:
+        command = [sys.executable, "-m", "flextron", "serve", *options, "--port", "0"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        self.said: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        with self.process.stderr as lines:
+            for line in lines:
+                self.said.append(line)
+
+    def wait_for(self, text: str) -> str:
+        wait_until(lambda: text in "".join(self.said) or self.process.poll() is not None, 120)
+        assert text in "".join(self.said), self.said
+        return "".join(self.said)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_from_the_start_over_an_update_to_the_end(checkpoint: Path) -> None:
+    pytest.importorskip("ray.serve")
+    sizes = ["--kv-cache-gb", "0.005", "--max-num-seqs", "8", "--max-num-batched-tokens", "64"]
+    command = Command(str(checkpoint / "model"), "--replicas", "2", "--name", "tiny", *sizes)
+    try:
+        found = re.search(r"at (http://[\d.:]+)/v1", command.wait_for("(Ctrl-C ends it)"))
+        assert found is not None
+        first = pids()
+        assert len(first) == 2
+        with Clients(found[1], num_clients=2) as clients:
+            clients.wait_for(10)
+            command.process.send_signal(signal.SIGHUP)
+            command.wait_for("all replicas are new")
+            clients.wait_for(10)
+        assert set(clients.counts) == {"whole"}, (clients.counts, clients.reasons[:3])
+        assert not first & pids()
+        body = {"model": "tiny", "prompt": "The cat", "max_tokens": 100, "ignore_eos": True, "n": 8, "stream": True}
+        with httpx.stream("POST", f"{found[1]}/v1/completions", json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            command.process.send_signal(signal.SIGTERM)
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+        assert command.process.wait(60) == 0
+        assert pids() == set()
+    finally:
+        command.process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_model_that_is_not_there() -> None:
+    pytest.importorskip("ray.serve")
+    command = Command("/nowhere", "--replicas", "1")
+    assert command.process.wait(200) == 2
+    command._reader.join(10)
+    assert "the replicas do not start: /nowhere is not a directory" in " ".join("".join(command.said).split())
