@@ -20,7 +20,7 @@ from tests.trained import trained_model
 
 __all__ = ["back_after_a_kill", "failed_in_an_update", "lost_in_a_kill"]
 
-_CLIENTS, _BETWEEN, _KILLS = 4, 60, 3
+_CLIENTS, _BETWEEN, _KILLS = 6, 60, 3
 
 
 @contextmanager
@@ -73,8 +73,8 @@ def lost_in_a_kill() -> Figure:
         op="==",
         bar=0,
         peer={"name": "answered", "value": counts["whole"]},
-        note=f"kill -9 of its process; {_CLIENTS} clients that ask without rest, half of them for streams; "
-        f"{counts['ended']} streams had begun, and ended with an error as their last event",
+        note=f"kill -9 of its process; {_CLIENTS} clients, each asking again 0.1 s after an answer, half of them for "
+        f"streams; {counts['ended']} streams had begun, and ended with an error as their last event",
     )
 
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import httpx
 import psutil
-import torch
 import uvicorn
 
 from flextron.engine import EngineSettings
@@ -41,8 +40,7 @@ def plan_for(directory: Any, **more: Any) -> Plan:
         directory=str(directory),
         server=ServerSettings(**server),
         engine=engine,
-        num_cpus=0.5,
-        num_threads=torch.get_num_threads(),
+        num_cpus=1,
         **more,
     )
 
@@ -111,7 +109,7 @@ class Clients:
     """
 
     url: str
-    num_clients: int = 4
+    num_clients: int = 6
     pause: float = 0.1
     """Seconds between an answer and the next request: a busy client would take the cores from a replica that starts."""
     counts: Counter[str] = field(default_factory=Counter)
@@ -143,7 +141,7 @@ class Clients:
     async def _ask_on(self, client: httpx.AsyncClient, rng: random.Random, is_stream: bool) -> None:
         while not self._is_ending:
             prompt = rng.choice(PROMPTS)
-            asked = {"prompt": prompt, "max_tokens": 60, "temperature": 0, "ignore_eos": True, "model": "tiny"}
+            asked = {"prompt": prompt, "max_tokens": 110, "temperature": 0, "ignore_eos": True, "model": "tiny"}
             found = await (self._stream(client, asked) if is_stream else self._whole(client, asked))
             self.counts[found] += 1
             await asyncio.sleep(self.pause)

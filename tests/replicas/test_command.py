@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import re
 import signal
-import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import httpx
@@ -15,8 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from flextron.cli.main import app
+from tests.replicas.command import Command
 from tests.replicas.serving import Clients, pids
-from tests.server.running import wait_until
 
 REFUSED = [
     (["--replicas", "2", "--tensor-parallel", "2"], "each replica runs on one device"),
@@ -44,29 +40,6 @@ def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-class Command:
-    """The command in a process of its own."""
-
-    def __init__(self, *options: str) -> None:
-        command = [sys.executable, "-m", "flextron", "serve", *options, "--port", "0"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-        self.said: list[str] = []
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        with self.process.stderr as lines:
-            for line in lines:
-                self.said.append(line)
-
-    def wait_for(self, text: str) -> str:
-        wait_until(lambda: text in "".join(self.said) or self.process.poll() is not None, 120)
-        assert text in "".join(self.said), self.said
-        return "".join(self.said)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_from_the_start_over_an_update_to_the_end(checkpoint: Path) -> None:
@@ -74,11 +47,10 @@ def test_from_the_start_over_an_update_to_the_end(checkpoint: Path) -> None:
     sizes = ["--kv-cache-gb", "0.005", "--max-num-seqs", "8", "--max-num-batched-tokens", "64"]
     command = Command(str(checkpoint / "model"), "--replicas", "2", "--name", "tiny", *sizes)
     try:
-        found = re.search(r"at (http://[\d.:]+)/v1", command.wait_for("(Ctrl-C ends it)"))
-        assert found is not None
+        url = command.url()
         first = pids()
         assert len(first) == 2
-        with Clients(found[1], num_clients=2) as clients:
+        with Clients(url, num_clients=2) as clients:
             clients.wait_for(10)
             command.process.send_signal(signal.SIGHUP)
             command.wait_for("all replicas are new")
@@ -86,7 +58,7 @@ def test_from_the_start_over_an_update_to_the_end(checkpoint: Path) -> None:
         assert set(clients.counts) == {"whole"}, (clients.counts, clients.reasons[:3])
         assert not first & pids()
         body = {"model": "tiny", "prompt": "The cat", "max_tokens": 100, "ignore_eos": True, "n": 8, "stream": True}
-        with httpx.stream("POST", f"{found[1]}/v1/completions", json=body, timeout=60) as answer:
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
             lines = answer.iter_lines()
             next(lines)
             command.process.send_signal(signal.SIGTERM)

@@ -16,14 +16,17 @@ import httpx
 import psutil
 import pytest
 from fastapi.testclient import TestClient
+from typer.testing import CliRunner
 
 import flextron
+from flextron.cli.main import app
 from flextron.errors import FlextronError
 from flextron.jobs.jobs import JobsSettings
 from flextron.replicas.local import deploy
 from flextron.server.app import create_app
 from flextron.server.startup import named_adapters
 from tests.jobs.making import RECORDS, jsonl
+from tests.replicas.command import Command
 from tests.replicas.serving import PROMPTS, Clients, HangingReplica, Served, both_run, pids, plan_for, served
 from tests.server.running import KEY, events, wait_until
 
@@ -128,7 +131,7 @@ def test_a_replica_killed_under_load(ray_here: int, checkpoint: Path) -> None:
                 clients.wait_for(30)
         counts = clients.counts
         assert counts["lost"] == counts["broken"] == 0, clients.reasons[:3]
-        assert counts["ended"] <= 4
+        assert counts["ended"] <= 6
         assert counts["whole"] > 100
         assert {len(texts) for texts in clients.texts.values()} == {1}
 
@@ -139,13 +142,13 @@ def test_an_update_under_load(ray_here: int, checkpoint: Path) -> None:
         before = pids()
         with Clients(made.url) as clients:
             clients.wait_for(30)
-            deploy(replace(plan, server=replace(plan.server, max_tokens_limit=99), revision="2"))
+            deploy(replace(plan, server=replace(plan.server, max_tokens_limit=115), revision="2"))
             clients.wait_for(30)
         assert not before & pids()
         assert set(clients.counts) == {"whole"}, (clients.counts, clients.reasons[:3])
         with made.client() as client:
-            refused = client.post("/v1/completions", json=_ASKED | {"prompt": "a", "max_tokens": 100})
-            assert "at most 99" in refused.json()["error"]["message"]
+            refused = client.post("/v1/completions", json=_ASKED | {"prompt": "a", "max_tokens": 116})
+            assert "at most 115" in refused.json()["error"]["message"]
 
 
 def test_a_replica_whose_engine_hangs_is_replaced(ray_here: int, checkpoint: Path) -> None:
@@ -188,6 +191,10 @@ def test_jobs_move_with_their_state(ray_here: int, checkpoint: Path, tmp_path: P
     )
     with served(plan) as made, made.client(headers={"authorization": f"Bearer {KEY}"}) as client:
         content = jsonl(RECORDS)
+        # more than goes along with a message of Ray's
+        large = jsonl([{"prompt": "a", "completion": "b" * 1000}] * 3000)
+        kept = client.post("/v1/files", files={"file": ("l.jsonl", large), "purpose": (None, "fine-tune")}).json()
+        assert client.get(f"/v1/files/{kept['id']}/content").content == large
         form = {"file": ("train.jsonl", content), "purpose": (None, "fine-tune")}
         file = client.post("/v1/files", files=form).json()
         assert client.get(f"/v1/files/{file['id']}/content").content == content
@@ -235,7 +242,7 @@ def test_behind_the_proxies_of_a_cluster(ray_here: int, checkpoint: Path, monkey
     serve.delete(NAME)
     monkeypatch.setenv("FLEXTRON_API_KEY", KEY)
     engine = {"kv_cache_gb": 0.005, "max_num_seqs": 8, "max_num_batched_tokens": 64}
-    args = {"model": str(checkpoint / "model"), "num_cpus": 0.5, "engine": engine, "server": {"name": "tiny"}}
+    args = {"model": str(checkpoint / "model"), "num_cpus": 1, "engine": engine, "server": {"name": "tiny"}}
     serve.run(build(args), name=NAME, route_prefix="/")
     try:
         headers = {"authorization": f"Bearer {KEY}"}
@@ -256,3 +263,38 @@ def test_behind_the_proxies_of_a_cluster(ray_here: int, checkpoint: Path, monkey
             assert "flextron" in client.get("/").text
     finally:
         serve.delete(NAME)
+
+
+def test_narrowed_requests_start_another_replica(ray_here: int, checkpoint: Path) -> None:
+    objectives = {"slo_tpot_ms": 0.001, "min_latency_target": 0.5}
+    plan = plan_for(checkpoint / "model", replicas=1, max_replicas=2, server=objectives)
+    with served(plan) as made:
+        assert len(pids()) == 1
+        with Clients(made.url, num_clients=1) as clients:
+            # one client alone is no queue
+            wait_until(lambda: len(pids()) == 2, 150)
+            clients.wait_for(5)
+        assert clients.counts["lost"] == 0
+
+
+def test_on_a_cluster_that_is_there(ray_here: int, checkpoint: Path) -> None:
+    import ray
+
+    sizes = ["--kv-cache-gb", "0.005", "--max-num-seqs", "8", "--max-num-batched-tokens", "64"]
+    address = ray.get_runtime_context().gcs_address
+    command = Command(str(checkpoint / "model"), "--replicas", "2", "--name", "tiny", "--ray-address", address, *sizes)
+    try:
+        with httpx.Client(base_url=command.url(), timeout=60) as client:
+            answer = client.post("/v1/completions", json=_ASKED | {"prompt": "The cat"})
+            assert answer.json()["usage"]["completion_tokens"] == 20
+        command.process.send_signal(signal.SIGTERM)
+        assert command.process.wait(60) == 0
+        assert pids() == set()
+    finally:
+        command.process.kill()
+
+
+def test_no_cluster_at_an_address() -> None:
+    result = CliRunner().invoke(app, ["serve", "tiny", "--replicas", "2", "--port", "0", "--ray-address", "no:such"])
+    assert result.exit_code == 2
+    assert "check --ray-address" in " ".join(result.stderr.split())

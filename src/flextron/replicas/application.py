@@ -75,11 +75,11 @@ def replicas(plan: Plan, kind: type = Replica) -> Application:
             downscale_delay_s=300,
             policy=AutoscalingPolicy(policy_function=f"{__name__}:scale"),
         )
-    threads = {} if plan.num_threads is None else {"env_vars": {"OMP_NUM_THREADS": str(plan.num_threads)}}
     deployment = serve.deployment(
         kind,
         name="Replica",
-        ray_actor_options={"num_cpus": plan.num_cpus, "num_gpus": plan.num_gpus, "runtime_env": threads},
+        # an environment of its own would keep it from a Python that is there already
+        ray_actor_options={"num_cpus": plan.num_cpus, "num_gpus": plan.num_gpus},
         max_ongoing_requests=plan.most_requests,
         max_constructor_retry_count=_MOST_STARTS,
         graceful_shutdown_timeout_s=plan.server.drain_seconds + 10,

@@ -92,14 +92,16 @@ class Ingress:
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
-        self._num_open += 1
+        # nobody waits for the page, whose figures flow without end
+        counted = not scope["path"].startswith(PREFIX)
+        self._num_open += counted
         self._has_none.clear()
         try:
             await self._pass_on(scope, receive, send)
         except ApiError as error:
             await answer_error(error, scope["path"])(scope, receive, send)
         finally:
-            self._num_open -= 1
+            self._num_open -= counted
             if not self._num_open:
                 self._has_none.set()
 

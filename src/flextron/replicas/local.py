@@ -21,7 +21,7 @@ from flextron.server.run import DrainingServer, listen, log_to_stderr, server_co
 __all__ = ["deploy", "ray_of_its_own", "serve_replicas"]
 
 _STORE_BYTES = 200 * 2**20
-"""Of a local Ray: room for bodies of requests on their way."""
+"""Object store of a local Ray: room for bodies of requests on their way."""
 
 
 @contextmanager
@@ -30,8 +30,8 @@ def ray_of_its_own(num_replicas: int) -> Iterator[None]:
     _set_up()
     import ray
 
-    # in an update old and new ones are there at once; what they reserve are names, not cores
-    cpus = max(os.cpu_count() or 1, 2 * num_replicas + 2)
+    # what replicas reserve are names, not cores: in an update old and new ones are there at once
+    cpus = 2 * max(os.cpu_count() or 1, num_replicas) + 2
     ray.init(
         num_cpus=cpus,
         include_dashboard=False,
@@ -143,8 +143,8 @@ def serve_replicas(plan: Plan, host: str, port: int, address: str | None, say: C
     say(f"starting {plan.replicas} replicas of {plan.directory}")
     with _ray_at(address, plan.max_replicas or plan.replicas):
         plan = _fitted(plan, address)
-        if address is None:
-            ray.serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
+        # where Serve runs already, this changes nothing
+        ray.serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
         handle = deploy(plan)
         for said in handle.complaints.remote().result():
             say(said)
@@ -162,9 +162,7 @@ def _fitted(plan: Plan, address: str | None) -> Plan:
         return replace(plan, num_gpus=1)
     if address is not None:
         return plan
-    threads = os.environ.get("OMP_NUM_THREADS", "")
-    share = max(1, (os.cpu_count() or 1) // plan.replicas)
-    return replace(plan, num_threads=int(threads) if threads.isdecimal() and int(threads) else share)
+    return replace(plan, num_cpus=max(1, (os.cpu_count() or 1) // plan.replicas))
 
 
 async def _serve(plan: Plan, handle: Any, sock: socket.socket, say: Callable[[str], None]) -> None:

@@ -17,8 +17,6 @@ from flextron.errors import FlextronError
 from flextron.files import checked
 from flextron.jobs.jobs import JobsSettings
 from flextron.kernels.decoder import Weights
-from flextron.serving.adapters import AdapterNames
-from flextron.serving.service import Service
 from flextron.serving.settings import ServerSettings
 
 __all__ = ["Plan", "plan_of"]
@@ -44,12 +42,10 @@ class Plan:
     replicas: int = 2
     max_replicas: int | None = None
     """Up to so many while there is load; by default always `replicas`."""
-    num_cpus: float = 1.0
-    """Cores that a replica reserves in the cluster."""
+    num_cpus: int = 1
+    """Cores that a replica reserves, and its threads; OMP_NUM_THREADS, where it is set, is the threads alone."""
     num_gpus: float = 0.0
     """GPUs that a replica reserves."""
-    num_threads: int | None = None
-    """Threads of a replica; by default Ray's choice, its reserved cores."""
     stall_seconds: float = 20.0
     """An engine that has work and takes no step for so long is hung; its replica is replaced."""
     revision: str = ""
@@ -63,8 +59,8 @@ class Plan:
             raise FlextronError(f"max_replicas is {self.max_replicas}, but there are {self.replicas} to begin with")
         if self.engine.tensor_parallel > 1:
             raise FlextronError("each replica runs on one device; leave tensor_parallel out, or serve without replicas")
-        if self.num_cpus < 0 or self.num_gpus < 0 or not 0 < self.stall_seconds < float("inf"):
-            raise FlextronError("num_cpus and num_gpus must be at least 0, and stall_seconds a number above 0")
+        if self.num_cpus < 1 or self.num_gpus < 0 or not 0 < self.stall_seconds < float("inf"):
+            raise FlextronError("num_cpus must be at least 1, num_gpus at least 0, and stall_seconds a number above 0")
 
     @property
     def most_requests(self) -> int:
@@ -81,10 +77,6 @@ class Plan:
         speculation = None if self.speculate is None else speculation_of(model, self.speculate)
         return model, replace(self.engine, speculation=speculation)
 
-    def service(self, model: ElasticModel, engine: EngineSettings, adapters: AdapterNames) -> Service:
-        """The engine and all around it but HTTP; it is not started yet."""
-        return Service(model, self.server, engine, adapters)
-
 
 class _Written(BaseModel):
     """A plan in a file."""
@@ -100,9 +92,8 @@ class _Written(BaseModel):
     max_training: int = 8
     replicas: int = 2
     max_replicas: int | None = None
-    num_cpus: float = 1.0
+    num_cpus: int = 1
     num_gpus: float = 0.0
-    num_threads: int | None = None
     stall_seconds: float = 20.0
     revision: str = ""
 

@@ -23,6 +23,7 @@ from flextron.server.http import answer_error
 from flextron.server.page.files import PREFIX
 from flextron.server.startup import missing_measurements, named_adapters
 from flextron.serving.errors import ApiError
+from flextron.serving.service import Service
 
 __all__ = ["HungError", "Replica"]
 
@@ -45,13 +46,11 @@ class Replica:
             FlextronError: the plan cannot be followed.
         """
         self._plan = plan
-        if plan.num_threads is not None:
-            torch.set_num_threads(plan.num_threads)
         directory = None if plan.state_directory is None else Path(plan.state_directory).expanduser()
         self._model, engine = await asyncio.to_thread(plan.load)
         self._adapters = SharedAdapters(directory)
         named_adapters(self._model, plan.adapters, into=self._adapters)
-        self._service = plan.service(self._model, engine, self._adapters)
+        self._service = Service(self._model, plan.server, engine, self._adapters)
         self._service.start()
         self._app: ASGIApp = app_of(self._model, self._service)
         self._jobs: Jobs | None = None

@@ -51,7 +51,7 @@ class State:
     load: int = 0
     """Requests that it has not answered."""
     adapters: frozenset[str] = frozenset()
-    """In its memory."""
+    """Names of those that it has in memory."""
     owns_jobs: bool = False
 
 
