@@ -266,8 +266,12 @@ def test_behind_the_proxies_of_a_cluster(ray_here: int, checkpoint: Path, monkey
 
 
 def test_narrowed_requests_start_another_replica(ray_here: int, checkpoint: Path) -> None:
+    from ray import serve
+
     objectives = {"slo_tpot_ms": 0.001, "min_latency_target": 0.5}
     plan = plan_for(checkpoint / "model", replicas=1, max_replicas=2, server=objectives)
+    # replicas that are there already would stay for a while
+    serve.delete("flextron")
     with served(plan) as made:
         assert len(pids()) == 1
         with Clients(made.url, num_clients=1) as clients:
