@@ -23,6 +23,7 @@ from flextron.generation.decoding import Steps
 from flextron.model.config import DecoderConfig
 from flextron.model.cost import block_parameters, layer_parameters
 from flextron.model.decoder import Decoder
+from flextron.model.device import wait_for
 from flextron.progress import OnProgress
 from flextron.routing.device import device_fingerprint
 from flextron.spec import LayerSpec, SearchSpace, SubnetSpec
@@ -30,6 +31,8 @@ from flextron.spec import LayerSpec, SearchSpace, SubnetSpec
 __all__ = ["LatencyTable", "Phase", "measure_table", "step_latencies_ms"]
 
 _NUM_FIT, _NUM_HELD_OUT = 12, 8
+_WARM_UP = 2
+"""Rounds that do not count: on a GPU, the second one captures what the others repeat."""
 Phase = Literal["decode", "prefill"]
 _Width = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,7}$")]
 _Ms = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
@@ -155,7 +158,7 @@ class _Probe:
     """Runs one step of a sub-network again and again: the same token behind a full cache, or the same prompts."""
 
     def __init__(self, decoder: Decoder, spec: SubnetSpec, batch_size: int, context: int, phase: Phase) -> None:
-        self._decoder = decoder
+        self._device = decoder.device
         length, start = (context, 0) if phase == "prefill" else (1, context)
         self._steps = Steps(decoder, spec, batch_size, start + length, likeliest=True)
         self._new = [torch.zeros(length, dtype=torch.long, device=decoder.device)] * batch_size
@@ -164,16 +167,11 @@ class _Probe:
     @torch.inference_mode()
     def run_ms(self) -> float:
         """Milliseconds of one step."""
-        self._finish()
+        wait_for(self._device)
         start = time.perf_counter()
         self._steps.run(self._new, self._starts).argmax(-1)
-        self._finish()
+        wait_for(self._device)
         return (time.perf_counter() - start) * 1e3
-
-    def _finish(self) -> None:
-        """Wait for a device that works asynchronously."""
-        if self._decoder.device.type == "cuda":
-            torch.cuda.synchronize(self._decoder.device)
 
 
 def step_latencies_ms(
@@ -186,17 +184,17 @@ def step_latencies_ms(
     repeats: int = 15,
     on_progress: OnProgress | None = None,
 ) -> list[float]:
-    """Median milliseconds of a step in each sub-network, measured round robin after one warm-up round."""
+    """Median milliseconds of a step in each sub-network, measured round robin after two warm-up rounds."""
     decoder.config.check_length(context + 1)
     probes = [_Probe(decoder, spec, batch_size, context, phase) for spec in specs]
     times: list[list[float]] = [[] for _ in probes]
-    for r in range(repeats + 1):
+    for r in range(repeats + _WARM_UP):
         for probe, measured in zip(probes, times, strict=True):
             elapsed = probe.run_ms()
-            if r:
+            if r >= _WARM_UP:
                 measured.append(elapsed)
         if on_progress is not None:
-            on_progress(r + 1, repeats + 1)
+            on_progress(r + 1, repeats + _WARM_UP)
     return [statistics.median(measured) for measured in times]
 
 
