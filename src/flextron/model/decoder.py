@@ -27,7 +27,7 @@ __all__ = ["Decoder"]
 
 @lru_cache(maxsize=16)
 def _rounded(scale: float, dtype: torch.dtype) -> float:
-    """As the weights are, which is what Gemma was trained with."""
+    """A number rounded as the weights are, which is what Gemma was trained with."""
     return float(torch.tensor(scale, dtype=dtype))
 
 
