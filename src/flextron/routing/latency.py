@@ -31,8 +31,6 @@ from flextron.spec import LayerSpec, SearchSpace, SubnetSpec
 __all__ = ["LatencyTable", "Phase", "measure_table", "step_latencies_ms"]
 
 _NUM_FIT, _NUM_HELD_OUT = 12, 8
-_WARM_UP = 2
-"""Rounds that do not count: on a GPU, the second one captures what the others repeat."""
 Phase = Literal["decode", "prefill"]
 _Width = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,7}$")]
 _Ms = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
@@ -184,17 +182,19 @@ def step_latencies_ms(
     repeats: int = 15,
     on_progress: OnProgress | None = None,
 ) -> list[float]:
-    """Median milliseconds of a step in each sub-network, measured round robin after two warm-up rounds."""
+    """Median milliseconds of a step in each sub-network, measured round robin after a warm-up."""
     decoder.config.check_length(context + 1)
     probes = [_Probe(decoder, spec, batch_size, context, phase) for spec in specs]
     times: list[list[float]] = [[] for _ in probes]
-    for r in range(repeats + _WARM_UP):
+    # on a GPU, the second round captures what the others repeat
+    warm_up = 2 if decoder.device.type == "cuda" else 1
+    for r in range(repeats + warm_up):
         for probe, measured in zip(probes, times, strict=True):
             elapsed = probe.run_ms()
-            if r >= _WARM_UP:
+            if r >= warm_up:
                 measured.append(elapsed)
         if on_progress is not None:
-            on_progress(r + 1, repeats + _WARM_UP)
+            on_progress(r + 1, repeats + warm_up)
     return [statistics.median(measured) for measured in times]
 
 
