@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import flextron
+from flextron.cli.main import app
 from flextron.finetuning.example import Example
 from flextron.finetuning.hyperparameters import Hyperparameters
 from flextron.finetuning.lora import LoraTrainers
@@ -66,3 +68,17 @@ def test_weights_of_fewer_bits_do_not_train_and_are_not_quantized() -> None:
         model.train(["a text"])
     with pytest.raises(flextron.FlextronError, match=r"iteration only, and the weights are torch\.bfloat16"):
         flextron.Engine(model, weights="int8")
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        pytest.param(["--device", "cuda"], "device cuda is not here", marks=without_gpu),
+        (["--device", "tpu9"], "device must be cpu, cuda or cuda:N"),
+        (["--device", "cpu", "--dtype", "bfloat16", "--weights", "int8"], "leave them out"),
+    ],
+)
+def test_a_server_refuses_what_it_cannot_run_on(options: list[str], sentence: str) -> None:
+    done = CliRunner().invoke(app, ["serve", "tiny", *options])
+    assert done.exit_code == 2
+    assert sentence in " ".join(done.stderr.split())

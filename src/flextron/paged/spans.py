@@ -46,10 +46,9 @@ class Span:
     router: TokenChoice | None = None
     adapter: Adapter | None = None
 
-    @property
-    def end(self) -> int:
-        """Position after the last token."""
-        return self.start + len(self.tokens)
+    def num_pages(self, page_size: int) -> int:
+        """Pages that hold its tokens and all before them."""
+        return -(-(self.start + len(self.tokens)) // page_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +104,8 @@ def _segments(spans: Sequence[Span]) -> Iterator[list[int]]:
     own: list[int] = []
     for i, span in enumerate(spans):
         last = spans[own[-1]] if own else span
-        if span.spec != last.spec or span.router is not last.router or span.adapter is not last.adapter:
+        same_spec = span.spec is last.spec or span.spec == last.spec  # the first is the usual case, and costs nothing
+        if not same_spec or span.router is not last.router or span.adapter is not last.adapter:
             yield own
             own = []
         own.append(i)
@@ -114,15 +114,15 @@ def _segments(spans: Sequence[Span]) -> Iterator[list[int]]:
 
 
 def arrange(
-    spans: Sequence[Span], num_wanted: int, config: DecoderConfig, page_size: int
+    spans: Sequence[Span], num_pages: Sequence[int], num_wanted: int, config: DecoderConfig
 ) -> tuple[Form, list[list[int]]]:
     """The form that fits exactly, and the spans of each group, by index, in the order of the groups.
 
     Args:
         spans: what runs; neighbours of one network share a segment.
+        num_pages: of each span.
         num_wanted: rows of hidden states that are asked for.
         config: the decoder's.
-        page_size: tokens of a page.
     """
     segments, groups, members = list[Segment](), list[tuple[Group, ...]](), list[list[int]]()
     windows = [w for i in range(config.num_hidden_layers) if (w := config.window_of(i)) is not None]
@@ -133,9 +133,10 @@ def arrange(
             is_whole = span.start == 0 and 1 < len(span.tokens) <= min(windows, default=len(span.tokens))
             alike.setdefault((len(span.tokens), is_whole, span.block_offsets, span.num_blocks), []).append(i)
         made = []
-        for (_, is_whole, *_), together in alike.items():
-            for part in _by_pages(together, [-(-spans[i].end // page_size) for i in together]):
-                made.append(_group([spans[i] for i in part], page_size, is_whole=is_whole))
+        for (length, is_whole, offsets, num_blocks), together in alike.items():
+            for part in _by_pages(together, num_pages):
+                most = max(num_pages[i] for i in part)
+                made.append(Group(len(part), length, most, num_blocks, offsets, is_whole))
                 members.append(part)
         groups.append(tuple(made))
         first = spans[own[0]]
@@ -144,18 +145,13 @@ def arrange(
     return Form(tuple(segments), tuple(groups), num_wanted), members
 
 
-def _group(spans: Sequence[Span], page_size: int, *, is_whole: bool) -> Group:
-    first = spans[0]
-    pages = max(-(-span.end // page_size) for span in spans)
-    return Group(len(spans), len(first.tokens), pages, first.num_blocks, first.block_offsets, is_whole)
-
-
-def _by_pages(indices: list[int], num_pages: list[int]) -> list[list[int]]:
+def _by_pages(own: list[int], num_pages: Sequence[int]) -> list[list[int]]:
     """The spans as they are, or in parts of about as many pages, where padding all to the longest is too much."""
-    if max(num_pages) * len(indices) <= _MOST_WASTE * sum(num_pages):
-        return [indices]
+    counts = [num_pages[i] for i in own]
+    if max(counts) * len(own) <= _MOST_WASTE * sum(counts):
+        return [own]
     parts: dict[int, list[int]] = {}
-    for i, count in zip(indices, num_pages, strict=True):
+    for i, count in zip(own, counts, strict=True):
         parts.setdefault((count - 1).bit_length() // 2, []).append(i)
     return list(parts.values())
 
@@ -199,6 +195,7 @@ def pack(
     form: Form,
     members: Sequence[Sequence[int]],
     spans: Sequence[Span],
+    num_pages: Sequence[int],
     wanted: Sequence[int],
     *,
     page_size: int,
@@ -212,6 +209,7 @@ def pack(
         form: at least as large as the spans in all its groups.
         members: spans of each group, by index.
         spans: what runs.
+        num_pages: of each span.
         wanted: tokens, counted through all spans, of which hidden states are asked for.
         page_size: tokens of a page.
         sink: block that padding writes to, and nothing reads.
@@ -221,39 +219,41 @@ def pack(
     Returns:
         (sum of `form.sizes`,), int32, on the CPU.
     """
-    host = torch.zeros(sum(form.sizes), dtype=torch.int32, pin_memory=pinned)
+    host = torch.empty(sum(form.sizes), dtype=torch.int32, pin_memory=pinned)
     numbers = host.numpy()
     ends = list(accumulate(form.sizes))
     tokens, positions, chosen, *parts = (numbers[end - n : end] for end, n in zip(ends, form.sizes, strict=True))
+    tokens[:], positions[:], chosen[:] = 0, 0, 0
     firsts = np.zeros(len(spans), dtype=np.int64)
     done = 0
     groups = [group for own in form.groups for group in own]
     for k, (group, own) in enumerate(zip(groups, members, strict=True)):
-        count = len(own) * group.length
+        num_tokens = len(own) * group.length
         starts = np.array([spans[i].start for i in own])
         own_positions = starts[:, None] + np.arange(group.length)
-        tokens[done : done + count] = np.array([spans[i].tokens for i in own]).ravel()
-        positions[done : done + count] = own_positions.ravel()
+        tokens[done : done + num_tokens] = np.array([spans[i].tokens for i in own]).ravel()
+        positions[done : done + num_tokens] = own_positions.ravel()
         page_rows, tables = parts[2 * k], parts[2 * k + 1].reshape(group.num_rows, group.num_blocks)
         page_rows[:] = group.num_rows - 1
-        page_rows[:count] = (np.arange(len(own))[:, None] * group.pages + own_positions // page_size).ravel()
+        page_rows[:num_tokens] = (np.arange(len(own))[:, None] * group.pages + own_positions // page_size).ravel()
         tables[:-1], tables[-1] = empty, sink
         for row, i in enumerate(own):
-            num_pages = -(-spans[i].end // page_size)
-            first = row * group.pages
-            tables[first : first + num_pages] = spans[i].block_table.numpy()[:num_pages, : group.num_blocks]
+            first, count = row * group.pages, num_pages[i]
+            tables[first : first + count] = spans[i].block_table.numpy()[:count, : group.num_blocks]
             firsts[i] = done + row * group.length
         done += group.num_tokens
-    places = np.concatenate([np.arange(a, a + len(s.tokens)) for a, s in zip(firsts, spans, strict=True)])
+    lengths = np.array([len(span.tokens) for span in spans])
+    # how far each span's tokens are from their places in the form
+    places = np.arange(lengths.sum()) + np.repeat(firsts - (lengths.cumsum() - lengths), lengths)
     chosen[: len(wanted)] = places[np.asarray(wanted, dtype=np.int64)]
     return host
 
 
-def fresh_blocks(spans: Sequence[Span], page_size: int) -> Tensor | None:
+def fresh_blocks(spans: Sequence[Span], num_pages: Sequence[int], page_size: int) -> Tensor | None:
     """Blocks of the pages that begin with one of the tokens, int32; None if there are none."""
     found = []
-    for span in spans:
-        first, stop = -(-span.start // page_size), -(-span.end // page_size)
+    for span, stop in zip(spans, num_pages, strict=True):
+        first = -(-span.start // page_size)
         if first < stop and span.num_blocks:
             found.append(span.block_table[first:stop, : span.num_blocks].flatten())
     return torch.cat(found) if found else None

@@ -100,16 +100,18 @@ class PagedStep:
             spans: what to compute, at most one of a sequence; pages must be there.
             wanted: tokens, counted through all spans, of which hidden states are asked for.
         """
-        fresh = fresh_blocks(spans, self._page_size)
+        num_pages = [span.num_pages(self._page_size) for span in spans]
+        fresh = fresh_blocks(spans, num_pages, self._page_size)
         if fresh is not None:
             self.cache.index_fill_(0, self._to_device(fresh).long(), 0)
-        form, members = arrange(spans, len(wanted), self._decoder.config, self._page_size)
+        form, members = arrange(spans, num_pages, len(wanted), self._decoder.config)
         kept_form = None if self._executor is None else padded(form, _MOST_TOKENS)
         form = kept_form or form
         host = pack(
             form,
             members,
             spans,
+            num_pages,
             wanted,
             page_size=self._page_size,
             sink=self._sink,
