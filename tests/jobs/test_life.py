@@ -138,6 +138,22 @@ def test_a_pause_during_the_last_step(tmp_path: Path, jobs: Jobs) -> None:
 
 
 @pytest.mark.parametrize("num_steps", [0, 3, NUM_STEPS - 1])
+def test_pause_and_resume_during_a_step(tmp_path: Path, jobs: Jobs, num_steps: int) -> None:
+    job = settled(jobs)
+    train(jobs, num_steps)
+    run = jobs.scheduler.next()
+    assert run is not None
+    metrics = run.trainer.step()
+    jobs.pause(job.id)
+    jobs.resume(job.id)
+    jobs.wait_prepared(job.id)
+    jobs.scheduler.record(run, metrics)
+    assert train(jobs) == NUM_STEPS - num_steps - 1
+    assert not jobs.preparer.held()
+    assert_as_alone(tmp_path, jobs, job.id)
+
+
+@pytest.mark.parametrize("num_steps", [0, 3, NUM_STEPS - 1])
 def test_cancel_during_a_step(jobs: Jobs, num_steps: int) -> None:
     job = settled(jobs, checkpoint_every=2)
     train(jobs, num_steps)

@@ -192,6 +192,35 @@ def test_a_burst_gets_narrower_sub_networks(model: ElasticModel) -> None:
 
 
 @pytest.mark.usefixtures("fast_intervals")
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_running_answer_goes_on_in_a_narrower_sub_network(model: ElasticModel, is_stream: bool) -> None:
+    body = {"model": "tiny", "prompt": "The city was", "max_tokens": 100, "temperature": 0, "stream": is_stream}
+    allowed = body | {"flextron": {"min_latency_target": 0.6}, "return_token_ids": True}
+    with running(model, slo_tpot_ms=15) as made:
+        made.slow_down(0.03)
+        answer = httpx.post(f"{made.url}/v1/completions", json=allowed, timeout=60)
+        told = [json.loads(e) for e in events(answer.text)[:-1]] if is_stream else [answer.json()]
+        assert samples(made)["flextron:narrowed_requests_total", ""] == 1
+        assert samples(made)["flextron:tokens_total", "latency=0.60"] > 30
+    reports = [piece["flextron"] for piece in told if "flextron" in piece]
+    assert reports[-1]["asked"] is None
+    assert reports[-1]["target"] == {"latency": 0.6}
+    assert reports[-1]["first_target"] is None
+    assert reports[-1]["spec"] == model.select(latency=0.6).to_dict()
+    tokens = [t for piece in told for choice in piece["choices"] for t in choice["token_ids"]]
+    assert len(tokens) == 100
+    text = "".join(choice["text"] for piece in told for choice in piece["choices"])
+    assert text.startswith(model.generate("The city was", max_tokens=1))
+    if is_stream:
+        # the first chunk tells what it began in, one in the middle what it goes on in, and the others nothing
+        assert (reports[0]["target"], "first_target" in reports[0]) == (None, False)
+        assert [r["target"]["latency"] for r in reports[1:]] == sorted(
+            (r["target"]["latency"] for r in reports[1:]), reverse=True
+        )
+        assert len(reports) < 10
+
+
+@pytest.mark.usefixtures("fast_intervals")
 def test_a_queue_narrows_too_and_streams_say_so(model: ElasticModel) -> None:
     with running(model, {"max_num_seqs": 1, "max_num_batched_tokens": 32}, slo_ttft_ms=100) as made:
         made.slow_down(0.01)

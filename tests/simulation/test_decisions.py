@@ -131,6 +131,8 @@ class Server:
     times: dict[int, list[int]] = field(default_factory=dict)
     load: tuple[int, int] = (0, 0)
     trained: tuple[float, float] = (0.0, 0.0)
+    num_narrowed: int = 0
+    """Answers that went on in a narrower sub-network."""
 
     def __post_init__(self) -> None:
         self.core = EngineCore(DECODER, self.settings)
@@ -144,7 +146,8 @@ class Server:
             found = schedule()
             if found:
                 self.log.append(("iteration", self.clock.ps, *sorted((self.requests[s], n) for s, n in found)))
-                chunks = [Chunk(self.networks.index(s.network), s.num_computed_tokens, n) for s, n in found]
+                specs = [network.spec for network in self.networks]
+                chunks = [Chunk(specs.index(s.network.spec), s.num_computed_tokens, n) for s, n in found]
                 self.seconds = self.iteration_times.iteration(chunks) * self.jitter.at(self.num_iterations)
                 self.num_iterations += 1
             return found
@@ -230,8 +233,19 @@ class Server:
             )
             self.trained = self.trained[0], self.trained[0]
             self.boundary += INTERVAL
+            self.narrow()
         for arrival in arrived:
             self.caps.setdefault(arrival.index, self.policy.cap)
+
+    def narrow(self) -> None:
+        """What runs follows the cap down, and so do those that wait for the engine's thread."""
+        target = max(self.policy.cap, LEAST)
+        for request in self.core.scheduler:
+            if not request.network.spec.is_nested_in(self.networks[LATENCIES.index(target)].spec):
+                self.core.narrow(request, self.networks[LATENCIES.index(target)].spec)
+                self.num_narrowed += request.num_tokens > request.num_prompt
+        for index in self.caps.keys() & {a.index for a in self.coming}:
+            self.caps[index] = min(self.caps[index], target)
 
 
 ARRIVALS: list[Arrival] = []
@@ -309,5 +323,6 @@ def test_the_real_engine_takes_the_same_decisions(
         assert cluster.replicas[0].core.scheduler.num_preemptions > 0
     if adapts:
         assert {network for _, _, network in served.values()} == {0, 1, 2}
+        assert server.num_narrowed > 0
     if trains:
         assert sum(entry[0] == "unit" for entry in log) > 100

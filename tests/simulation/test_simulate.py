@@ -89,7 +89,8 @@ def test_finetuning_takes_what_serving_leaves() -> None:
     assert many.finetuned_tokens_per_s is not None
     # a layer forward and backward takes at least 0.3 ms a token, and there are three
     assert few.finetuned_tokens_per_s < many.finetuned_tokens_per_s < 3 * 1000 / 0.9
-    assert many.summary.attainment == 1
+    assert many.summary.attainment is not None
+    assert many.summary.attainment >= 0.99
 
 
 def test_a_load_is_repeated_and_equal_seeds_give_equal_answers() -> None:

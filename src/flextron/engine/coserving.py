@@ -9,7 +9,7 @@ A request's next token is due when its mean time per token would pass the object
 after its last token. So what training may take follows from what each request has had, and a slow iteration (a long
 prompt of somebody else) is made up for. As requests may come that nobody foresees, some of the objective is held in
 reserve: more after a request that missed it, less after each that did not; and the next iteration is expected to take
-as long as the longest one lately, for it may have somebody's prompt in it.
+as long as all but a twentieth of those lately, for it may have somebody's prompt in it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from flextron.engine.counts import CountedRequest
 from flextron.engine.request import FinishReason
 from flextron.engine.scheduler import Scheduler
 from flextron.engine.settings import EngineSettings
-from flextron.engine.timing import TimeLine
+from flextron.engine.timing import RecentTimes, TimeLine
 from flextron.errors import FlextronError
 
 __all__ = ["CoServing", "CoServingScheduler", "Iterating", "Output", "Work"]
@@ -35,8 +35,6 @@ _FEWEST_TOKENS = 8
 _RESERVE = (0.05, 0.6)
 """Least and most of the objective that is held back."""
 _FIRST_RESERVE = 0.1
-_REMEMBER = 0.99
-"""What is left of the longest iteration with each that was shorter."""
 _AFTER_MISS, _AFTER_HIT = 0.05, 0.005
 """What a request adds to the reserve, or takes from it: it grows while more than one in eleven misses."""
 _MOST_GAP = 2.0
@@ -144,8 +142,8 @@ class CoServingScheduler(Generic[Out]):
         self._iterations, self._units = TimeLine(), dict[Hashable, TimeLine]()
         self._alone = math.inf
         """Seconds of the shortest iteration that decoded."""
-        self._longest = 0.0
-        """Seconds of the longest iteration lately: the next one may have somebody's prompt in it, too."""
+        self._recent = RecentTimes()
+        """What iterations took lately: the next one may have somebody's prompt in it, too."""
         self._tokens: dict[CountedRequest, tuple[float, float, int]] = {}
         """When a running request got its first and last token, and how many it has."""
 
@@ -157,7 +155,7 @@ class CoServingScheduler(Generic[Out]):
         num_tokens = self.core.num_tokens
         if num_tokens:
             self._iterations.add(num_tokens, ended - began)
-            self._longest = max(ended - began, _REMEMBER * self._longest)
+            self._recent.add(ended - began)
             if outputs:
                 self._alone = min(self._alone, ended - began)
         for output in outputs:
@@ -201,7 +199,7 @@ class CoServingScheduler(Generic[Out]):
             for request in decoding:
                 first, last, count = self._tokens[request]
                 budget = min(budget, first + count * objective - now, last + _MOST_GAP * objective - now)
-            budget -= self._longest
+            budget -= self._recent.expected
         late = [s for s in scheduler if s.num_new > 1 or s not in self._tokens]
         if late:
             if self.settings.ttft_ms is None or not self._iterations:

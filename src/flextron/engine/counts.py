@@ -32,6 +32,7 @@ class CountedRequest(Protocol):
     num_computed_tokens: int
     pages: list[Page]
     keys: list[bytes]
+    has_mixed_pages: bool
     num_cached_tokens: int | None
     started: float | None
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import count
 from time import perf_counter
 
 import torch
 from torch import Tensor
 
+from flextron.engine.networks import Networks
 from flextron.engine.pages import PagePool
 from flextron.engine.pooling import Pooled, Pooling
 from flextron.engine.ranks import LeadingRunner
@@ -30,7 +30,7 @@ from flextron.generation.processors import check_named_tokens
 from flextron.generation.prompts import check_prompt
 from flextron.generation.sampling import SamplingParams, sample
 from flextron.model.adapter import Adapter
-from flextron.model.batch import Segment, TokenChoice
+from flextron.model.batch import TokenChoice
 from flextron.model.decoder import Decoder
 from flextron.parallel.companions import LostRankError
 from flextron.spec import SubnetSpec
@@ -86,10 +86,7 @@ class EngineCore:
             self.speculator = Speculator(settings.speculation, self.runner, self.scheduler)
         self.num_tokens = 0
         """Tokens that the last step computed, drafts left out."""
-        self._networks: dict[tuple[SubnetSpec, int, int], Network] = {}
-        self._names = count()
-        self._leaving: set[Network] = set()
-        """Networks with adapters that were forgotten while requests ran."""
+        self._networks = Networks(self.decoder, self.runner)
         self._generator = torch.Generator(decoder.device)
         self._generator.seed()
 
@@ -136,32 +133,34 @@ class EngineCore:
             FlextronError: the sub-network is not nested in the model or in the adapter's widths, router or adapter are
                 another model's, or the two cannot run together.
         """
-        key = (spec, id(router), id(adapter))
-        if key not in self._networks:
-            config = self.decoder.config
-            if not spec.is_nested_in(self.decoder.widths):
-                raise FlextronError(f"the sub-network {spec.describe()} is not nested in the model")
-            if router is not None:
-                router.check(config, spec)
-            if adapter is not None and adapter.config != config:
-                raise FlextronError("the adapter is for another model; give one that was made for this one")
-            Segment(spec, (), router=router, adapter=adapter)  # refuses what does not fit together
-            self._networks[key] = self.runner.network(spec, router, f"{next(self._names)}", adapter)
-        return self._networks[key]
+        return self._networks.get(spec, router, adapter)
+
+    def narrow(self, request: Request, spec: SubnetSpec) -> None:
+        """Go on with a request in another sub-network from its next token on; nothing happens if it has ended.
+
+        Keys and values of what it has computed are kept: a step costs the narrower sub-network's time at once, but no
+        memory is freed. Its pages are shared with nobody from now on, for they would hold what two sub-networks made.
+
+        Args:
+            request: one without a router.
+            spec: the sub-network, with at most the KV groups of the request's own in every layer.
+
+        Raises:
+            FlextronError: it has more, or does not go with the request's router or adapter.
+        """
+        if request.finish_reason is not None or request.network.spec == spec:
+            return
+        request.network = self._networks.narrowed(request.network, spec)
+        request.has_mixed_pages = bool(request.pages)
 
     def forget(self, adapter: Adapter) -> None:
         """Let go of an adapter, at once or with the last request that uses it; `network` takes it again at any time."""
-        own = [key for key, network in self._networks.items() if network.adapter is adapter]
-        self._leaving.update(self._networks.pop(key) for key in own)
+        self._networks.forget(adapter)
         self._drop_unused()
 
     def _drop_unused(self) -> None:
-        """Let go of the forgotten networks that no request uses."""
-        if not self._leaving:
-            return
-        unused = self._leaving - {s.network for s in self.scheduler}
-        self._leaving -= unused
-        for adapter in {n.adapter for n in unused if n.adapter is not None}:
+        """Let go of the forgotten adapters that no request uses."""
+        for adapter in self._networks.leave(s.network for s in self.scheduler):
             self.runner.forget(adapter)
             if self.speculator is not None:
                 self.speculator.forget(adapter)

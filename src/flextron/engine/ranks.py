@@ -136,7 +136,12 @@ class LeadingRunner(Runner):
             part(self.companions)
 
     def network(
-        self, spec: SubnetSpec, router: TokenChoice | None, name: str, adapter: Adapter | None = None
+        self,
+        spec: SubnetSpec,
+        router: TokenChoice | None,
+        name: str,
+        adapter: Adapter | None = None,
+        layout: SubnetSpec | None = None,
     ) -> Network:
         """See `Runner`.
 
@@ -147,7 +152,8 @@ class LeadingRunner(Runner):
             raise FlextronError(
                 "token routers do not run on several ranks; leave the router out, or serve without --tensor-parallel"
             )
-        return replace(super().network(spec, None, name, adapter), num_blocks=self.num_page_blocks(spec))
+        network = super().network(spec, None, name, adapter, layout)
+        return replace(network, num_blocks=self.num_page_blocks(network.layout))
 
     def num_page_blocks(self, spec: SubnetSpec) -> int:
         """See `Runner`; those of the rank with the most."""
@@ -191,8 +197,9 @@ class LeadingRunner(Runner):
             self._shares[adapter] = number, self._ranks.adapter(adapter).to(self.decoder.device)
         known = None if adapter is None else self._shares[adapter]
         number = next(self._next)
-        said = {"number": number, "spec": spec_form(network.spec), "adapter": None if known is None else known[0]}
-        tell(_Kind.NETWORK, numbers_of(said | {"num_blocks": network.num_blocks}))
+        said = {"number": number, "adapter": None if known is None else known[0], "num_blocks": network.num_blocks}
+        specs = {"spec": spec_form(network.spec), "layout": spec_form(network.layout)}
+        tell(_Kind.NETWORK, numbers_of(said | specs))
         self._numbers[network] = number
         self._own[network] = replace(network, adapter=None if known is None else known[1])
 
@@ -273,7 +280,7 @@ class _Follower:
     def _take_network(self, said: Tensor) -> None:
         form = text_of(said)
         adapter = None if form["adapter"] is None else self._adapters[form["adapter"]]
-        network = self._runner.network(spec_of(form["spec"]), None, "", adapter)
+        network = self._runner.network(spec_of(form["spec"]), None, "", adapter, spec_of(form["layout"]))
         self._networks[form["number"]], self._page_blocks[form["number"]] = network, max(1, form["num_blocks"])
 
     def _forget(self, number: int) -> None:

@@ -39,6 +39,8 @@ class Network:
     router: TokenChoice | None
     adapter: Adapter | None
     """What stands beside its linears."""
+    layout: SubnetSpec
+    """The sub-network for which its requests' pages have room: the same, or the one that they began in."""
     num_blocks: int
     """Blocks of a page: KV heads of all layers."""
     block_offsets: tuple[int, ...]
@@ -65,6 +67,8 @@ class Request:
     """Blocks of the pages, (capacity in pages, blocks of a page)."""
     keys: list[bytes] = field(default_factory=list)
     """Keys of the leading full pages, as far as they were asked for."""
+    has_mixed_pages: bool = False
+    """Whether pages may hold what two networks computed; such pages are shared with nobody."""
     constraint: Constraint | None = None
     """The grammar that the answer follows, if there is one; this request's own."""
     pooled: Pooled | None = None

@@ -118,7 +118,12 @@ class Runner:
         """Compiled forms of adapters; None for those that only PyTorch's operators can run."""
 
     def network(
-        self, spec: SubnetSpec, router: TokenChoice | None, name: str, adapter: Adapter | None = None
+        self,
+        spec: SubnetSpec,
+        router: TokenChoice | None,
+        name: str,
+        adapter: Adapter | None = None,
+        layout: SubnetSpec | None = None,
     ) -> Network:
         """How the engine runs a sub-network.
 
@@ -127,9 +132,13 @@ class Runner:
             router: chooses the MLP widths of its tokens, if there is one.
             name: differs for networks whose keys and values differ.
             adapter: what stands beside its linears, if anything.
+            layout: the sub-network whose pages it reads and writes; its own by default.
         """
-        *offsets, num_blocks = accumulate(self._kv_heads(self.decoder.held(spec)), initial=0)
-        return Network(spec, router, adapter, num_blocks=num_blocks, block_offsets=tuple(offsets), key=name.encode())
+        layout = layout or spec
+        *offsets, num_blocks = accumulate(self._kv_heads(self.decoder.held(layout)), initial=0)
+        return Network(
+            spec, router, adapter, layout, num_blocks=num_blocks, block_offsets=tuple(offsets), key=name.encode()
+        )
 
     def num_page_blocks(self, spec: SubnetSpec) -> int:
         """Blocks of a page of a sub-network; callable from any thread."""

@@ -103,7 +103,7 @@ class Scheduler(Generic[R]):
     def advance(self, request: R, num_new: int) -> None:
         """Count tokens as computed, and let others share the pages that are full now."""
         request.num_computed_tokens += num_new
-        if not self._prefix_caching:
+        if not self._prefix_caching or request.has_mixed_pages:
             return
         for i in range(len(request.keys), request.num_computed_tokens // self._page_size):
             self._extend_keys(request)
@@ -159,4 +159,5 @@ class Scheduler(Generic[R]):
             self.pool.release(page)
         request.pages.clear()
         request.keys.clear()
+        request.has_mixed_pages = False
         request.num_computed_tokens = 0

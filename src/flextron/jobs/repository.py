@@ -201,11 +201,11 @@ class JobRepository:
         """Enter a step that is not the last, and its adapter if there is one; again changes nothing.
 
         Returns:
-            Whether the job was still running, or just paused; if not, nothing happens.
+            Whether the job was still running, or just paused, maybe resumed already; if not, nothing happens.
         """
         with self._store.transaction() as database:
             (status,) = database.execute("SELECT status FROM jobs WHERE id = ?", (job.id,)).fetchone()
-            if status not in (Status.RUNNING, Status.PAUSED):
+            if status not in (Status.RUNNING, Status.PAUSED, Status.QUEUED):
                 return False
             _enter_step(database, job.id, step, metrics, num_steps)
             if has_adapter:
@@ -213,9 +213,10 @@ class JobRepository:
         return True
 
     def finish(self, job: Job, step: int, metrics: StepMetrics, result: File) -> bool:
-        """Enter the last step and all that came out; False, and nothing happens, unless the job was running."""
+        """Enter the last step and all that came out; False, and nothing happens, if the job is paused or has ended."""
         with self._store.transaction() as database:
-            if not _set_status(database, job.id, (Status.RUNNING,), Status.SUCCEEDED, None):
+            # queued is one that was paused and resumed during the step
+            if not _set_status(database, job.id, (Status.RUNNING, Status.QUEUED), Status.SUCCEEDED, None):
                 return False
             _enter_step(database, job.id, step, metrics, step)
             _enter_checkpoint(database, job.id, step, metrics, job.name())

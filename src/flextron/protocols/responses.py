@@ -86,6 +86,10 @@ class _Envelope:
     def first(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         return self.chunk(choices, **more, **self.form.report([]), **self._report())
 
+    def changed(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        """A chunk since which the answer goes on in another sub-network."""
+        return self.chunk(choices, **more, **self._report())
+
     def usage(self, num_tokens: int, num_cached: int) -> dict[str, Any]:
         num_prompt = sum(self.session.num_prompt_tokens[:: self.num_choices])
         return {
@@ -190,7 +194,7 @@ async def unless_client_leaves(request: Request, work: Coroutine[Any, Any, _T]) 
 
 async def _events(envelope: _Envelope, count: int, body: GenerationBody) -> AsyncIterator[str]:
     """A stream of server-sent events; an error in the middle is one of them, and the last."""
-    form, num_tokens, is_first = envelope.form, 0, True
+    form, num_tokens, told = envelope.form, 0, None
     pending = [Delta() for _ in range(count)]
     num_cached = [0] * count
 
@@ -203,8 +207,8 @@ async def _events(envelope: _Envelope, count: int, body: GenerationBody) -> Asyn
     try:
         openings = [o for i in range(count) if (o := form.opening(i)) is not None]
         if openings:
+            told = envelope.session.choice
             yield _event(envelope.first(openings, **beside()))
-            is_first = False
         async for index, delta in envelope.session.deltas():
             num_tokens += len(delta.token_ids)
             num_cached[index] = delta.num_cached_tokens
@@ -212,8 +216,9 @@ async def _events(envelope: _Envelope, count: int, body: GenerationBody) -> Asyn
             if not pending[index].text and delta.finish_reason is None:
                 continue
             for part in form.part(index, pending[index]):
-                make = envelope.first if is_first else envelope.chunk
-                is_first = False
+                choice = envelope.session.choice
+                make = envelope.first if told is None else envelope.chunk if told is choice else envelope.changed
+                told = choice
                 yield _event(make([part], **beside()))
             pending[index] = Delta()
         if body.wants_usage:

@@ -1,7 +1,8 @@
 """Load-adaptive elasticity: while the server misses its objectives, requests that allow it get narrower sub-networks.
 
 The policy holds one number, the *cap*: a latency target out of the frontier's. A request that allows it runs within the
-cap, but never below the least target that it names; it keeps its sub-network to the end. Others run as they ask.
+cap, but never below the least target that it names, and follows the cap down, but not up again, for a wider sub-network
+would miss keys and values of earlier tokens. Others run as they ask.
 
 Twice a second the policy compares what clients saw with the objectives:
 
@@ -10,7 +11,7 @@ Twice a second the policy compares what clients saw with the objectives:
   new request has to expect: the length of the queue over the rate at which requests leave it.
 
 The worse of the two, as a fraction of its objective, is the *load*. Above 1 the cap goes down to the next rung, and
-then rests, because running requests keep their widths. It goes up to the next rung after several intervals in each of
+then rests until its effect can be seen. It goes up to the next rung after several intervals in each of
 which the load, scaled by the ratio of the two rungs' latencies, would have stayed well below 1. The two rules leave
 a gap between them, so that a steady load does not make the cap swing. More load never gives a wider cap.
 """

@@ -73,7 +73,7 @@ class Metrics:
         labels = ["model_name", "target"]
         self._requests = Counter("flextron:requests", "Answers begun, by target.", labels, registry=self.registry)
         self._tokens = Counter("flextron:tokens", "Tokens of answers, by target.", labels, registry=self.registry)
-        text = "Answers begun in a narrower sub-network than asked."
+        text = "Answers of which some is by a narrower sub-network than asked."
         self._narrowed = counter("flextron:narrowed_requests", text).labels(model_name)
         text = "Widest latency target of those that allow less."
         gauge = Gauge("flextron:latency_cap", text, ["model_name"], registry=self.registry)
@@ -81,9 +81,14 @@ class Metrics:
 
     def started(self, target: str, num_prompt_tokens: int, *, was_narrowed: bool) -> None:
         """Count an accepted request."""
-        self._narrowed.inc(was_narrowed)
+        if was_narrowed:
+            self.narrowed()
         self._prompt_tokens.inc(num_prompt_tokens)
         self._requests.labels(self._name, target).inc()
+
+    def narrowed(self) -> None:
+        """Count an answer that got a narrower sub-network than asked."""
+        self._narrowed.inc()
 
     def token(self, target: str, seconds: float, *, is_first: bool) -> None:
         """Count a token: the time since the one before it, or for the first one since the request's arrival."""

@@ -180,7 +180,7 @@ class Service:
         return self.catalog.choose(model_id, body, self.cap)
 
     async def _adapt(self, adaptive: Adaptive) -> None:
-        """Tell the policy what clients see, interval by interval."""
+        """Tell the policy what clients see, interval by interval, and narrow what runs to what it says."""
         loop = asyncio.get_running_loop()
         begun, trained = loop.time(), 0.0
         while True:
@@ -195,6 +195,10 @@ class Service:
                 training=training - trained,
             )
             begun, trained = now, training
+            for session in self._sessions:
+                narrower = self.catalog.narrower(session.choice, self.cap)
+                if narrower is not None:
+                    session.narrow(narrower)
 
     async def drain(self) -> None:
         """Take no new requests. Wait for those that run, as long as the settings say, and then break them off."""

@@ -90,6 +90,10 @@ class Session:
                 left -= event.finish_reason is not None
                 yield index, event
 
+    def narrow(self, choice: Choice) -> None:
+        """Have the requests go on in a narrower sub-network; `choice` changes when they do."""
+        self._worker.narrow(list(self._open.values()), choice)
+
     def fail(self, error: ApiError) -> None:
         """Break the requests off with an error."""
         self._events.put_nowait((0, error))
@@ -110,6 +114,11 @@ class Session:
         if self._has_closed:
             return
         metrics, now = self._metrics, time.monotonic()
+        if isinstance(event, Choice):
+            if not self.choice.was_narrowed:
+                metrics.narrowed()
+            self.choice = event
+            return
         if event is Sign.ACCEPTED:
             self._begun.add(request.index)
             metrics.started(self.choice.label, len(request.prompt), was_narrowed=self.choice.was_narrowed)

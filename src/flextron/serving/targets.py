@@ -6,7 +6,7 @@ The sub-network is named by a suffix of the model's name (`name@0.6`), or by the
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -55,6 +55,12 @@ class Choice:
     target: Target | None
     """The target that the request got: the same, or a narrower one while the server is busy."""
     params: int
+    least: float | None = None
+    """The narrowest latency target that it may get while the server is busy; None if it keeps its sub-network."""
+    first_target: Target | None = None
+    """The target with which the answer began, if it became narrower on the way."""
+    has_changed: bool = False
+    """Whether it became narrower on the way."""
 
     @property
     def was_narrowed(self) -> bool:
@@ -72,6 +78,8 @@ class Choice:
     def report(self) -> dict[str, Any]:
         """What an answer says about it."""
         both = {"asked": self._written(self.asked), "target": self._written(self.target)}
+        if self.has_changed:
+            both["first_target"] = self._written(self.first_target)
         name = None if self.adapter is None else self.adapter.name
         return {"spec": self.spec.to_dict(), "params": self.params, **both, "adapter": name}
 
@@ -138,7 +146,8 @@ class Catalog:
                     raise bad_request(f"{model_id!r} and the key flextron name different targets; give one", "flextron")
                 asked = named
             is_routed = body is not None and body.router is not None
-            target = self._narrowed(asked, body, cap)
+            least = self._allowed(asked, body)
+            target = self._within(asked, cap, least)
             spec, router = self._sub_network(target, is_routed)
         except FlextronError as error:
             raise bad_request(str(error), "model" if body is None else "flextron") from error
@@ -151,20 +160,37 @@ class Catalog:
             asked=asked,
             target=target,
             params=params,
+            least=least,
         )
 
-    def _narrowed(self, asked: Target | None, body: TargetBody | None, cap: float) -> Target | None:
-        """The target within the cap, where the request allows that and its target is one that can be narrowed."""
+    def narrower(self, choice: Choice, cap: float) -> Choice | None:
+        """What a running request goes on in within the cap; None if it stays as it is.
+
+        It reads keys and values that its present sub-network has kept, so it gets at most that one's KV groups.
+        """
+        target = self._within(choice.target, cap, choice.least)
+        if target is None or target == choice.target:
+            return None
+        spec = self._model.best(target).spec.with_groups_of(choice.spec)
+        first = choice.first_target if choice.has_changed else choice.target
+        params = self._model.num_parameters(spec)
+        return replace(choice, spec=spec, target=target, params=params, first_target=first, has_changed=True)
+
+    def _allowed(self, asked: Target | None, body: TargetBody | None) -> float | None:
+        """How narrow a request may become; None where its target is not one that can be narrowed."""
         allowed = None if body is None else body.min_latency_target
         is_fixed = (body is not None and body.router is not None) or (asked is not None and asked.latency is None)
         if is_fixed and allowed is not None:
             raise FlextronError("min_latency_target goes with a latency target and no router; leave it out")
-        least = self._least if allowed is None else allowed
-        wanted = 1.0 if asked is None or asked.latency is None else asked.latency
-        if is_fixed or least is None:
-            return asked
+        return None if is_fixed else self._least if allowed is None else allowed
+
+    def _within(self, target: Target | None, cap: float, least: float | None) -> Target | None:
+        """A target within the cap, where it may become narrower."""
+        if least is None:
+            return target
+        wanted = 1.0 if target is None or target.latency is None else target.latency
         within = narrowed(wanted, cap, least, self.rungs)
-        return Target(latency=within) if within < wanted else asked
+        return Target(latency=within) if within < wanted else target
 
     def _sub_network(self, target: Target | None, is_routed: bool) -> tuple[SubnetSpec, PricedRouter | None]:
         if is_routed:

@@ -22,6 +22,7 @@ from flextron.generation.sampling import SamplingParams
 from flextron.model.adapter import Adapter
 from flextron.parallel.companions import LostRankError
 from flextron.routing.token_router import PricedRouter
+from flextron.serving.targets import Choice
 from flextron.spec import SubnetSpec
 
 __all__ = ["GenerationRequest", "Load", "RequestEvent", "Sign", "Worker"]
@@ -37,8 +38,9 @@ class Sign(Enum):
     """The engine has stopped because of an error."""
 
 
-RequestEvent = Delta | Sign | FlextronError
-"""An error means that the request, and those queued with it, were refused."""
+RequestEvent = Delta | Sign | Choice | FlextronError
+"""A choice means that the answer goes on in another sub-network; an error that the request, and those queued with it,
+were refused."""
 
 
 def _nobody(request: GenerationRequest, event: RequestEvent) -> None:
@@ -131,6 +133,10 @@ class Worker(threading.Thread):
     def abort(self, requests: Sequence[GenerationRequest]) -> None:
         """End requests that were submitted; nothing more is heard of them."""
         self._commands.put(partial(self._abort, requests))
+
+    def narrow(self, requests: Sequence[GenerationRequest], choice: Choice) -> None:
+        """Go on with running requests in a narrower sub-network; their listeners hear the choice if they do."""
+        self._commands.put(partial(self._narrow, requests, choice))
 
     def forget(self, adapter: Adapter) -> None:
         """Let go of an adapter that no request will name any more."""
@@ -230,6 +236,16 @@ class Worker(threading.Thread):
                 self._requests.pop(request.engine_request, None)
                 if self._coserving is not None:
                     self._coserving.forget(request.engine_request)
+
+    def _narrow(self, requests: Sequence[GenerationRequest], choice: Choice) -> None:
+        for request in requests:
+            if request.engine_request is None or request.engine_request not in self._requests:
+                continue
+            try:
+                self.core.narrow(request.engine_request, choice.spec)
+            except FlextronError:
+                continue  # its adapter has no place for the sub-network: it stays as it is
+            self._post([(request, choice)])
 
     def _step(self) -> None:
         events: list[tuple[GenerationRequest, RequestEvent]] = []

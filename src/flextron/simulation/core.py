@@ -50,6 +50,7 @@ class SimulatedRequest:
     num_computed_tokens: int = 0
     pages: list[Page] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
+    has_mixed_pages: bool = False
     num_cached_tokens: int | None = None
     started: float | None = None
     computes_prompt: bool = False
@@ -164,6 +165,10 @@ class SimulatedCore:
         """Queue a request."""
         self._is_steady = False
         self.scheduler.add(request)
+
+    def narrow(self, request: SimulatedRequest, index: int) -> None:
+        """Go on with a request in a narrower sub-network; its pages stay as large as they are."""
+        request.network = SimulatedNetwork(index, request.network.num_blocks)
 
     def step(self) -> list[SimulatedOutput]:
         """One iteration; the clock stands at its end afterwards."""

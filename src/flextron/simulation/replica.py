@@ -40,7 +40,7 @@ class Served:
 
     arrival: Arrival
     network: int
-    """Index of its sub-network; -1 if it was refused."""
+    """Index of its sub-network, at last if there were several; -1 if it was refused."""
     first_ps: int = 0
     last_ps: int = 0
 
@@ -156,6 +156,9 @@ class Replica:
                 self.busy_until = None
                 return
             if self._leaps and (leap := core.leap()) is not None:
+                if self.narrowing is not None:
+                    # the next look at the load may narrow what runs
+                    leap.num_iterations = min(leap.num_iterations, leap.num_within(self._boundary - now) + 1)
                 self._leap, self._leapt_at, self._num_seen = leap, now, 0
                 self.busy_until = now + leap.after(leap.num_iterations)
                 return
@@ -233,6 +236,15 @@ class Replica:
             )
             self._trained_before = self._trained
             self._boundary += _INTERVAL
+            self._narrow()
+
+    def _narrow(self) -> None:
+        """Have all requests follow the cap down."""
+        index, networks = self._machine.within(self._target()), self._machine.networks
+        for request in (*self.core.scheduler, *self._inbox):
+            if networks[request.network.index].latency > networks[index].latency:
+                self.core.narrow(request, index)
+                self._open[request.index].network = index
 
     def _see(self, leap: Leap, count: int) -> None:
         """Count the tokens of a leap's iterations up to the given one."""

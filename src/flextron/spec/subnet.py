@@ -116,6 +116,10 @@ class SubnetSpec:
             map(min, self.intermediate_sizes, other.intermediate_sizes), map(min, self.num_groups, other.num_groups)
         )
 
+    def with_groups_of(self, other: SubnetSpec) -> SubnetSpec:
+        """This sub-network, but with at most the other's KV groups: it can read keys and values that the other kept."""
+        return SubnetSpec.of(self.intermediate_sizes, map(min, self.num_groups, other.num_groups))
+
     def to_dict(self) -> dict[str, list[int]]:
         """The JSON form: two lists of widths."""
         return {"intermediate_size": list(self.intermediate_sizes), "num_groups": list(self.num_groups)}
