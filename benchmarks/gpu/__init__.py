@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu import serving, training
+from benchmarks.gpu import decode, serving, training
 from benchmarks.gpu.models import Setting, use
 from benchmarks.harness import RESULTS, Figure, LeftOutError, described, run_suite
 
@@ -23,9 +23,9 @@ __all__ = ["run"]
 
 _MEASURES = [
     serving.exact_tokens,
-    serving.bandwidth,
-    *serving.decode_speeds(),
-    *serving.subnetwork_times(),
+    decode.bandwidth,
+    *decode.decode_speeds(),
+    *decode.subnetwork_times(),
     *serving.prefill_speeds(),
     serving.throughput,
     training.elastic_adapter,

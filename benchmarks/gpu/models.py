@@ -16,8 +16,10 @@ from flextron.model.decoder import Decoder
 from flextron.model.device import wait_for
 from flextron.spec import SubnetSpec
 
-__all__ = ["Setting", "decoder", "num_bytes", "peer", "seconds_left", "setting", "spec_of", "use"]
+__all__ = ["SHARES", "Setting", "decoder", "num_bytes", "peer", "seconds_left", "setting", "spec_of", "use"]
 
+SHARES = (1.0, 0.75, 0.5)
+"""Of neurons and attention groups: the full network, and two sub-networks."""
 _SECONDS = 480
 """After so many, peers are no longer compiled, so that the suite ends within nine minutes."""
 

@@ -11,8 +11,8 @@ from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
+from benchmarks.gpu.engine import core, prompt
 from benchmarks.gpu.models import decoder, peer, setting, spec_of
-from benchmarks.gpu.serving import core, prompt
 from benchmarks.harness import Figure, interleaved, median, ratios
 from flextron.elastic.adapter import ElasticAdapter, sharing
 from flextron.engine.coserving import CoServing, CoServingScheduler
