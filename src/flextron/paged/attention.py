@@ -44,23 +44,38 @@ class _Indices:
         # rows of d numbers in the cache
         self.keys_NW = tables[page_rows_N.long()] * (2 * self._page_size) + (positions_N % self._page_size)[:, None]
         self.values_NW = self.keys_NW + self._page_size
-        # halves of blocks
         own = tables[:-1].view(group.size, group.pages, group.num_blocks)
-        self.key_pages_WBP = own.permute(2, 0, 1).contiguous() * 2
-        self.value_pages_WBP = self.key_pages_WBP + 1
+        self._blocks_WBP = own.permute(2, 0, 1).contiguous()
+        self._read: dict[int | None, tuple[Tensor, Tensor, Tensor]] = {}
         self._masks: dict[tuple[int | None, int], Tensor] = {}
+
+    def read(self, window: int | None) -> tuple[Tensor, Tensor]:
+        """Halves of blocks with the keys, and with the values, that a layer of this window may see; (W, B, P)."""
+        return self._reach(window)[:2]
 
     def mask(self, window: int | None, repeats: int) -> Tensor:
         """What is added to scores, (1, B, r T or 1, S): nothing where a token is seen, else minus infinity."""
-        length = self.group.pages * self._page_size
-        window = None if window is not None and window >= length else window
         repeats = 1 if self.group.length == 1 else repeats
         if (window, repeats) not in self._masks:
-            key_S = torch.arange(length, device=self._positions_BT.device)
-            seen_BTS = window_mask(self._positions_BT, key_S, window)
+            seen_BTS = window_mask(self._positions_BT, self._reach(window)[2], window)
             mask_BTS = torch.zeros_like(seen_BTS, dtype=self._dtype).masked_fill_(~seen_BTS, -torch.inf)
             self._masks[window, repeats] = mask_BTS.repeat(1, repeats, 1)[None]
         return self._masks[window, repeats]
+
+    def _reach(self, window: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        """See `read`; and the positions of the keys, (B or 1, S). A window reads no page that lies before it."""
+        if window not in self._read:
+            group, size = self.group, self._page_size
+            blocks_WBP, first_B = self._blocks_WBP, self._positions_BT.new_zeros(1)
+            # what a span's tokens see, wherever in a page it begins
+            pages = group.pages if window is None else min(group.pages, (window + group.length - 3) // size + 2)
+            if window is not None and pages < group.pages:
+                first_B = ((self._positions_BT[:, 0] - window + 1) // size).clamp(0, group.pages - pages)
+                chosen_BP = first_B[:, None] + torch.arange(pages, device=first_B.device)
+                blocks_WBP = blocks_WBP.gather(2, chosen_BP.expand(group.num_blocks, -1, -1))
+            keys_BS = first_B[:, None] * size + torch.arange(pages * size, device=first_B.device)
+            self._read[window] = 2 * blocks_WBP, 2 * blocks_WBP + 1, keys_BS
+        return self._read[window]
 
 
 class PagedAttention:
@@ -109,11 +124,12 @@ class PagedAttention:
         if group.is_whole:
             q, k, v = (t.unflatten(0, (group.size, -1)).transpose(1, 2) for t in (q_NHd, k_NKd, v_NKd))
             return sdpa(q, k, v, causal=True, cap=cap).transpose(1, 2).flatten(0, 1)
-        shape = (num_heads, group.size, -1, q_NHd.shape[2])
-        k_KBSd = self._halves.index_select(0, indices.key_pages_WBP[own].flatten()).view(shape)
-        v_KBSd = self._halves.index_select(0, indices.value_pages_WBP[own].flatten()).view(shape)
+        window, shape = self._config.window_of(layer), (num_heads, group.size, -1, q_NHd.shape[2])
+        k_KBSd, v_KBSd = (
+            self._halves.index_select(0, halves_WBP[own].flatten()).view(shape) for halves_WBP in indices.read(window)
+        )
         q = q_NHd.unflatten(1, (num_heads, -1)).unflatten(0, (group.size, -1)).permute(2, 0, 3, 1, 4)  # (K, B, r, T, d)
-        mask = indices.mask(self._config.window_of(layer), q.shape[2])
+        mask = indices.mask(window, q.shape[2])
         out = _scaled(q.flatten(2, 3), k_KBSd, v_KBSd, mask, cap).view(q.shape)
         return out.permute(1, 3, 0, 2, 4).reshape(q_NHd.shape)
 
