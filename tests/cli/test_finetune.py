@@ -220,6 +220,7 @@ def serving(checkpoint: Path, *options: object) -> Iterator[str]:
             child.kill()
 
 
+@pytest.mark.slow
 def test_serving_adapters_and_jobs(run: Any, model: ElasticModel, checkpoint: Path, data: Path, tmp_path: Path) -> None:
     write_adapter(random_lora(model.decoder.config), tmp_path / "lora")
     options = ("--adapter", f"mine={tmp_path / 'lora'}", "--state-directory", tmp_path / "state")

@@ -213,6 +213,7 @@ def test_ctrl_c_in_training_saves_first(made: Places, tmp_path: Path, run: Any) 
     assert f"training: {done + 1} of" in again.err or "training: 1 of" not in again.err
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_finetuning_saves_first(made: Places, tmp_path: Path, run: Any) -> None:
     examples = tmp_path / "train.jsonl"
     lines = [json.dumps({"prompt": f"Once upon {i}", "completion": f" time {i}"}) for i in range(40)]

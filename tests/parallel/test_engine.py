@@ -64,13 +64,16 @@ def engine(decoder: Decoder, num_ranks: int, num_pages: int = 40, **settings: An
 def answered(
     core: EngineCore, specs: list[SubnetSpec], adapters: list[Adapter | None], params: SamplingParams
 ) -> list[Request]:
-    """Requests of all kinds, which come while others run, some of them twice."""
+    """Requests of all kinds, which come while others run, some of them twice, and some of which become narrower."""
     rng = random.Random(0)
     requests = []
     for i in range(18):
         network = core.network(rng.choice(specs), adapter=rng.choice(adapters))
         requests.append(core.add(str(i), PROMPTS[i % len(PROMPTS)], params, network))
         core.step()
+        if i % 4 == 3 and core.scheduler.running:
+            request = core.scheduler.running[-1]
+            core.narrow(request, specs[0].with_groups_of(request.network.spec))
         if i == 14:
             core.abort(requests[14])
     while core.has_unfinished:

@@ -102,11 +102,6 @@ def check_runs(path: Path, num_runs: int, seed: int) -> None:
     assert not [line for line in told if line.endswith("False")]
 
 
-@pytest.mark.timeout(900)
-def test_five_runs(tmp_path: Path) -> None:
-    check_runs(tmp_path, 5, seed=0)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_fifty_runs(tmp_path: Path) -> None:
