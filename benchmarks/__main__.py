@@ -1,4 +1,6 @@
-"""`python -m benchmarks [--history] [suite …]`: run suites; all by default.
+"""`python -m benchmarks [--history] [suite …]`: run suites; by default all but `gpu`.
+
+`python -m benchmarks gpu [--rehearse]` needs a CUDA device, or runs its rows with a tiny model on the CPU.
 
 With `--history` the figures are added to `benchmarks/results/history.jsonl`, and ratios that have become more than 5 %
 worse since the last run on the same machine are named.
@@ -9,21 +11,19 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
-from benchmarks import core, coserving, ecosystem, quality, routing, scale, serving
 from benchmarks.harness import RESULTS
 from benchmarks.history import HISTORY, append, entries_of, read_history, worse
 
-SUITES = {
-    "core": core.run,
-    "routing": routing.run,
-    "serving": serving.run,
-    "coserving": coserving.run,
-    "quality": quality.run,
-    "ecosystem": ecosystem.run,
-    "scale": scale.run,
-}
+SUITES = ("core", "routing", "serving", "coserving", "quality", "ecosystem", "scale")
+"""Modules of this package with a function `run`; a suite is imported when it runs, as each has needs of its own."""
+
+
+def _run(name: str, *, rehearse: bool) -> bool:
+    suite = import_module(f"benchmarks.{name}")
+    return suite.run(rehearse=True) if rehearse else suite.run()
 
 
 def keep(names: Sequence[str], results: Path = RESULTS) -> bool:
@@ -48,13 +48,16 @@ def _written(path: Path) -> float:
 def main() -> int:
     """Exit code 1 where a figure misses its bar, or a ratio has become worse."""
     arguments = sys.argv[1:]
-    keeps = "--history" in arguments
-    names = [name for name in arguments if name != "--history"] or list(SUITES)
-    unknown = [name for name in names if name not in SUITES]
+    keeps, rehearse = "--history" in arguments, "--rehearse" in arguments
+    names = [name for name in arguments if name not in ("--history", "--rehearse")] or list(SUITES)
+    unknown = [name for name in names if name not in (*SUITES, "gpu")]
     if unknown:
-        print(f"unknown suite {unknown[0]}; there are {', '.join(SUITES)}", file=sys.stderr)
+        print(f"unknown suite {unknown[0]}; there are {', '.join(SUITES)} and gpu", file=sys.stderr)
         return 2
-    hold = [SUITES[name]() for name in names]
+    if rehearse and (names != ["gpu"] or keeps):
+        print("--rehearse goes with the suite gpu alone", file=sys.stderr)
+        return 2
+    hold = [_run(name, rehearse=rehearse) for name in names]
     kept = keep(names) if keeps else True
     return 0 if all(hold) and kept else 1
 

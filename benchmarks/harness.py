@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +23,7 @@ from torch import Tensor
 __all__ = [
     "Figure",
     "LeftOutError",
+    "described",
     "interleaved",
     "interleaved_seconds",
     "largest_difference",
@@ -117,16 +118,31 @@ def _commit() -> str:
     return out.stdout.strip() or "unknown"
 
 
-def run_suite(suite: str, measures: Sequence[Callable[[], Figure]]) -> bool:
-    """Measure every figure, print the table, write the JSON; whether all hold."""
+def described(measure: Callable[[], Figure]) -> str:
+    """What a figure is called while it is measured."""
+    function = measure.func if isinstance(measure, partial) else measure
+    return (function.__doc__ or function.__name__).splitlines()[0].rstrip(".")
+
+
+def _version(name: str) -> str:
+    """A package's version; a tree that runs without being installed has none."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def run_suite(suite: str, measures: Sequence[Callable[[], Figure]], results: Path = RESULTS) -> bool:
+    """Measure every figure, print the table, write the JSON into `results`; whether all hold."""
     gpu = torch.cuda.is_available()
     figures, left_out = [], {}
     console = Console(width=140)
     for measure in measures:
-        title = (measure.__doc__ or measure.__name__).splitlines()[0].rstrip(".")
+        title = described(measure)
         console.print(f"measuring: {title}")
         try:
             figures.append(measure())
+            console.print(f"  {figures[-1].value:.4g} {figures[-1].unit}; {figures[-1].note}")
         except LeftOutError as reason:
             console.print(f"left out: {reason}")
             left_out[title] = str(reason)
@@ -137,7 +153,7 @@ def run_suite(suite: str, measures: Sequence[Callable[[], Figure]]) -> bool:
         peer = f"{f.peer['name']}: {f.peer['value']:.4g}" if f.peer else ""
         table.add_row(f.name, f"{f.value:.4g} {f.unit}", f"{f.op} {f.bar:g}", "yes" if f.holds else "NO", peer, f.note)
     console.print(table)
-    RESULTS.mkdir(exist_ok=True)
+    results.mkdir(exist_ok=True)
     result = {
         "suite": suite,
         "commit": _commit(),
@@ -148,10 +164,10 @@ def run_suite(suite: str, measures: Sequence[Callable[[], Figure]]) -> bool:
             "threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name() if gpu else None,
         },
-        "versions": {name: version(name) for name in ("flextron", "torch", "transformers")},
+        "versions": {name: _version(name) for name in ("flextron", "torch", "transformers")},
         "figures": [asdict(f) | {"holds": f.holds} for f in figures],
         "left_out": left_out,
     }
-    path = RESULTS / f"{suite}{'-gpu' if gpu else ''}.json"
+    path = results / f"{suite}{'-gpu' if gpu and suite != 'gpu' else ''}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return all(f.holds for f in figures)

@@ -197,6 +197,8 @@ def test_the_others_end_with_a_first_rank_that_is_killed(checkpoint: Path) -> No
         (["--state-directory", "state"], "--state-directory needs the whole model in one process"),
         (["--profile"], "--profile needs the whole model in one process; leave it out and run flextron profile before"),
         (["--weights", "int8"], "several ranks run PyTorch's operators on float32 weights"),
+        (["--device", "cpu"], "ranks choose their devices themselves"),
+        (["--dtype", "bfloat16"], "ranks choose their devices themselves"),
     ],
 )
 def test_what_does_not_go_together_is_refused(options: list[str], sentence: str) -> None:

@@ -20,7 +20,7 @@ from flextron.errors import FlextronError
 from flextron.files import read_json
 from flextron.model.decoder import Decoder
 from flextron.routing import Frontier, LatencyTable, StaticRouter
-from flextron.routing.device import default_device
+from flextron.routing.device import Precision, checked_device, checked_dtype
 from flextron.routing.losses import KnownLosses
 from flextron.routing.token_router import TokenRouter
 
@@ -28,7 +28,11 @@ __all__ = ["load"]
 
 
 def load(
-    source: str | Path, *, elastic: str | Path | None = None, device: torch.device | str | None = None
+    source: str | Path,
+    *,
+    elastic: str | Path | None = None,
+    device: torch.device | str | None = None,
+    dtype: Precision = "float32",
 ) -> ElasticModel:
     """Read an elastic checkpoint, or a pretrained one with an elastic adapter beside it.
 
@@ -37,20 +41,22 @@ def load(
             base: hub id, local directory or `.gguf` file.
         elastic: elastic adapter for the base: directory or hub id.
         device: where the weights go; by default to a GPU, if there is one.
+        dtype: type of weights, activations and the KV cache. On a CPU, float32 is the fastest. Training needs it.
 
     Raises:
-        FlextronError: it is not one, or damaged, or the adapter is for another base.
+        FlextronError: it is not one, or damaged, or the adapter is for another base, or the device is not here.
     """
+    where = checked_device(device), checked_dtype(dtype)
     if elastic is not None:
-        return _load_adapted(source, elastic, device)
+        return _load_adapted(source, elastic, where)
     path = Path(checkpoint_at(source)).expanduser()
     if not path.is_dir():
         raise FlextronError(f"{source} is not a directory; give an elastic checkpoint made with convert")
     if is_adapter(path):
-        return _load_adapted(read_adapter(path).base, path, device)
+        return _load_adapted(read_adapter(path).base, path, where)
     info = read_elastic(path)
     pretrained = open_pretrained(path)
-    decoder = load_decoder(pretrained).eval().requires_grad_(False).to(device or default_device())
+    decoder = load_decoder(pretrained).eval().requires_grad_(False).to(*where)
     _check_space(info, decoder, path)
     tables = {f.stem: LatencyTable.from_dict(read_json(f)) for f in sorted((path / "latency").glob("*.json"))}
     for table in tables.values():
@@ -81,7 +87,7 @@ def _check_space(info: ElasticInfo, decoder: Decoder, path: Path) -> None:
         )
 
 
-def _load_adapted(base: str | Path, elastic: str | Path, device: torch.device | str | None) -> ElasticModel:
+def _load_adapted(base: str | Path, elastic: str | Path, where: tuple[torch.device, torch.dtype]) -> ElasticModel:
     """A pretrained checkpoint, permuted, with an elastic adapter merged into its weights."""
     path = find_directory(elastic, "an elastic adapter")
     stored = read_adapter(path)
@@ -95,7 +101,7 @@ def _load_adapted(base: str | Path, elastic: str | Path, device: torch.device | 
     check_sketch(decoder, stored.base_sketch, stored.base)
     adapter.add_to(decoder)
     model = ElasticModel(
-        decoder.to(device or default_device()),
+        decoder.to(*where),
         pretrained.tokenizer,
         pretrained.hf_config,
         stored.info,

@@ -186,7 +186,8 @@ class Engine:
             return given
         path = Path(given).resolve()
         if path not in self._adapters:
-            self._adapters[path] = read_adapter(path, self.model.decoder)
+            decoder = self.model.decoder
+            self._adapters[path] = read_adapter(path, decoder).to(decoder.device, decoder.dtype)
         return self._adapters[path]
 
     def _network(self, asked: Asked, router: str | None, adapter: Adapter | None) -> Network:

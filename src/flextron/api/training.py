@@ -58,6 +58,11 @@ def train_model(
     on_step: OnStep | None,
 ) -> Trained:
     """See `ElasticModel.train`; `adapter` and `router` are the model's."""
+    if model.decoder.dtype != torch.float32:
+        raise FlextronError(
+            f"training changes float32 weights, and these are {model.decoder.dtype}; load the model without dtype, and "
+            "let the recipe's precision be bf16"
+        )
     routing = _joint_routing(model, router, recipe) if with_router else None
     source = source_name(text, "docstrings on this machine")
     blocks, digest = _training_blocks(model, text, recipe, run_directory)

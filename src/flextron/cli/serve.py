@@ -18,6 +18,7 @@ from flextron.jobs.jobs import JobsSettings
 from flextron.kernels.decoder import Weights
 from flextron.parallel.companions import check_ranks
 from flextron.parallel.processes import is_first_launched
+from flextron.routing.device import Precision
 
 __all__ = ["serve"]
 
@@ -61,6 +62,12 @@ def serve(
         bool, typer.Option("--no-prefix-caching", help="Do not reuse the KV cache of equal prefixes.")
     ] = False,
     weights: Annotated[Weights, typer.Option(help="Store the weights in float32, int8 or int4.")] = "float32",
+    device: Annotated[
+        str | None, typer.Option(help="Serve on this device: cpu, cuda or cuda:N. Default: a GPU, if there is one.")
+    ] = None,
+    dtype: Annotated[
+        Precision, typer.Option(help="Type of weights, activations and KV cache; float32 is the fastest on a CPU.")
+    ] = "float32",
     tensor_parallel: Annotated[
         int, typer.Option(min=1, help="Share the model among this many ranks: a GPU each, or a part of the cores.")
     ] = 1,
@@ -145,6 +152,11 @@ def serve(
     )
     limits = JobsSettings(max_training=max_training)
     _check_together(tensor_parallel, profile=profile, trains=state_directory is not None)
+    if tensor_parallel > 1 and (device is not None or dtype != "float32"):
+        raise FlextronError(
+            "ranks choose their devices themselves and run in float32; leave --device and --dtype out, or serve "
+            "without --tensor-parallel"
+        )
     if not is_first_launched():
         follow()
         return
@@ -167,6 +179,8 @@ def serve(
             directory=_absolute(directory),
             server=settings,
             engine=sizes,
+            device=device,
+            dtype=dtype,
             speculate=speculate,
             adapters=tuple(_absolute_adapter(given) for given in adapter or ()),
             state_directory=None if state_directory is None else _absolute(state_directory, made_later=True),
@@ -178,7 +192,7 @@ def serve(
         return
     message(f"loading {directory}")
     # ranks take their parts from the whole model, which need not fit on one device
-    model = api.load(str(directory), device="cpu" if tensor_parallel > 1 else None)
+    model = api.load(str(directory), device="cpu" if tensor_parallel > 1 else device, dtype=dtype)
     if profile:
         with progress("measuring latencies") as measure, progress("searching the frontier") as search:
             model.profile_here(on_measure=measure, on_search=search)

@@ -19,7 +19,7 @@ from flextron.engine.pages import PagePool
 from flextron.engine.pooling import Pooled, Pooling
 from flextron.engine.ranks import LeadingRunner
 from flextron.engine.request import Chunk, FinishReason, Network, Request
-from flextron.engine.runner import Runner, block_bytes
+from flextron.engine.runner import Runner, block_bytes, greedy_tokens
 from flextron.engine.scheduler import Scheduler
 from flextron.engine.scores import Logprobs, answer_logprobs
 from flextron.engine.settings import EngineSettings
@@ -237,6 +237,7 @@ class EngineCore:
         seconds = perf_counter() - began
         logits = made.logits_RV.split([c.num_logits for c in chunks])
         hidden = made.hidden_SD.split([c.num_hidden for c in chunks])
+        greedy = greedy_tokens(chunks, made.logits_RV)
         outputs: list[StepOutput] = []
         kept = []
         for (request, num_new), chunk, logits_TV, hidden_TD in zip(scheduled, chunks, logits, hidden, strict=True):
@@ -253,7 +254,10 @@ class EngineCore:
                 kept.append((len(tokens) - 1, len(drafts[request].tokens)))
             elif request.params.max_tokens:
                 logits_TV = logits_TV[-1:]
-                tokens = sample(request.choice_scores(logits_TV), request.params, request.generator).tolist()
+                tokens = (
+                    greedy.get(request)
+                    or sample(request.choice_scores(logits_TV), request.params, request.generator).tolist()
+                )
             else:
                 request.finish_reason = FinishReason.LENGTH if request.pooled is None else FinishReason.STOP
                 tokens = []

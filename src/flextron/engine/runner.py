@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from flextron.engine.request import Chunk, Network
+from flextron.engine.request import Chunk, Network, Request
+from flextron.generation.sampling import most_likely
 from flextron.kernels.adapters import NativeAdapter, why_adapter_not_native
 from flextron.kernels.decoder import NativeStep, Weights, why_not_native
 from flextron.model.adapter import Adapter
-from flextron.model.attention import sdpa, window_mask
-from flextron.model.batch import Batch, TokenChoice
-from flextron.model.config import DecoderConfig
+from flextron.model.batch import TokenChoice
 from flextron.model.decoder import Decoder
+from flextron.model.device import wait_for
+from flextron.paged import PagedStep, Span
 from flextron.spec import SubnetSpec
 
-__all__ = ["Computed", "PagedAttention", "Runner", "block_bytes", "nested_network"]
+__all__ = ["Computed", "Runner", "block_bytes", "greedy_tokens", "nested_network"]
 
 
 _COMPILED, _ADAPTED_MLP, _OTHER = "compiled", "adapted MLP", "other"
@@ -41,6 +42,16 @@ def block_bytes(decoder: Decoder, page_size: int) -> int:
     return 2 * page_size * decoder.config.head_dim * decoder.dtype.itemsize
 
 
+def greedy_tokens(chunks: Sequence[Chunk], logits_RV: Tensor) -> dict[Request, list[int]]:
+    """The next token of each request that takes the likeliest one, found for all at once: a GPU is waited for once."""
+    ends = accumulate(c.num_logits for c in chunks)
+    last = {c.request: end - 1 for c, end in zip(chunks, ends, strict=True) if c.num_logits and not c.needs_all_logits}
+    if not last:
+        return {}
+    tokens = most_likely(logits_RV).tolist()
+    return {request: [tokens[row]] for request, row in last.items()}
+
+
 def nested_network(own: Network, spec: SubnetSpec) -> Network:
     """A sub-network of `own`, at most as wide as `spec`, that reads and writes the pages of `own`'s requests.
 
@@ -49,51 +60,18 @@ def nested_network(own: Network, spec: SubnetSpec) -> Network:
     return replace(own, spec=own.spec.narrowed_to(spec))
 
 
-class PagedAttention:
-    """Backend over pages for PyTorch's operators; see `flextron.model.attention.Attention`."""
-
-    def __init__(self, config: DecoderConfig, cache: Tensor, segments: Sequence[Sequence[Chunk]]) -> None:
-        """Take the chunks of each segment of the batch that will run."""
-        self._config, self._cache, self._segments = config, cache, segments
-        self._page_size = cache.shape[2]
-
-    def __call__(
-        self, layer: int, segment: int, q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor, lengths: Sequence[int]
-    ) -> Tensor:
-        """Write the new keys and values to their pages, and attend over all that each request holds."""
-        parts = zip(*(t.split(list(lengths)) for t in (q_NHd, k_NKd, v_NKd)), strict=True)
-        chunks = self._segments[segment]
-        return torch.cat([self._one(layer, c, q, k, v) for c, (q, k, v) in zip(chunks, parts, strict=True)])
-
-    def _one(self, layer: int, chunk: Chunk, q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor) -> Tensor:
-        size, device = self._page_size, q_NHd.device
-        start, end = chunk.start, chunk.start + len(q_NHd)
-        first = chunk.network.block_offsets[layer]
-        num_heads = k_NKd.shape[1]
-        # (pages, KV heads)
-        blocks = chunk.request.block_table[: -(-end // size), first : first + num_heads].long().to(device)
-        positions = torch.arange(start, end, device=device)
-        own, within = blocks[positions // size], (positions % size)[:, None].expand(-1, num_heads)
-        self._cache[own, 0, within], self._cache[own, 1, within] = k_NKd, v_NKd
-        # (pages, KV heads, 2, page, d) to (2, KV heads, tokens, d)
-        kv = self._cache[blocks].permute(2, 1, 0, 3, 4).flatten(2, 3)[:, None, :, :end]
-        mask = window_mask(positions, torch.arange(end, device=device), self._config.window_of(layer))
-        out = sdpa(q_NHd.transpose(0, 1)[None], kv[0], kv[1], mask=mask, cap=self._config.attention_cap)
-        return out[0].transpose(0, 1)
-
-
-@dataclass(frozen=True)
-class _RoutedBatch(Batch):
-    """Keeps how many neurons each token ran through."""
-
-    neurons: list[Tensor] = field(default_factory=list)
-    """MLP widths of all tokens, (N,), of each layer that has run."""
-
-    def token_widths(self, layer: int, x_ND: Tensor, widths: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        """See `Batch.token_widths`."""
-        chosen_N, gates_N = super().token_widths(layer, x_ND, widths)
-        self.neurons.append(chosen_N)
-        return chosen_N, gates_N
+def _span(chunk: Chunk) -> Span:
+    network = chunk.network
+    return Span(
+        chunk.tokens,
+        chunk.start,
+        chunk.request.block_table,
+        network.num_blocks,
+        network.block_offsets,
+        network.spec,
+        network.router,
+        network.adapter,
+    )
 
 
 class Runner:
@@ -126,11 +104,8 @@ class Runner:
         Raises:
             FlextronError: `native`, `int8` or `int4` is asked for and not possible.
         """
-        config = decoder.config
         self.decoder = decoder
-        shape = (num_blocks, 2, page_size, config.head_dim)
-        # zeros cost nothing until they are written: the system gives pages on first use
-        self.cache = torch.zeros(shape, dtype=decoder.dtype, device=decoder.device)
+        self._paged = PagedStep(decoder, num_blocks=num_blocks, page_size=page_size)
         self._weights = weights
         wanted = {weights, *([] if draft_weights is None else [draft_weights])}
         runs_compiled = why_not_native(decoder) is None if native is None else native
@@ -177,6 +152,7 @@ class Runner:
     def forget(self, adapter: Adapter) -> None:
         """Drop what is kept of an adapter and of networks with it."""
         self._adapters.pop(adapter, None)
+        self._paged.forget(adapter)
         used = {key: columns for key, columns in self._columns.items() if all(n.adapter is not adapter for n, _ in key)}
         self._columns = used
 
@@ -223,16 +199,13 @@ class Runner:
 
     def _run_group(self, chunks: Sequence[Chunk], native: NativeStep | None) -> Computed:
         """Run one group of chunks, compiled or by PyTorch's operators."""
-        device = self.decoder.device
-        tokens_N = torch.tensor([t for c in chunks for t in c.tokens], device=device)
-        positions_N = torch.tensor([p for c in chunks for p in range(c.start, c.start + len(c.tokens))], device=device)
         ends = list(accumulate(len(c.tokens) for c in chunks))
         rows = [row for end, c in zip(ends, chunks, strict=True) for row in range(end - c.num_logits, end)]
         shown = [row for end, c in zip(ends, chunks, strict=True) for row in range(end - c.num_hidden, end)]
         if native is None:
-            hidden_ND = self._with_operators(tokens_N, positions_N, chunks)
-            chosen = [hidden_ND[torch.tensor(each, device=device, dtype=torch.long)] for each in (rows, shown)]
-            return Computed(self._logits(chosen[0], chunks), chosen[1])
+            return self._with_operators(chunks, rows, shown)
+        tokens_N = torch.tensor([t for c in chunks for t in c.tokens])
+        positions_N = torch.tensor([p for c in chunks for p in range(c.start, c.start + len(c.tokens))])
         block_tables = [c.request.block_table for c in chunks for _ in c.tokens]
         widths_LN, groups_LN, offsets_LN = self._layout(chunks)
         adapters = None
@@ -251,7 +224,7 @@ class Runner:
             groups_LN,
             block_tables,
             offsets_LN,
-            self.cache,
+            self._paged.cache,
             wanted,
             adapters,
             sum(full),
@@ -268,30 +241,17 @@ class Runner:
         parts = hidden_RD.split([c.num_logits for c in chunks])
         return torch.cat([self.decoder.logits(part, outer) for part, outer in zip(parts, outers, strict=True)])
 
-    def _with_operators(self, tokens_N: Tensor, positions_N: Tensor, chunks: Sequence[Chunk]) -> Tensor:
-        """Final hidden states by PyTorch's operators; (N, D)."""
-        is_routed = any(c.network.router is not None for c in chunks)
-        batch = (_RoutedBatch if is_routed else Batch).ragged(
-            list(tokens_N.split([len(c.tokens) for c in chunks])),
-            [c.network.spec for c in chunks],
-            [c.start for c in chunks],
-            [c.network.router for c in chunks],
-            [c.network.adapter for c in chunks],
-        )
-        left = iter(chunks)
-        segments = [[next(left) for _ in segment.lengths] for segment in batch.segments]
-        hidden: Tensor = self.decoder(batch, PagedAttention(self.decoder.config, self.cache, segments))
-        if isinstance(batch, _RoutedBatch):
-            self._note_mlp_shares(chunks, batch.neurons)
-        return hidden
-
-    def _note_mlp_shares(self, chunks: Sequence[Chunk], neurons: Sequence[Tensor]) -> None:
-        """Tell routed requests how much of the full model's MLPs ran for their last token."""
-        whole = sum(layer.intermediate_size for layer in self.decoder.widths.layers)
-        shares = (torch.stack(list(neurons)).sum(0) / whole).tolist()
-        for chunk, end in zip(chunks, accumulate(len(c.tokens) for c in chunks), strict=True):
-            if chunk.network.router is not None:
-                chunk.request.mlp_share = shares[end - 1]
+    def _with_operators(self, chunks: Sequence[Chunk], rows: list[int], shown: list[int]) -> Computed:
+        """What is wanted of `rows` and `shown`, by PyTorch's operators."""
+        ran = self._paged.run([_span(chunk) for chunk in chunks], rows + shown)
+        if ran.mlp_shares is not None:
+            for chunk, share in zip(chunks, ran.mlp_shares, strict=True):
+                if chunk.network.router is not None:
+                    chunk.request.mlp_share = share
+        scored_RD, hidden_SD = ran.hidden_RD.split([len(rows), len(shown)])
+        logits_RV = self._logits(scored_RD, chunks)
+        wait_for(self.decoder.device)  # iterations are timed, and nothing else can be done meanwhile
+        return Computed(logits_RV, hidden_SD)
 
     def _layout(self, chunks: Sequence[Chunk]) -> tuple[Tensor, Tensor, Tensor]:
         """Neurons, groups and first blocks of every token in every layer, (layers, N); kept for the next iteration."""

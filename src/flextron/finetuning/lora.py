@@ -26,6 +26,7 @@ from flextron.model.adapter import Adapter, linear_shapes
 from flextron.model.bypass import Lora
 from flextron.model.cost import num_parameters
 from flextron.model.decoder import Decoder
+from flextron.model.device import wait_for
 from flextron.spec import SubnetSpec
 
 __all__ = ["UPDATE", "LoraTrainer", "LoraTrainers"]
@@ -142,6 +143,7 @@ class LoraTrainer:
         assert self._pass is not None
         if self._pass.unit is not None:
             self._pass.run(num_tokens)
+            wait_for(self._made_by.decoder.device)  # units are timed
             if self._taken is None or self._pass.unit is not None:
                 return None
             found = self._pass

@@ -14,6 +14,7 @@ from flextron.model.attention import CachedAttention
 from flextron.model.batch import Batch, TokenChoice
 from flextron.model.config import DecoderConfig
 from flextron.model.decoder import Decoder
+from flextron.paged import PagedStep, Span
 from flextron.spec import SubnetSpec
 
 __all__ = ["Steps", "block_offsets"]
@@ -45,6 +46,30 @@ class _OperatorSteps:
         hidden_ND = self._decoder(batch, self._cache)
         ends = torch.tensor([len(t) for t in new], device=self._decoder.device).cumsum(0) - 1
         return self._decoder.logits(hidden_ND[ends])
+
+
+class _PagedSteps:
+    """Through the engine's iteration for a GPU, with pages in order."""
+
+    def __init__(
+        self, decoder: Decoder, spec: SubnetSpec, num_sequences: int, capacity: int, router: TokenChoice | None
+    ) -> None:
+        self._decoder, self._spec, self._router = decoder, spec, router
+        *self._offsets, row = block_offsets(decoder.config, spec)
+        shape = (num_sequences, -(-capacity // _PAGE), row)
+        self._tables = torch.arange(math.prod(shape), dtype=torch.int32).view(shape)
+        self._step = PagedStep(decoder, num_blocks=self._tables.numel(), page_size=_PAGE)
+
+    def run(self, new: Sequence[Tensor], starts: Sequence[int]) -> Tensor:
+        lengths = [len(t) for t in new]
+        tokens, ends = torch.cat(list(new)).tolist(), list(accumulate(lengths))
+        row, offsets = self._tables.shape[2], tuple(self._offsets)
+        spans = [
+            Span(tokens[end - n : end], start, table, row, offsets, self._spec, self._router)
+            for end, n, start, table in zip(ends, lengths, starts, self._tables, strict=True)
+        ]
+        ran = self._step.run(spans, [end - 1 for end in ends])
+        return self._decoder.logits(ran.hidden_RD)
 
 
 class _NativeSteps:
@@ -101,11 +126,14 @@ class Steps:
         """
         self.is_native = router is None and why_not_native(decoder) is None
         """Whether the compiled iteration runs."""
-        self._steps: _NativeSteps | _OperatorSteps = (
-            _NativeSteps(decoder, spec, num_sequences, capacity, likeliest=likeliest)
-            if self.is_native
-            else _OperatorSteps(decoder, spec, num_sequences, capacity, router)
-        )
+        self._steps: _NativeSteps | _OperatorSteps | _PagedSteps
+        if self.is_native:
+            self._steps = _NativeSteps(decoder, spec, num_sequences, capacity, likeliest=likeliest)
+        else:
+            # what is timed on a GPU is what serves there
+            is_paged = decoder.device.type == "cuda" and decoder.num_ranks == 1
+            kind = _PagedSteps if is_paged else _OperatorSteps
+            self._steps = kind(decoder, spec, num_sequences, capacity, router)
 
     @torch.inference_mode()
     def run(self, new: Sequence[Tensor], starts: Sequence[int]) -> Tensor:

@@ -125,7 +125,12 @@ class NativeStep:
         reason = why_not_native(decoder)
         library = load_library("decoder")
         if reason is not None or isinstance(library, str):
-            raise FlextronError(f"no compiled iteration: {reason}")
+            raise FlextronError(
+                f"no compiled iteration: {reason}"
+                if weights == "float32"
+                else f"weights of {weights} run in the compiled CPU iteration only, and {reason}; leave them out (on a "
+                "GPU, bfloat16 reads half the bytes of float32), or load the model in float32 on a CPU"
+            )
         if weights == "int4" and decoder.config.hidden_size % GROUP:
             raise FlextronError(
                 f"int4 needs a hidden size that is a multiple of {GROUP}, not {decoder.config.hidden_size}; use int8"

@@ -5,6 +5,8 @@ It runs a `Batch`, whose segments each name a sub-network, and touches only the 
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,6 +23,12 @@ from flextron.model.rope import rotary_tables
 from flextron.spec import SubnetSpec
 
 __all__ = ["Decoder"]
+
+
+@lru_cache(maxsize=16)
+def _rounded(scale: float, dtype: torch.dtype) -> float:
+    """A number rounded as the weights are, which is what Gemma was trained with."""
+    return float(torch.tensor(scale, dtype=dtype))
 
 
 class Decoder(nn.Module):
@@ -74,8 +82,7 @@ class Decoder(nn.Module):
             for rows, outer in batch.outer:
                 x_ND[rows] = outer.embedded(batch.tokens_N[rows], x_ND[rows])
         if self.config.embedding_scale != 1:
-            # rounded as the weights are, which is what Gemma was trained with
-            x_ND = x_ND * torch.tensor(self.config.embedding_scale, dtype=x_ND.dtype)
+            x_ND = x_ND * _rounded(self.config.embedding_scale, x_ND.dtype)
         return x_ND if self.config.rope is not None else x_ND + self.positions(batch.positions_N)
 
     def forward(self, batch: Batch, attention: Attention | None = None) -> Tensor:

@@ -21,7 +21,13 @@ Tables = tuple[Tensor, Tensor]
 """Cosines and signed sines, each (N, 1, R)."""
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
+def _frequencies_on(rope: Rope, rotated: int, device: torch.device) -> tuple[Tensor, float]:
+    """`_frequencies` on a device; kept, because copies from the host have no place in a CUDA graph."""
+    inverse, factor = _frequencies(rope, rotated)
+    return inverse.to(device), factor
+
+
 def _frequencies(rope: Rope, rotated: int) -> tuple[Tensor, float]:
     """Frequencies of the rotated pairs, float32, (R/2,), and the factor of cosines and sines."""
     powers = rope.theta ** (torch.arange(0, rotated, 2, dtype=torch.float32, device="cpu") / rotated)
@@ -82,8 +88,8 @@ def rotary_tables(config: DecoderConfig, positions_N: Tensor, dtype: torch.dtype
 
 
 def _tables(rope: Rope, rotated: int, positions_N: Tensor, dtype: torch.dtype) -> Tables:
-    inverse, factor = _frequencies(rope, rotated)
-    angles = positions_N.float()[:, None, None] * inverse.to(positions_N.device)
+    inverse, factor = _frequencies_on(rope, rotated, positions_N.device)
+    angles = positions_N.float()[:, None, None] * inverse
     cos, sin = angles.cos(), angles.sin()
     if factor != 1:
         cos, sin = cos * factor, sin * factor

@@ -158,8 +158,11 @@ def _fitted(plan: Plan, address: str | None) -> Plan:
     """What a replica takes: a part of this machine, or a GPU of a cluster that has some."""
     import ray
 
-    if ray.cluster_resources().get("GPU", 0):
-        return replace(plan, num_gpus=1)
+    num_gpus = ray.cluster_resources().get("GPU", 0)
+    if num_gpus and plan.device != "cpu":
+        # on one machine several may share a GPU
+        share = 1.0 if address is not None else min(1.0, num_gpus / (plan.max_replicas or plan.replicas))
+        plan = replace(plan, num_gpus=share)
     if address is not None:
         return plan
     return replace(plan, num_cpus=max(1, (os.cpu_count() or 1) // plan.replicas))

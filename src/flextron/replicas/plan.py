@@ -17,6 +17,7 @@ from flextron.errors import FlextronError
 from flextron.files import checked
 from flextron.jobs.jobs import JobsSettings
 from flextron.kernels.decoder import Weights
+from flextron.routing.device import Precision
 from flextron.serving.settings import ServerSettings
 
 __all__ = ["Plan", "plan_of"]
@@ -32,6 +33,9 @@ class Plan:
     """Elastic checkpoint, on a path that is the same on every node."""
     server: ServerSettings = field(default_factory=ServerSettings)
     engine: EngineSettings = field(default_factory=EngineSettings)
+    device: str | None = None
+    """Device of a replica; by default a GPU, if it has one."""
+    dtype: Precision = "float32"
     speculate: Weights | None = None
     """Precision of drafts; None for no speculation."""
     adapters: tuple[str, ...] = ()
@@ -73,7 +77,7 @@ class Plan:
         Raises:
             FlextronError: as for `load`.
         """
-        model = api.load(self.directory)
+        model = api.load(self.directory, device=self.device, dtype=self.dtype)
         speculation = None if self.speculate is None else speculation_of(model, self.speculate)
         return model, replace(self.engine, speculation=speculation)
 
@@ -86,6 +90,8 @@ class _Written(BaseModel):
     model: str
     server: dict[str, Any] = {}
     engine: dict[str, Any] = {}
+    device: str | None = None
+    dtype: Precision = "float32"
     speculate: Weights | None = None
     adapters: list[str] = []
     state_directory: str | None = None

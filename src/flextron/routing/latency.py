@@ -23,6 +23,7 @@ from flextron.generation.decoding import Steps
 from flextron.model.config import DecoderConfig
 from flextron.model.cost import block_parameters, layer_parameters
 from flextron.model.decoder import Decoder
+from flextron.model.device import wait_for
 from flextron.progress import OnProgress
 from flextron.routing.device import device_fingerprint
 from flextron.spec import LayerSpec, SearchSpace, SubnetSpec
@@ -155,7 +156,7 @@ class _Probe:
     """Runs one step of a sub-network again and again: the same token behind a full cache, or the same prompts."""
 
     def __init__(self, decoder: Decoder, spec: SubnetSpec, batch_size: int, context: int, phase: Phase) -> None:
-        self._decoder = decoder
+        self._device = decoder.device
         length, start = (context, 0) if phase == "prefill" else (1, context)
         self._steps = Steps(decoder, spec, batch_size, start + length, likeliest=True)
         self._new = [torch.zeros(length, dtype=torch.long, device=decoder.device)] * batch_size
@@ -164,16 +165,11 @@ class _Probe:
     @torch.inference_mode()
     def run_ms(self) -> float:
         """Milliseconds of one step."""
-        self._finish()
+        wait_for(self._device)
         start = time.perf_counter()
         self._steps.run(self._new, self._starts).argmax(-1)
-        self._finish()
+        wait_for(self._device)
         return (time.perf_counter() - start) * 1e3
-
-    def _finish(self) -> None:
-        """Wait for a device that works asynchronously."""
-        if self._decoder.device.type == "cuda":
-            torch.cuda.synchronize(self._decoder.device)
 
 
 def step_latencies_ms(
@@ -186,17 +182,19 @@ def step_latencies_ms(
     repeats: int = 15,
     on_progress: OnProgress | None = None,
 ) -> list[float]:
-    """Median milliseconds of a step in each sub-network, measured round robin after one warm-up round."""
+    """Median milliseconds of a step in each sub-network, measured round robin after a warm-up."""
     decoder.config.check_length(context + 1)
     probes = [_Probe(decoder, spec, batch_size, context, phase) for spec in specs]
     times: list[list[float]] = [[] for _ in probes]
-    for r in range(repeats + 1):
+    # on a GPU, the second round captures what the others repeat
+    warm_up = 2 if decoder.device.type == "cuda" else 1
+    for r in range(repeats + warm_up):
         for probe, measured in zip(probes, times, strict=True):
             elapsed = probe.run_ms()
-            if r:
+            if r >= warm_up:
                 measured.append(elapsed)
         if on_progress is not None:
-            on_progress(r + 1, repeats + 1)
+            on_progress(r + 1, repeats + warm_up)
     return [statistics.median(measured) for measured in times]
 
 
