@@ -83,8 +83,8 @@ def back_after_a_kill() -> Figure:
     _, seconds, _ = _measured()
     ordered = sorted(seconds)
     return Figure(
-        name="a replica of 2 killed under load: back after",
-        value=ordered[len(ordered) // 2],
+        name=f"a replica of 2 killed under load: back after, the longest of {_KILLS}",
+        value=ordered[-1],
         unit="s",
         op="<=",
         bar=30,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -89,6 +91,33 @@ def test_after_a_crash_adapters_stay_as_they_are(tmp_path: Path) -> None:
     assert {step: jobs.directory.adapter(job.id, step).stat().st_ino for step in before} == before
     assert jobs.repository.events(job.id, after=None, limit=100)[0][-len(seen) :] == seen
     assert_as_alone(tmp_path, jobs, job.id)
+    jobs.close()
+
+
+def test_an_adapter_can_be_used_as_soon_as_its_name_is_told(tmp_path: Path) -> None:
+    usable, told, has_ended = set[str](), set[str | None](), threading.Event()
+
+    def on_adapter(checkpoint: JobCheckpoint, directory: Path) -> None:
+        time.sleep(0.05)
+        usable.add(checkpoint.name)
+
+    jobs = new_jobs(tmp_path / "state", on_adapter=on_adapter)
+    job = settled(jobs, checkpoint_every=2)
+
+    def watch() -> None:
+        while not has_ended.is_set():
+            checkpoints, _ = jobs.checkpoints(job.id, after=None, limit=10)
+            (listed,), _ = jobs.page(after=None, limit=10)
+            models = {jobs.get(job.id).fine_tuned_model, listed.fine_tuned_model} - {None}
+            told.update(({c.name for c in checkpoints} | models) - usable)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    train(jobs)
+    has_ended.set()
+    watcher.join()
+    assert len(usable) == NUM_STEPS // 2
+    assert not told
     jobs.close()
 
 

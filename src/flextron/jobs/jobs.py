@@ -109,7 +109,7 @@ class Jobs:
             self._store.close()
             self.directory.close()
             raise
-        news, self._naming = threading.Event(), threading.Lock()
+        news, self._naming = threading.Event(), threading.RLock()
         unfinished = [job_id for job_id, _ in self.repository.with_status(*ALIVE, Status.PAUSED)]
         attempts = Attempts(self.directory.attempts, unfinished)
         self.preparer = Preparer(
@@ -123,6 +123,7 @@ class Jobs:
             self.preparer,
             make_trainer,
             news,
+            self._naming,
             max_training=self.settings.max_training,
             save_seconds=self.settings.save_seconds,
             on_adapter=self._announce_new,
@@ -167,6 +168,25 @@ class Jobs:
         )
         self.preparer.submit(job.id)
         return job
+
+    def get(self, job_id: str) -> Job:
+        """A job; adapters that it names can be used.
+
+        Raises:
+            UnknownIdError: there is none.
+        """
+        with self._naming:
+            return self.repository.get(job_id)
+
+    def page(self, *, after: str | None, limit: int) -> tuple[list[Job], bool]:
+        """See `JobRepository.page`; adapters that the jobs name can be used."""
+        with self._naming:
+            return self.repository.page(after=after, limit=limit)
+
+    def checkpoints(self, job_id: str, *, after: str | None, limit: int) -> tuple[list[JobCheckpoint], bool]:
+        """See `JobRepository.checkpoints`; the adapters can be used."""
+        with self._naming:
+            return self.repository.checkpoints(job_id, after=after, limit=limit)
 
     def cancel(self, job_id: str) -> Job:
         """End a job for good; what it has learnt is dropped, but for its checkpoints.
@@ -227,10 +247,9 @@ class Jobs:
         self.directory.close()
 
     def _announce_new(self, job_id: str, step: int) -> None:
-        with self._naming:
-            made = self.repository.checkpoint(job_id, step)
-            if made is not None:
-                self._announce(made)
+        made = self.repository.checkpoint(job_id, step)
+        if made is not None:
+            self._announce(made)
 
     def _announce(self, checkpoint: JobCheckpoint) -> None:
         try:

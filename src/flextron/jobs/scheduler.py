@@ -70,6 +70,7 @@ class JobScheduler:
         preparer: Preparer,
         make_trainer: MakeTrainer,
         news: threading.Event,
+        naming: threading.RLock,
         *,
         max_training: int,
         save_seconds: float,
@@ -85,12 +86,13 @@ class JobScheduler:
             preparer: has the jobs' examples.
             make_trainer: called for each job.
             news: set when something changes that `next` should know.
+            naming: held from before an adapter is entered until `on_adapter` was told.
             max_training: jobs at once.
             save_seconds: between two saved states of a job.
             on_adapter: told of a job and the step after which it has a new adapter.
         """
         self._directory, self._repository, self._uploads, self._preparer = directory, repository, uploads, preparer
-        self._make_trainer, self._news, self._on_adapter = make_trainer, news, on_adapter
+        self._make_trainer, self._news, self._on_adapter, self._naming = make_trainer, news, on_adapter, naming
         self._max_training, self._save_seconds, self._attempts = max_training, save_seconds, attempts
         self._runs: dict[str, RunningJob] = {}
         self._fair_share = FairShare()
@@ -129,17 +131,18 @@ class JobScheduler:
         self._end_attempt(run)
         # a forward pass is a third of a step's work
         self._fair_share.charge(run.job.id, metrics.num_tokens + metrics.num_valid_tokens // 3)
-        try:
-            step = run.record(metrics, self._save_seconds)
-        except Exception as error:
-            self.fail(run, error)
-            return
+        with self._naming:
+            try:
+                step = run.record(metrics, self._save_seconds)
+            except Exception as error:
+                self.fail(run, error)
+                return
+            if step is not None:
+                self._on_adapter(run.job.id, step)
         if run.trainer.step_number >= run.trainer.num_steps:
             del self._runs[run.job.id]
             if self._repository.get(run.job.id).status in ENDED:
                 run.forget()
-        if step is not None:
-            self._on_adapter(run.job.id, step)
 
     def fail(self, run: RunningJob, error: Exception) -> None:
         """A job cannot go on: it is paused if the disk is full, and has failed else."""

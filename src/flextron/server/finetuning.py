@@ -108,13 +108,13 @@ def add_finetuning(app: FastAPI, jobs: Jobs, catalog: Catalog, settings: ServerS
         """All jobs, newest first."""
         if any(key.startswith("metadata") for key in request.query_params):
             raise bad_request("jobs cannot be searched by metadata; leave it out", "metadata")
-        found, has_more = jobs.repository.page(**_page(request))
+        found, has_more = jobs.page(**_page(request))
         return paged([_written(jobs, job) for job in found], has_more)
 
     @app.get(_PATH + "/{job_id}", responses=error_responses(401, 404))
     def get_fine_tuning_job(job_id: str) -> JSONResponse:
         """How a job stands."""
-        return JSONResponse(_written(jobs, jobs.repository.get(job_id)))
+        return JSONResponse(_written(jobs, jobs.get(job_id)))
 
     def add_change(name: str, change: Callable[[str], Job]) -> None:
         @app.post(
@@ -138,7 +138,7 @@ def add_finetuning(app: FastAPI, jobs: Jobs, catalog: Catalog, settings: ServerS
     @app.get(_PATH + "/{job_id}/checkpoints", responses=error_responses(400, 401, 404), openapi_extra=_QUERY)
     def list_fine_tuning_checkpoints(job_id: str, request: Request) -> JSONResponse:
         """Adapters of a job, newest first."""
-        checkpoints, has_more = jobs.repository.checkpoints(job_id, **_page(request))
+        checkpoints, has_more = jobs.checkpoints(job_id, **_page(request))
         return paged([_checkpoint(checkpoint) for checkpoint in checkpoints], has_more)
 
 
