@@ -233,11 +233,12 @@ class Jobs:
 
     def _change(self, job_id: str, before: Sequence[Status], to: Status, message: str, done: str) -> Job:
         job = self.repository.get(job_id)
-        if not self.repository.change(job.id, before=before, to=to, message=message):
+        changed = self.repository.change(job.id, before=before, to=to, message=message)
+        if changed is None:
             status = self.repository.get(job_id).status.value
             raise FlextronError(f"the job is {status}, so it cannot be {done}")
         self.scheduler.wake()
-        return self.repository.get(job_id)
+        return changed
 
     def close(self) -> None:
         """Save what is in training and give the directory back; the training thread must have ended."""

@@ -175,14 +175,15 @@ class JobRepository:
         message: str,
         level: str = "info",
         error: JobError | None = None,
-    ) -> bool:
-        """Give a job another status; False, and nothing happens, unless it has one of those before."""
+    ) -> Job | None:
+        """Give a job another status, and return the job; None, and nothing happens, unless it has one of `before`."""
         allowed = tuple(before)
         with self._store.transaction() as database:
             if not _set_status(database, job_id, allowed, to, error):
-                return False
+                return None
             _tell(database, job_id, message, level)
-        return True
+            # another thread may change it at once
+            return Job.of(database.execute("SELECT * FROM jobs WHERE id = ?", (job_id,)).fetchone())
 
     def fail(self, job_id: str, error: Exception, param: str | None = None) -> None:
         """A job cannot go on because of an error; `param` is the key of the request that is to blame."""
