@@ -11,10 +11,10 @@ OPTIMUM := .venv/optimum
 AUDIT := .venv/audit
 
 # One thread a worker: the tests' models are so small that more threads only wait for each other.
-PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/pytest -q -n 2
-RUNNABLE_HERE := not gpu and not browser and not peer
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/pytest -q -n 2 --dist loadgroup
+RUNNABLE_HERE := not gpu and not browser and not peer and not cluster
 
-.PHONY: demo test test-browser test-isa test-isa-all test-oldest test-clients test-optimum test-slow test-all check fix bench bench-all bench-core bench-routing bench-serving bench-coserving bench-quality bench-ecosystem bench-scale bench-gpu audit docs clean
+.PHONY: demo test test-browser test-replicas test-isa test-isa-all test-oldest test-clients test-optimum test-slow test-all check fix bench bench-all bench-core bench-routing bench-serving bench-coserving bench-quality bench-ecosystem bench-scale bench-gpu audit docs clean
 
 demo: $(READY)  ## Measure a small elastic model here and ask it for targets; MODEL= and DATA= convert and train others.
 	$(BIN)/flextron demo $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)")
@@ -30,6 +30,9 @@ test-isa-all: $(READY)  ## Under every combination.
 
 test-slow: $(READY)  ## Only what the default suite leaves out for its length.
 	$(PYTEST) -m "slow and $(RUNNABLE_HERE)"
+
+test-replicas: $(READY)  ## All tests of replicas, one Ray after the other.
+	$(PYTEST) -n 0 -m "" tests/replicas
 
 test-browser: $(BROWSER_READY)  ## The web page in a real browser; needs Debian's chromium, or skips.
 	$(PYTEST) --dist loadfile -m browser tests/server/page

@@ -41,6 +41,7 @@ def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("ray")
 @pytest.mark.timeout(600)
 def test_from_the_start_over_an_update_to_the_end(checkpoint: Path) -> None:
     pytest.importorskip("ray.serve")
@@ -70,6 +71,7 @@ def test_from_the_start_over_an_update_to_the_end(checkpoint: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.timeout(300)
 def test_a_model_that_is_not_there() -> None:
     pytest.importorskip("ray.serve")

@@ -30,7 +30,12 @@ from tests.replicas.command import Command
 from tests.replicas.serving import PROMPTS, Clients, HangingReplica, Served, both_run, pids, plan_for, served
 from tests.server.running import KEY, events, wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.timeout(600),
+    pytest.mark.xdist_group("ray"),  # one Ray at a time
+]
 _ASKED: dict[str, Any] = {"model": "tiny", "max_tokens": 20, "temperature": 0}
 _CHAT = [{"role": "user", "content": "Say yes"}]
 
@@ -86,6 +91,7 @@ def test_the_same_answers_as_one_server(ray_here: int, checkpoint: Path, adapter
         assert foreign.json()["error"]["code"] == "host_not_allowed"
 
 
+@pytest.mark.cluster
 def test_streams_flow_and_end_with_their_client(ray_here: int, checkpoint: Path) -> None:
     with served(plan_for(checkpoint / "model")) as made, made.client() as client:
         asked = _ASKED | {"prompt": "The cat", "max_tokens": 100, "stream": True, "ignore_eos": True}
@@ -151,6 +157,7 @@ def test_an_update_under_load(ray_here: int, checkpoint: Path) -> None:
             assert "at most 115" in refused.json()["error"]["message"]
 
 
+@pytest.mark.cluster
 def test_a_replica_whose_engine_hangs_is_replaced(ray_here: int, checkpoint: Path) -> None:
     with served(plan_for(checkpoint / "model", stall_seconds=3.0), HangingReplica) as made:
         with Clients(made.url) as clients:
@@ -184,6 +191,7 @@ def _told(client: httpx.Client, path: str) -> Iterator[str]:
         after = {"after": page["last_id"]}
 
 
+@pytest.mark.cluster
 def test_jobs_move_with_their_state(ray_here: int, checkpoint: Path, tmp_path: Path) -> None:
     state = tmp_path / "state"
     plan = plan_for(
@@ -229,11 +237,13 @@ def test_jobs_move_with_their_state(ray_here: int, checkpoint: Path, tmp_path: P
             assert name not in [m["id"] for m in client.get("/v1/models").json()["data"]]
 
 
+@pytest.mark.cluster
 def test_what_cannot_start_says_why(ray_here: int, checkpoint: Path) -> None:
     with pytest.raises(FlextronError, match="is not of the form NAME=DIRECTORY"):
         deploy(plan_for(checkpoint / "model", adapters=("bad",)))
 
 
+@pytest.mark.cluster
 def test_behind_the_proxies_of_a_cluster(ray_here: int, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ray import serve
 
@@ -265,6 +275,7 @@ def test_behind_the_proxies_of_a_cluster(ray_here: int, checkpoint: Path, monkey
         serve.delete(NAME)
 
 
+@pytest.mark.cluster
 def test_narrowed_requests_start_another_replica(ray_here: int, checkpoint: Path) -> None:
     from ray import serve
 
@@ -281,6 +292,7 @@ def test_narrowed_requests_start_another_replica(ray_here: int, checkpoint: Path
         assert clients.counts["lost"] == 0
 
 
+@pytest.mark.cluster
 def test_on_a_cluster_that_is_there(ray_here: int, checkpoint: Path) -> None:
     import ray
 
@@ -298,6 +310,7 @@ def test_on_a_cluster_that_is_there(ray_here: int, checkpoint: Path) -> None:
         command.process.kill()
 
 
+@pytest.mark.cluster
 def test_no_cluster_at_an_address() -> None:
     result = CliRunner().invoke(app, ["serve", "tiny", "--replicas", "2", "--port", "0", "--ray-address", "no:such"])
     assert result.exit_code == 2
