@@ -139,6 +139,16 @@ def test_decoding_takes_the_objective_and_training_the_rest(tpot_ms: float) -> N
         assert (coserving.seconds - trained) / (clock.now - began) > 0.7 * (1 - 11.5 / tpot_ms)
 
 
+def test_units_are_learnt_beside_requests_that_never_pause() -> None:
+    _, core, work, coserving = system(CoServing(tpot_ms=14, max_unit_ms=100))
+    core.ask(45)
+    while core.has_unfinished:
+        coserving.step()
+        if core.has_unfinished:
+            coserving.fill(lambda: False)
+    assert work.num_tokens > 100
+
+
 def test_training_rests_while_prompts_wait() -> None:
     _, core, work, coserving = system(CoServing(tpot_ms=100, max_unit_ms=20))
     warm(coserving)

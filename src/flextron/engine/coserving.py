@@ -231,8 +231,10 @@ class CoServingScheduler(Generic[Out]):
         times = self._units.get(unit)
         longest = self.settings.max_unit_ms / 1e3
         if times is None:
-            # nothing is known of it: a small one, when there is as much time as there will ever be
-            return min(left, _PROBE_TOKENS) if seconds >= longest / 2 else 0
+            # nothing is known of it: a small one, once there is half the time that there often is
+            pause = self.objective - self._recent.expected
+            usual = min(longest, pause) if pause > 0 else longest
+            return min(left, _PROBE_TOKENS) if seconds >= usual / 2 else 0
         least = min(left, _FEWEST_TOKENS)
         fixed = max(times(0), 0.0)
         a_token = max((times(_MOST_TOKENS) - fixed) / _MOST_TOKENS, 1e-9)
