@@ -169,6 +169,11 @@ class MeasuredModel(Generates):
             self.tables[table.name] = table
         return table
 
+    @property
+    def latency_warning(self) -> str | None:
+        """Why latencies that were measured on this device may be wrong, in a sentence; None if there is no doubt."""
+        return next((t.warning for t in self.tables.values() if self._is_here(t) and t.warning), None)
+
     def _is_here(self, table: LatencyTable) -> bool:
         return table.device == device_fingerprint(self.decoder.device, self.decoder.dtype)
 

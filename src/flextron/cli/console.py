@@ -13,12 +13,13 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.text import Text
 
+from flextron.api import ElasticModel
 from flextron.cli.bars import ProgressLine
 from flextron.cli.tables import print_one, print_rows
 from flextron.parallel.processes import is_first_launched
 from flextron.workflows.elastify import StepCallback
 
-__all__ = ["Json", "default_of", "message", "progress", "show"]
+__all__ = ["Json", "default_of", "message", "progress", "show", "warn_of_latencies"]
 
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable results on stdout.")]
 
@@ -35,6 +36,12 @@ def default_of(settings: type[Any], field: str) -> str:
 def message(text: str | Text) -> None:
     """A line for people, on stderr. Strings are shown as they are: paths and models' texts may look like markup."""
     _messages.print(Text(text) if isinstance(text, str) else text, highlight=False, soft_wrap=True)
+
+
+def warn_of_latencies(model: ElasticModel) -> None:
+    """Say so if latencies were measured beside busy programs."""
+    if model.latency_warning is not None:
+        message(Text.assemble(("warning:", "yellow"), " ", model.latency_warning))
 
 
 @contextmanager

@@ -74,6 +74,8 @@ def _show_boxed(facts: dict[str, Any], output: Path, *, as_json: bool) -> None:
     changes = ", ".join(f"{t}: {further['before'][t]:.1f} to {after:.1f}" for t, after in further["after"].items())
     message(f"{further['tokens']:,} more tokens of docstrings, perplexity on the reference at each target: {changes}")
     message(f"picture: {facts['picture']}; elastic checkpoint: {output / 'elastic'}; adapter: {output / 'adapter'}")
+    if facts["warning"]:
+        message(Text.assemble(("warning:", "yellow"), " ", facts["warning"]))
 
 
 def _show_sentences(facts: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flextron.cli.console import Json, progress, show
+from flextron.cli.console import Json, progress, show, warn_of_latencies
 from flextron.cli.loading import merged
 from flextron.workflows.elastify import ProfileStage, run_profile, validate
 from flextron.workflows.report import frontier_rows
@@ -61,3 +61,4 @@ def profile(
         with progress("measuring the engine") as step:
             measure(model, on_progress=step).write(engine)
     show(frontier_rows(model), title=f"{directory}: best sub-networks on this device", as_json=as_json)
+    warn_of_latencies(model)

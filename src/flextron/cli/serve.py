@@ -11,7 +11,7 @@ import typer
 
 from flextron import api
 from flextron.api.engine import speculation_of
-from flextron.cli.console import message, progress
+from flextron.cli.console import message, progress, warn_of_latencies
 from flextron.engine import EngineSettings, follow
 from flextron.errors import FlextronError
 from flextron.jobs.jobs import JobsSettings
@@ -196,6 +196,7 @@ def serve(
     if profile:
         with progress("measuring latencies") as measure, progress("searching the frontier") as search:
             model.profile_here(on_measure=measure, on_search=search)
+        warn_of_latencies(model)
     engine = replace(sizes, speculation=None if speculate is None else speculation_of(model, speculate))
     adapters = named_adapters(model, adapter or [], tensor_parallel)
     with ExitStack() as stack:

@@ -31,6 +31,8 @@ from flextron.spec import LayerSpec, SearchSpace, SubnetSpec
 __all__ = ["LatencyTable", "Phase", "measure_table", "step_latencies_ms"]
 
 _NUM_FIT, _NUM_HELD_OUT = 12, 8
+_MOST_ERROR = 0.15
+"""Median error from which on a measurement is in doubt; on a quiet machine it is 0.01 to 0.03."""
 Phase = Literal["decode", "prefill"]
 _Width = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,7}$")]
 _Ms = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
@@ -82,6 +84,16 @@ class LatencyTable:
     def name(self) -> str:
         """Name of the table's file: the device, and the phase where it is not decode."""
         return self.device if self.phase == "decode" else f"{self.device}-{self.phase}"
+
+    @property
+    def warning(self) -> str | None:
+        """Why its latencies may be wrong, in a sentence; None if they hold for networks that the fit did not see."""
+        if self.median_error <= _MOST_ERROR:
+            return None
+        return (
+            f"latencies of sub-networks that were measured only to check are off by {self.median_error:.0%}: other "
+            "programs kept this machine busy; measure again when it is quiet"
+        )
 
     @classmethod
     def of_parameters(cls, config: DecoderConfig, space: SearchSpace) -> LatencyTable:

@@ -85,6 +85,7 @@ def run_boxed(settings: BoxedSettings, progress: Progress) -> dict[str, Any]:
         "prompt": _PROMPT,
         "texts": {"general": frontier.text, "reference": "Python's language reference (pydoc's topics)"},
         "picture": str(picture),
+        "warning": model.latency_warning,
         "unreachable": [t for t in settings.targets if t not in points],
         "trained_tokens": model.info.recipe["num_tokens"] - further["tokens"],
         "further": further | {"before": here},
