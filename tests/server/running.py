@@ -106,12 +106,12 @@ def running(
 
 
 @contextmanager
-def running_chat(template: str) -> Iterator[Running]:
+def running_chat(template: str, **settings: Any) -> Iterator[Running]:
     """Serve a trained model with a chat template."""
     model = trained_model()
     assert model.tokenizer is not None
     model.tokenizer.chat_template = template
-    with running(model) as made:
+    with running(model, **settings) as made:
         yield made
 
 

@@ -17,7 +17,7 @@ from flextron.engine import EngineSettings
 from flextron.server.app import create_app
 from flextron.serving.adaptive import Adaptive, Cap, Objective
 from flextron.serving.settings import ServerSettings
-from tests.server.running import Running, events, running, wait_until
+from tests.server.running import SHORT_TEMPLATE, Running, events, running, running_chat, wait_until
 from tests.server.test_metrics import samples
 
 RUNGS = (1.0, 0.85, 0.6, 0.5)
@@ -218,6 +218,22 @@ def test_a_running_answer_goes_on_in_a_narrower_sub_network(model: ElasticModel,
             (r["target"]["latency"] for r in reports[1:]), reverse=True
         )
         assert len(reports) < 10
+
+
+@pytest.mark.usefixtures("fast_intervals")
+@pytest.mark.parametrize(("path", "last"), [("responses", "response.completed"), ("messages", "message_delta")])
+def test_other_protocols_tell_it_at_the_end(path: str, last: str) -> None:
+    with running_chat(SHORT_TEMPLATE, slo_tpot_ms=15, min_latency_target=0.6) as made:
+        made.slow_down(0.03)
+        body: dict[str, Any] = {"model": "tiny", "stream": True, "temperature": 0}
+        if path == "responses":
+            body |= {"input": "a", "max_output_tokens": 60}
+        else:
+            body |= {"messages": [{"role": "user", "content": "a"}], "max_tokens": 60}
+        answer = httpx.post(f"{made.url}/v1/{path}", json=body, timeout=60)
+    told = [json.loads(e) for e in events(answer.text)]
+    final = next(e for e in told if e["type"] in (last, "response.incomplete"))
+    assert (final.get("response") or final)["flextron"]["target"] == {"latency": 0.6}
 
 
 @pytest.mark.usefixtures("fast_intervals")

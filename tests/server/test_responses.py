@@ -10,6 +10,7 @@ import httpx
 import jsonschema
 import pytest
 from openai import OpenAI
+from openai.types.responses import ResponseErrorEvent
 
 from tests.server.running import SHORT_TEMPLATE, Running, running_chat
 from tests.server.test_refusals import assert_refused
@@ -146,3 +147,19 @@ def test_what_is_refused_is_named(server: Running, changes: dict[str, Any], para
     body = {"model": "tiny", "input": "a", **changes}
     error = assert_refused(httpx.post(f"{server.url}/v1/responses", json=body), 400)
     assert error["param"] == param
+
+
+def test_a_stream_that_breaks_ends_with_an_error_event() -> None:
+    with running_chat(SHORT_TEMPLATE) as made:
+        made.slow_down(0.05)
+        stream = made.client().responses.create(model="tiny", input="a", max_output_tokens=60, stream=True)
+        next(iter(stream))
+
+        def broken() -> None:
+            raise RuntimeError("a chip fell out")
+
+        made.service.core.step = broken  # type: ignore[assignment, method-assign]
+        last = list(stream)[-1]
+    assert isinstance(last, ResponseErrorEvent)
+    assert last.type == "error"
+    assert "the engine has stopped" in last.message

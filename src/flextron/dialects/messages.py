@@ -101,7 +101,7 @@ async def _events(body: MessagesBody, chunks: AsyncIterator[dict[str, Any]]) -> 
     """Events of an answer out of a chat's. What was cached, and the answer's tokens, are told at the end."""
     blocks = _Blocks()
     ending: dict[str, Any] = {}
-    usage, has_begun = None, False
+    usage, has_begun, changed = None, False, dict[str, Any]()
     async for said in chunks:
         if "error" in said:
             yield event("error", {"error": {"type": "api_error", "message": said["error"]["message"]}})
@@ -109,6 +109,8 @@ async def _events(body: MessagesBody, chunks: AsyncIterator[dict[str, Any]]) -> 
         if not has_begun:
             has_begun = True
             yield event("message_start", {"message": _message(body, said["usage"]) | {"flextron": said["flextron"]}})
+        elif "flextron" in said:
+            changed = {"flextron": said["flextron"]}
         usage = said["usage"]
         for choice in said["choices"]:
             ending = _ending(choice) if choice["finish_reason"] else ending
@@ -117,7 +119,7 @@ async def _events(body: MessagesBody, chunks: AsyncIterator[dict[str, Any]]) -> 
     for kind, fields in blocks.close():
         yield event(kind, fields)
     assert usage is not None
-    yield event("message_delta", {"delta": ending, "usage": _usage(usage)})
+    yield event("message_delta", {"delta": ending, "usage": _usage(usage), **changed})
     yield event("message_stop", {})
 
 

@@ -63,12 +63,15 @@ async def _events(body: ResponsesBody, chunks: AsyncIterator[dict[str, Any]]) ->
 
     async for said in chunks:
         if "error" in said:
-            yield written("error", said["error"])
+            # an event's type is its kind, and that of the error has no place
+            yield written("error", {k: v for k, v in said["error"].items() if k != "type"})
             return
         if growing is None:
             growing = _Growing(body, said["flextron"])
             for kind in ("response.created", "response.in_progress"):
                 yield written(kind, {"response": growing.response(None, None)})
+        elif "flextron" in said:
+            growing.report = said["flextron"]
         usage = said.get("usage") or usage
         for choice in said["choices"]:
             reason = choice["finish_reason"] or reason
@@ -88,7 +91,7 @@ class _Growing:
     """The items of an answer, while it grows."""
 
     def __init__(self, body: ResponsesBody, report: Mapping[str, Any]) -> None:
-        self._body, self._report = body, report
+        self._body, self.report = body, report
         self._id, self._created = f"resp_{uuid.uuid4().hex}", int(time.time())
         self._output: list[dict[str, Any]] = []
         self._open: dict[str, Any] | None = None
@@ -178,7 +181,7 @@ class _Growing:
             "truncation": "disabled",
             "usage": None if usage is None else _usage(usage),
             "metadata": body["metadata"] or {},
-            "flextron": self._report,
+            "flextron": self.report,
         }
 
 
