@@ -14,7 +14,7 @@ AUDIT := .venv/audit
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/pytest -q -n 2 --dist loadgroup
 RUNNABLE_HERE := not gpu and not browser and not peer and not cluster
 
-.PHONY: demo test test-browser test-replicas test-isa test-isa-all test-oldest test-clients test-optimum test-slow test-all check fix bench bench-all bench-core bench-routing bench-serving bench-coserving bench-quality bench-ecosystem bench-scale bench-gpu audit docs clean
+.PHONY: demo test test-browser test-replicas test-isa test-isa-all test-oldest test-clients test-optimum test-slow test-all check fix bench bench-all bench-core bench-routing bench-serving bench-coserving bench-quality bench-ecosystem bench-scale bench-page bench-gpu audit docs clean
 
 demo: $(READY)  ## Measure a small elastic model here and ask it for targets; MODEL= and DATA= convert and train others.
 	$(BIN)/flextron demo $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)")
@@ -86,6 +86,9 @@ bench-core bench-routing bench-serving bench-coserving bench-quality bench-ecosy
 
 bench-scale: $(READY)  ## Several processes on this machine; also the tables of docs/scaling.md.
 	$(BIN)/python -m benchmarks scale; status=$$?; $(BIN)/python -m benchmarks.readme; $(BIN)/python -m benchmarks.scale.page; exit $$status
+
+bench-page: $(BROWSER_READY)  ## The web page in chromium, and what it costs the engine.
+	$(BIN)/python -m benchmarks page; status=$$?; $(BIN)/python -m benchmarks.readme; exit $$status
 
 # A machine with a GPU may have PyTorch and transformers but no network: its own Python runs this, too.
 bench-gpu:  ## One CUDA device, under nine minutes; writes benchmarks/results/gpu.json.

@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks.harness import RESULTS
 from benchmarks.history import HISTORY, append, entries_of, read_history, worse
 
-SUITES = ("core", "routing", "serving", "coserving", "quality", "ecosystem", "scale")
+SUITES = ("core", "routing", "serving", "coserving", "quality", "ecosystem", "scale", "page")
 """Modules of this package with a function `run`; a suite is imported when it runs, as each has needs of its own."""
 
 
