@@ -34,7 +34,7 @@ __all__ = ["browser", "run", "served"]
 
 _PAGES = 3
 _TOKENS = 96
-_ROUNDS = 5
+_ROUNDS = 9
 _KEYS = 40
 _FRAME = 16.0
 """Milliseconds below which the browser records no event."""
@@ -123,7 +123,7 @@ def _beside_pages(made: Browser, url: str) -> dict[str, list[float]]:
 
     def beside() -> float:
         pages = [_opened(made, url) for _ in range(_PAGES)]
-        time.sleep(2)  # they are drawn
+        time.sleep(4)  # they are drawn
         seconds = _decode_seconds(url)
         for page in pages:
             page.close()

@@ -97,8 +97,8 @@ export class Live {
     for (const [name, value] of Object.entries(values)) write(this.tiles[name], String(value));
     // a minute at least, so that the first samples do not fill the chart
     const begin = Math.min(this.samples[0].time, now.time - 60);
-    // over ten minutes a second is less than a pixel: drawing has the engine's cores to share
-    if (now.time - this.drawnAt < (now.time - begin) / 150) return;
+    // drawing has the engine's cores to share, and over ten minutes a second is less than a pixel
+    if (now.time - this.drawnAt < Math.max(1.5, (now.time - begin) / 150)) return;
     this.drawnAt = now.time;
     const options = { x: [begin, now.time], tick: clock };
     CHARTS.forEach(({ series, limit, isMix }, i) => {
