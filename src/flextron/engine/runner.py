@@ -48,8 +48,10 @@ def greedy_tokens(chunks: Sequence[Chunk], logits_RV: Tensor) -> dict[Request, l
     last = {c.request: end - 1 for c, end in zip(chunks, ends, strict=True) if c.num_logits and not c.needs_all_logits}
     if not last:
         return {}
-    tokens = most_likely(logits_RV).tolist()
-    return {request: [tokens[row]] for request, row in last.items()}
+    rows = list(last.values())
+    # those of draws, drafts and prompts need no likeliest token
+    chosen = logits_RV if len(rows) == len(logits_RV) else logits_RV[rows]
+    return {request: [token] for request, token in zip(last, most_likely(chosen).tolist(), strict=True)}
 
 
 def nested_network(own: Network, spec: SubnetSpec) -> Network:
