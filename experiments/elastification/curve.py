@@ -23,10 +23,10 @@ import flextron
 from experiments.elastification.mix import heldout, lines
 from flextron.api.texts import needed, sequences
 from flextron.files import read_json, write_json
+from flextron.losses.likelihoods import token_losses
 from flextron.model.batch import Batch
 from flextron.model.cost import layer_parameters, num_parameters
 from flextron.model.decoder import Decoder
-from flextron.model.likelihoods import token_losses
 from flextron.routing.allocate import Allocator
 from flextron.routing.refine import proposals_around
 from flextron.routing.sensitivity import Sensitivity, measure_sensitivity

@@ -18,8 +18,7 @@ from flextron.kernels.decoder import NativeStep, Weights, why_not_native
 from flextron.model.adapter import Adapter
 from flextron.model.batch import Batch
 from flextron.model.config import DecoderConfig
-from flextron.model.decoder import Decoder
-from flextron.model.losses import capped
+from flextron.model.decoder import Decoder, capped
 from flextron.spec import LayerSpec, SubnetSpec
 from tests.checkpoints.families_cases import CASES, HEADS, SIZES
 from tests.model.adapter_cases import random_ia3, random_lora

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from flextron.kernels import elementwise as kernels
 from flextron.kernels.build import load_library
-from flextron.model.losses import vocabulary_losses
+from flextron.losses.vocabulary import vocabulary_losses
 
 LIBRARY = load_library("training")
 pytestmark = pytest.mark.skipif(isinstance(LIBRARY, str), reason=f"no kernels: {LIBRARY}")

@@ -41,10 +41,10 @@ def test_an_example_is_what_serve_takes(name: str, monkeypatch: pytest.MonkeyPat
     build = import_attr(application.import_path)
     monkeypatch.setenv("FLEXTRON_API_KEY", "secret")
     built = build(application.args)
-    front, plan = built._bound_deployment, plan_of(application.args)
-    assert front.name == "Front"
-    assert front.init_args[1] == plan
-    replica = front.init_args[0]._bound_deployment
+    ingress, plan = built._bound_deployment, plan_of(application.args)
+    assert ingress.name == "Ingress"
+    assert ingress.init_args[1] == plan
+    replica = ingress.init_args[0]._bound_deployment
     assert (replica.name, replica.init_args) == ("Replica", (plan,))
     scaling = replica._deployment_config.autoscaling_config
     assert (scaling.min_replicas, scaling.max_replicas, scaling.get_target_ongoing_requests()) == (2, 4, 48)

@@ -9,9 +9,8 @@ from torch.nn import functional as F
 
 from flextron.model.attention import CausalAttention
 from flextron.model.batch import Batch
-from flextron.model.decoder import Decoder
+from flextron.model.decoder import Decoder, capped
 from flextron.model.layers import Layer
-from flextron.model.losses import capped
 from flextron.model.rope import rotary_tables
 from flextron.routing.sensitivity import Sensitivity, measure_sensitivity
 from flextron.spec import SearchSpace, SubnetSpec

@@ -12,9 +12,9 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from flextron.errors import FlextronError
+from flextron.losses.vocabulary import forward_kl
 from flextron.model.batch import Batch
 from flextron.model.config import DecoderConfig
-from flextron.model.losses import forward_kl
 from flextron.routing.sensitivity import measure_sensitivity
 from flextron.routing.token_router import TokenRouter
 from flextron.spec import SubnetSpec

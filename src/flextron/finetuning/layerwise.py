@@ -29,11 +29,11 @@ from flextron.finetuning.packing import Packed
 from flextron.finetuning.recompute import KEEPABLE, PrunedBatch, RecordedBatch, unread_linears
 from flextron.finetuning.units import Stage, Units
 from flextron.kernels.elementwise import use_kernels
+from flextron.losses.likelihoods import scored
+from flextron.losses.vocabulary import summed_cross_entropy
 from flextron.model.adapter import Adapter
 from flextron.model.batch import Batch, Segment
 from flextron.model.decoder import Decoder
-from flextron.model.likelihoods import scored
-from flextron.model.losses import summed_cross_entropy
 from flextron.spec import SubnetSpec
 
 __all__ = ["Finetuning"]

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flextron.kernels.build import library_of, load_library
+from flextron.losses.vocabulary import ChunkLosses, chunk_losses
 from flextron.model.decoder import Decoder
 from flextron.model.layers import MLP
-from flextron.model.losses import ChunkLosses, chunk_losses
 from flextron.model.norms import RMSNorm, rms_norm
 
 __all__ = ["chunk_losses_compiled", "rms_norm_compiled", "silu_gate", "takes", "use_kernels"]
@@ -65,7 +65,7 @@ def chunk_losses_compiled(
     temperature: float,
     cap: float | None,
 ) -> ChunkLosses:
-    """See `flextron.model.losses.chunk_losses`; the gradient takes the place of the logits."""
+    """See `flextron.losses.vocabulary.chunk_losses`; the gradient takes the place of the logits."""
     same = teacher_NV is None or teacher_NV.dtype == logits_NV.dtype
     if not takes(logits_NV) or not same or temperature != 1 or cap is not None:
         return chunk_losses(logits_NV, teacher_NV, targets_N, scales=scales, temperature=temperature, cap=cap)

@@ -16,13 +16,17 @@ from flextron.model.attention import Attention, CausalAttention
 from flextron.model.batch import Batch
 from flextron.model.config import DecoderConfig
 from flextron.model.layers import Layer
-from flextron.model.losses import capped
 from flextron.model.norms import make_norm
 from flextron.model.outer import Outer
 from flextron.model.rope import rotary_tables
 from flextron.spec import SubnetSpec
 
-__all__ = ["Decoder"]
+__all__ = ["Decoder", "capped"]
+
+
+def capped(x: Tensor, cap: float | None) -> Tensor:
+    """Cap · tanh(x / cap), which x is for small numbers (Gemma 2); x itself without a cap."""
+    return x if cap is None else (x / cap).tanh_().mul_(cap) if not x.requires_grad else (x / cap).tanh() * cap
 
 
 @lru_cache(maxsize=16)

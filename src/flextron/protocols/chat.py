@@ -54,7 +54,7 @@ async def chat_prompt(service: Service, body: ChatBody) -> list[int]:
     Raises:
         ApiError: there is no chat template, or it does not take the messages.
     """
-    return await service.encode(
+    return await service.prompts.encode(
         lambda: rendered(
             service,
             body.messages,
@@ -100,7 +100,7 @@ def rendered(
         ApiError: there is no chat template, or it does not take the messages.
     """
     try:
-        limits = {"seconds": service.settings.template_seconds, "max_chars": service.most_chars}
+        limits = {"seconds": service.settings.template_seconds, "max_chars": service.prompts.most_chars}
         template = ChatTemplate.of(service.tokenizer, has_tools=bool(tools), **limits)
         if template is None:
             raise bad_request("the model has no chat template; use /v1/completions", "messages")

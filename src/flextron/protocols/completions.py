@@ -30,7 +30,9 @@ async def completions(request: Request, service: Service, body: CompletionBody) 
     choice = service.choose(body.model, body.flextron)
     service.check(len(body.prompts) * body.num_choices, body.max_tokens)
     special = body.add_special_tokens is not False
-    prompts = [await service.encode(p, add_special_tokens=special) if isinstance(p, str) else p for p in body.prompts]
+    prompts = [
+        await service.prompts.encode(p, add_special_tokens=special) if isinstance(p, str) else p for p in body.prompts
+    ]
     most = [
         min(_DEFAULT_TOKENS, service.room(len(p), choice)) if body.max_tokens is None else body.max_tokens
         for p in prompts

@@ -93,7 +93,9 @@ async def embeddings(request: Request, service: Service, body: EmbeddingBody) ->
             "dimensions",
         )
     special = body.add_special_tokens is not False
-    prompts = [await service.encode(p, add_special_tokens=special) if isinstance(p, str) else p for p in body.inputs]
+    prompts = [
+        await service.prompts.encode(p, add_special_tokens=special) if isinstance(p, str) else p for p in body.inputs
+    ]
     for prompt in prompts:
         check_prompt(config, prompt, 0)
     pooling: Pooling = body.pooling or "mean"

@@ -138,9 +138,9 @@ async def respond(
     if asked is not None:
         if body.ignore_eos:
             raise bad_request(f"ignore_eos and {asked.param} exclude each other; leave one of them out", "ignore_eos")
-        constraint = await service.constraint(asked.kind, asked.given, asked.param)
+        constraint = await service.prompts.constraint(asked.kind, asked.given, asked.param)
     body.check_tokens(service.core.decoder.config.vocab_size)
-    words = await service.bad_words_ids(body.bad_words or ())
+    words = await service.prompts.bad_words_ids(body.bad_words or ())
     more = {"logprobs": body.num_logprobs, "prompt_logprobs": body.num_prompt_logprobs}
     requests = [
         GenerationRequest(

@@ -57,10 +57,10 @@ async def tokenize(request: Request, service: Service, body: TokenizeBody) -> Re
     messages = body.messages
     if messages is None:
         special, text = body.add_special_tokens is not False, body.prompt or ""
-        tokens = await service.encode(text, add_special_tokens=special)
+        tokens = await service.prompts.encode(text, add_special_tokens=special)
     else:
         opens = body.add_generation_prompt is not False
-        tokens = await service.encode(
+        tokens = await service.prompts.encode(
             lambda: rendered(service, messages, add_generation_prompt=opens),
             add_special_tokens=bool(body.add_special_tokens),
         )

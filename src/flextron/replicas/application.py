@@ -114,7 +114,7 @@ class _Forwarding(Response):
         await self._ingress(scope, receive, send)
 
 
-class Front:
+class IngressDeployment:
     """The ingress as a deployment, behind Ray's own HTTP proxies."""
 
     def __init__(self, handle: DeploymentHandle, plan: Plan) -> None:
@@ -136,9 +136,9 @@ def build(args: dict[str, Any]) -> Application:
         FlextronError: they do not fit.
     """
     plan = plan_of(args)
-    front = serve.deployment(
-        Front,
-        name="Front",
+    ingress = serve.deployment(
+        IngressDeployment,
+        name="Ingress",
         num_replicas=2,
         ray_actor_options={"num_cpus": 0.1},
         max_ongoing_requests=10_000,
@@ -146,4 +146,4 @@ def build(args: dict[str, Any]) -> Application:
         graceful_shutdown_wait_loop_s=0.2,
         logging_config=_QUIET,
     )
-    return front.bind(replicas(plan), plan)
+    return ingress.bind(replicas(plan), plan)

@@ -16,11 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from flextron.files import checked
+from flextron.losses.vocabulary import cross_entropy
 from flextron.model.attention import CausalAttention
 from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
 from flextron.model.layers import Layer
-from flextron.model.losses import cross_entropy
 from flextron.model.rope import rotary_tables
 from flextron.spec import SearchSpace, SubnetSpec
 from flextron.spec.subnet import MAX_LAYERS

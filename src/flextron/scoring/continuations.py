@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from flextron.errors import FlextronError
+from flextron.losses.likelihoods import token_scores
 from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
-from flextron.model.likelihoods import token_scores
 from flextron.scoring.branches import BranchedAttention, Forest
 from flextron.spec import SubnetSpec
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flextron.losses.likelihoods import token_losses
 from flextron.model.batch import Batch, TokenChoice
 from flextron.model.decoder import Decoder
-from flextron.model.likelihoods import token_losses
 from flextron.spec import SubnetSpec
 
 __all__ = ["Perplexity", "evaluate_perplexity", "mean_loss"]

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections.abc import Sequence
 
 from flextron.api import ElasticModel
 from flextron.engine import CoServing, CoServingScheduler, EngineCore, EngineSettings, StepOutput
-from flextron.errors import FlextronError, LongPromptError
-from flextron.generation.constraints import Constraint, Grammars, Kind
-from flextron.generation.encoding import bad_words_ids, encode
-from flextron.generation.templates import ChatTemplate
+from flextron.errors import FlextronError
 from flextron.jobs.driver import TrainingDriver
 from flextron.jobs.jobs import Jobs
 from flextron.parallel.companions import LostRankError
@@ -21,6 +16,7 @@ from flextron.serving.adapters import AdapterNames, LoadedAdapters, NamedAdapter
 from flextron.serving.adaptive import INTERVAL_SECONDS, Adaptive, Objective
 from flextron.serving.errors import ApiError, bad_request, engine_died, shutting_down
 from flextron.serving.metrics import Metrics
+from flextron.serving.prompts import Prompts
 from flextron.serving.session import Session
 from flextron.serving.settings import ServerSettings
 from flextron.serving.targets import Catalog, Choice, TargetBody
@@ -29,12 +25,8 @@ from flextron.serving.worker import GenerationRequest, Worker
 
 __all__ = ["Service"]
 
-_MOST_CHARS = 1_000_000
-"""The most characters of a prompt, for models with a short context."""
 _LOSS_SECONDS = 2.0
 """How long a server that lost a rank waits for the engine's thread."""
-_MOST_TEMPLATES = 8
-"""How many chat templates run at once."""
 
 
 class Service:
@@ -91,16 +83,7 @@ class Service:
         self.loss: LostRankError | None = None
         """Why nothing can be answered any more, once a rank is lost."""
         self._adapting: asyncio.Task[None] | None = None
-        # one thread: a tokenizer's settings are not safe to use from several
-        self._encoder = ThreadPoolExecutor(1, "flextron-tokenizer")
-        # twice the longest token, in case that the tokenizer drops characters; but a vocabulary may have very long
-        # ones, and a tokenizer takes a second for half a million characters
-        longest, positions = max(map(len, self.tokenizer.get_vocab())), model.decoder.config.max_position_embeddings
-        self.most_chars = min(2 * longest * positions, max(_MOST_CHARS, 16 * positions))
-        """Most characters of a prompt."""
-        self._grammars: Grammars | None = None
-        # several: a chat template may take seconds before it is given up
-        self._templates = ThreadPoolExecutor(_MOST_TEMPLATES, "flextron-templates")
+        self.prompts = Prompts(self.tokenizer, model.decoder.config, self.defaults.ends)
 
     def start(self) -> None:
         """Start the engine's thread and training. Call it in the event loop."""
@@ -108,8 +91,7 @@ class Service:
         self._loop = asyncio.get_running_loop()
         self.worker.begin(self._loop)
         self.core.on_loss(self._hear_of_loss)
-        if self.tokenizer.chat_template:
-            self._templates.submit(ChatTemplate.warm_up)
+        self.prompts.start()
         if self._driver is not None:
             self._driver.start()
         if self.adaptive is not None:
@@ -137,8 +119,7 @@ class Service:
         if self._driver is not None:
             # after the worker, in whose hands a step may be
             await asyncio.to_thread(self._driver.stop)
-        self._encoder.shutdown()
-        self._templates.shutdown(wait=False, cancel_futures=True)
+        self.prompts.stop()
         self.adapters.close()
 
     async def measure(self) -> None:
@@ -240,57 +221,6 @@ class Service:
 
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(lose)
-
-    async def encode(self, text: str | Callable[[], str], *, add_special_tokens: bool) -> list[int]:
-        """Token ids of a text, or of the text that a function returns (such as a chat template).
-
-        Args:
-            text: the text or the function.
-            add_special_tokens: whether it begins as the tokenizer begins a text; chat templates write that themselves.
-
-        Raises:
-            PromptError: the text cannot fit into the model, whatever its tokens are.
-        """
-        loop = asyncio.get_running_loop()
-        written = text if isinstance(text, str) else await loop.run_in_executor(self._templates, text)
-
-        def run() -> list[int]:
-            if len(written) > self.most_chars:
-                raise LongPromptError(
-                    f"the prompt has {len(written)} characters, more than the model has positions for; shorten it"
-                )
-            return encode(self.tokenizer, written, add_special_tokens=add_special_tokens)
-
-        return await loop.run_in_executor(self._encoder, run)
-
-    async def bad_words_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-        """Token ids that spell these words."""
-        if not words:
-            return ()
-        return await asyncio.get_running_loop().run_in_executor(self._encoder, bad_words_ids, self.tokenizer, words)
-
-    async def constraint(self, kind: Kind, given: Any, param: str) -> Constraint:
-        """A grammar at its start.
-
-        Args:
-            kind: kind of the grammar.
-            given: what `Grammars.constraint` takes.
-            param: key of the body that names it.
-
-        Raises:
-            ApiError: it cannot be followed.
-        """
-
-        def make() -> Constraint:
-            if self._grammars is None:
-                size = self.core.decoder.config.vocab_size
-                self._grammars = Grammars(self.tokenizer, size, self.defaults.ends)
-            return self._grammars.constraint(kind, given)
-
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._encoder, make)
-        except FlextronError as error:
-            raise bad_request(str(error), param) from error
 
     def room(self, num_prompt: int, choice: Choice) -> int:
         """The most tokens of an answer; at least 1, so that the engine says what does not fit."""

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from flextron.errors import FlextronError
 from flextron.kernels.elementwise import chunk_losses_compiled
+from flextron.losses.vocabulary import head_metric, vocabulary_losses
 from flextron.model.adapter import Adapter
 from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
-from flextron.model.losses import head_metric, vocabulary_losses
 from flextron.training.recipe import TrainRecipe
 
 __all__ = ["Distillation", "Objective", "Taught", "Teacher", "Totals"]
@@ -37,7 +37,7 @@ class Taught(NamedTuple):
     head_weight: Tensor
     """(V, D)."""
     metric_DD: Tensor
-    """See `flextron.model.losses.head_metric`."""
+    """See `flextron.losses.vocabulary.head_metric`."""
 
 
 class Teacher(nn.Module):

@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flextron.errors import FlextronError
+from flextron.losses.vocabulary import forward_kl
 from flextron.model.batch import Batch
 from flextron.model.config import DecoderConfig
 from flextron.model.decoder import Decoder
-from flextron.model.losses import forward_kl
 from flextron.routing.latency import LatencyTable
 from flextron.routing.routers import gumbel_like
 from flextron.routing.token_router import TokenRouter

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from flextron.errors import FlextronError, shown
+from flextron.losses.vocabulary import forward_kl
 from flextron.model.batch import Batch
 from flextron.model.decoder import Decoder
-from flextron.model.losses import forward_kl
 from flextron.progress import OnStep
 from flextron.routing.latency import LatencyTable
 from flextron.routing.token_calibration import calibrate

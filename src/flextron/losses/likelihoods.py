@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flextron.model.losses import capped, chunks, matched
+from flextron.losses.vocabulary import chunks, matched
+from flextron.model.decoder import capped
 
 __all__ = ["scored", "token_losses", "token_scores"]
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flextron.model.likelihoods import scored, token_losses, token_scores
-from flextron.model.losses import CHUNK_TOKENS, capped, cross_entropy, forward_kl, head_metric, summed_cross_entropy
+from flextron.losses.likelihoods import scored, token_losses, token_scores
+from flextron.losses.vocabulary import CHUNK_TOKENS, cross_entropy, forward_kl, head_metric, summed_cross_entropy
+from flextron.model.decoder import capped
 
 SIZE, VOCAB = 12, 37
 COUNTS = [1, 5, CHUNK_TOKENS, 2 * CHUNK_TOKENS + 3]

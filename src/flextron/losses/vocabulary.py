@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flextron.model.decoder import capped
+
 __all__ = [
     "ChunkLosses",
     "SummedLoss",
     "VocabularyLosses",
-    "capped",
     "chunk_losses",
     "chunks",
     "cross_entropy",
@@ -31,11 +32,6 @@ __all__ = [
 ]
 
 CHUNK_TOKENS = 256
-
-
-def capped(x: Tensor, cap: float | None) -> Tensor:
-    """Cap · tanh(x / cap), which x is for small numbers (Gemma 2); x itself without a cap."""
-    return x if cap is None else (x / cap).tanh_().mul_(cap) if not x.requires_grad else (x / cap).tanh() * cap
 
 
 def _slope(capped_x: Tensor, cap: float) -> Tensor:
