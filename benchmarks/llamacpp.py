@@ -46,12 +46,13 @@ def _gguf(kind: Kind) -> Path:
 class LlamaCpp:
     """A process that holds a model; a context manager."""
 
-    def __init__(self, kind: Kind | Path, num_slots: int = 1) -> None:
+    def __init__(self, kind: Kind | Path, num_slots: int = 1, slot_tokens: int = 512) -> None:
         """Start it, with as many threads as PyTorch has here.
 
         Args:
             kind: precision of the weights; or the path of another file, in float32 if that is part of its name (`F32`).
             num_slots: sequences that run side by side.
+            slot_tokens: context of each.
 
         Raises:
             LeftOutError: llama.cpp is not here.
@@ -63,6 +64,7 @@ class LlamaCpp:
             str(kind if isinstance(kind, Path) else _gguf(kind)),
             str(torch.get_num_threads()),
             str(num_slots),
+            str(slot_tokens),
         ]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -87,6 +89,10 @@ class LlamaCpp:
     def step_seconds(self, prompt: list[int], steps: int) -> float:
         """Median time of a decode step; the first call reads the prompt, later ones go on from there."""
         return float(self._ask(prompt=prompt, steps=steps)["seconds"])
+
+    def prompt_seconds(self, prompt: list[int]) -> float:
+        """Time of a prompt and the first token after it."""
+        return float(self._ask(prompt=prompt)["seconds"])
 
     def serve(self, requests: list[tuple[list[int], int]]) -> tuple[float, list[list[int]]]:
         """Seconds for all requests (prompt, tokens to generate), and the answers."""

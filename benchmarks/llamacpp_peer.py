@@ -3,7 +3,7 @@
 Runs under any interpreter that has `llama_cpp` (llama-cpp-python) and needs nothing else of this project.
 
     python llamacpp_peer.py quantize FROM.gguf TO.gguf F32|Q8_0|Q4_0
-    python llamacpp_peer.py serve MODEL.gguf NUM_THREADS NUM_SLOTS
+    python llamacpp_peer.py serve MODEL.gguf NUM_THREADS NUM_SLOTS SLOT_TOKENS
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 import llama_cpp as ll
 import numpy as np
 
-_SLOT_TOKENS = 512
 _BATCH_TOKENS = 512
 
 
@@ -38,12 +37,12 @@ class Slot:
 class Context:
     """A model with slots for sequences."""
 
-    def __init__(self, path: str, num_threads: int, num_slots: int) -> None:
+    def __init__(self, path: str, num_threads: int, num_slots: int, slot_tokens: int) -> None:
         """Load a file. Keys and values are in float32 where the weights are, else as llama.cpp has them."""
         self._model = ll.llama_model_load_from_file(path.encode(), ll.llama_model_default_params())
         self._num_tokens = ll.llama_vocab_n_tokens(ll.llama_model_get_vocab(self._model))
         settings = ll.llama_context_default_params()
-        settings.n_ctx, settings.n_seq_max, settings.n_batch = _SLOT_TOKENS * num_slots, num_slots, _BATCH_TOKENS
+        settings.n_ctx, settings.n_seq_max, settings.n_batch = slot_tokens * num_slots, num_slots, _BATCH_TOKENS
         settings.n_threads = settings.n_threads_batch = num_threads
         if "F32" in path:
             settings.type_k = settings.type_v = ll.GGML_TYPE_F32
@@ -110,6 +109,16 @@ class Context:
         self.advance([slot])
         return slot
 
+    def prompt_seconds(self, prompt: list[int]) -> float:
+        """Time of a prompt and the first token after it, in batches as large as they may be."""
+        start = time.perf_counter()
+        slot = Slot(0, [], 0)
+        self.free(slot)
+        for first in range(0, len(prompt), _BATCH_TOKENS):
+            slot.todo = prompt[first : first + _BATCH_TOKENS]
+            self.advance([slot])
+        return time.perf_counter() - start
+
     def step_seconds(self, slot: Slot, steps: int) -> float:
         """Median time of a decode step, after one that is not counted."""
         times = []
@@ -126,9 +135,9 @@ def features() -> list[str]:
     return [name.strip() for name, _, value in (p.partition("=") for p in parts) if value.strip() == "1"]
 
 
-def serve(path: str, num_threads: int, num_slots: int) -> None:
+def serve(path: str, num_threads: int, num_slots: int, slot_tokens: int) -> None:
     """Answer lines from stdin until it ends."""
-    context = Context(path, num_threads, num_slots)
+    context = Context(path, num_threads, num_slots, slot_tokens)
     slot = None
     print(json.dumps({"features": features()}), flush=True)
     for line in sys.stdin:
@@ -136,6 +145,8 @@ def serve(path: str, num_threads: int, num_slots: int) -> None:
         if "requests" in asked:
             seconds, answers = context.serve(asked["requests"])
             said = {"seconds": seconds, "answers": answers}
+        elif "steps" not in asked:
+            said = {"seconds": context.prompt_seconds(asked["prompt"])}
         else:
             slot = slot or context.begin(asked["prompt"])
             said = {"seconds": context.step_seconds(slot, asked["steps"])}
@@ -160,4 +171,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "quantize":
         quantize(*sys.argv[2:5])
     else:
-        serve(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+        serve(sys.argv[2], *map(int, sys.argv[3:6]))

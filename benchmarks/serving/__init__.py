@@ -18,9 +18,21 @@ from benchmarks.serving.decode import (
 from benchmarks.serving.eight_bits import batch_of_16, batch_of_64, products, prompt, rounded_tokens
 from benchmarks.serving.head import equal_tokens, screened_head
 from benchmarks.serving.iteration import batch_cost, overhead
-from benchmarks.serving.neighbours import beside_four, beside_one
+from benchmarks.serving.neighbours import beside_four, beside_one, under_limit
+from benchmarks.serving.prompts import (
+    long_prompt_float32,
+    long_prompt_int8,
+    over_products,
+    prompt_float32,
+    prompt_int8,
+)
 from benchmarks.serving.subnetworks import kv_memory, mixed_batch, small_mixed_batch, subnet_time
-from benchmarks.serving.throughput import exact_tokens, throughput_against_llamacpp, throughput_against_transformers
+from benchmarks.serving.throughput import (
+    exact_tokens,
+    throughput_against_llamacpp,
+    throughput_against_transformers,
+    throughput_int8_against_llamacpp,
+)
 
 __all__ = ["run"]
 
@@ -38,6 +50,7 @@ def run() -> bool:
             int4_against_llamacpp,
             throughput_against_transformers,
             throughput_against_llamacpp,
+            throughput_int8_against_llamacpp,
             subnet_time,
             mixed_batch,
             small_mixed_batch,
@@ -45,6 +58,11 @@ def run() -> bool:
             batch_of_16,
             batch_of_64,
             prompt,
+            prompt_float32,
+            long_prompt_float32,
+            prompt_int8,
+            long_prompt_int8,
+            over_products,
             products,
             rounded_tokens,
             screened_head,
@@ -54,5 +72,6 @@ def run() -> bool:
             batch_cost,
             beside_one,
             beside_four,
+            under_limit,
         ],
     )

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from functools import partial
 
 import torch
 
-from benchmarks import smollm2
 from benchmarks.harness import Figure, interleaved, interleaved_seconds, median, ratios
 from benchmarks.rounding import compiled_perplexity, perplexity
 from benchmarks.serving.models import PAUSE, ROUNDS, original
+from benchmarks.serving.prompts import prompt_core, prompt_seconds
 from benchmarks.workload import Decoding
-from flextron.engine import EngineCore, EngineSettings
-from flextron.generation.sampling import SamplingParams
 from flextron.kernels.decoder import Weights
 from flextron.kernels.panels import Panels
 from flextron.kernels.quantization import quantize_rows
@@ -40,24 +37,11 @@ def _batch(count: int) -> Figure:
     return _against_float32(f"decode iteration of {count} sequences, int8 against float32", times, count)
 
 
-def prompt(length: int = 512) -> Figure:
+def prompt() -> Figure:
     """A prompt of 512 tokens, int8 against float32."""
-    tokens = smollm2.eval_sequences(length, length)[0].tolist()
-    settings = {
-        w: EngineSettings(weights=w, max_num_batched_tokens=512, prefix_caching=False, adapts_threads=False)
-        for w in _BOTH
-    }
-    cores = {w: EngineCore(original(), own) for w, own in settings.items()}
-
-    def seconds(weights: Weights) -> float:
-        core = cores[weights]
-        core.add("a", tokens, SamplingParams(max_tokens=1, temperature=0.0), core.network(core.decoder.widths))
-        start = time.perf_counter()
-        while core.has_unfinished:
-            core.step()
-        return time.perf_counter() - start
-
-    times = interleaved({w: partial(seconds, w) for w in _BOTH}, 5, PAUSE)
+    length = 512
+    cores = {w: prompt_core(w) for w in _BOTH}
+    times = interleaved({w: partial(prompt_seconds, cores[w], length) for w in _BOTH}, 5, PAUSE)
     return _against_float32(f"prompt of {length} tokens, int8 against float32", times, length)
 
 

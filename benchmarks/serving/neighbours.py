@@ -1,24 +1,30 @@
-"""Decode iterations beside other processes that keep cores busy."""
+"""Decode iterations beside other processes that keep cores busy, and under a limit such as a container has."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from statistics import mean
 
-from benchmarks.harness import Figure
+from benchmarks.harness import Figure, LeftOutError
 from benchmarks.llamacpp import LlamaCpp
 from benchmarks.serving.models import original
 from benchmarks.workload import Decoding, requests
 
-__all__ = ["beside_four", "beside_one"]
+__all__ = ["beside_four", "beside_one", "under_limit"]
 
 _SEQUENCES = (1, 4, 16)
 _SECONDS = 6.0
+_LIMIT = 1.5
+"""Cores' worth of time."""
+_PERIOD = 100_000
+"""Microseconds."""
 _SETTLING = 3.0
 """Seconds before anything counts: the engine finds its number of threads meanwhile."""
 
@@ -34,6 +40,32 @@ def busy(count: int) -> Iterator[None]:
         for process in processes:
             process.kill()
             process.wait()
+
+
+@contextmanager
+def limited(cores: float) -> Iterator[None]:
+    """This process with so much of the cores' time, by a control group of its own.
+
+    Raises:
+        LeftOutError: control groups cannot be made here.
+    """
+    root, quota = Path("/sys/fs/cgroup"), int(cores * _PERIOD)
+    is_first = (root / "cpu").is_dir()
+    parent = root / "cpu" if is_first else root
+    group, members = parent / "flextron-bench", parent / "cgroup.procs"
+    limits = {"cpu.cfs_quota_us": f"{quota}"} if is_first else {"cpu.max": f"{quota} {_PERIOD}"}
+    try:
+        group.mkdir()
+        for name, value in limits.items():
+            (group / name).write_text(value, encoding="ascii")
+        (group / members.name).write_text(str(os.getpid()), encoding="ascii")
+    except OSError as error:
+        raise LeftOutError(f"no control group with a limit can be made: {error}") from error
+    try:
+        yield
+    finally:
+        members.write_text(str(os.getpid()), encoding="ascii")
+        group.rmdir()
 
 
 def _mean_seconds(decoding: Decoding) -> float:
@@ -103,3 +135,38 @@ def beside_one() -> Figure:
 def beside_four() -> Figure:
     """Beside four."""
     return _beside(4, 5.0)
+
+
+def under_limit() -> Figure:
+    """Under a limit of 1.5 cores."""
+    full = original().widths
+    rises, fixed, shares = {}, {}, []
+    for n in _SEQUENCES:
+        alone, here, steady = (Decoding(original(), [full] * n, adapts_threads=a) for a in (True, True, False))
+        before = _mean_seconds(alone)
+        with limited(_LIMIT):
+            clock, began = time.process_time(), time.perf_counter()
+            rises[n] = _mean_seconds(here) / before
+            shares.append((time.process_time() - clock) / (time.perf_counter() - began))
+            fixed[n] = _mean_seconds(steady) / before
+    if max(shares) > 1.1 * _LIMIT:
+        raise LeftOutError(f"the limit is not kept here: {max(shares):.2f} cores were used")
+    worst = max(rises, key=rises.__getitem__)
+    return Figure(
+        name=f"decode iteration under a limit of {_LIMIT} cores, over the same without; worst of 1, 4, 16 sequences",
+        value=rises[worst],
+        unit="x",
+        op="<=",
+        bar=1.6,
+        note=", ".join(f"{n}: {rises[n]:.2f} (fixed threads {fixed[n]:.2f})" for n in _SEQUENCES),
+    )
+
+
+if __name__ == "__main__":
+    for measure in (beside_one, beside_four, under_limit):
+        try:
+            figure = measure()
+        except LeftOutError as reason:
+            print(f"left out: {reason}")
+        else:
+            print(f"{figure.name}: {figure.value:.3g} {figure.unit}, bar {figure.op} {figure.bar}; {figure.note}")

@@ -7,13 +7,19 @@ from typing import Any
 
 from benchmarks import smollm2
 from benchmarks.harness import Figure, interleaved, median, ratios
-from benchmarks.llamacpp import LlamaCpp
+from benchmarks.llamacpp import Kind, LlamaCpp
 from benchmarks.serving.models import ELASTIC, PAUSE, elastic, original, subnets
 from benchmarks.transformers_peer import ContinuousBatching, dense, greedy
 from benchmarks.workload import mixed_arrival, offline, requests
 from flextron.engine import EngineCore, EngineSettings
+from flextron.kernels.decoder import Weights
 
-__all__ = ["exact_tokens", "throughput_against_llamacpp", "throughput_against_transformers"]
+__all__ = [
+    "exact_tokens",
+    "throughput_against_llamacpp",
+    "throughput_against_transformers",
+    "throughput_int8_against_llamacpp",
+]
 
 
 def exact_tokens() -> Figure:
@@ -45,24 +51,34 @@ def throughput_against_transformers() -> Figure:
     """Offline throughput, 64 requests, against transformers' continuous batching."""
     model = smollm2.peer()
     with ContinuousBatching(model, num_slots=64, max_tokens=128) as peer:
-        return _throughput("transformers' continuous batching", peer.serve, 2.0, "")
+        return _throughput("transformers' continuous batching", peer.serve, "float32", 2.0, "")
 
 
 def throughput_against_llamacpp() -> Figure:
     """Offline throughput, 64 requests, against llama.cpp with parallel slots."""
-    with LlamaCpp("F32", num_slots=64) as peer:
+    return _throughput_against_llamacpp("float32", "F32", 1.2)
+
+
+def throughput_int8_against_llamacpp() -> Figure:
+    """Offline throughput in int8, 64 requests, against llama.cpp with parallel slots."""
+    return _throughput_against_llamacpp("int8", "Q8_0", 3.0)
+
+
+def _throughput_against_llamacpp(weights: Weights, kind: Kind, bar: float) -> Figure:
+    with LlamaCpp(kind, num_slots=64) as peer:
         return _throughput(
-            "llama.cpp with 64 slots, F32",
+            f"llama.cpp with 64 slots, {kind}",
             lambda asked: peer.serve([(r.prompt, r.num_tokens) for r in asked]),
-            1.2,
+            weights,
+            bar,
             f"; llama.cpp compiled for {peer.features}",
         )
 
 
-def _throughput(name: str, serve: Any, bar: float, note: str) -> Figure:
-    """All requests at once, float32 on both sides."""
+def _throughput(name: str, serve: Any, weights: Weights, bar: float, note: str) -> Figure:
+    """All requests at once, weights of the same kind on both sides."""
     asked = requests(64)
-    core = EngineCore(original())
+    core = EngineCore(original(), EngineSettings(weights=weights))
     answers: dict[str, list[list[int]]] = {}
 
     def ours() -> float:
@@ -80,7 +96,7 @@ def _throughput(name: str, serve: Any, bar: float, note: str) -> Figure:
     generated, read = sum(r.num_tokens for r in asked), sum(len(r.prompt) for r in asked)
     equal = sum(a == b for a, b in zip(answers["ours"], answers["peer"], strict=True))
     return Figure(
-        name=f"offline throughput, 64 requests, float32, against {name}",
+        name=f"offline throughput, 64 requests, {weights}, against {name}",
         value=spread[1],
         unit="x",
         op=">=",

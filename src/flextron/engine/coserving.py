@@ -7,9 +7,10 @@ most, and training rests while prompts are late.
 
 A request's next token is due when its mean time per token would pass the objective, but never later than two such times
 after its last token. So what training may take follows from what each request has had, and a slow iteration (a long
-prompt of somebody else) is made up for. As requests may come that nobody foresees, some of the objective is held in
-reserve: more after a request that missed it, less after each that did not; and the next iteration is expected to take
-as long as all but a twentieth of those lately, for it may have somebody's prompt in it.
+prompt of somebody else) is made up for. As requests may come that nobody foresees, some of each objective is held in
+reserve: more after a request that missed it, less after each that did not. The two objectives have reserves of their
+own, for a late first token is no reason to read the weights more often for all the others. And the next iteration is
+expected to take as long as all but a twentieth of those lately, for it may have somebody's prompt in it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from flextron.engine.counts import CountedRequest
 from flextron.engine.request import FinishReason
 from flextron.engine.scheduler import Scheduler
 from flextron.engine.settings import EngineSettings
-from flextron.engine.timing import RecentTimes, TimeLine
+from flextron.engine.timing import RecentTimes, Reserve, TimeLine
 from flextron.errors import FlextronError
 
 __all__ = ["CoServing", "CoServingScheduler", "Iterating", "Output", "Work"]
@@ -32,11 +33,6 @@ __all__ = ["CoServing", "CoServingScheduler", "Iterating", "Output", "Work"]
 _MOST_TOKENS = 512
 _PROBE_TOKENS = 32
 _FEWEST_TOKENS = 8
-_RESERVE = (0.05, 0.6)
-"""Least and most of the objective that is held back."""
-_FIRST_RESERVE = 0.1
-_AFTER_MISS, _AFTER_HIT = 0.05, 0.005
-"""What a request adds to the reserve, or takes from it: it grows while more than one in eleven misses."""
 _MOST_GAP = 2.0
 """Objectives between two tokens of a request."""
 _MOST_FIXED = 1 / 3
@@ -134,8 +130,8 @@ class CoServingScheduler(Generic[Out]):
             now: a clock in seconds, that of the requests' `arrived`.
         """
         self.core, self.work, self.settings = core, work, settings or CoServing()
-        self.reserve = _FIRST_RESERVE
-        """Part of the objective that training leaves alone."""
+        self.first_reserve, self.token_reserve = Reserve(), Reserve()
+        """Parts of the objectives, for the first token and for those after it, that training leaves alone."""
         self.seconds = 0.0
         """Seconds that training took."""
         self._now = now
@@ -195,7 +191,7 @@ class CoServingScheduler(Generic[Out]):
         now, budget = self._now(), math.inf
         decoding = [s for s in scheduler.running if s in self._tokens and s.num_new == 1]
         if decoding:
-            objective = self.objective * (1 - self.reserve)
+            objective = self.objective * (1 - self.token_reserve.part)
             for request in decoding:
                 first, last, count = self._tokens[request]
                 budget = min(budget, first + count * objective - now, last + _MOST_GAP * objective - now)
@@ -204,7 +200,7 @@ class CoServingScheduler(Generic[Out]):
         if late:
             if self.settings.ttft_ms is None or not self._iterations:
                 return -math.inf
-            objective = self.settings.ttft_ms / 1e3 * (1 - self.reserve)
+            objective = self.settings.ttft_ms / 1e3 * (1 - self.first_reserve.part)
             num_new = 0
             # in the order in which they will be computed
             for request in late:
@@ -247,7 +243,6 @@ class CoServingScheduler(Generic[Out]):
 
     def _finished(self, request: CountedRequest) -> None:
         first, last, count = self._tokens.pop(request)
-        is_late = first - request.arrived > (self.settings.ttft_ms or math.inf) / 1e3
-        is_slow = count > 1 and (last - first) / (count - 1) > self.objective
-        change = _AFTER_MISS if is_late or is_slow else -_AFTER_HIT
-        self.reserve = min(max(self.reserve + change, _RESERVE[0]), _RESERVE[1])
+        self.first_reserve.learn(first - request.arrived <= (self.settings.ttft_ms or math.inf) / 1e3)
+        if count > 1:
+            self.token_reserve.learn((last - first) / (count - 1) <= self.objective)

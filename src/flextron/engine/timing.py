@@ -5,7 +5,24 @@ from __future__ import annotations
 import math
 from collections import deque
 
-__all__ = ["RecentTimes", "TimeLine"]
+__all__ = ["RecentTimes", "Reserve", "TimeLine"]
+
+
+class Reserve:
+    """The part of an objective that is held back, learnt from who met it."""
+
+    _RANGE = (0.05, 0.6)
+    _AFTER_MISS, _AFTER_HIT = 0.05, 0.005
+
+    def __init__(self) -> None:
+        """Begin with a little."""
+        self.part = 0.1
+        """From 0 to 1."""
+
+    def learn(self, was_met: bool) -> None:
+        """Take in a request: the part grows while more than one in eleven misses."""
+        least, most = self._RANGE
+        self.part = min(max(self.part + (-self._AFTER_HIT if was_met else self._AFTER_MISS), least), most)
 
 
 class RecentTimes:
