@@ -30,6 +30,7 @@ __all__ = [
     "median",
     "ratios",
     "run_suite",
+    "seconds",
 ]
 
 RESULTS = Path(__file__).parent / "results"
@@ -92,10 +93,11 @@ def interleaved(jobs: dict[str, Callable[[], float]], repeats: int, pause: float
 
 def interleaved_seconds(jobs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
     """Time whole jobs in turn, as `interleaved`."""
-    return interleaved({name: partial(_seconds, job) for name, job in jobs.items()}, repeats)
+    return interleaved({name: partial(seconds, job) for name, job in jobs.items()}, repeats)
 
 
-def _seconds(job: Callable[[], object]) -> float:
+def seconds(job: Callable[[], object]) -> float:
+    """How long a job takes."""
     start = time.perf_counter()
     job()
     return time.perf_counter() - start

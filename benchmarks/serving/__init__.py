@@ -1,6 +1,6 @@
 """The serving suite: exactness, decode speed, throughput beside transformers and llama.cpp, mixed batches, memory.
 
-All on SmolLM2-135M and two threads or as many as PyTorch has. Sub-networks are those of the demo's trained model.
+All on SmolLM2-135M and two threads or as many as PyTorch has. Sub-networks are those of the demo.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def bandwidth() -> Figure:
         value=spread[1],
         unit="of the limit",
         op=">=",
-        bar=0.85,
+        bar=0.9,
         peer={"name": "copying (read and written), GB/s", "value": copy},
         spread=spread,
         note=f"{ours:.1f} GB/s of weights, {ours * 1e9 / weights:.1f} tokens/s; reading alone {read:.1f} GB/s",
@@ -125,7 +125,7 @@ def self_speculation() -> Figure:
         value=spread[1] if not different else 0.0,
         unit="x",
         op=">=",
-        bar=1.4,
+        bar=2.0,
         peer={"name": "without, tokens/s", "value": tokens / median(times["plain"])[1]},
         spread=spread,
         note=(

@@ -6,13 +6,12 @@ import time
 from functools import partial
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import smollm2
 from benchmarks.harness import Figure, interleaved, interleaved_seconds, median, ratios
 from benchmarks.llamacpp import Kind, LlamaCpp
-from benchmarks.serving.models import PAUSE, original
+from benchmarks.serving.models import PAUSE, matrices, original
 from flextron.engine import EngineCore, EngineSettings
 from flextron.generation.sampling import SamplingParams
 from flextron.kernels.decoder import Weights
@@ -92,24 +91,15 @@ def long_prompt_int8() -> Figure:
     return _against_llamacpp("int8", "Q8_0", 2048, 1.5)
 
 
-def _matrices() -> list[Tensor]:
-    """The weights that every token of a prompt is multiplied with, input dimension last."""
-    layers = original().layers
-    rows = [w for layer in layers for w in (layer.attention.q, layer.attention.k, layer.attention.v)]
-    rows += [w for layer in layers for w in (layer.mlp.gate, layer.mlp.up)]
-    columns = [layer.attention.o for layer in layers] + [layer.mlp.down for layer in layers]
-    return [m.weight for m in rows] + [m.weight.t().contiguous() for m in columns]
-
-
 def over_products(length: int = 512) -> Figure:
     """A prompt of 512 tokens against its products alone, as PyTorch multiplies."""
-    core, matrices = prompt_core("float32"), _matrices()
-    inputs = {m.shape[1]: torch.randn(length, m.shape[1]) for m in matrices}
+    core, weights = prompt_core("float32"), matrices()
+    inputs = {m.shape[1]: torch.randn(length, m.shape[1]) for m in weights}
     config = original().config
     heads = torch.randn(1, config.num_attention_heads, length, config.head_dim)
 
     def products() -> None:
-        for matrix in matrices:
+        for matrix in weights:
             F.linear(inputs[matrix.shape[1]], matrix)
 
     def attention() -> None:
@@ -120,7 +110,7 @@ def over_products(length: int = 512) -> Figure:
     times = interleaved_seconds(jobs, _ROUNDS)
     limit = [a + b for a, b in zip(times["products"], times["attention"], strict=True)]
     spread = median([ours / both for ours, both in zip(times["ours"], limit, strict=True)])
-    operations = 2 * length * sum(m.numel() for m in matrices)
+    operations = 2 * length * sum(m.numel() for m in weights)
     return Figure(
         name=f"time of a prompt of {length} tokens, float32, over PyTorch's for its products and attention alone",
         value=spread[1],
