@@ -12,7 +12,7 @@ from benchmarks.coserving.alone import instruct_throughput, peak_throughput, sav
 from benchmarks.coserving.exactness import gradients, same_answers, same_curve
 from benchmarks.coserving.fairness import fair_jobs
 from benchmarks.coserving.others import heavy_against_others, light_against_others
-from benchmarks.coserving.sweep import kept_attainment, kept_throughput
+from benchmarks.coserving.sweep import kept_attainment, kept_light, kept_throughput
 from benchmarks.harness import run_suite
 
 __all__ = ["run"]
@@ -32,6 +32,7 @@ def run() -> bool:
             instruct_throughput,
             kept_throughput,
             kept_attainment,
+            kept_light,
             heavy_against_others,
             light_against_others,
             fair_jobs,
