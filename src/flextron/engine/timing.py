@@ -12,15 +12,15 @@ class Reserve:
     """The part of an objective that is held back, learnt from who met it."""
 
     _RANGE = (0.05, 0.6)
-    _AFTER_MISS, _AFTER_HIT = 0.05, 0.005
+    _AFTER_MISS, _AFTER_HIT = 0.05, 0.001
 
     def __init__(self) -> None:
         """Begin with a little."""
-        self.part = 0.1
+        self.part = 0.2
         """From 0 to 1."""
 
     def learn(self, was_met: bool) -> None:
-        """Take in a request: the part grows while more than one in eleven misses."""
+        """Take in a request: the part grows while more than one in fifty misses."""
         least, most = self._RANGE
         self.part = min(max(self.part + (-self._AFTER_HIT if was_met else self._AFTER_MISS), least), most)
 
