@@ -16,7 +16,7 @@ class Reserve:
 
     def __init__(self) -> None:
         """Begin with a little."""
-        self.part = 0.2
+        self.part = 0.1
         """From 0 to 1."""
 
     def learn(self, was_met: bool) -> None:
