@@ -85,14 +85,17 @@ def test_answers_are_near_the_best_that_the_budget_buys(trained: RouterResult) -
     every = [SubnetSpec.of(*zip(*c, strict=True)) for c in product(layers, repeat=3)]
     specs = [s for s in every if s in SPACE]
     losses = {spec: mean_loss(DECODER, CALIBRATION, spec) for spec in specs}
-    regrets = []
+    ranks, regret, usual_regret = [], 0.0, 0.0
     for j in range(12):
         target = LEAST + (1 - LEAST) * (j + 0.5) / 12
-        within = [losses[s] for s in specs if TABLE.predict(s) <= target]
+        within = sorted(losses[s] for s in specs if TABLE.predict(s) <= target)
         chosen = losses[trained.router.spec(target, TABLE)]
-        assert chosen <= sorted(within)[len(within) // 2], target
-        regrets.append(chosen - min(within))
-    assert sum(regrets) / len(regrets) < 0.3
+        ranks.append(sum(loss < chosen for loss in within) / len(within))
+        regret += chosen - within[0]
+        usual_regret += within[len(within) // 2] - within[0]
+    # rounding in another order trains another router, so no single answer is certain
+    assert sum(ranks) / len(ranks) < 0.15, ranks
+    assert regret < 0.3 * usual_regret
 
 
 def test_a_killed_run_goes_on_without_measuring_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
