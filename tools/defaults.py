@@ -92,7 +92,7 @@ def _settings_table(kind: type[Any]) -> list[str]:
 def _verb_table(words: Sequence[str]) -> list[str]:
     command: Any = typer.main.get_command(app)
     for word in words:
-        command = command.commands[word]
+        command = command.get_command(None, word)
     rows = []
     for option in command.params:
         if option.param_type_name != "option" or option.name in ("as_json", "help"):

@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 import yaml
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config
 
 from flextron import api
-from flextron.cli.main import main
+from flextron.cli.main import VERBS, app, main
 from flextron.routing import latency as latency_module
 from tests.checkpoints.families_cases import CASES, GPT2, random_from, random_model
 from tests.gguf.writing import fields_of, to_gguf, write_gguf
@@ -188,6 +189,15 @@ def test_targets_reach_the_evaluation(run: Any, made: Places) -> None:
     )
     rows = json.loads(outcome.out)
     assert [row["subnet"] for row in rows] == ["latency 1", "latency 0.9"]
+
+
+def test_the_overview_says_what_the_verbs_say_and_imports_none() -> None:
+    context = typer.Context(typer.main.get_command(app))
+    group = context.command
+    told = {name: group.get_command(context, name).help for name in group.list_commands(context)}  # type: ignore[attr-defined]
+    assert {name: help_.split("\n\n")[0].replace("\n", " ") for name, help_ in told.items()} == VERBS
+    look = "import sys; from flextron.cli.main import app; app(['--help'], standalone_mode=False); "
+    subprocess.run([sys.executable, "-c", f"{look}sys.exit('torch' in sys.modules)"], check=True, capture_output=True)
 
 
 def test_help_names_every_verb(run: Any) -> None:

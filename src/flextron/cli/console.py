@@ -6,18 +6,20 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import Progress
 from rich.text import Text
 
-from flextron.api import ElasticModel
 from flextron.cli.bars import ProgressLine
 from flextron.cli.tables import print_one, print_rows
-from flextron.parallel.processes import is_first_launched
-from flextron.workflows.elastify import StepCallback
+from flextron.parallel.launcher import is_first_launched
+
+if TYPE_CHECKING:
+    from flextron.api import ElasticModel
+    from flextron.workflows.elastify import StepCallback
 
 __all__ = ["Json", "default_of", "message", "progress", "show", "warn_of_latencies"]
 

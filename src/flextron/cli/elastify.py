@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from flextron.cli.console import Json, progress, show
-from flextron.parallel.processes import is_first_launched
+from flextron.parallel.launcher import is_first_launched
 from flextron.workflows.elastify import elastify as run
 from flextron.workflows.elastify import read_recipe
 from flextron.workflows.report import frontier_rows

@@ -17,7 +17,7 @@ from flextron.errors import FlextronError
 from flextron.jobs.jobs import JobsSettings
 from flextron.kernels.decoder import Weights
 from flextron.parallel.companions import check_ranks
-from flextron.parallel.processes import is_first_launched
+from flextron.parallel.launcher import is_first_launched
 from flextron.routing.device import Precision
 
 __all__ = ["serve"]

@@ -23,7 +23,7 @@ from torch import distributed as dist
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 from flextron.errors import FlextronError
-from flextron.parallel.processes import is_first_launched, num_launched
+from flextron.parallel.launcher import is_first_launched, num_launched
 
 __all__ = [
     "Companions",

@@ -7,7 +7,6 @@ found out goes to the others as JSON.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,15 +19,14 @@ from torch import Tensor
 from torch import distributed as dist
 
 from flextron.errors import FlextronError
+from flextron.parallel.launcher import is_first_launched, num_launched
 
 __all__ = [
     "LostProcessError",
     "Processes",
-    "is_first_launched",
     "is_loss",
     "leave",
     "may_speak",
-    "num_launched",
 ]
 
 T = TypeVar("T")
@@ -144,16 +142,6 @@ def is_loss(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
     )
-
-
-def num_launched() -> int:
-    """Processes that a launcher says it started."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
-
-
-def is_first_launched() -> bool:
-    """Whether this is the first process of a launcher, or the only one; needs no contact with the others."""
-    return num_launched() == 1 or os.environ.get("RANK", "0") == "0"
 
 
 def may_speak() -> bool:
