@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "simd.h"
 
@@ -17,14 +18,26 @@ inline Vec load(const int8_t* p) {
 inline Vec load(const int8_t* p) { return __builtin_convertvector(*reinterpret_cast<const Bytes*>(p), Vec); }
 #endif
 
+// Vectors of V from numbers of either kind.
+template <class V, class W>
+struct Loads {
+    static V at(const W* p) { return load(p); }
+};
+template <>
+struct Loads<Wide, float> {
+    static Wide at(const float* p) { return *reinterpret_cast<const Wide*>(p); }
+};
+template <class V>
+constexpr long lanes_of = sizeof(V) / sizeof(float);
+
 // Rows of a chunk, and tokens of a tile: a chunk of weights and a tile of tokens lie in the second-level cache together.
 constexpr long kChunk = 48;
 constexpr long kTile = 64;
 
 // Asks memory for the part of the next R rows that is as long as what one step of a stream over R rows uses.
-template <int R, class W>
+template <int R, int L, class W>
 __attribute__((always_inline)) inline void ask_for(const W* p) {
-    for (unsigned i = 0; i < R * kLanes; i += kLine / sizeof(W)) __builtin_prefetch(p + i, 0, 3);
+    for (unsigned i = 0; i < R * L; i += kLine / sizeof(W)) __builtin_prefetch(p + i, 0, 3);
 }
 
 // Asks for all of a page's keys or values: where the next page lies, no processor can foresee.
@@ -36,38 +49,51 @@ __attribute__((always_inline)) inline void ask_for_page(const float* page, long 
 // asks seldom for more at once.
 constexpr long kStreamed = 12;
 
-// Asks for this call's part of the next three rows, if the tokens before `t` are done and there are n. (A function
+// Asks for this call's part of the next R rows, if the tokens before `t` are done and there are n. (A function
 // that only asks has no effect in a compiler's eyes: its calls go away unless it is inlined.)
-template <class W>
+template <long R, class W>
 __attribute__((always_inline)) inline void ask_seldom(const W* next, long size, long t, long n) {
     if (n <= kStreamed || t >= kTile) return;
-    const long calls = (std::min(n, kTile) + 3) / 4, part = (3 * size + calls - 1) / calls;
+    const long calls = (std::min(n, kTile) + 3) / 4, part = (R * size + calls - 1) / calls;
     for (long c = 0; c < part; c += kLine / sizeof(W)) __builtin_prefetch(next + t / 4 * part + c, 0, 2);
+}
+
+// acc[r][t] += row r times token t, in vectors of V, from column c to an end that they reach.
+template <class V, int R, int T, bool kAsks, class W>
+__attribute__((always_inline)) inline void gather(const W* w, long ldw, const float* x, long ldx, long c, long end,
+                                                  V* acc) {
+    for (; c < end; c += lanes_of<V>) {
+        if (kAsks) ask_for<R, lanes_of<V>>(w + R * ldw + R * c);
+        V rows[R];
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++) {
+            rows[r] = Loads<V, W>::at(w + r * ldw + c);
+            keep(rows[r]);
+        }
+#pragma GCC unroll 16
+        for (int t = 0; t < T; t++) {
+            V token = Loads<V, float>::at(x + t * ldx + c);
+            keep(token);
+#pragma GCC unroll 16
+            for (int r = 0; r < R; r++) acc[r * T + t] = fma(rows[r], token, acc[r * T + t]);
+        }
+    }
 }
 
 // out[t][r] = dot(row r, token t) for R rows of w and T tokens of x; R * T sums are in flight. Not inlined, because all
 // registers are needed.
 template <int R, int T, bool kAsks, class W>
 __attribute__((noinline)) void dots(const W* w, long ldw, const float* x, long ldx, long size, float* out, long ldo) {
+    typedef std::conditional_t<std::is_same_v<W, float>, Wide, Vec> First;
+    const long whole = size / lanes_of<First> * lanes_of<First>;
+    First wide[R * T];
+#pragma GCC unroll 16
+    for (int i = 0; i < R * T; i++) wide[i] = First{};
+    gather<First, R, T, kAsks>(w, ldw, x, ldx, 0, whole, wide);
     Vec acc[R * T];
 #pragma GCC unroll 16
-    for (int i = 0; i < R * T; i++) acc[i] = Vec{};
-    for (long c = 0; c < size; c += kLanes) {
-        if (kAsks) ask_for<R>(w + R * ldw + R * c);
-        Vec rows[R];
-#pragma GCC unroll 16
-        for (int r = 0; r < R; r++) {
-            rows[r] = load(w + r * ldw + c);
-            keep(rows[r]);
-        }
-#pragma GCC unroll 16
-        for (int t = 0; t < T; t++) {
-            Vec token = load(x + t * ldx + c);
-            keep(token);
-#pragma GCC unroll 16
-            for (int r = 0; r < R; r++) acc[r * T + t] = fma(rows[r], token, acc[r * T + t]);
-        }
-    }
+    for (int i = 0; i < R * T; i++) acc[i] = halved(wide[i]);
+    if (whole < size) gather<Vec, R, T, kAsks>(w, ldw, x, ldx, whole, size, acc);
     constexpr int kInFours = R * T / 4 * 4;
 #pragma GCC unroll 16
     for (int i = 0; i < kInFours; i += 4) {
@@ -79,22 +105,23 @@ __attribute__((noinline)) void dots(const W* w, long ldw, const float* x, long l
     for (int i = kInFours; i < R * T; i++) out[i % T * ldo + i / T] = sum(acc[i]);
 }
 
-// y[t] += sum over R rows of h[t][r] * row r, for T tokens: a stream over the rows.
-template <int R, int T, bool kAsks, class W>
-__attribute__((noinline)) void adds(const W* w, long ldw, const float* h, long ldh, float* y, long ldy, long size) {
-    Vec factors[R][T];
+// y[t] += sum over R rows of h[t][r] * row r in vectors of V, from column c to an end that they reach.
+template <class V, int R, int T, bool kAsks, class W>
+__attribute__((always_inline)) inline void scatter(const W* w, long ldw, const float* h, long ldh, float* y, long ldy,
+                                                   long c, long end) {
+    V factors[R][T];
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 16
-        for (int t = 0; t < T; t++) factors[r][t] = Vec{} + h[t * ldh + r];
-    for (long c = 0; c < size; c += kLanes) {
-        if (kAsks) ask_for<R>(w + R * ldw + R * c);
-        Vec rows[R];
+        for (int t = 0; t < T; t++) factors[r][t] = V{} + h[t * ldh + r];
+    for (; c < end; c += lanes_of<V>) {
+        if (kAsks) ask_for<R, lanes_of<V>>(w + R * ldw + R * c);
+        V rows[R];
 #pragma GCC unroll 16
-        for (int r = 0; r < R; r++) rows[r] = load(w + r * ldw + c);
+        for (int r = 0; r < R; r++) rows[r] = Loads<V, W>::at(w + r * ldw + c);
 #pragma GCC unroll 16
         for (int t = 0; t < T; t++) {
-            Vec acc = load(y + t * ldy + c);
+            V acc = Loads<V, float>::at(y + t * ldy + c);
 #pragma GCC unroll 16
             for (int r = 0; r < R; r++) acc = fma(rows[r], factors[r][t], acc);
             store(y + t * ldy + c, acc);
@@ -102,9 +129,28 @@ __attribute__((noinline)) void adds(const W* w, long ldw, const float* h, long l
     }
 }
 
+// y[t] += sum over R rows of h[t][r] * row r, for T tokens: a stream over the rows.
+template <int R, int T, bool kAsks, class W>
+__attribute__((noinline)) void adds(const W* w, long ldw, const float* h, long ldh, float* y, long ldy, long size) {
+    typedef std::conditional_t<std::is_same_v<W, float>, Wide, Vec> First;
+    const long whole = size / lanes_of<First> * lanes_of<First>;
+    scatter<First, R, T, kAsks>(w, ldw, h, ldh, y, ldy, 0, whole);
+    if (whole < size) scatter<Vec, R, T, kAsks>(w, ldw, h, ldh, y, ldy, whole, size);
+}
+
+// Rows that meet four tokens at once: as many as there are registers for.
+#ifdef __AVX512F__
+template <class W>
+constexpr int most_rows = std::is_same_v<W, float> ? 6 : 3;
+#else
+template <class W>
+constexpr int most_rows = 3;
+#endif
+
 // One of the two for rows from r and tokens from t on, of many.
 template <class W>
 struct Dots {
+    static constexpr int kMostRows = most_rows<W>;
     const W* w;
     long ldw;
     const float* x;
@@ -119,6 +165,7 @@ struct Dots {
 
 template <class W>
 struct Adds {
+    static constexpr int kMostRows = most_rows<W>;
     const W* w;
     long ldw;
     const float* h;
@@ -148,8 +195,19 @@ inline void stream(const K& kernel, long count) {
     for (; r < count; r++) kernel.template run<1, T, false>(r, 0);
 }
 
-// All rows and n tokens. With up to six tokens each row is read once, from memory; with more, three rows go to the
-// first-level cache and meet the tokens four by four.
+// R rows that go to the first-level cache together meet the tokens of a tile four by four; where rows are left from.
+template <int R, bool kAsks, class K>
+inline long meet(const K& kernel, long r, long count, long tile, long end, long n) {
+    for (; r + R <= count; r += R)
+        for (long t = tile; t < end; t += 4) {
+            if (!kAsks && R > 1) ask_seldom<R>(kernel.w + (r + R) * kernel.ldw, kernel.size, t, n);
+            run_few<R, kAsks>(kernel, r, t, std::min(end - t, 4L));
+        }
+    return r;
+}
+
+// All rows and n tokens. With up to six tokens each row is read once, from memory; with more, some rows at a time go to
+// the first-level cache.
 template <class K>
 inline void run_all(const K& kernel, long count, long n) {
     if (n == 1) return stream<4, 1>(kernel, count);
@@ -161,14 +219,13 @@ inline void run_all(const K& kernel, long count, long n) {
     for (long tile = 0; tile < n; tile += kTile) {
         const long end = std::min(tile + kTile, n);
         long r = 0;
-        for (; r + 3 <= count; r += 3)
-            for (long t = tile; t < end; t += 4) {
-                ask_seldom(kernel.w + (r + 3) * kernel.ldw, kernel.size, t, n);
-                const auto few = n <= kStreamed ? run_few<3, true, K> : run_few<3, false, K>;
-                few(kernel, r, t, std::min(end - t, 4L));
-            }
-        for (; r < count; r++)
-            for (long t = tile; t < end; t += 4) run_few<1, false>(kernel, r, t, std::min(end - t, 4L));
+        if (n <= kStreamed) {
+            r = meet<3, true>(kernel, r, count, tile, end, n);
+        } else {
+            if (K::kMostRows > 3) r = meet<K::kMostRows, false>(kernel, r, count, tile, end, n);
+            r = meet<3, false>(kernel, r, count, tile, end, n);
+        }
+        meet<1, false>(kernel, r, count, tile, end, n);
     }
 }
 
