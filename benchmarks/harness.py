@@ -135,9 +135,9 @@ def _version(name: str) -> str:
 
 
 def run_suite(suite: str, measures: Sequence[Callable[[], Figure]], results: Path = RESULTS) -> bool:
-    """Measure every figure, print the table, write the JSON into `results`; whether all hold."""
+    """Measure every figure, print the table, write the JSON into `results`; whether all hold and none failed."""
     gpu = torch.cuda.is_available()
-    figures, left_out = [], {}
+    figures, left_out, has_failed = [], dict[str, str](), False
     console = Console(width=140)
     for measure in measures:
         title = described(measure)
@@ -148,6 +148,10 @@ def run_suite(suite: str, measures: Sequence[Callable[[], Figure]], results: Pat
         except LeftOutError as reason:
             console.print(f"left out: {reason}")
             left_out[title] = str(reason)
+        except Exception as error:  # the figures before it took minutes
+            console.print_exception()
+            left_out[title] = f"failed: {error!r}"
+            has_failed = True
     table = Table(title=f"{suite}: figures and bars", title_justify="left")
     for column in ("figure", "value", "bar", "holds", "peer", "note"):
         table.add_column(column)
@@ -172,4 +176,4 @@ def run_suite(suite: str, measures: Sequence[Callable[[], Figure]], results: Pat
     }
     path = results / f"{suite}{'-gpu' if gpu and suite != 'gpu' else ''}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return all(f.holds for f in figures)
+    return all(f.holds for f in figures) and not has_failed

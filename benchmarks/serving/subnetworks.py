@@ -92,7 +92,7 @@ def kv_memory() -> Figure:
     for groups in (config.num_groups // 3, config.num_groups):
         core = EngineCore(model.decoder, EngineSettings(kv_cache_gb=0.05))
         mixed_arrival(core, prompt, [model.space.uniform(config.intermediate_size, groups)])
-        written.append(_written_bytes(core.runner.cache))
+        written.append(_written_bytes(core.runner._paged.cache))
     return Figure(
         name="memory of keys and values of a request at one third of the KV groups",
         value=written[0] / written[1],
