@@ -28,6 +28,7 @@ __all__ = [
     "interleaved_seconds",
     "largest_difference",
     "median",
+    "print_figures",
     "ratios",
     "run_suite",
     "seconds",
@@ -132,6 +133,18 @@ def _version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return "not installed"
+
+
+def print_figures(measures: Sequence[Callable[[], Figure]]) -> None:
+    """Measure figures and print a line of each; nothing is written."""
+    for measure in measures:
+        try:
+            figure = measure()
+        except LeftOutError as reason:
+            print(f"left out: {reason}")
+            continue
+        rounds = "" if figure.spread is None else f" ({figure.spread[0]:.3g} to {figure.spread[2]:.3g})"
+        print(f"{figure.name}: {figure.value:.4g} {figure.unit}{rounds}, bar {figure.op} {figure.bar}; {figure.note}")
 
 
 def run_suite(suite: str, measures: Sequence[Callable[[], Figure]], results: Path = RESULTS) -> bool:

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.harness import Figure, interleaved, interleaved_seconds, median, ratios
+from benchmarks.harness import Figure, interleaved, interleaved_seconds, median, print_figures, ratios
 from benchmarks.rounding import compiled_perplexity, perplexity
 from benchmarks.serving.models import PAUSE, ROUNDS, original
 from benchmarks.serving.prompts import prompt_core, prompt_seconds
@@ -102,7 +102,4 @@ def rounded_tokens() -> Figure:
 
 
 if __name__ == "__main__":
-    for measure in (products, batch_of_16, batch_of_64, prompt, rounded_tokens):
-        figure = measure()
-        rounds = "" if figure.spread is None else f" ({figure.spread[0]:.3g} to {figure.spread[2]:.3g})"
-        print(f"{figure.name}: {figure.value:.4g} {figure.unit}{rounds}, bar {figure.op} {figure.bar}; {figure.note}")
+    print_figures([products, batch_of_16, batch_of_64, prompt, rounded_tokens])

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.harness import Figure, LeftOutError
+from benchmarks.harness import Figure, LeftOutError, print_figures
 from benchmarks.llamacpp import LlamaCpp
 from benchmarks.serving.models import original
 from benchmarks.workload import Decoding, requests
@@ -163,10 +163,4 @@ def under_limit() -> Figure:
 
 
 if __name__ == "__main__":
-    for measure in (beside_one, beside_four, under_limit):
-        try:
-            figure = measure()
-        except LeftOutError as reason:
-            print(f"left out: {reason}")
-        else:
-            print(f"{figure.name}: {figure.value:.3g} {figure.unit}, bar {figure.op} {figure.bar}; {figure.note}")
+    print_figures([beside_one, beside_four, under_limit])

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks import smollm2
-from benchmarks.harness import Figure, interleaved, interleaved_seconds, median, ratios
+from benchmarks.harness import Figure, interleaved, interleaved_seconds, median, print_figures, ratios
 from benchmarks.llamacpp import Kind, LlamaCpp
 from benchmarks.serving.models import PAUSE, matrices, original
 from flextron.engine import EngineCore, EngineSettings
@@ -128,7 +128,4 @@ def over_products(length: int = 512) -> Figure:
 
 
 if __name__ == "__main__":
-    for measure in (prompt_float32, long_prompt_float32, prompt_int8, long_prompt_int8, over_products):
-        figure = measure()
-        rounds = "" if figure.spread is None else f" ({figure.spread[0]:.3g} to {figure.spread[2]:.3g})"
-        print(f"{figure.name}: {figure.value:.4g} {figure.unit}{rounds}, bar {figure.op} {figure.bar}; {figure.note}")
+    print_figures([prompt_float32, long_prompt_float32, prompt_int8, long_prompt_int8, over_products])

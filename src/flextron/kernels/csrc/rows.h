@@ -49,11 +49,11 @@ __attribute__((always_inline)) inline void ask_for_page(const float* page, long 
 // asks seldom for more at once.
 constexpr long kStreamed = 12;
 
-// Asks for this call's part of the next R rows, if the tokens before `t` are done and there are n. (A function
-// that only asks has no effect in a compiler's eyes: its calls go away unless it is inlined.)
+// Asks for this call's part of the next R rows, if the tokens before `t` are done and there are n, too many for a stream.
+// (A function that only asks has no effect in a compiler's eyes: its calls go away unless it is inlined.)
 template <long R, class W>
 __attribute__((always_inline)) inline void ask_seldom(const W* next, long size, long t, long n) {
-    if (n <= kStreamed || t >= kTile) return;
+    if (t >= kTile) return;
     const long calls = (std::min(n, kTile) + 3) / 4, part = (R * size + calls - 1) / calls;
     for (long c = 0; c < part; c += kLine / sizeof(W)) __builtin_prefetch(next + t / 4 * part + c, 0, 2);
 }
